@@ -1,0 +1,17 @@
+"""Qwen vision-language models between Hugging Face and Megatron-Core, both ways, exactly."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+__all__ = ["AutoBridge"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import AutoBridge when it is asked for: the command line must answer at once."""
+    if name == "AutoBridge":
+        from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+        return AutoBridge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Moving tensors: files of both formats, and live models."""

@@ -1,0 +1,168 @@
+"""Writing safetensors: shards streamed tensor by tensor, the plan of shards, the weight index.
+
+The order of tensors and the JSON are those of `safetensors.torch.save_file`, so a shard that it
+wrote and that was read with `TensorIndex` is written back byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from megatron.bridge.dtypes import itemsize, safetensors_dtype
+from megatron.bridge.errors import CheckpointError, TargetExists
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADER_ALIGNMENT = 8
+
+
+class TensorSpec(Protocol):
+    """A tensor to be written; `dtype` is the safetensors name. TensorInfo is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+def tensor_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor's data."""
+    return prod(spec.shape) * itemsize(spec.dtype)
+
+
+def write_shard(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensor: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one file: the tensors of `specs` in this order, each asked for when it is its turn.
+
+    One tensor is in memory at a time. `metadata` None leaves the header's entry out. The file is
+    flushed to the disk; if anything fails, it is removed.
+
+    Raises TargetExists if `path` exists; CheckpointError for a name given twice, a tensor whose
+    dtype or shape is not as specified, or a file that cannot be written.
+    """
+    header = _header(path, specs, metadata)
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        raise TargetExists(f"{path} exists already") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        with file:
+            file.write(header)
+            for spec in specs:
+                _write_tensor(file, spec, tensor(spec.name))
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def plan_shards[Spec: TensorSpec](
+    specs: Iterable[Spec], max_shard_size: int
+) -> dict[str, list[Spec]]:
+    """Distribute tensors over files: file name -> its tensors, in the order of their data.
+
+    A file is filled in the given order up to `max_shard_size` bytes of data; a larger tensor gets
+    a file of its own. Names are those of transformers: `model.safetensors`, or
+    `model-00001-of-0000N.safetensors`.
+    """
+    shards: list[list[Spec]] = [[]]
+    size = 0
+    for spec in specs:
+        nbytes = tensor_bytes(spec)
+        if shards[-1] and size + nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += nbytes
+    return name_shards(shards)
+
+
+def name_shards[Spec: TensorSpec](shards: Sequence[Iterable[Spec]]) -> dict[str, list[Spec]]:
+    """Name the files as transformers does, and order their tensors as safetensors does."""
+    count = len(shards)
+    return {
+        "model.safetensors"
+        if count == 1
+        else f"model-{number:05}-of-{count:05}.safetensors": sorted(
+            # Wide types first, so that every tensor is aligned.
+            shard,
+            key=lambda spec: (-itemsize(spec.dtype), spec.name),
+        )
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def write_index(
+    path: Path,
+    weight_map: Mapping[str, str],
+    total_size: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model.safetensors.index.json` as transformers formats it.
+
+    `weight_map` is tensor name -> file name, `total_size` the bytes of tensor data. `metadata`
+    holds further entries of the index's metadata; a `total_size` in it is replaced.
+    """
+    content = {
+        "metadata": {**(metadata or {}), "total_size": total_size},
+        "weight_map": dict(weight_map),
+    }
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise TargetExists(f"{path} exists already") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _header(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    begin = 0
+    for spec in specs:
+        if spec.name in entries:
+            raise CheckpointError(f"{path.name}: {spec.name} is given twice, or is a reserved name")
+        end = begin + tensor_bytes(spec)
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file: BinaryIO, spec: TensorSpec, tensor: torch.Tensor) -> None:
+    import torch
+
+    found = safetensors_dtype(tensor.dtype), tuple(tensor.shape)
+    if found != (spec.dtype, tuple(spec.shape)):
+        raise CheckpointError(
+            f"{spec.name}: expected {spec.dtype} of shape {tuple(spec.shape)}, "
+            f"found {found[0]} of shape {found[1]}"
+        )
+    data = tensor.detach().cpu().contiguous()
+    if data.numel():
+        file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))

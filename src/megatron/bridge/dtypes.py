@@ -1,0 +1,75 @@
+"""The one table of dtypes: safetensors name, torch name and bytes per element.
+
+Names are those of the safetensors format. Torch is imported only where a torch dtype is asked for,
+so that file headers can be read without it. Types of less than one byte are not supported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.bridge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH_NAME_AND_BYTES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "F32": ("float32", 4),
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
+}
+TORCH_NAMES = {torch_name: name for name, (torch_name, _) in _TORCH_NAME_AND_BYTES.items()}
+"""The safetensors name by the name of the torch dtype ("bfloat16": "BF16")."""
+
+DTYPE_NAMES: tuple[str, ...] = tuple(_TORCH_NAME_AND_BYTES)
+"""The safetensors dtype names that can be read and written."""
+
+
+def _row(name: str) -> tuple[str, int]:
+    try:
+        return _TORCH_NAME_AND_BYTES[name]
+    except KeyError:
+        raise CheckpointError(
+            f"dtype {name!r} is not supported; supported are {', '.join(DTYPE_NAMES)}"
+        ) from None
+
+
+def itemsize(name: str) -> int:
+    """Bytes per element of the safetensors dtype `name`; CheckpointError if it is unknown."""
+    return _row(name)[1]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of the safetensors dtype `name`; CheckpointError if it is unknown."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _row(name)[0])
+    return dtype
+
+
+def safetensors_dtype(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype; CheckpointError if the format has none."""
+    torch_name = str(dtype).removeprefix("torch.")
+    try:
+        return TORCH_NAMES[torch_name]
+    except KeyError:
+        raise CheckpointError(
+            f"torch dtype {torch_name} has no safetensors name; "
+            f"supported are {', '.join(TORCH_NAMES)}"
+        ) from None

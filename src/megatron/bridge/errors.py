@@ -1,0 +1,64 @@
+"""Every error that the bridge raises on purpose.
+
+    BridgeError
+    ├── InputError               what was given cannot be used
+    │   ├── ReferenceNotFound    no such folder, hub id or revision
+    │   ├── ConfigError          a config value is missing, of the wrong type or contradictory
+    │   ├── CheckpointError      files that are missing, damaged or unsafe to read
+    │   ├── UnsupportedModel     an architecture or option without a bridge
+    │   └── TargetExists         the output is there already
+    ├── PlanError                a conversion that is not proven: nothing was written
+    └── MismatchError            two things that should be equal are not
+
+A message names the culprit, what was expected, what was found and what to do next.
+`exit_status` is what the command line returns: 2 for bad input, 1 for a mismatch.
+"""
+
+from collections.abc import Iterable
+
+
+class BridgeError(Exception):
+    """Base of all errors raised on purpose; `exit_status` is the command line's answer."""
+
+    exit_status = 2
+
+
+class InputError(BridgeError):
+    """What the caller gave cannot be used."""
+
+
+class ReferenceNotFound(InputError):
+    """No such folder, hub id or revision, or the hub cannot be reached."""
+
+
+class ConfigError(InputError):
+    """A config value is missing, of the wrong type or contradicts another."""
+
+
+class CheckpointError(InputError):
+    """Checkpoint files are missing, damaged, contradictory or unsafe to read."""
+
+
+class UnsupportedModel(InputError):
+    """No bridge is registered for this architecture or option."""
+
+
+class TargetExists(InputError):
+    """The output exists already and overwriting was not asked for."""
+
+
+class PlanError(BridgeError):
+    """The plan is not a proof: all problems of the run, gathered; nothing was written."""
+
+    def __init__(self, problems: Iterable[str], *, heading: str = "the conversion is not proven") -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        lines = [f"{heading}: {count} problem{'' if count == 1 else 's'}"]
+        lines += [f"  - {problem}" for problem in self.problems]
+        super().__init__("\n".join(lines))
+
+
+class MismatchError(BridgeError):
+    """Two things that should be equal are not."""
+
+    exit_status = 1

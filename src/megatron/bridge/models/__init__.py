@@ -1,0 +1,1 @@
+"""Reading Hugging Face models, mapping them, and building them in Megatron-Core."""

@@ -1,0 +1,171 @@
+"""Core attention on torch's scaled_dot_product_attention.
+
+Unlike megatron-core's DotProductAttention it takes packed sequences, and padding masks together
+with causal attention.
+"""
+
+import contextlib
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron.bridge.errors import ConfigError, InputError
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class TorchCoreAttention(MegatronModule):
+    """softmax(q k^T * scale) v, per head, for this rank's heads.
+
+    Shapes: s query length, k key length, b batch, n query heads, g key/value heads (n % g == 0),
+    d head size, t tokens of a packed batch.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        for field, only in (
+            ("context_parallel_size", 1),
+            ("softmax_type", "vanilla"),
+            ("window_size", None),
+        ):
+            if (found := getattr(config, field)) != only:
+                raise ConfigError(
+                    f"{field}={found!r}: the torch attention backend implements only {only!r}. "
+                    f"Set it, or use transformer_impl='transformer_engine'."
+                )
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.attention_dropout = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, n, d], or packed [t, n, d].
+            key: [k, b, g, d], or packed [t, g, d].
+            value: as `key`.
+            attention_mask: bool, True = masked out, broadcastable to [b, n, s, k]; combined with
+                the causal mask if there is one. A query with nothing to attend to gives zeros.
+            attn_mask_type: overrides that of the constructor.
+            attention_bias: not implemented, must be None.
+            packed_seq_params: "thd" packing; sequences do not see each other.
+
+        Returns:
+            [s, b, n * d], or packed [t, n * d].
+        """
+        if attention_bias is not None:
+            raise InputError("attention_bias is not implemented by the torch attention backend")
+        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
+        if packed_seq_params is not None:
+            if attention_mask is not None:
+                raise InputError(
+                    "attention_mask and packed_seq_params were both given: a packed batch has no "
+                    "padding. Pass one of them."
+                )
+            return self._packed(query, key, value, causal, _boundaries(packed_seq_params, causal))
+
+        # [s, b, heads, d] -> [b, heads, s, d]
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = self._attend(query, key, value, causal, attention_mask)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, boundaries: Tensor
+    ) -> Tensor:
+        """Every sequence by itself; those of equal length in one call."""
+        lengths = boundaries.diff().tolist()
+        if sum(lengths) != query.shape[0]:
+            raise InputError(
+                f"packed_seq_params covers {sum(lengths)} tokens, the batch has {query.shape[0]}"
+            )
+        sequences = [tensor.split(lengths) for tensor in (query, key, value)]
+        same_length = defaultdict(list)
+        for index, length in enumerate(lengths):
+            same_length[length].append(index)
+
+        contexts: list[Tensor] = [query.new_empty(0)] * len(lengths)
+        for members in same_length.values():
+            # [len(members), heads, length, d]
+            batch = [torch.stack([part[i] for i in members]).transpose(1, 2) for part in sequences]
+            context = self._attend(batch[0], batch[1], batch[2], causal, None)
+            for index, one in zip(members, context.transpose(1, 2).flatten(2), strict=True):
+                contexts[index] = one
+        return torch.cat(contexts)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        causal: bool,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """query [b, n, s, d], key and value [b, g, k, d] -> [b, n, s, d]."""
+        queries, keys = query.shape[-2], key.shape[-2]
+        if causal and queries != keys:
+            raise InputError(f"causal attention of {queries} queries to {keys} keys is ambiguous")
+        dropout = self.attention_dropout if self.training else 0.0
+        # Heads differ from rank to rank, so the ranks must draw differently; with sequence
+        # parallelism the whole block runs in the forked state already.
+        fork = dropout > 0.0 and not self.config.sequence_parallel
+        nothing_visible = None
+        if attention_mask is not None:
+            visible = ~attention_mask
+            if causal:
+                visible = visible & visible.new_ones(queries, keys).tril()
+            # softmax over nothing is NaN: let such a query see everything, then zero its output.
+            nothing_visible = ~visible.any(-1, keepdim=True)
+            attention_mask = visible | nothing_visible
+        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                dropout_p=dropout,
+                is_causal=causal and attention_mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return context if nothing_visible is None else context.masked_fill(nothing_visible, 0.0)
+
+
+def _boundaries(packed: PackedSeqParams, causal: bool) -> Tensor:
+    """Where each packed sequence starts and ends, [sequences + 1]."""
+    if packed.qkv_format != "thd":
+        raise InputError(f"packed_seq_params.qkv_format is {packed.qkv_format!r}, expected 'thd'")
+    if packed.cu_seqlens_q_padded is None:
+        return packed.cu_seqlens_q
+    # Padding behind each sequence: what comes later is invisible only to causal attention.
+    if not causal:
+        raise InputError("cu_seqlens_q_padded needs causal attention in the torch backend")
+    return packed.cu_seqlens_q_padded

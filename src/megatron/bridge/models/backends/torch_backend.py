@@ -1,0 +1,54 @@
+"""A megatron-core layer backend in plain torch: no GPU, Apex or TransformerEngine needed."""
+
+from functools import partial
+
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+
+from megatron.bridge.models.backends.torch_attention import TorchCoreAttention
+from megatron.bridge.models.backends.torch_norm import build_norm
+
+
+class TorchSpecProvider(BackendSpecProvider):
+    """megatron-core's own parallel linears, with norms and attention of this package."""
+
+    def column_parallel_linear(self) -> type:
+        """Linear layer with its output dimension split over the tensor-parallel ranks."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type[RowParallelLinear]:
+        """Linear layer with its input dimension split over the tensor-parallel ranks."""
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Norms are modules of their own."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> None:
+        """There is no fused norm and linear."""
+
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> LayerNormBuilder:
+        """The norm of the config it is built with, whatever the arguments."""
+        return build_norm
+
+    def core_attention(self) -> type:
+        """Scaled dot product attention."""
+        return TorchCoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
+        """Experts one after the other."""
+        return partial(
+            SequentialMLP,
+            submodules=MLPSubmodules(
+                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+            ),
+        )
+
+    def activation_func(self) -> None:
+        """The activation of the config."""

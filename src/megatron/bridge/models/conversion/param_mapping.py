@@ -1,0 +1,316 @@
+"""Rows of the correspondence: a Megatron parameter, its Hugging Face tensors, a layout.
+
+A row is declared once, with ``*`` where a number stands, and serves every direction: plans of
+whole checkpoints read its `layout`, and `hf_to_megatron` / `megatron_to_hf` apply the same layout
+to single tensors and the shard that a module holds.
+
+    AutoMapping                 one tensor, unchanged, sharded however the module is
+    ReplicatedMapping           one tensor, the same on every tensor-parallel rank
+    ColumnParallelMapping       one tensor, output rows (axis 0) split over ranks
+    RowParallelMapping          one tensor, input columns (axis 1) split over ranks
+    QKVMapping                  q, k and v, interleaved by key-value group
+    ConcatenatedQKVMapping      one tensor [q; k; v], interleaved by head
+    GatedMLPMapping             gate and up, each split over ranks
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from megatron.bridge.errors import InputError
+from megatron.bridge.models.conversion.layout import (
+    HF,
+    Concatenate,
+    Layout,
+    LayoutError,
+    PadRows,
+    Same,
+    gated_qkv,
+    packed_qkv,
+    qkv,
+)
+from megatron.bridge.models.conversion.structure import LayoutFields
+
+if TYPE_CHECKING:
+    import torch
+
+WILDCARD = "*"
+
+
+class ParamMapping(ABC):
+    """One row: `megatron_param` is made of the tensors in `hf_params`, by role.
+
+    megatron_param: name of the parameter in a model built with fused layer norms, ``*`` for numbers.
+    hf_params: Hugging Face name by role, with as many ``*``, in the same order.
+    hf_symbols: shape of each tensor in the symbols of ModelStructure.dims ("3 H"); rows that do not
+        declare shapes take them from the files, and cannot be planned from a config alone.
+    only: the feature of ModelStructure without which the row does not exist.
+    """
+
+    def __init__(
+        self,
+        megatron_param: str,
+        hf_params: Mapping[str, str],
+        hf_symbols: Mapping[str, str] | None = None,
+        *,
+        only: str | None = None,
+    ) -> None:
+        self.megatron_param = megatron_param
+        self.hf_params = dict(hf_params)
+        self.hf_symbols = dict(hf_symbols or {})
+        self.only = only
+        self._validate_patterns()
+
+    def _validate_patterns(self) -> None:
+        """All names have the same number of wildcards, and shapes belong to declared tensors."""
+        count = self.megatron_param.count(WILDCARD)
+        for name in self.hf_params.values():
+            if name.count(WILDCARD) != count:
+                raise ValueError(f"{self.megatron_param} and {name} differ in their wildcards")
+        if unknown := set(self.hf_symbols) - set(self.hf_params):
+            raise ValueError(f"{self.megatron_param}: shapes for unknown tensors {sorted(unknown)}")
+
+    @property
+    def hf_param(self) -> str | dict[str, str]:
+        """The Hugging Face name, or the names by role where there are several."""
+        return self.hf_params[HF] if set(self.hf_params) == {HF} else dict(self.hf_params)
+
+    @abstractmethod
+    def layout(self, fields: LayoutFields) -> Layout:
+        """The layout, for a model with these fields."""
+
+    def resolve(self, numbers: tuple[str, ...]) -> Self:
+        """The row with its wildcards replaced by `numbers`, in order."""
+        row = object.__new__(type(self))
+        row.__dict__.update(self.__dict__)
+        row.megatron_param = fill(self.megatron_param, numbers)
+        row.hf_params = {role: fill(name, numbers) for role, name in self.hf_params.items()}
+        return row
+
+    def hf_to_megatron(
+        self,
+        hf_weights: "torch.Tensor | Mapping[str, torch.Tensor]",
+        megatron_module: "torch.nn.Module",
+    ) -> "torch.Tensor":
+        """This rank's shard of the parameter, from whole Hugging Face tensors.
+
+        hf_weights: the tensor, or tensors by role. megatron_module: the module that owns the
+        parameter. Returns a tensor of the parameter's local shape, in the dtype of the source.
+        Raises InputError if shapes do not fit.
+        """
+        from megatron.bridge.models.conversion.tensor_parallel import local_shard
+        from megatron.bridge.models.conversion.transfer import assemble
+
+        tensors = dict(hf_weights) if isinstance(hf_weights, Mapping) else {HF: hf_weights}
+        with self._layout_errors():
+            layout = self.layout(megatron_module.config)
+            whole = assemble(layout, tensors)
+        return local_shard(whole, self._parameter(megatron_module), megatron_module, layout)
+
+    def megatron_to_hf(
+        self, megatron_weights: "torch.Tensor", megatron_module: "torch.nn.Module"
+    ) -> "dict[str, torch.Tensor]":
+        """Whole Hugging Face tensors by name, from this rank's shard of the parameter.
+
+        A collective over the tensor-parallel group where the parameter is split. Raises
+        InputError if shapes do not fit.
+        """
+        from megatron.bridge.models.conversion.tensor_parallel import gather_shards
+        from megatron.bridge.models.conversion.transfer import disassemble
+
+        with self._layout_errors():
+            layout = self.layout(megatron_module.config)
+            parameter = self._parameter(megatron_module)
+            whole = gather_shards(megatron_weights, parameter, megatron_module, layout)
+            tensors = disassemble(layout, whole)
+        return {self.hf_params[role]: tensor for role, tensor in tensors.items()}
+
+    def _parameter(self, module: "torch.nn.Module") -> "torch.nn.Parameter":
+        """The module's own parameter; it knows along which axis it is split."""
+        name = self.megatron_param.rpartition(".")[2]
+        found = dict(module.named_parameters(recurse=False)).get(name)
+        if found is None:
+            # Layer specs without fused norms keep layer_norm_weight in a module of its own.
+            found = dict(module.named_parameters(recurse=False)).get(name.rpartition("_")[2])
+        if found is None:
+            raise InputError(f"{self.megatron_param}: {type(module).__name__} has no such parameter")
+        self._check_parallel(found)
+        return found
+
+    expected_axis: ClassVar[int | None] = None
+    """The axis along which tensor parallelism must split the parameter, or None for any."""
+
+    @property
+    def extra_state(self) -> str | None:
+        """Name of the state that a tensor-parallel linear layer saves beside its weight, if any.
+
+        megatron-core's own layers save an empty one, which its loader then asks for.
+        """
+        module, _, parameter = self.megatron_param.rpartition(".")
+        is_linear = self.expected_axis is not None and parameter == "weight"
+        return f"{module}._extra_state" if is_linear else None
+
+    def _check_parallel(self, parameter: "torch.nn.Parameter") -> None:
+        axis = split_axis(parameter)
+        if self.expected_axis is not None and axis not in (None, self.expected_axis):
+            raise InputError(
+                f"{self.megatron_param}: declared as {type(self).__name__}, but the module splits "
+                f"axis {axis}; declare it as AutoMapping or mend the layer spec"
+            )
+
+    def _layout_errors(self) -> "_NamedLayoutErrors":
+        return _NamedLayoutErrors(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.megatron_param!r}, {self.hf_param!r})"
+
+
+class _NamedLayoutErrors:
+    """Turns a LayoutError into an InputError that names the row."""
+
+    def __init__(self, row: ParamMapping) -> None:
+        self.row = row
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, LayoutError):
+            names = ", ".join(self.row.hf_params.values())
+            raise InputError(f"{self.row.megatron_param} from {names}: {error}") from error
+
+
+class _OneToOne(ParamMapping):
+    """A row with one Hugging Face tensor.
+
+    vocabulary: axis 0 counts tokens, and Megatron pads it so that it divides over ranks.
+    """
+
+    def __init__(
+        self,
+        megatron_param: str,
+        hf_param: str,
+        shape: str | None = None,
+        *,
+        vocabulary: bool = False,
+        only: str | None = None,
+    ) -> None:
+        self.vocabulary = vocabulary
+        symbols = None if shape is None else {HF: shape}
+        super().__init__(megatron_param, {HF: hf_param}, symbols, only=only)
+
+    @property
+    def extra_state(self) -> str | None:
+        """The embedding has none, and GPTModel does not save that of the output layer."""
+        return None if self.vocabulary else super().extra_state
+
+    def layout(self, fields: LayoutFields) -> Layout:
+        if not self.vocabulary:
+            return Same()
+        return PadRows(Same(), rows=fields.vocab_size, padded_rows=fields.padded_vocab_size)  # type: ignore[attr-defined]
+
+
+class AutoMapping(_OneToOne):
+    """One tensor, unchanged; the module says how it is split."""
+
+
+class ReplicatedMapping(_OneToOne):
+    """One tensor that every tensor-parallel rank holds whole."""
+
+    def _check_parallel(self, parameter: "torch.nn.Parameter") -> None:
+        if (axis := split_axis(parameter)) is not None:
+            raise InputError(
+                f"{self.megatron_param}: declared as ReplicatedMapping, but the module splits "
+                f"axis {axis}; declare it as AutoMapping"
+            )
+
+
+class ColumnParallelMapping(_OneToOne):
+    """One tensor whose rows (output features, vocabulary entries) are split over ranks."""
+
+    expected_axis = 0
+
+
+class RowParallelMapping(_OneToOne):
+    """One tensor whose columns (input features) are split over ranks."""
+
+    expected_axis = 1
+
+
+class QKVMapping(ParamMapping):
+    """Separate q, k and v projections; Megatron holds [queries, key, value] per key-value group.
+
+    gated: each head of q is [query; gate], and Megatron's group is [queries, gates, key, value].
+    """
+
+    expected_axis = 0
+
+    def __init__(
+        self,
+        megatron_param: str,
+        q: str,
+        k: str,
+        v: str,
+        shapes: tuple[str, str] | None = None,
+        *,
+        gated: bool = False,
+        only: str | None = None,
+    ) -> None:
+        self.gated = gated
+        symbols = None if shapes is None else {"q": shapes[0], "k": shapes[1], "v": shapes[1]}
+        super().__init__(megatron_param, {"q": q, "k": k, "v": v}, symbols, only=only)
+
+    def layout(self, fields: LayoutFields) -> Layout:
+        make = gated_qkv if self.gated else qkv
+        return make(fields.num_attention_heads, fields.num_query_groups, fields.kv_channels)
+
+
+class ConcatenatedQKVMapping(_OneToOne):
+    """One tensor [all q; all k; all v]; Megatron holds [q, k, v] per head."""
+
+    expected_axis = 0
+
+    def layout(self, fields: LayoutFields) -> Layout:
+        return packed_qkv(fields.num_attention_heads, fields.kv_channels)
+
+
+class GatedMLPMapping(ParamMapping):
+    """Separate gate and up projections; Megatron holds [gate; up], each split over ranks."""
+
+    expected_axis = 0
+
+    def __init__(
+        self,
+        megatron_param: str,
+        gate: str,
+        up: str,
+        shape: str | None = None,
+        *,
+        only: str | None = None,
+    ) -> None:
+        symbols = None if shape is None else {"gate": shape, "up": shape}
+        super().__init__(megatron_param, {"gate": gate, "up": up}, symbols, only=only)
+
+    def layout(self, fields: LayoutFields) -> Layout:
+        return Concatenate(("gate", "up"))
+
+
+def split_axis(parameter: "torch.nn.Parameter") -> int | None:
+    """The axis that tensor parallelism splits, as megatron-core marks it on the parameter."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return int(parameter.partition_dim)  # type: ignore[attr-defined]
+
+
+def fill(pattern: str, numbers: tuple[str, ...]) -> str:
+    """`pattern` with its wildcards replaced, in order."""
+    parts = pattern.split(WILDCARD)
+    if len(parts) != len(numbers) + 1:
+        raise ValueError(f"{pattern} has {len(parts) - 1} wildcards, not {len(numbers)}")
+    return parts[0] + "".join(n + part for n, part in zip(numbers, parts[1:], strict=True))
+
+
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    """Matches the names that `pattern` stands for; groups are the numbers."""
+    return re.compile(r"(\d+)".join(re.escape(part) for part in pattern.split(WILDCARD)))

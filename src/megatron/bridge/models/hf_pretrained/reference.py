@@ -1,0 +1,91 @@
+"""From what a user types, a folder or a hub id, to a folder on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from megatron.bridge.errors import InputError, ReferenceNotFound
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+_SIDE_FILE_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*"]
+_WEIGHT_PATTERNS = ["*.safetensors"]
+
+
+def resolve_reference(
+    reference: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
+) -> Path:
+    """The folder of a model given as a folder, or as a hub id `org/name` or `org/name@revision`.
+
+    A folder that exists is taken as it is. A hub id is fetched into the hub's cache, or with
+    HF_HUB_OFFLINE=1 looked up there; without `weights`, only the config, tokenizer and other
+    small files are fetched.
+
+    Raises ReferenceNotFound if there is no such folder, repository or revision, or the hub cannot
+    be reached; InputError if a revision is given twice, or for a folder.
+    """
+    text = os.fspath(reference)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"{text} is a folder: a revision ({revision!r}) means nothing for it")
+        return folder.absolute()
+    if folder.exists():
+        raise ReferenceNotFound(f"{text} is a file; give the folder that holds it, or a hub id")
+    repository, revision = _split_revision(text, revision)
+    if not _HUB_ID.fullmatch(repository) or repository.startswith((".", "~")):
+        raise ReferenceNotFound(
+            f"{text!r}: there is no such folder, and it is not a hub id (org/name or "
+            "org/name@revision); check the path"
+        )
+    return _snapshot(repository, revision, weights)
+
+
+def _split_revision(text: str, revision: str | None) -> tuple[str, str | None]:
+    repository, mark, suffix = text.partition("@")
+    if not mark:
+        return text, revision
+    if not suffix:
+        raise InputError(f"{text!r}: the revision behind '@' is empty")
+    if revision is not None and revision != suffix:
+        raise InputError(f"{text!r} names another revision than revision={revision!r}; give one")
+    return repository, suffix
+
+
+def _snapshot(repository: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    wanted = f"{repository}@{revision}" if revision else repository
+    patterns = _SIDE_FILE_PATTERNS + (_WEIGHT_PATTERNS if weights else [])
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except hub.GatedRepoError as error:
+        reason = "access to it has to be granted on the hub; ask for it, and log in"
+        raise ReferenceNotFound(f"{wanted}: {reason}") from error
+    except hub.RevisionNotFoundError as error:
+        raise ReferenceNotFound(f"{wanted}: the repository has no such revision") from error
+    except hub.RepositoryNotFoundError as error:
+        reason = "the hub has no such repository, or it is private and you are not logged in"
+        raise ReferenceNotFound(f"{wanted}: {reason}") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        raise ReferenceNotFound(f"{wanted}: {_not_cached()}") from error
+    except (hub.HFValidationError, hub.HfHubHTTPError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ReferenceNotFound(f"{wanted}: the hub answered: {first_line}") from error
+
+
+def _not_cached() -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return (
+            "there is no such folder, it is not in the hub's cache, and HF_HUB_OFFLINE forbids "
+            "fetching it; unset HF_HUB_OFFLINE, or give a folder"
+        )
+    return (
+        "there is no such folder, it is not in the hub's cache, and the hub cannot be reached; "
+        "check the connection, or give a folder"
+    )

@@ -1,0 +1,195 @@
+"""A Hugging Face vision-language model: its config, tensors, processor and side files.
+
+hf = PreTrainedVLM.from_pretrained("Qwen/Qwen3-VL-2B-Instruct")
+hf.hf_config.require("text_config.num_hidden_layers", int)
+hf.tensors.read("model.language_model.norm.weight")
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from megatron.bridge.errors import InputError
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.reference import resolve_reference
+from megatron.bridge.models.hf_pretrained.side_files import side_files
+from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+
+if TYPE_CHECKING:
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+    )
+
+
+class PreTrainedVLM:
+    """One model, as a folder or hub id with weights, or as a config alone.
+
+    Everything is found and read when it is first asked for. Attributes that need files raise
+    InputError when only a config is at hand.
+    """
+
+    def __init__(
+        self,
+        reference: str | os.PathLike[str] | None,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        config: HFConfig | None = None,
+    ) -> None:
+        """Use `from_pretrained` or `from_config`."""
+        self._reference = reference
+        self._revision = revision
+        self._given_config = config
+        self.trust_remote_code = trust_remote_code
+        """Whether transformers may run Python code that comes with the model."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | os.PathLike[str],
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """A model folder, or a hub id `org/name` or `org/name@revision`.
+
+        A hub id's small files are fetched here, its weights when they are first needed. Raises
+        ReferenceNotFound.
+        """
+        model = cls(reference, revision=revision, trust_remote_code=trust_remote_code)
+        _ = model.folder  # a reference that leads nowhere is an error now, not later
+        return model
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig | Mapping[str, Any] | HFConfig) -> Self:
+        """A model without files. The config is copied."""
+        if isinstance(config, HFConfig):
+            return cls(None, config=config)
+        if isinstance(config, Mapping):
+            return cls(None, config=HFConfig.from_dict(config))
+        return cls(None, config=HFConfig.from_transformers(config))
+
+    @property
+    def name_or_path(self) -> str:
+        """What the user gave; for a config alone, where that came from."""
+        if self._reference is None:
+            return self.hf_config.origin
+        return os.fspath(self._reference)
+
+    @property
+    def has_files(self) -> bool:
+        """False if there is a config and nothing else."""
+        return self._reference is not None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are safetensors files; a hub id counts as having them."""
+        if self._reference is None:
+            return False
+        folder = Path(self._reference).expanduser()
+        return not folder.is_dir() or any(folder.glob("*.safetensors"))
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder with the model's small files."""
+        return resolve_reference(self._required_reference(), self._revision, weights=False)
+
+    @cached_property
+    def weights_folder(self) -> Path:
+        """The folder with the weights: `folder`, after the weights were fetched if need be."""
+        if Path(self._required_reference()).expanduser().is_dir():
+            return self.folder
+        # The snapshot is named after its commit: the weights have to be of the same one.
+        repository = os.fspath(self._required_reference()).partition("@")[0]
+        return resolve_reference(repository, self.folder.name)
+
+    @cached_property
+    def hf_config(self) -> HFConfig:
+        """config.json as plain JSON; ConfigError if it cannot be read."""
+        return self._given_config or HFConfig.from_file(self.folder)
+
+    @cached_property
+    def tensors(self) -> TensorIndex:
+        """The weights, from headers only; CheckpointError if they are not in order."""
+        return TensorIndex.from_folder(self.weights_folder)
+
+    @cached_property
+    def main_dtype(self) -> str:
+        """The safetensors dtype of most of the weights; without files, that of the config.
+
+        Raises ConfigError for a config alone that names none.
+        """
+        if self.has_weights:
+            sizes: Counter[str] = Counter()
+            for tensor in self.tensors.values():
+                sizes[tensor.dtype] += tensor.nbytes
+            return sizes.most_common(1)[0][0]
+        return self.hf_config.dtype
+
+    @cached_property
+    def side_files(self) -> tuple[Path, ...]:
+        """All files but the weights, relative to `folder`; none for a config alone."""
+        return side_files(self.folder) if self.has_files else ()
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The config as a transformers object."""
+        from transformers import AutoConfig
+
+        if self.has_files:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        data = copy.deepcopy(self.hf_config.data)
+        return AutoConfig.for_model(data.pop("model_type"), **data)
+
+    @cached_property
+    def processor(self) -> ProcessorMixin:
+        """The transformers processor of text, images and videos."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The transformers tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The transformers generation settings of this model."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig.from_pretrained(self.folder)
+
+    def load_model(self, **kwargs: Any) -> PreTrainedModel:
+        """The model of transformers itself with these weights, in eager attention.
+
+        It is the reference to compare with. `kwargs` go to its `from_pretrained`, for instance
+        `dtype=torch.float32`.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(
+            self.weights_folder,
+            attn_implementation="eager",
+            trust_remote_code=self.trust_remote_code,
+            **kwargs,
+        )
+
+    def _required_reference(self) -> str | os.PathLike[str]:
+        if self._reference is None:
+            raise InputError(
+                f"{self.name_or_path}: only a config is at hand, no weights and no other files; "
+                "use PreTrainedVLM.from_pretrained with a folder or a hub id"
+            )
+        return self._reference

@@ -1,0 +1,182 @@
+"""Providers: a megatron-core config that also builds the model it describes."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.backends.selection import default_transformer_impl
+from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
+from megatron.bridge.runtime.parallel import ParallelSizes, initialize_process_groups
+
+PreWrapHook = Callable[[list[MegatronModule]], None]
+
+
+@dataclass
+class ModelProvider(TransformerConfig):
+    """A TransformerConfig whose fields may be set after construction.
+
+    megatron-core validates and derives fields when a config is constructed. Here that waits for
+    `finalize()`, so that a provider read from a checkpoint can be adapted first:
+
+        provider.tensor_model_parallel_size = 2
+        provider.finalize()
+        chunks = provider.provide_distributed_model()
+
+    Attributes:
+        vocab_size: entries of the real vocabulary.
+        make_vocab_size_divisible_by: the padded vocabulary is a multiple of this times the
+            tensor-parallel size.
+        should_pad_vocab: pad the vocabulary at all.
+        seq_length: longest sequence the model was made for, in tokens.
+        share_embeddings_and_output_weights: one weight for embedding and output layer.
+        parallel_output: return logits split over the tensor-parallel ranks.
+        transformer_impl: "local" (plain torch) or "transformer_engine"; None chooses.
+    """
+
+    vocab_size: int = 0
+    make_vocab_size_divisible_by: int = 128
+    should_pad_vocab: bool = True
+    seq_length: int = 0
+    share_embeddings_and_output_weights: bool = False
+    parallel_output: bool = False
+    transformer_impl: str | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Deferred to `finalize()`."""
+        self._pre_wrap_hooks: list[PreWrapHook] = []
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up as Megatron does."""
+        if not self.should_pad_vocab:
+            return self.vocab_size
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def finalize(self) -> None:
+        """Validate and derive; calling it again after a change is allowed.
+
+        Raises:
+            ConfigError: every problem found by this project, or the first one that megatron-core
+                finds.
+        """
+        if self.transformer_impl is None:
+            self.transformer_impl = default_transformer_impl()
+        if problems := self.problems():
+            raise ConfigError(
+                f"{type(self).__name__} cannot be built:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+            )
+        try:
+            TransformerConfig.__post_init__(self)
+        except (AssertionError, ValueError) as error:
+            raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
+
+    def problems(self) -> list[str]:
+        """What cannot be built, one sentence each naming field, value and expectation."""
+        problems = [
+            f"{field} is {getattr(self, field)}: it must be set to a positive number"
+            for field in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+            if getattr(self, field) <= 0
+        ]
+        ranks = self.tensor_model_parallel_size
+        if not self.should_pad_vocab and self.vocab_size % ranks:
+            problems.append(
+                f"vocab_size is {self.vocab_size}, not a multiple of tensor_model_parallel_size = "
+                f"{ranks}: set should_pad_vocab=True"
+            )
+        if self.sequence_parallel and ranks == 1:
+            problems.append(
+                "sequence_parallel is True with tensor_model_parallel_size = 1: set it to False"
+            )
+        if self.context_parallel_size != 1:
+            problems.append(
+                f"context_parallel_size is {self.context_parallel_size}: only 1 is implemented"
+            )
+        return problems
+
+    @abstractmethod
+    def provide(
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> MegatronModule:
+        """Build this rank's model, or its chunk `vp_stage` of an interleaved pipeline.
+
+        Parameters are created in `params_dtype` on the current CUDA device, on the CPU without
+        CUDA, or on the device of an enclosing `with torch.device("meta")`. Process groups must
+        exist.
+
+        Args:
+            pre_process: with embedding and vision encoder; None decides by the pipeline stage.
+            post_process: with the output layer; None decides by the pipeline stage.
+            vp_stage: virtual stage, for interleaved pipelines.
+        """
+
+    def stage_ends(
+        self, pre_process: bool | None, post_process: bool | None, vp_stage: int | None
+    ) -> tuple[bool, bool]:
+        """(first, last): the given values, or what this rank and virtual stage are."""
+        pp_group = ProcessGroupCollection.use_mpu_process_groups(["pp"]).pp
+        stages = self.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage, stages) and is_pp_first_stage(pp_group)
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage, stages) and is_pp_last_stage(pp_group)
+        return pre_process, post_process
+
+    def register_pre_wrap_hook(self, hook: PreWrapHook) -> None:
+        """Call `hook` with the list of built chunks, on their device, before DDP wraps them."""
+        self._pre_wrap_hooks.append(hook)
+
+    def provide_distributed_model(
+        self,
+        ddp_config: DistributedDataParallelConfig | None = None,
+        *,
+        wrap_with_ddp: bool = True,
+        seed: int = 1234,
+    ) -> list[MegatronModule]:
+        """Build this rank's part of the model, ready for training or inference.
+
+        Makes process groups and random states where there are none. Without CUDA, megatron-core
+        is kept running on the CPU until the process ends.
+
+        Args:
+            ddp_config: for the wrapper; None for megatron-core's defaults.
+            wrap_with_ddp: wrap each chunk in megatron-core's DistributedDataParallel.
+            seed: of the random states, where they are not initialized.
+
+        Returns:
+            The chunks of this rank: one, or one per virtual pipeline stage.
+        """
+        self.finalize()
+        activate_megatron_on_cpu()
+        initialize_process_groups(ParallelSizes.from_config(self), seed=seed)
+        stages = self.virtual_pipeline_model_parallel_size
+        vp_stages = [None] if stages is None else list(range(stages))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chunks = [self.provide(vp_stage=vp_stage).to(device) for vp_stage in vp_stages]
+        for hook in self._pre_wrap_hooks:
+            hook(chunks)
+        if not wrap_with_ddp:
+            return chunks
+        ddp_config = ddp_config or DistributedDataParallelConfig()
+        with megatron_on_cpu():
+            return [
+                DistributedDataParallel(self, ddp_config, chunk, disable_bucketing=index > 0)
+                for index, chunk in enumerate(chunks)
+            ]

@@ -1,0 +1,27 @@
+"""Deepstack: the first decoder layers add features of earlier vision blocks to the visual tokens.
+
+The features travel as the `context` of megatron-core's TransformerBlock, which hands it to every
+layer and through activation recomputation, so gradients reach the vision encoder. The decoder has
+no cross attention, its identity stand-in ignores the context.
+"""
+
+from typing import Any
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class DeepstackTransformerLayer(TransformerLayer):
+    """A decoder layer that adds its entry of `context`, if there is one for it, to its output."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As TransformerLayer.
+
+        `context` is None or [s, deepstack layers, b, h], zeros where the token is not visual; with
+        sequence parallelism s is this rank's part, as for the hidden states [s, b, h].
+        """
+        hidden_states, context = super().forward(*args, **kwargs)
+        # layer_number counts from 1 over all pipeline stages.
+        if context is not None and self.layer_number <= context.shape[1]:
+            hidden_states = hidden_states + context[:, self.layer_number - 1]
+        return hidden_states, context

@@ -1,0 +1,261 @@
+"""Qwen3-VL: vision encoder and language model in one megatron-core module."""
+
+from typing import TYPE_CHECKING
+
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron.bridge.errors import InputError
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.inputs import (
+    VisualInputs,
+    deepstack_context,
+    place,
+)
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
+    get_packed_rope_index,
+    get_rope_index,
+    token_types,
+)
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
+from megatron.bridge.runtime.cpu import megatron_on_cpu
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
+
+
+class Qwen3VLModel(MegatronModule):
+    """One pipeline stage of Qwen3-VL.
+
+    `vision_model` exists on the first stage only; `language_model` is this stage's part of the
+    decoder, with the embedding on the first and the output layer on the last stage.
+
+    Args:
+        config: a finalized provider.
+        pre_process: this is the first stage.
+        post_process: this is the last stage.
+        vp_stage: virtual pipeline stage, None without interleaving.
+        pg_collection: process groups; None for megatron-core's current ones.
+    """
+
+    def __init__(
+        self,
+        config: "Qwen3VLModelProvider",
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.pg_collection = groups
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        # Pipeline schedules and gradient finalization of megatron-core read these from the model.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
+
+        if pre_process:
+            self.vision_model = Qwen3VLVisionModel(
+                config.vision, config.vision.to_transformer_config(config), groups
+            )
+        self.language_model = Qwen3VLTextModel(
+            config,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the hidden states of the previous pipeline stage, [s, b, h]."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The weight that embedding and output layer share, for gradient finalization."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def freeze(
+        self,
+        *,
+        freeze_language_model: bool = False,
+        freeze_vision_model: bool = False,
+        freeze_vision_projection: bool = False,
+    ) -> None:
+        """Turn gradients off for parts of the model.
+
+        Args:
+            freeze_language_model: embedding, decoder and output layer.
+            freeze_vision_model: the encoder without its mergers.
+            freeze_vision_projection: the merger and the deepstack mergers.
+        """
+        for name, parameter in self.named_parameters():
+            part, _, rest = name.partition(".")
+            if part == "language_model":
+                frozen = freeze_language_model
+            elif rest.startswith(("merger.", "decoder.deepstack_merger_list.")):
+                frozen = freeze_vision_projection
+            else:
+                frozen = freeze_vision_model
+            if frozen:
+                parameter.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        *,
+        trim_vocab_padding: bool = False,
+    ) -> Tensor:
+        """Run this pipeline stage on what the Hugging Face processor returns.
+
+        Args:
+            input_ids: int64 [b, s]; packed sequences are [1, t].
+            position_ids: int64 [3, b, s]; None computes them from tokens and grids.
+            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side;
+                None if all are real.
+            labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
+            loss_mask: [b, s], for multi-token prediction; the returned loss is not multiplied by
+                it, as usual in Megatron.
+            packed_seq_params: "thd" packing, sequences do not see each other.
+            pixel_values: [image patches, channels * frames * height * width of a patch].
+            image_grid_thw: int64 [images, 3], frames, rows and columns in patches.
+            pixel_values_videos: as pixel_values.
+            video_grid_thw: as image_grid_thw.
+            mm_token_type_ids: int [b, s], 0 text, 1 image, 2 video; None derives it from
+                `input_ids`.
+            trim_vocab_padding: return logits of the real vocabulary only.
+
+        Returns:
+            Last stage: logits [b, s, padded vocabulary], of this rank's vocabulary if the
+            provider's `parallel_output` is set; with labels the loss per token, fp32 [b, s].
+            Other stages: hidden states [s, b, h].
+
+        Raises:
+            InputError: inputs that contradict each other, with both numbers.
+        """
+        visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        visual.check(self.config.vision.patch_values, self.config.vision.spatial_merge_size)
+        self._check_text(input_ids, position_ids, attention_mask, packed_seq_params)
+        with megatron_on_cpu():
+            if position_ids is None:
+                position_ids = self._position_ids(
+                    input_ids, attention_mask, packed_seq_params, visual, mm_token_type_ids
+                )
+            decoder_input, context = None, None
+            if self.pre_process:
+                decoder_input, context = self._embed(input_ids, visual)
+            output = self.language_model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=_padding_mask(attention_mask),
+                decoder_input=decoder_input,
+                labels=labels,
+                loss_mask=loss_mask,
+                packed_seq_params=packed_seq_params,
+                extra_block_kwargs=None if context is None else {"context": context},
+                runtime_gather_output=labels is None and not self.config.parallel_output,
+            )
+        if trim_vocab_padding and self.post_process and labels is None:
+            return output[..., : self.config.vocab_size]
+        return output
+
+    def _check_text(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> None:
+        batch, length = input_ids.shape
+        if position_ids is not None and position_ids.shape != (3, batch, length):
+            raise InputError(
+                f"position_ids has shape {list(position_ids.shape)}, expected "
+                f"{[3, batch, length]}: temporal, height and width of every token"
+            )
+        if attention_mask is not None and attention_mask.shape != (batch, length):
+            raise InputError(
+                f"attention_mask has shape {list(attention_mask.shape)}, expected "
+                f"{[batch, length]} with 1 for real tokens"
+            )
+        if packed_seq_params is not None and (batch != 1 or attention_mask is not None):
+            raise InputError(
+                f"packed_seq_params was given with input_ids of shape {[batch, length]} and "
+                f"attention_mask {'None' if attention_mask is None else 'set'}: a packed batch is "
+                f"[1, tokens], without a mask"
+            )
+        ranks = self.config.tensor_model_parallel_size
+        if self.config.sequence_parallel and length % ranks:
+            raise InputError(
+                f"the sequence length {length} is not a multiple of "
+                f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
+                f"batch on the right."
+            )
+
+    def _position_ids(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+        visual: VisualInputs,
+        mm_token_type_ids: Tensor | None,
+    ) -> Tensor:
+        """[3, b, s] on the device of `input_ids`."""
+        types = mm_token_type_ids
+        if types is None:
+            config = self.config
+            types = token_types(input_ids, config.image_token_id, config.video_token_id)
+        merge = self.config.vision.spatial_merge_size
+        grids = (visual.image_grid_thw, visual.video_grid_thw)
+        if packed_seq_params is None:
+            return get_rope_index(types, *grids, attention_mask, merge)
+        boundaries = packed_seq_params.cu_seqlens_q_padded
+        if boundaries is None:
+            boundaries = packed_seq_params.cu_seqlens_q
+        return get_packed_rope_index(types, *grids, boundaries, merge)
+
+    def _embed(self, input_ids: Tensor, visual: VisualInputs) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [s, b, h] with the visual features in place, and the deepstack context.
+
+        With sequence parallelism both are this rank's part of the sequence.
+        """
+        embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
+        config, context = self.config, None
+        positions = visual.token_positions(
+            input_ids,
+            config.image_token_id,
+            config.video_token_id,
+            config.vision.spatial_merge_size,
+        )
+        if (joined := visual.joined()) is not None:
+            features, deepstack = self.vision_model(*joined)
+            context = deepstack_context(deepstack, embeddings, positions)
+            embeddings = place(features, embeddings, positions)
+        if config.sequence_parallel:
+            group = self.pg_collection.tp
+            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group)
+            if context is not None:
+                context = tensor_parallel.scatter_to_sequence_parallel_region(context, group)
+        return embeddings, context
+
+
+def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """[b, s] with nonzero for real tokens -> [b, 1, 1, s] with True for padding; None if none."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return ~attention_mask.bool()[:, None, None, :]

@@ -1,0 +1,149 @@
+"""The provider of dense Qwen3-VL models."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor
+
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
+from megatron.bridge.runtime.cpu import megatron_on_cpu
+
+
+@dataclass
+class Qwen3VLModelProvider(ModelProvider):
+    """Config and builder of Qwen3-VL; the fields of megatron-core's TransformerConfig describe the
+    language model, `vision` the encoder.
+
+    Attributes:
+        vision: shape of the vision encoder.
+        rotary_base: theta of the language model.
+        rotary_percent: part of a head that is rotated.
+        mrope_section: frequencies per axis (temporal, height, width); they sum to half of the
+            rotated part of a head.
+        add_attention_output_bias: bias of the attention's output projection, which megatron-core
+            otherwise ties to that of the MLP (`add_bias_linear`).
+        image_token_id: placeholder of one image feature in the prompt.
+        video_token_id: placeholder of one video feature.
+        vision_start_token_id: precedes the placeholders of an image or a frame.
+        vision_end_token_id: follows them.
+        freeze_language_model: build the language model without gradients.
+        freeze_vision_model: likewise the encoder without its mergers.
+        freeze_vision_projection: likewise the mergers.
+    """
+
+    normalization: str = "RMSNorm"
+    layernorm_epsilon: float = 1e-6
+    gated_linear_unit: bool = True
+    activation_func: Callable[[Tensor], Tensor] = F.silu
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    add_attention_output_bias: bool = False
+    qk_layernorm: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    position_embedding_type: Literal["mrope"] = "mrope"
+    rotary_base: float = 5_000_000.0
+    rotary_percent: float = 1.0
+    mrope_section: list[int] = field(default_factory=lambda: [24, 20, 20])
+    scatter_embedding_sequence_parallel: bool = False
+
+    vision: VisionConfig | None = None
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+
+    freeze_language_model: bool = False
+    freeze_vision_model: bool = False
+    freeze_vision_projection: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """A provider from plain values, as a bridge derives them and a checkpoint records them.
+
+        `params_dtype` is a torch name ("bfloat16"), `vision` a mapping of VisionConfig's fields.
+        """
+        vision = dict(settings["vision"])
+        vision["deepstack_visual_indexes"] = tuple(vision["deepstack_visual_indexes"])
+        fields = {**settings, "vision": VisionConfig(**vision)}
+        fields["params_dtype"] = getattr(torch, settings["params_dtype"])
+        return cls(**fields)
+
+    def problems(self) -> list[str]:
+        """What cannot be built, one sentence each naming field, value and expectation."""
+        problems = super().problems()
+        for name, only in (
+            ("position_embedding_type", "mrope"),
+            ("scatter_embedding_sequence_parallel", False),
+            ("apply_rope_fusion", False),
+            ("rotary_interleaved", False),
+            ("multi_latent_attention", False),
+            ("num_moe_experts", None),
+            ("experimental_attention_variant", None),
+            ("mtp_num_layers", None),
+            ("cpu_offloading", False),
+        ):
+            if (found := getattr(self, name)) != only:
+                problems.append(f"{name} is {found!r}: {type(self).__name__} needs {only!r}")
+        if self.kv_channels is None:
+            problems.append("kv_channels is None: set it to the head size of the language model")
+        elif 2 * sum(self.mrope_section) != (rotated := int(self.kv_channels * self.rotary_percent)):
+            problems.append(
+                f"mrope_section is {self.mrope_section}, which sums to {sum(self.mrope_section)}: "
+                f"expected half of the {rotated} rotated channels of a head"
+            )
+        for name in ("image_token_id", "video_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                problems.append(
+                    f"{name} is {getattr(self, name)}, outside of vocab_size = {self.vocab_size}"
+                )
+        if self.vision is None:
+            problems.append("vision is None: set it to a VisionConfig")
+        else:
+            problems += self.vision.problems(
+                hidden_size=self.hidden_size,
+                tensor_model_parallel_size=self.tensor_model_parallel_size,
+            )
+        return problems
+
+    def finalize(self) -> None:
+        """As ModelProvider; also, the layers that take deepstack must be on the first stage."""
+        super().finalize()
+        vision = cast(VisionConfig, self.vision)
+        first_stage = get_num_layers_to_build(
+            self, None if self.virtual_pipeline_model_parallel_size is None else 0, pp_rank=0
+        )
+        if first_stage < (taps := len(vision.deepstack_visual_indexes)):
+            raise ConfigError(
+                f"the first pipeline stage gets {first_stage} decoder layers, and the first {taps} "
+                f"need the deepstack features of the vision encoder, which is there. Lower "
+                f"pipeline_model_parallel_size or virtual_pipeline_model_parallel_size."
+            )
+
+    def provide(
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> Qwen3VLModel:
+        """Build this rank's model; see ModelProvider.provide."""
+        self.finalize()
+        with megatron_on_cpu():
+            pre_process, post_process = self.stage_ends(pre_process, post_process, vp_stage)
+            model = Qwen3VLModel(
+                self, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            )
+        model.freeze(
+            freeze_language_model=self.freeze_language_model,
+            freeze_vision_model=self.freeze_vision_model,
+            freeze_vision_projection=self.freeze_vision_projection,
+        )
+        return model

@@ -1,0 +1,5 @@
+"""Running megatron-core: on a machine without a GPU, quietly, and with its process groups."""
+
+from megatron.bridge.runtime.quiet import silence_megatron_core
+
+silence_megatron_core()

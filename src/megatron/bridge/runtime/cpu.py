@@ -1,0 +1,145 @@
+"""Stock megatron-core on a machine without a GPU.
+
+megatron-core asks `torch.cuda` for the current device, for streams and events, and for the random
+state of the device. Where CUDA is not available these few questions are answered for the CPU while
+`megatron_on_cpu()` is active; where it is available nothing is touched.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron.bridge.runtime.quiet import DropMessage
+
+_RANDOM_LOGGER = "megatron.core.tensor_parallel.random"
+
+
+class _Event:
+    """An event on a device that runs everything in order: nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Event):
+    """A stream on a device that runs everything in order."""
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+def _current_device() -> torch.device:
+    """The CPU, or the device of an enclosing `with torch.device(...)`, such as "meta"."""
+    return torch.get_default_device()
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _stays(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
+
+
+def _patches() -> list[tuple[Any, str, Any]]:
+    from megatron.core.tensor_parallel import random
+
+    return [
+        (torch.cuda, "current_device", _current_device),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "Event", _Event),
+        (torch.cuda, "stream", contextlib.nullcontext),
+        (torch.cuda, "current_stream", _Stream),
+        (torch.cuda, "default_stream", _Stream),
+        (torch.cuda, "get_rng_state", _get_rng_state),
+        (torch.cuda, "manual_seed", _manual_seed),
+        (torch.Tensor, "cuda", _stays),
+        (random, "_get_cuda_rng_state", _get_rng_state),
+        (random, "_set_cuda_rng_state", _set_rng_state),
+    ]
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in _patches():
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        # The tracker warns when the CPU's random state moves inside the GPU's: here they are one.
+        same_generator = DropMessage("CPU RNG state changed within GPU RNG context")
+        logger = logging.getLogger(_RANDOM_LOGGER)
+        logger.addFilter(same_generator)
+        stack.callback(logger.removeFilter, same_generator)
+        yield
+
+
+_depth = 0
+_stack = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Let megatron-core build, run and differentiate models on the CPU inside this context.
+
+    Re-entrant; the outermost exit restores `torch.cuda`. Does nothing where CUDA is available.
+    Not for use from several threads at once, since it replaces attributes of modules.
+    """
+    global _depth
+    if torch.cuda.is_available():
+        yield
+        return
+    if _depth == 0:
+        _stack.enter_context(_patched())
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if _depth == 0:
+            _stack.close()
+
+
+def activate_megatron_on_cpu() -> None:
+    """Enter `megatron_on_cpu()` until the end of the process.
+
+    A model that is handed to a training loop needs it beyond any block of ours: the backward pass
+    of tensor-parallel layers and of recomputation asks `torch.cuda` too.
+    """
+    global _activated
+    if not _activated:
+        _activated = True
+        _forever.enter_context(megatron_on_cpu())
+
+
+_activated = False
+_forever = contextlib.ExitStack()

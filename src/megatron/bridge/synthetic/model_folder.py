@@ -1,0 +1,41 @@
+"""Making a model folder: random weights, and everything that makes it usable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron.bridge.checkpoint.staging import staged_folder
+from megatron.bridge.synthetic.families import find_family
+from megatron.bridge.synthetic.settings import resolve_settings
+
+
+def make_model(
+    family: str,
+    out: str | os.PathLike[str],
+    settings: Mapping[str, object] | None = None,
+    seed: int = 0,
+    *,
+    force: bool = False,
+) -> Path:
+    """Make a random model of `family` in the folder `out`, in the released disk layout.
+
+    transformers loads it, and its processor takes real images and videos. `settings` change the
+    family's config (see `megatron.bridge.synthetic.settings`). The same arguments give the same
+    files. Memory is bounded by the largest tensor, so real sizes can be made too.
+
+    Raises UnsupportedModel for an unknown family, InputError for settings that make no model,
+    TargetExists if `out` exists and `force` is not given. `out` appears when it is complete.
+    """
+    declaration = find_family(family)
+    resolved = resolve_settings(declaration, settings or {})
+    with staged_folder(Path(out), force=force) as folder:
+        # Only here, since they import torch and transformers.
+        from megatron.bridge.synthetic.side_files import write_side_files
+        from megatron.bridge.synthetic.weights import random_tensors, write_weights
+
+        write_side_files(folder, declaration, resolved)
+        tensors = random_tensors(resolved.config, resolved.dtype)
+        write_weights(folder, tensors, resolved.num_shards, resolved.max_shard_size, seed)
+    return Path(out)

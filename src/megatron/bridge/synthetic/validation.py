@@ -1,0 +1,106 @@
+"""Whether the values of a config make a model: what transformers would only find out later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_POSITIVE = (
+    "text_config.head_dim",
+    "text_config.hidden_size",
+    "text_config.intermediate_size",
+    "text_config.num_attention_heads",
+    "text_config.num_hidden_layers",
+    "text_config.num_key_value_heads",
+    "vision_config.depth",
+    "vision_config.hidden_size",
+    "vision_config.in_channels",
+    "vision_config.intermediate_size",
+    "vision_config.num_heads",
+    "vision_config.num_position_embeddings",
+    "vision_config.patch_size",
+    "vision_config.spatial_merge_size",
+    "vision_config.temporal_patch_size",
+    "max_shard_size",
+)
+
+
+def problems_of(values: Mapping[str, Any], tokens: int) -> list[str]:
+    """Every contradiction in `values` (by dotted key), for a tokenizer with ids below `tokens`."""
+    problems = [
+        f"{key} must be positive, found {values[key]}" for key in _POSITIVE if values[key] < 1
+    ]
+    if problems:  # the checks below divide
+        return problems
+    return [
+        *_text_problems(values),
+        *_rope_problems(values),
+        *_vision_problems(values),
+        *_other_problems(values, tokens),
+    ]
+
+
+def _text_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    heads = values["text_config.num_attention_heads"]
+    groups = values["text_config.num_key_value_heads"]
+    if heads % groups:
+        yield (
+            f"text_config.num_attention_heads ({heads}) must be a multiple of "
+            f"text_config.num_key_value_heads ({groups})"
+        )
+
+
+def _rope_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    head_dim = values["text_config.head_dim"]
+    section = values["text_config.rope_scaling.mrope_section"]
+    if head_dim % 2 or len(section) != 3 or min(section) < 0 or sum(section) != head_dim // 2:
+        yield (
+            f"text_config.rope_scaling.mrope_section {section} must be three counts whose sum is "
+            f"half of text_config.head_dim ({head_dim})"
+        )
+        return
+    # Interleaved, axis a takes the frequencies a, a + 3, a + 6, ...: its last one must exist.
+    for axis in (1, 2):
+        if section[axis] and axis + 3 * (section[axis] - 1) >= head_dim // 2:
+            yield (
+                f"text_config.rope_scaling.mrope_section {section} cannot be interleaved: axis "
+                f"{axis} needs more frequencies than every third of {head_dim // 2}"
+            )
+
+
+def _vision_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    hidden, heads = values["vision_config.hidden_size"], values["vision_config.num_heads"]
+    if hidden % (4 * heads):
+        yield (
+            f"vision_config.hidden_size ({hidden}) must be a multiple of 4 * "
+            f"vision_config.num_heads ({heads}): each head has two rotary axes of sine and cosine"
+        )
+    positions = values["vision_config.num_position_embeddings"]
+    if math.isqrt(positions) ** 2 != positions:
+        yield f"vision_config.num_position_embeddings ({positions}) must be a square number"
+    taps, depth = values["vision_config.deepstack_visual_indexes"], values["vision_config.depth"]
+    layers = values["text_config.num_hidden_layers"]
+    if taps != sorted(set(taps)) or any(not 0 <= tap < depth for tap in taps):
+        yield (
+            f"vision_config.deepstack_visual_indexes {taps} must be ascending block numbers below "
+            f"vision_config.depth ({depth})"
+        )
+    if len(taps) > layers:
+        yield (
+            f"vision_config.deepstack_visual_indexes {taps} needs as many text layers; "
+            f"text_config.num_hidden_layers is {layers}"
+        )
+    out, text_hidden = values["vision_config.out_hidden_size"], values["text_config.hidden_size"]
+    if out != text_hidden:
+        yield (
+            f"vision_config.out_hidden_size ({out}) must be text_config.hidden_size ({text_hidden})"
+        )
+
+
+def _other_problems(values: Mapping[str, Any], tokens: int) -> Iterator[str]:
+    vocabulary = values["text_config.vocab_size"]
+    if vocabulary < tokens:
+        yield f"text_config.vocab_size ({vocabulary}) is smaller than the tokenizer's ({tokens})"
+    if values["num_shards"] < 0:
+        yield f"num_shards must not be negative, found {values['num_shards']}"

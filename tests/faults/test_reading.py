@@ -1,0 +1,280 @@
+"""Damaged, contradictory and hostile weight files: each is an error that names the culprit."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from model_folders import INDEX, SHARDS, edit_index, safetensors_bytes, write_example, write_json
+
+from megatron.bridge.errors import BridgeError, CheckpointError
+from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_example(tmp_path)
+    return tmp_path
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        TensorIndex.from_folder(folder)
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+def rewrite_shard(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change the tensors of one shard, as another program would have written them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# --- the index against the shards ---
+
+
+def test_key_in_the_index_only(folder: Path) -> None:
+    rewrite_shard(folder / SHARDS[0], lambda tensors: tensors.pop("a.bias"))
+    assert f"a.bias: {INDEX} places it in {SHARDS[0]}, where it is missing" in refused(folder)
+
+
+def test_key_in_a_shard_only(folder: Path) -> None:
+    content = edit_index(folder)
+    del content["weight_map"]["b.scale"]
+    write_json(folder / INDEX, content)
+    assert f"b.scale: it is in {SHARDS[1]} but not in {INDEX}" in refused(folder)
+
+
+def test_renamed_key_is_missing_and_superfluous(folder: Path) -> None:
+    rewrite_shard(folder / SHARDS[0], lambda t: t.__setitem__("a.wieght", t.pop("a.weight")))
+    message = refused(folder)
+    assert f"a.weight: {INDEX} places it in {SHARDS[0]}" in message
+    assert f"a.wieght: it is in {SHARDS[0]} but not in {INDEX}" in message
+
+
+def test_key_in_two_shards(folder: Path) -> None:
+    rewrite_shard(
+        folder / SHARDS[1], lambda tensors: tensors.update({"a.bias": tensors["b.scale"].clone()})
+    )
+    assert f"a.bias: it is in 2 shards: {SHARDS[0]}, {SHARDS[1]}" in refused(folder)
+
+
+def test_key_in_another_shard_than_stated(folder: Path) -> None:
+    content = edit_index(folder)
+    content["weight_map"]["a.bias"] = SHARDS[2]
+    write_json(folder / INDEX, content)
+    assert f"a.bias: {INDEX} places it in {SHARDS[2]}, it is in {SHARDS[0]}" in refused(folder)
+
+
+def test_reshaped_tensor_changes_the_total(folder: Path) -> None:
+    rewrite_shard(
+        folder / SHARDS[0],
+        lambda tensors: tensors.update({"a.weight": tensors["a.weight"][:4].clone()}),
+    )
+    assert "metadata.total_size is" in refused(folder)
+
+
+def test_wrong_total_size(folder: Path) -> None:
+    content = edit_index(folder)
+    content["metadata"]["total_size"] += 1
+    write_json(folder / INDEX, content)
+    stated = content["metadata"]["total_size"]
+    expected = f"metadata.total_size is {stated}, the shards hold {stated - 1} bytes"
+    assert expected in refused(folder)
+
+
+def test_missing_shard(folder: Path) -> None:
+    (folder / SHARDS[1]).unlink()
+    assert f"{SHARDS[1]}: the file is missing" in refused(folder)
+
+
+def test_a_weight_file_that_the_index_does_not_mention(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / SHARDS[0]).read_bytes())
+    assert f"model.safetensors: {INDEX} does not mention this file" in refused(folder)
+
+
+def test_all_problems_in_one_error(folder: Path) -> None:
+    (folder / SHARDS[1]).unlink()
+    rewrite_shard(folder / SHARDS[0], lambda tensors: tensors.pop("a.bias"))
+    (folder / SHARDS[2]).write_bytes(b"")
+    message = refused(folder)
+    assert all(culprit in message for culprit in ("a.bias", SHARDS[1], SHARDS[2]))
+
+
+# --- an index that leads elsewhere, or is none ---
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/etc/model.safetensors", "../model.safetensors", "sub/model.safetensors", "..", "", ".",
+     "..\\model.safetensors", "model.safetensors\0", "C:\\model.safetensors", "config.json"],
+)  # fmt: skip
+def test_index_pointing_outside_the_folder(folder: Path, target: str) -> None:
+    elsewhere = folder.parent / "model.safetensors"
+    elsewhere.write_bytes((folder / SHARDS[0]).read_bytes())
+    content = edit_index(folder)
+    content["weight_map"]["a.bias"] = target
+    write_json(folder / INDEX, content)
+    message = refused(folder)
+    assert f"a.bias points to {target!r}, which is not a plain *.safetensors file name" in message
+
+
+def test_duplicate_key_in_the_index(folder: Path) -> None:
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace('"a.weight"', '"a.bias"', 1))
+    assert "duplicate key(s): a.bias" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "weight_map must map"),
+        ('{"weight_map": {}}', "weight_map must map"),
+        ('{"weight_map": {"a": 1}}', "weight_map must map"),
+        ('{"weight_map": {"a": "m.safetensors"}, "metadata": 3}', "metadata must be an object"),
+        ("[" * 200_000, "cannot be read"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_invalid_index(folder: Path, text: str, reason: str) -> None:
+    (folder / INDEX).write_bytes(text.encode(errors="surrogateescape"))
+    message = refused(folder)
+    assert INDEX in message
+    assert reason in message
+
+
+def test_index_that_is_a_dangling_link_is_not_passed_over(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    (folder / INDEX).symlink_to("gone")
+    assert INDEX in refused(folder)
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert "no safetensors weights" in refused(tmp_path)
+
+
+def test_shards_without_an_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    assert f"3 safetensors files ({SHARDS[0]}" in refused(folder)
+
+
+# --- one file ---
+
+
+def test_truncated_data(folder: Path) -> None:
+    path = folder / SHARDS[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{SHARDS[0]}: is truncated" in refused(folder)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_truncation_at_any_byte(tmp_path: Path, data: st.DataObject) -> None:
+    write_example(tmp_path)
+    path = tmp_path / SHARDS[1]
+    content = path.read_bytes()
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    assert SHARDS[1] in refused(tmp_path)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_flipped_bit_in_a_header_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    """Never another exception than ours, never a read outside the file."""
+    write_example(tmp_path)
+    path = tmp_path / SHARDS[2]
+    content = bytearray(path.read_bytes())
+    header_bytes = 8 + struct.unpack("<Q", content[:8])[0]
+    position = data.draw(st.integers(0, header_bytes - 1))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        index = TensorIndex.from_folder(tmp_path)
+    except BridgeError as error:
+        assert SHARDS[2] in str(error)  # noqa: PT017
+    else:
+        for name in index:
+            index.read(name)
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is truncated: 0 bytes"),
+        (struct.pack("<Q", 2**63) + b"{}", "its length is 9223372036854775808 bytes"),
+        (struct.pack("<Q", 99_000_000) + b"{}", "is truncated: the header needs"),
+        (safetensors_bytes(b"{"), "the header is invalid"),
+        (safetensors_bytes(b"[]"), "expected a JSON object, found list"),
+        (safetensors_bytes(b"\xff\xfe{}"), "the header is invalid"),
+        (safetensors_bytes(b"[" * 200_000), "nested too deeply"),
+        (safetensors_bytes({"w": 1}), "w: expected exactly dtype, shape and data_offsets"),
+        (safetensors_bytes({"w": entry(extra=1)}), "w: expected exactly"),
+        (safetensors_bytes({"w": entry(dtype="F4")}, bytes(24)), "w: dtype 'F4' is not supported"),
+        (safetensors_bytes({"w": entry(dtype=["F32"])}, bytes(24)), "is not supported"),
+        (safetensors_bytes({"w": entry(shape=[2, -3])}, bytes(24)), "w: shape must be"),
+        (safetensors_bytes({"w": entry(shape=[2, 3.0])}, bytes(24)), "w: shape must be"),
+        (safetensors_bytes({"w": entry(shape=[2, True])}, bytes(24)), "w: shape must be"),
+        (safetensors_bytes({"w": entry(data_offsets=[0])}, bytes(24)), "w: data_offsets must be"),
+        (safetensors_bytes({"w": entry(data_offsets=[24, 0])}, bytes(24)), "needs 24 bytes"),
+        (safetensors_bytes({"w": entry(shape=[2, 4])}, bytes(24)), "needs 32 bytes"),
+        (safetensors_bytes({"w": entry(shape=[2**40, 2**40])}, bytes(24)), "needs"),
+        (safetensors_bytes({"w": entry(data_offsets=[8, 32])}, bytes(32)), "a gap before w"),
+        (safetensors_bytes({"v": entry(), "w": entry()}, bytes(24)), "an overlap before w"),
+        (safetensors_bytes({"w": entry()}, bytes(23)), "is truncated"),
+        (safetensors_bytes({"w": entry()}, bytes(25)), "has 1 bytes behind the last tensor"),
+        (safetensors_bytes({"__metadata__": {"format": 1}}), "must map strings to strings"),
+        (safetensors_bytes({"__metadata__": []}), "must map strings to strings"),
+    ],
+)
+def test_invalid_header(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    message = refused(tmp_path)
+    assert "model.safetensors" in message
+    assert reason in message
+
+
+def test_duplicate_key_in_a_header(tmp_path: Path) -> None:
+    one = f'"w":{json.dumps(entry())}'
+    (tmp_path / "model.safetensors").write_bytes(
+        safetensors_bytes(f"{{{one},{one}}}".encode(), bytes(24))
+    )
+    assert "duplicate key(s): w" in refused(tmp_path)
+
+
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "is not a regular file" in refused(tmp_path)
+
+
+def test_a_file_that_shrinks_after_it_was_indexed(folder: Path) -> None:
+    index = TensorIndex.from_folder(folder)
+    os.truncate(folder / SHARDS[0], 200)
+    with pytest.raises(CheckpointError, match="was changed after its header was read"):
+        index.read("a.weight")
+
+
+def test_a_file_that_vanishes_after_it_was_indexed(folder: Path) -> None:
+    index = TensorIndex.from_folder(folder)
+    (folder / SHARDS[0]).unlink()
+    with pytest.raises(CheckpointError, match=rf"{SHARDS[0]}: cannot be read"):
+        index.read("a.weight")

@@ -1,0 +1,63 @@
+"""The oracle: transformers' own model, and ours with the same weights."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from oracle import tiny
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    return tiny.build_processor()
+
+
+@pytest.fixture(scope="module")
+def process_groups() -> Iterator[None]:
+    """A world of this one process, gone at the end of the module."""
+    from megatron.bridge.runtime.parallel import (
+        ParallelSizes,
+        destroy_process_groups,
+        initialize_process_groups,
+    )
+
+    initialize_process_groups(ParallelSizes())
+    yield
+    destroy_process_groups()
+
+
+@pytest.fixture(scope="module")
+def build(
+    processor: Any, process_groups: None, tmp_path_factory: pytest.TempPathFactory
+) -> Build:
+    """build(hf config entries, provider fields) -> hf, ours, bridge: the same weights in both."""
+    from megatron.bridge import AutoBridge
+
+    def build(
+        config: dict[str, Any] | None = None, fields: dict[str, Any] | None = None
+    ) -> SimpleNamespace:
+        hf = tiny.build_hf_model(tiny.build_config(processor, **(config or {})))
+        folder = tmp_path_factory.mktemp("hf")
+        hf.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        bridge = AutoBridge.from_hf_pretrained(str(folder))
+        provider = bridge.to_megatron_provider(load_weights=False)
+        # The files are fp32, and so is the oracle.
+        provider.params_dtype, provider.bf16 = torch.float32, False
+        for name, value in (fields or {}).items():
+            setattr(provider, name, value)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+        bridge.load_hf_weights(chunks)
+        return SimpleNamespace(hf=hf, ours=chunks[0].eval(), bridge=bridge, folder=Path(folder))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def pair(build: Build) -> SimpleNamespace:
+    return build()

@@ -1,0 +1,137 @@
+"""A small Qwen3-VL of Hugging Face with its processor, and real photographs to ask it about.
+
+No two sizes are equal and no matrix is square; the norms and biases are far from ones and zeros.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+VOCAB_SIZE = 307
+
+
+def build_processor() -> Any:
+    """Qwen3VLProcessor with the settings of the released models and a tokenizer of bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer, Qwen3VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+        Qwen2VLImageProcessorPil,
+    )
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    patches = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return Qwen3VLProcessor(
+        # The smallest image is a quarter of the released one's, to keep the tests short.
+        image_processor=Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 16384, "longest_edge": 16777216}, **patches, **pixels
+        ),
+        tokenizer=Qwen2Tokenizer(
+            vocab={byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))},
+            merges=[],
+            additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+            pad_token=SPECIAL_TOKENS[0],
+        ),
+        video_processor=Qwen3VLVideoProcessor(
+            size={"shortest_edge": 4096, "longest_edge": 25165824}, **patches, **pixels
+        ),
+    )
+
+
+def build_config(processor: Any, **top_level: Any) -> Any:
+    """Qwen3VLConfig; `text_config` entries in `top_level` are merged into the defaults."""
+    from transformers import Qwen3VLConfig
+
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 80,
+        "intermediate_size": 144,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5_000_000.0,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 48,
+        "intermediate_size": 112,
+        "num_heads": 3,
+        "patch_size": 16,
+        "out_hidden_size": 80,
+        "num_position_embeddings": 49,
+        "deepstack_visual_indexes": [0, 2],
+    }
+    return Qwen3VLConfig(
+        text_config=text | top_level.pop("text_config", {}),
+        vision_config=vision,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        **top_level,
+    )
+
+
+def build_hf_model(config: Any, seed: int = 0) -> Any:
+    """Qwen3VLForConditionalGeneration, fp32, eager attention, weights that make it lively."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    model = Qwen3VLForConditionalGeneration._from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * noise)
+            elif "embed_tokens" in name or "pos_embed" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def photographs() -> list[Any]:
+    """Two photographs of different sizes and shapes."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    china, flower = (Image.fromarray(image) for image in load_sample_images().images)
+    return [china.resize((190, 130)), flower.crop((100, 0, 420, 427)).resize((120, 230))]
+
+
+def video() -> np.ndarray:
+    """Five frames that pan over a photograph, uint8 [5, height, width, 3]."""
+    pixels = np.asarray(photographs()[0])
+    return np.stack([pixels[10:74, 12 * step : 12 * step + 96] for step in range(5)])
+
+
+def prompt(processor: Any, text: str | list[str], **media: Any) -> dict[str, torch.Tensor]:
+    """What the processor makes of a prompt: tensors to pass to either model."""
+    if "videos" in media:
+        frames = len(media["videos"][0])
+        metadata = [{"fps": 2.0, "total_num_frames": frames, "frames_indices": list(range(frames))}]
+        media |= {"video_metadata": metadata, "do_sample_frames": False}
+    return dict(processor(text=text, return_tensors="pt", **media))
