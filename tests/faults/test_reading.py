@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_folders import INDEX, SHARDS, edit_index, safetensors_bytes, write_example, write_json
 
 from megatron.bridge.errors import BridgeError, CheckpointError
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from model_folders import INDEX, SHARDS, edit_index, safetensors_bytes, write_example, write_json
 
 
 @pytest.fixture
@@ -102,6 +102,11 @@ def test_a_weight_file_that_the_index_does_not_mention(folder: Path) -> None:
     assert f"model.safetensors: {INDEX} does not mention this file" in refused(folder)
 
 
+def test_hidden_files_do_not_count(folder: Path) -> None:
+    (folder / f"._{SHARDS[0]}").write_bytes(b"what some systems leave beside a file")
+    TensorIndex.from_folder(folder)
+
+
 def test_all_problems_in_one_error(folder: Path) -> None:
     (folder / SHARDS[1]).unlink()
     rewrite_shard(folder / SHARDS[0], lambda tensors: tensors.pop("a.bias"))
@@ -157,7 +162,9 @@ def test_invalid_index(folder: Path, text: str, reason: str) -> None:
 def test_index_that_is_a_dangling_link_is_not_passed_over(folder: Path) -> None:
     (folder / INDEX).unlink()
     (folder / INDEX).symlink_to("gone")
-    assert INDEX in refused(folder)
+    for file_name in SHARDS[1:]:  # what is left would do without an index
+        (folder / file_name).unlink()
+    assert f"{INDEX}: the weight index cannot be read" in refused(folder)
 
 
 def test_no_weights(tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ def process_groups() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def build(
-    processor: Any, process_groups: None, tmp_path_factory: pytest.TempPathFactory
-) -> Build:
+def build(processor: Any, process_groups: None, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """build(hf config entries, provider fields) -> hf, ours, bridge: the same weights in both."""
     from megatron.bridge import AutoBridge
 

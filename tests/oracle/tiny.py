@@ -51,7 +51,7 @@ def build_processor() -> Any:
 
 
 def build_config(processor: Any, **top_level: Any) -> Any:
-    """Qwen3VLConfig; `text_config` entries in `top_level` are merged into the defaults."""
+    """Qwen3VLConfig; entries of `text_config` and `vision_config` are merged into the defaults."""
     from transformers import Qwen3VLConfig
 
     token_id = processor.tokenizer.convert_tokens_to_ids
@@ -84,7 +84,7 @@ def build_config(processor: Any, **top_level: Any) -> Any:
     }
     return Qwen3VLConfig(
         text_config=text | top_level.pop("text_config", {}),
-        vision_config=vision,
+        vision_config=vision | top_level.pop("vision_config", {}),
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),

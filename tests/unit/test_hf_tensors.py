@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_folders import INDEX, SHARDS, edit_index, write_example, write_json
 
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from model_folders import INDEX, SHARDS, edit_index, write_example, write_json
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,9 @@ def test_a_box_that_does_not_fit(
     example: tuple[Path, dict[str, Any]], box: tuple[tuple[int, int], ...]
 ) -> None:
     index = TensorIndex.from_folder(example[0])
-    with pytest.raises(CheckpointError, match=r"a\.weight: box .* does not fit into shape \(5, 3\)"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.weight: box .* does not fit into shape \(5, 3\)"
+    ):
         index.read("a.weight", box)
 
 
@@ -136,8 +138,8 @@ def test_pickled_closed_and_used_by_threads(example: tuple[Path, dict[str, Any]]
 
 def test_no_file_stays_open(example: tuple[Path, dict[str, Any]]) -> None:
     def open_files() -> int:
-        return sum(".safetensors" in os.readlink(entry) for entry in Path("/proc/self/fd").iterdir()
-                   if entry.is_symlink())  # fmt: skip
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(link.readlink().suffix == ".safetensors" for link in links)
 
     before = open_files()
     index = TensorIndex.from_folder(example[0])

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import megatron.bridge.runtime  # noqa: F401  (before megatron-core is imported: silences it)
+
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 

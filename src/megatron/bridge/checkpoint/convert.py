@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
 _OPTIMIZER_PREFIX = "optimizer."
-_COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def import_checkpoint(
     Raises PlanError, CheckpointError or ConfigError before anything is written, TargetExists if
     `target` exists and `force` is not set.
     """
-    from megatron.bridge.checkpoint.torch_dist_reader import write_tracker
+    from megatron.bridge.checkpoint.iterations import write_tracker
     from megatron.bridge.checkpoint.torch_dist_writer import write_torch_dist
     from megatron.bridge.models.conversion.transfer import read_megatron
 
@@ -84,7 +83,6 @@ def import_checkpoint(
             ((parameter.key, parameter.box) for parameter in plan.parameters),
             read,
             extra_states=plan.extra_states,
-            common_state=_COMMON_STATE,
         )
         write_config_record(folder, bridge.provider, settings, source.hf_config)
     return Conversion(bridge.source, target, plan)

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron.bridge.checkpoint.iterations import METADATA_FILE
 from megatron.bridge.errors import CheckpointError
-
-METADATA_FILE = ".metadata"
 
 _ALLOWED = frozenset(
     [

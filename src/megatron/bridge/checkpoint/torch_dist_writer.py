@@ -49,15 +49,16 @@ def write_torch_dist(
     read: Callable[[str, Box], torch.Tensor],
     *,
     extra_states: Iterable[str] = (),
-    common_state: Mapping[str, Any],
+    iteration: int = 0,
 ) -> None:
     """Write a torch_dist checkpoint into an existing, empty folder.
 
     tensors: global tensors by key. chunks: boxes that tile them, each stored as one piece and
     asked of `read` when it is its turn. extra_states: names of objects without content.
+    iteration: recorded in the common state, as Megatron's training loop does.
     """
     objects: dict[str, Any] = dict.fromkeys(extra_states)
-    objects[COMMON_STATE] = dict(common_state)
+    objects[COMMON_STATE] = {"checkpoint_version": 3.0, "iteration": iteration}
     with warnings.catch_warnings():
         # One process is what is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -17,7 +17,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.backends.selection import default_transformer_impl
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
 from megatron.bridge.runtime.parallel import ParallelSizes, initialize_process_groups
 
@@ -52,7 +51,7 @@ class ModelProvider(TransformerConfig):
     seq_length: int = 0
     share_embeddings_and_output_weights: bool = False
     parallel_output: bool = False
-    transformer_impl: str | None = None  # type: ignore[assignment]
+    transformer_impl: str | None = None
 
     def __post_init__(self) -> None:
         """Deferred to `finalize()`."""
@@ -73,8 +72,6 @@ class ModelProvider(TransformerConfig):
             ConfigError: every problem found by this project, or the first one that megatron-core
                 finds.
         """
-        if self.transformer_impl is None:
-            self.transformer_impl = default_transformer_impl()
         if problems := self.problems():
             raise ConfigError(
                 f"{type(self).__name__} cannot be built:\n"

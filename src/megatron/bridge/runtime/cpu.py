@@ -89,22 +89,34 @@ def _patches() -> list[tuple[Any, str, Any]]:
     ]
 
 
-@contextlib.contextmanager
-def _patched() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in _patches():
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
-        # The tracker warns when the CPU's random state moves inside the GPU's: here they are one.
-        same_generator = DropMessage("CPU RNG state changed within GPU RNG context")
-        logger = logging.getLogger(_RANDOM_LOGGER)
-        logger.addFilter(same_generator)
-        stack.callback(logger.removeFilter, same_generator)
-        yield
+class _Runtime:
+    """How often the context is entered, and what the outermost exit has to undo."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.activated = False
+        self.undo = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        if self.depth == 0:
+            for owner, name, replacement in _patches():
+                self.undo.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, replacement)
+            # The tracker warns when the CPU's random state moves inside the GPU's: here they are
+            # one and the same.
+            same_generator = DropMessage("CPU RNG state changed within GPU RNG context")
+            logger = logging.getLogger(_RANDOM_LOGGER)
+            logger.addFilter(same_generator)
+            self.undo.callback(logger.removeFilter, same_generator)
+        self.depth += 1
+
+    def leave(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.undo.close()
 
 
-_depth = 0
-_stack = contextlib.ExitStack()
+_runtime = _Runtime()
 
 
 @contextlib.contextmanager
@@ -114,32 +126,22 @@ def megatron_on_cpu() -> Iterator[None]:
     Re-entrant; the outermost exit restores `torch.cuda`. Does nothing where CUDA is available.
     Not for use from several threads at once, since it replaces attributes of modules.
     """
-    global _depth
     if torch.cuda.is_available():
         yield
         return
-    if _depth == 0:
-        _stack.enter_context(_patched())
-    _depth += 1
+    _runtime.enter()
     try:
         yield
     finally:
-        _depth -= 1
-        if _depth == 0:
-            _stack.close()
+        _runtime.leave()
 
 
 def activate_megatron_on_cpu() -> None:
-    """Enter `megatron_on_cpu()` until the end of the process.
+    """Stay in `megatron_on_cpu()` until the end of the process.
 
     A model that is handed to a training loop needs it beyond any block of ours: the backward pass
     of tensor-parallel layers and of recomputation asks `torch.cuda` too.
     """
-    global _activated
-    if not _activated:
-        _activated = True
-        _forever.enter_context(megatron_on_cpu())
-
-
-_activated = False
-_forever = contextlib.ExitStack()
+    if not torch.cuda.is_available() and not _runtime.activated:
+        _runtime.activated = True
+        _runtime.enter()

@@ -1,6 +1,7 @@
 """Process groups: of a real run, and of any rank of an imagined cluster."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class ParallelSizes:
             * self.context_parallel_size
         )
         expert = (
-            self._expert_tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+            self._expert_tensor
+            * self.expert_model_parallel_size
+            * self.pipeline_model_parallel_size
         )
         return max(dense, expert)
 

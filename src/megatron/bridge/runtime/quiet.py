@@ -14,6 +14,10 @@ _WARNINGS = (
     r"Apex is not installed\. Falling back to Torch Norm",
     r"Transformer Engine and Apex are not installed\. Falling back to",
     r"absl\.logging is not installed\. Using logging\.getLogger",
+    # torch's checkpoint loader, about how megatron-core calls it.
+    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+    r"The argument order of load has been changed",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
 )
 
 _LOG_MESSAGES = {
@@ -39,7 +43,7 @@ class DropMessage(logging.Filter):
 def silence_megatron_core() -> None:
     """Install the filters; calling it again changes nothing."""
     for message in _WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        warnings.filterwarnings("ignore", message=message, category=Warning)
     for name, prefix in _LOG_MESSAGES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, DropMessage) for known in logger.filters):

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 
-class PaddedTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
+class PaddedTEDotProductAttention(TEDotProductAttention):
     """TransformerEngine ignores the mask of a "causal" layer: ask for "padding_causal" with one."""
 
     def forward(

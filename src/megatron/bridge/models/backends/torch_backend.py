@@ -45,9 +45,7 @@ class TorchSpecProvider(BackendSpecProvider):
         """Experts one after the other."""
         return partial(
             SequentialMLP,
-            submodules=MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-            ),
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         )
 
     def activation_func(self) -> None:

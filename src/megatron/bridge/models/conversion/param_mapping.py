@@ -16,7 +16,7 @@ to single tensors and the shard that a module holds.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.layout import (
@@ -30,7 +30,7 @@ from megatron.bridge.models.conversion.layout import (
     packed_qkv,
     qkv,
 )
-from megatron.bridge.models.conversion.structure import LayoutFields
+from megatron.bridge.models.conversion.structure import LayoutFields, VocabularyFields
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ class ParamMapping(ABC):
 
         tensors = dict(hf_weights) if isinstance(hf_weights, Mapping) else {HF: hf_weights}
         with self._layout_errors():
-            layout = self.layout(megatron_module.config)
+            layout = self.layout(_fields(megatron_module))
             whole = assemble(layout, tensors)
         return local_shard(whole, self._parameter(megatron_module), megatron_module, layout)
 
@@ -120,7 +120,7 @@ class ParamMapping(ABC):
         from megatron.bridge.models.conversion.transfer import disassemble
 
         with self._layout_errors():
-            layout = self.layout(megatron_module.config)
+            layout = self.layout(_fields(megatron_module))
             parameter = self._parameter(megatron_module)
             whole = gather_shards(megatron_weights, parameter, megatron_module, layout)
             tensors = disassemble(layout, whole)
@@ -208,7 +208,10 @@ class _OneToOne(ParamMapping):
     def layout(self, fields: LayoutFields) -> Layout:
         if not self.vocabulary:
             return Same()
-        return PadRows(Same(), rows=fields.vocab_size, padded_rows=fields.padded_vocab_size)  # type: ignore[attr-defined]
+        language = cast(VocabularyFields, fields)
+        return PadRows(
+            Same(), rows=language.vocab_size, padded_rows=language.padded_vocab_size
+        )
 
 
 class AutoMapping(_OneToOne):
@@ -294,6 +297,11 @@ class GatedMLPMapping(ParamMapping):
 
     def layout(self, fields: LayoutFields) -> Layout:
         return Concatenate(("gate", "up"))
+
+
+def _fields(module: "torch.nn.Module") -> LayoutFields:
+    """The config of a Megatron module; plain torch modules have none, and their rows need none."""
+    return cast(LayoutFields, getattr(module, "config", None))
 
 
 def split_axis(parameter: "torch.nn.Parameter") -> int | None:

@@ -242,7 +242,8 @@ class _Builder:
         self.used.update(row.hf_params.values())
         absent = [name for name in row.hf_params.values() if name not in self.tensors]
         self.missing.update(dict.fromkeys(absent, row.megatron_param))
-        if absent or not self._shapes_as_declared(row):
+        as_declared = self._shapes_as_declared(row)
+        if absent or not as_declared:
             return
         found = {role: self.tensors[name] for role, name in row.hf_params.items()}
         shapes = {role: tuple(tensor.shape) for role, tensor in found.items()}
@@ -270,6 +271,8 @@ class _Builder:
         good = True
         for role, symbols in row.hf_symbols.items():
             name = row.hf_params[role]
+            if name not in self.tensors:
+                continue
             expected, found = self.structure.shape(symbols), tuple(self.tensors[name].shape)
             if expected != found:
                 good = False

@@ -17,9 +17,21 @@ class LayoutFields(Protocol):
     A model's own config satisfies this, so a mapping works on a live module as well as on files.
     """
 
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_query_groups(self) -> int: ...
+    @property
+    def kv_channels(self) -> int: ...
+
+
+class VocabularyFields(LayoutFields, Protocol):
+    """The fields of a language model: also the vocabulary, before and after padding."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def padded_vocab_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class AttentionFields:
 
 @dataclass(frozen=True)
 class LanguageFields(AttentionFields):
-    """The fields of a language model: attention and the vocabulary, before and after padding."""
+    """VocabularyFields without a model."""
 
     vocab_size: int
     padded_vocab_size: int

@@ -27,12 +27,12 @@ def resolve_reference(
     be reached; InputError if a revision is given twice, or for a folder.
     """
     text = os.fspath(reference)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
+    folder = local_folder(reference)
+    if folder is not None:
         if revision is not None:
             raise InputError(f"{text} is a folder: a revision ({revision!r}) means nothing for it")
-        return folder.absolute()
-    if folder.exists():
+        return folder
+    if Path(text).is_file():
         raise ReferenceNotFound(f"{text} is a file; give the folder that holds it, or a hub id")
     repository, revision = _split_revision(text, revision)
     if not _HUB_ID.fullmatch(repository) or repository.startswith((".", "~")):
@@ -41,6 +41,13 @@ def resolve_reference(
             "org/name@revision); check the path"
         )
     return _snapshot(repository, revision, weights)
+
+
+def local_folder(reference: str | os.PathLike[str]) -> Path | None:
+    """The absolute path of the folder that `reference` names; None if it names none."""
+    text = os.fspath(reference)
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser raises for "~nobody")
+    return path.absolute() if text and path.is_dir() else None
 
 
 def _split_revision(text: str, revision: str | None) -> tuple[str, str | None]:

@@ -141,7 +141,8 @@ def _raise_if_any(folder: Path, problems: list[str]) -> None:
 
 
 def _safetensors_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+    names = (path.name for path in folder.glob(f"*{SUFFIX}"))
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _single_file(folder: Path) -> str:

@@ -7,7 +7,6 @@ hf.tensors.read("model.language_model.norm.weight")
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.hf_pretrained.reference import resolve_reference
+from megatron.bridge.models.hf_pretrained.reference import local_folder, resolve_reference
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 
@@ -95,8 +94,8 @@ class PreTrainedVLM:
         """Whether there are safetensors files; a hub id counts as having them."""
         if self._reference is None:
             return False
-        folder = Path(self._reference).expanduser()
-        return not folder.is_dir() or any(folder.glob("*.safetensors"))
+        folder = local_folder(self._reference)
+        return folder is None or any(folder.glob("*.safetensors"))
 
     @cached_property
     def folder(self) -> Path:
@@ -106,10 +105,11 @@ class PreTrainedVLM:
     @cached_property
     def weights_folder(self) -> Path:
         """The folder with the weights: `folder`, after the weights were fetched if need be."""
-        if Path(self._required_reference()).expanduser().is_dir():
+        reference = self._required_reference()
+        if local_folder(reference) is not None:
             return self.folder
         # The snapshot is named after its commit: the weights have to be of the same one.
-        repository = os.fspath(self._required_reference()).partition("@")[0]
+        repository = os.fspath(reference).partition("@")[0]
         return resolve_reference(repository, self.folder.name)
 
     @cached_property
@@ -146,8 +146,8 @@ class PreTrainedVLM:
         from transformers import AutoConfig
 
         if self.has_files:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        data = copy.deepcopy(self.hf_config.data)
+            return self._load("config", AutoConfig, self.folder, **self._remote_code)
+        data = self.hf_config.data
         return AutoConfig.for_model(data.pop("model_type"), **data)
 
     @cached_property
@@ -155,21 +155,21 @@ class PreTrainedVLM:
         """The transformers processor of text, images and videos."""
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        return self._load("processor", AutoProcessor, self.folder, **self._remote_code)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The transformers tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        return self._load("tokenizer", AutoTokenizer, self.folder, **self._remote_code)
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
         """The transformers generation settings of this model."""
         from transformers import GenerationConfig
 
-        return GenerationConfig.from_pretrained(self.folder)
+        return self._load("generation config", GenerationConfig, self.folder)
 
     def load_model(self, **kwargs: Any) -> PreTrainedModel:
         """The model of transformers itself with these weights, in eager attention.
@@ -179,12 +179,20 @@ class PreTrainedVLM:
         """
         from transformers import AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(
-            self.weights_folder,
-            attn_implementation="eager",
-            trust_remote_code=self.trust_remote_code,
-            **kwargs,
-        )
+        options = {"attn_implementation": "eager"} | self._remote_code | kwargs
+        return self._load("model", AutoModelForImageTextToText, self.weights_folder, **options)
+
+    @property
+    def _remote_code(self) -> dict[str, bool]:
+        return {"trust_remote_code": self.trust_remote_code}
+
+    def _load(self, what: str, auto_class: Any, folder: Path, **options: Any) -> Any:
+        try:
+            return auto_class.from_pretrained(folder, **options)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.name_or_path}: transformers cannot load the {what}: {error}"
+            ) from error
 
     def _required_reference(self) -> str | os.PathLike[str]:
         if self._reference is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 @dataclass
 class Qwen3VLModelProvider(ModelProvider):
-    """Config and builder of Qwen3-VL; the fields of megatron-core's TransformerConfig describe the
-    language model, `vision` the encoder.
+    """Config and builder of dense Qwen3-VL models.
+
+    The fields of megatron-core's TransformerConfig describe the language model.
 
     Attributes:
         vision: shape of the vision encoder.
@@ -55,7 +56,8 @@ class Qwen3VLModelProvider(ModelProvider):
     mrope_section: list[int] = field(default_factory=lambda: [24, 20, 20])
     scatter_embedding_sequence_parallel: bool = False
 
-    vision: VisionConfig | None = None
+    # Required like the sizes of the language model: `finalize()` refuses its absence.
+    vision: VisionConfig = None  # type: ignore[assignment]
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
@@ -95,7 +97,9 @@ class Qwen3VLModelProvider(ModelProvider):
                 problems.append(f"{name} is {found!r}: {type(self).__name__} needs {only!r}")
         if self.kv_channels is None:
             problems.append("kv_channels is None: set it to the head size of the language model")
-        elif 2 * sum(self.mrope_section) != (rotated := int(self.kv_channels * self.rotary_percent)):
+        elif (rotated := int(self.kv_channels * self.rotary_percent)) != 2 * sum(
+            self.mrope_section
+        ):
             problems.append(
                 f"mrope_section is {self.mrope_section}, which sums to {sum(self.mrope_section)}: "
                 f"expected half of the {rotated} rotated channels of a head"
@@ -117,11 +121,10 @@ class Qwen3VLModelProvider(ModelProvider):
     def finalize(self) -> None:
         """As ModelProvider; also, the layers that take deepstack must be on the first stage."""
         super().finalize()
-        vision = cast(VisionConfig, self.vision)
         first_stage = get_num_layers_to_build(
             self, None if self.virtual_pipeline_model_parallel_size is None else 0, pp_rank=0
         )
-        if first_stage < (taps := len(vision.deepstack_visual_indexes)):
+        if first_stage < (taps := len(self.vision.deepstack_visual_indexes)):
             raise ConfigError(
                 f"the first pipeline stage gets {first_stage} decoder layers, and the first {taps} "
                 f"need the deepstack features of the vision encoder, which is there. Lower "

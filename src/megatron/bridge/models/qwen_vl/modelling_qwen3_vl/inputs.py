@@ -23,10 +23,12 @@ class VisualInputs:
 
     def check(self, patch_values: int, spatial_merge_size: int) -> None:
         """Raise InputError if pixels and grids do not belong together."""
-        for name, pixels, grid_name, grid in (
-            ("pixel_values", self.pixel_values, "image_grid_thw", self.image_grid_thw),
-            ("pixel_values_videos", self.pixel_values_videos, "video_grid_thw", self.video_grid_thw),
+        for name, grid_name in (
+            ("pixel_values", "image_grid_thw"),
+            ("pixel_values_videos", "video_grid_thw"),
         ):
+            pixels: Tensor | None = getattr(self, name)
+            grid: Tensor | None = getattr(self, grid_name)
             if (pixels is None) != (grid is None):
                 present, missing = (name, grid_name) if grid is None else (grid_name, name)
                 raise InputError(f"{present} was given without {missing}: pass both or neither")

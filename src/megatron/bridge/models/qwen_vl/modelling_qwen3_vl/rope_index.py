@@ -75,8 +75,7 @@ def get_packed_rope_index(
     grids = _merged_grids(image_grid_thw, video_grid_thw, spatial_merge_size)
     lengths = cu_seqlens.diff().tolist()
     per_sequence = [
-        _sequence_positions(sequence.tolist(), grids)
-        for sequence in types[0].cpu().split(lengths)
+        _sequence_positions(sequence.tolist(), grids) for sequence in types[0].cpu().split(lengths)
     ]
     _nothing_left(grids)
     return torch.cat(per_sequence, dim=1)[:, None, :].to(types.device)
@@ -87,7 +86,6 @@ _Grids = dict[int, list[tuple[int, int]]]
 
 def _merged_grids(image: Tensor | None, video: Tensor | None, merge: int) -> _Grids:
     """(rows, columns) in language tokens, in reverse order so that the next one is last."""
-
     images, frames = [], []
     for count, height, width in [] if image is None else image.tolist():
         if count != 1:

@@ -1,5 +1,7 @@
 """The parts of the vision encoder: patch embedding, mergers, and the stack of blocks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -13,6 +15,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from megatron.bridge.models.backends.layer_spec import dense_layer_spec
@@ -104,12 +107,14 @@ class PatchMergerList(nn.ModuleList):
         self,
         prefix: str = "",
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """megatron-core takes a module without this method for replicated."""
         sharded: ShardedStateDict = {}
         for name, merger in self.named_children():
-            sharded |= merger.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
+            sharded |= sharded_state_dict_default(
+                merger, f"{prefix}{name}.", sharded_offsets, metadata
+            )
         return sharded
 
 
@@ -137,7 +142,7 @@ class VisionTransformerBlock(TransformerBlock):
                 for _ in self.taps
             )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, rotary_pos_emb: Tensor, packed_seq_params: PackedSeqParams
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the blocks.

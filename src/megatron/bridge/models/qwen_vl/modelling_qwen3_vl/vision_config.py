@@ -148,7 +148,8 @@ class VisionConfig:
             hidden_dropout=0.0,
             attention_dropout=0.0,
             # One layer at a time: a larger chunk would hide the deepstack taps inside it.
-            recompute_num_layers=1 if language.recompute_method == "uniform" else
-            language.recompute_num_layers,
+            recompute_num_layers=1
+            if language.recompute_method == "uniform"
+            else language.recompute_num_layers,
             **{name: getattr(language, name) for name in _FROM_LANGUAGE},
         )

@@ -44,9 +44,7 @@ class Qwen3VLVisionModel(MegatronModule):
             vision.num_position_embeddings, vision.hidden_size, dtype=config.params_dtype
         )
         self.decoder = VisionTransformerBlock(vision, config, backend, pg_collection)
-        self.merger = PatchMerger(
-            vision, config, backend, pg_collection.tp, norm_after_merge=False
-        )
+        self.merger = PatchMerger(vision, config, backend, pg_collection.tp, norm_after_merge=False)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode images and videos.

@@ -8,6 +8,7 @@ order: block row, block column, row in the block, column in the block, where a b
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,7 +23,7 @@ class PatchPositions:
 
 
 def patch_positions(grid_thw: Tensor, spatial_merge_size: int) -> PatchPositions:
-    """Positions for grids [n, 3] of (frames, rows, columns) in patches, on the device of the grids."""
+    """Positions for grids [n, 3] of (frames, rows, columns) in patches, on their device."""
     device, merge = grid_thw.device, spatial_merge_size
     per_grid = []
     for frames, height, width in grid_thw.tolist():
@@ -37,8 +38,11 @@ def patch_positions(grid_thw: Tensor, spatial_merge_size: int) -> PatchPositions
 
 
 def rotary_angles(positions: PatchPositions, head_size: int, theta: float) -> Tensor:
-    """fp32 [patches, 1, 1, head_size]: half of the frequencies turn with the row, half with the
-    column, and the angles are repeated for the two halves that rotate_half swaps."""
+    """Angles of the patches, fp32 [patches, 1, 1, head_size].
+
+    Half of the frequencies turn with the row, half with the column, and all of them are repeated
+    for the two halves of a head that the rotation swaps.
+    """
     quarter = head_size // 4
     steps = torch.arange(quarter, dtype=torch.float32, device=positions.row.device)
     inv_freq = 1.0 / theta ** (2.0 * steps / (head_size // 2))
@@ -68,11 +72,9 @@ def interpolated_embedding(table: Tensor, positions: PatchPositions, grid_size: 
 
     top, bottom, down = taps(positions.row, positions.height)
     left, right, across = taps(positions.column, positions.width)
-    embedding: Tensor | None = None
-    for row, row_weight in ((top, 1 - down), (bottom, down)):
-        for column, column_weight in ((left, 1 - across), (right, across)):
-            weight = (row_weight * column_weight)[:, None]
-            corner = torch.nn.functional.embedding(row * grid_size + column, table) * weight
-            embedding = corner if embedding is None else embedding + corner
-    assert embedding is not None
-    return embedding
+    corners = [
+        F.embedding(row * grid_size + column, table) * (row_weight * column_weight)[:, None]
+        for row, row_weight in ((top, 1 - down), (bottom, down))
+        for column, column_weight in ((left, 1 - across), (right, across))
+    ]
+    return corners[0] + corners[1] + corners[2] + corners[3]

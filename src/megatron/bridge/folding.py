@@ -1,0 +1,56 @@
+"""Many names that differ only in numbers, shown as one: ``layers.{0...27}.mlp.weight``."""
+
+import re
+from collections.abc import Iterable
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def fold(names: Iterable[str]) -> list[str]:
+    """Names as patterns that stand for exactly these names, in the order of first appearance.
+
+    Only whole components between dots are folded. Numbers that do not form a grid give several
+    patterns: ``a.{0,1}`` is never shown where ``a.0`` and ``b.1`` were meant.
+    """
+    split = [(_NUMBER.sub("*", name), tuple(_NUMBER.findall(name))) for name in names]
+    groups: dict[str, dict[tuple[str, ...], None]] = {}
+    for template, numbers in split:
+        groups.setdefault(template, {})[numbers] = None
+    return [
+        _fill(template, numbers)
+        for template, members in groups.items()
+        for numbers in _merge(list(members))
+    ]
+
+
+def _merge(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows of numbers as fewer rows of sets of numbers, one position after the other."""
+    for position in reversed(range(len(rows[0]))):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in rows:
+            others = row[:position] + row[position + 1 :]
+            groups.setdefault(others, []).append(row[position])
+        rows = [
+            (*others[:position], _set_of(values), *others[position:])
+            for others, values in groups.items()
+        ]
+    return rows
+
+
+def _set_of(values: list[str]) -> str:
+    """``["0", "1", "2", "5"]`` as ``{0...2,5}``; a single value as it is."""
+    if len(values) == 1:
+        return values[0]
+    runs: list[list[int]] = []
+    for number in sorted(map(int, values)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = (str(a) if a == b else f"{a},{b}" if b == a + 1 else f"{a}...{b}" for a, b in runs)
+    return "{" + ",".join(shown) + "}"
+
+
+def _fill(template: str, numbers: tuple[str, ...]) -> str:
+    parts = iter(numbers)
+    return re.sub(r"(?<![^.])\*(?![^.])", lambda _: next(parts), template)

@@ -1,0 +1,202 @@
+"""What a Hugging Face model is made of, and whether a bridge can convert it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron.bridge.errors import BridgeError, ConfigError
+from megatron.bridge.folding import fold
+from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
+from megatron.bridge.inspection.summary import FileSummary, TensorSummary
+from megatron.bridge.models.conversion.model_bridge import bridge_for, registered_bridges
+from megatron.bridge.models.conversion.param_mapping import WILDCARD, pattern_regex
+from megatron.bridge.models.conversion.plan import ConversionPlan, RowUse
+from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
+from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex, TensorInfo
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+
+type Origin = Literal["files", "hub headers", "config"]
+
+TEXT_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "attention_bias",
+)
+VISION_KEYS = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "out_hidden_size",
+    "num_position_embeddings",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "deepstack_visual_indexes",
+)
+
+
+@dataclass(frozen=True)
+class RowSummary:
+    """One declared row as it is used: folded names, layout, number of Megatron parameters."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: str
+    count: int
+
+
+@dataclass(frozen=True)
+class HFReport:
+    """A Hugging Face model, as its config and headers describe it.
+
+    origin: where the tensors below are known from; "config" means that no weights are at hand and
+    the tensors are those that the config asks for. bridge: the class that converts it, or None.
+    text, vision: what the config states, of the keys that size a model. plan: None if it is not
+    proven, and then `problem` says why.
+    """
+
+    source: str
+    folder: Path
+    architecture: str
+    model_type: str
+    bridge: str | None
+    origin: Origin
+    hf: TensorSummary | None
+    shards: tuple[FileSummary, ...]
+    side_files: tuple[str, ...]
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    rope: Rope | None
+    tied: bool
+    plan: ConversionPlan | None
+    problem: BridgeError | None
+
+    @property
+    def rows(self) -> list[RowSummary]:
+        """The rows of the plan; none without a plan."""
+        return [] if self.plan is None else _rows(self.plan)
+
+
+def inspect_hf(reference: str | os.PathLike[str], revision: str | None = None) -> HFReport:
+    """Look at a folder, with weights or only a config.json, or at a hub id.
+
+    Of a hub id that is not in the cache only the config, the small files and the headers of the
+    weights are fetched. Raises InputError where there is nothing to report on: no such model, an
+    unreadable config, damaged weights. A model that cannot be converted is reported.
+    """
+    hf = PreTrainedVLM.from_pretrained(reference, revision)
+    config = hf.hf_config
+    origin, tensors = _tensors(hf)
+    bridge = registered_bridges().get(config.architecture)
+    plan, problem = _plan(config, tensors)
+    rope, rope_problem = _rope(config)
+    specs = tensors if tensors is not None else (plan.hf if plan is not None else None)
+    return HFReport(
+        source=os.fspath(reference),
+        folder=hf.folder,
+        architecture=config.architecture,
+        model_type=config.model_type,
+        bridge=None if bridge is None else bridge.__name__,
+        origin=origin,
+        hf=None if specs is None else TensorSummary.of(specs.values()),
+        shards=() if tensors is None else _shards(tensors),
+        side_files=tuple(map(str, hf.side_files)),
+        text=_stated(config, "text_config", TEXT_KEYS),
+        vision=_stated(config, "vision_config", VISION_KEYS),
+        rope=rope,
+        tied=config.get("tie_word_embeddings", False),
+        plan=plan,
+        problem=problem or rope_problem,
+    )
+
+
+def _tensors(
+    hf: PreTrainedVLM,
+) -> tuple[Origin, Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None]:
+    if not hf.has_weights:
+        if (hf.folder / INDEX_FILE).exists():
+            return "files", hf.tensors  # raises: the index names shards that are not there
+        return "config", None
+    if any(hf.folder.glob("*.safetensors")):
+        return "files", TensorIndex.from_folder(hf.folder)
+    return "hub headers", hub_headers(hf.name_or_path, revision=hf.folder.name)
+
+
+def _plan(
+    config: HFConfig, tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None
+) -> tuple[ConversionPlan | None, BridgeError | None]:
+    """The plan, or why there is none; settings of the Megatron model are part of the proof."""
+    try:
+        bridge = bridge_for(config.architecture)
+        if tensors is None:
+            plan = bridge.plan_from_config(config, config.dtype)
+        else:
+            plan = bridge.plan(config, tensors)
+        main_dtype = next(iter(TensorSummary.of(plan.hf.values()).dtypes))
+        bridge.provider_settings(config, main_dtype)
+    except BridgeError as error:
+        return None, error
+    return plan, None
+
+
+def _rope(config: HFConfig) -> tuple[Rope | None, ConfigError | None]:
+    try:
+        return config.rope(), None
+    except ConfigError as error:
+        return None, error
+
+
+def _stated(config: HFConfig, section: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The keys that the config states; one that a bridge needs and misses is in `problem`."""
+    data = config.data.get(section)
+    if not isinstance(data, dict):
+        return {}
+    return {key: data[key] for key in keys if data.get(key) is not None}
+
+
+def _shards(
+    tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor],
+) -> tuple[FileSummary, ...]:
+    files: dict[str, list[int]] = defaultdict(list)
+    for tensor in tensors.values():
+        files[tensor.file.name].append(tensor.nbytes)
+    return tuple(FileSummary(name, len(sizes), sum(sizes)) for name, sizes in sorted(files.items()))
+
+
+def _rows(plan: ConversionPlan) -> list[RowSummary]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for parameter in plan.parameters:
+        names[parameter.row].append(parameter.name)
+    return [_row(row, names[row.megatron_param]) for row in plan.rows]
+
+
+def _row(row: RowUse, names: list[str]) -> RowSummary:
+    matches = map(pattern_regex(row.megatron_param).fullmatch, names)
+    numbers = [match.groups() for match in matches if match is not None]
+    hf = [_folded(pattern, numbers) for pattern in row.hf_params]
+    return RowSummary(_folded(row.megatron_param, numbers), tuple(hf), row.layout, row.count)
+
+
+def _folded(pattern: str, numbers: list[tuple[str, ...]]) -> str:
+    """A pattern with its wildcards replaced by all the numbers they stand for."""
+    names = []
+    for row in numbers:
+        values = iter(row)
+        names.append(re.sub(re.escape(WILDCARD), lambda _: next(values), pattern))  # noqa: B023
+    return " ".join(fold(dict.fromkeys(names)))

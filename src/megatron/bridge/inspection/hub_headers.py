@@ -1,0 +1,61 @@
+"""Tensors of a model on the hub, from the headers of its shards: no weights are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import PurePosixPath
+
+from megatron.bridge.dtypes import itemsize
+from megatron.bridge.errors import CheckpointError, ReferenceNotFound
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteTensor:
+    """A tensor on the hub without its data; `dtype` is the safetensors name ("BF16")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: PurePosixPath
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
+    """Name -> tensor, for all shards of a repository at a revision.
+
+    reference: `org/name`, or `org/name@revision`, whose revision is passed over. Raises
+    ReferenceNotFound if the hub does not answer, CheckpointError for a tensor in two shards.
+    """
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    repository = reference.partition("@")[0]
+    if HF_HUB_OFFLINE:
+        raise ReferenceNotFound(
+            f"{repository}: its weights are not in the hub's cache, and HF_HUB_OFFLINE forbids "
+            "fetching their headers; unset HF_HUB_OFFLINE, or give a folder"
+        )
+    try:
+        answer = get_safetensors_metadata(repository, revision=revision)
+    except (hub.NotASafetensorsRepoError, hub.SafetensorsParsingError) as error:
+        raise CheckpointError(f"{repository}: no usable safetensors weights: {error}") from error
+    except (hub.HfHubHTTPError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ReferenceNotFound(f"{repository}: the hub answered: {first_line}") from error
+    tensors: dict[str, RemoteTensor] = {}
+    for file_name, header in sorted(answer.files_metadata.items()):
+        for name, info in header.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{repository}: {name} is in two shards, {tensors[name].file} and {file_name}"
+                )
+            shape = tuple(info.shape)
+            tensors[name] = RemoteTensor(name, shape, info.dtype, PurePosixPath(file_name))
+    return tensors

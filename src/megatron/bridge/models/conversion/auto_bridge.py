@@ -1,0 +1,317 @@
+"""AutoBridge: one entry for every supported model, in both directions.
+
+    bridge = AutoBridge.from_hf_pretrained("Qwen/Qwen3-VL-8B-Instruct")
+    provider = bridge.to_megatron_provider()
+    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    bridge.save_hf_pretrained(model, "out")
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.models.conversion.model_bridge import (
+    MegatronModelBridge,
+    bridge_for,
+    registered_bridges,
+)
+from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from megatron.bridge.models.model_provider import ModelProvider
+
+type Model = Sequence[torch.nn.Module]
+type PathLike = str | os.PathLike[str]
+
+
+class HFWeight(NamedTuple):
+    """A Hugging Face tensor by name."""
+
+    name: str
+    tensor: "torch.Tensor"
+
+
+@dataclass(frozen=True)
+class ConversionTask:
+    """One parameter of a live model and the row that converts it.
+
+    name: the parameter's name with the layer's number in the whole model.
+    """
+
+    name: str
+    mapping: ParamMapping
+    megatron_module: "torch.nn.Module"
+    param_weight: "torch.Tensor"
+
+
+class AutoBridge:
+    """Converts one Hugging Face model; make it by `from_hf_pretrained` or `from_hf_config`."""
+
+    def __init__(self, hf_pretrained: PreTrainedVLM) -> None:
+        self.hf_pretrained = hf_pretrained
+
+    @classmethod
+    def from_hf_pretrained(
+        cls, path: PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> Self:
+        """A folder, or a hub id ("org/name" or "org/name@revision").
+
+        Raises ReferenceNotFound, ConfigError, or UnsupportedModel if no bridge converts it.
+        """
+        bridge = cls(PreTrainedVLM.from_pretrained(path, revision, trust_remote_code))
+        _ = bridge.model_bridge
+        return bridge
+
+    @classmethod
+    def from_hf_config(cls, config: "PretrainedConfig | Mapping[str, Any]") -> Self:
+        """A config alone: models can be built and weights exported, but none are at hand."""
+        bridge = cls(PreTrainedVLM.from_config(config))
+        _ = bridge.model_bridge
+        return bridge
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """The Hugging Face architectures that have a bridge."""
+        return sorted(registered_bridges())
+
+    @classmethod
+    def supports(cls, config: "PretrainedConfig | Mapping[str, Any]") -> bool:
+        """Whether a config's architecture has a bridge."""
+        view = PreTrainedVLM.from_config(config).hf_config
+        return view.has("architectures") and view.architecture in registered_bridges()
+
+    @classmethod
+    def can_handle(cls, path: PathLike, *, trust_remote_code: bool = False) -> bool:
+        """Whether a folder or hub id holds a model with a bridge; False for anything unreadable."""
+        try:
+            config = PreTrainedVLM.from_pretrained(
+                path, trust_remote_code=trust_remote_code
+            ).hf_config
+            return config.architecture in registered_bridges()
+        except InputError:
+            return False
+
+    @cached_property
+    def model_bridge(self) -> MegatronModelBridge:
+        """The family's bridge. Raises UnsupportedModel."""
+        return bridge_for(self.hf_pretrained.hf_config.architecture)
+
+    @property
+    def transformer_config(self) -> "ModelProvider":
+        """The finalized provider, which is a megatron-core TransformerConfig."""
+        provider = self.to_megatron_provider(load_weights=False)
+        provider.finalize()
+        return provider
+
+    def plan(self, padded_vocab_size: int | None = None) -> ConversionPlan:
+        """The proven plan of the files, or of the config where there are none.
+
+        Raises PlanError, ConfigError or CheckpointError.
+        """
+        hf = self.hf_pretrained
+        if hf.has_weights:
+            return self.model_bridge.plan(hf.hf_config, hf.tensors, padded_vocab_size)
+        return self.model_bridge.plan_from_config(hf.hf_config, hf.main_dtype, padded_vocab_size)
+
+    def to_megatron_provider(self, load_weights: bool = True) -> "ModelProvider":
+        """A provider configured like the model; its fields may be changed before it builds.
+
+        load_weights: fill each model that the provider builds. Raises InputError if that is asked
+        of a config alone.
+        """
+        if load_weights and not self.hf_pretrained.has_weights:
+            raise InputError(
+                f"{self.hf_pretrained.name_or_path}: there are no weights to load; "
+                f"use to_megatron_provider(load_weights=False)"
+            )
+        provider = self.model_bridge.provider_bridge(self.hf_pretrained)
+        if load_weights:
+            provider.register_pre_wrap_hook(self.load_hf_weights)
+        return provider
+
+    def to_megatron_model(
+        self, load_weights: bool = True, *, wrap_with_ddp: bool = False
+    ) -> "list[torch.nn.Module]":
+        """Build this rank's chunks of the model, by default with weights and without DDP."""
+        provider = self.to_megatron_provider(load_weights)
+        return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
+
+    def load_hf_weights(
+        self, model: Model, hf_path: PathLike | None = None, progress: Progress | None = None
+    ) -> None:
+        """Fill a live model, at any parallel layout, from this model's files or those at `hf_path`.
+
+        Each rank reads only what it holds. Raises PlanError if files and model do not fit.
+        """
+        from megatron.bridge.checkpoint.live_model import load_weights
+
+        source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
+        if not source.hf_pretrained.has_weights:
+            raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
+        plan = source.plan(_padded_vocab_size(model))
+        load_weights(model, plan, source.hf_pretrained.tensors.read, progress)
+
+    def export_hf_weights(
+        self, model: Model, *, cpu: bool = True, dtype: "torch.dtype | None" = None
+    ) -> Iterator[HFWeight]:
+        """Every Hugging Face tensor of a live model, by name, in the order of the files.
+
+        cpu: move tensors to the CPU. dtype: of all tensors; without it, each has the dtype of its
+        file. Raises InputError if a value does not fit that dtype exactly, or if this rank does
+        not hold the whole model.
+        """
+        from megatron.bridge.checkpoint.live_model import export_weights
+
+        for name, tensor in export_weights(model, self._export_plan(model, dtype)):
+            yield HFWeight(name, tensor.cpu() if cpu else tensor)
+
+    def save_hf_weights(
+        self,
+        model: Model,
+        path: PathLike,
+        *,
+        dtype: "torch.dtype | None" = None,
+        force: bool = False,
+    ) -> None:
+        """Write a live model's weights as safetensors, without side files. See export_hf_weights."""
+        self._save(model, Path(path), dtype, force, side_files=False)
+
+    def save_hf_pretrained(
+        self,
+        model: Model,
+        path: PathLike,
+        *,
+        dtype: "torch.dtype | None" = None,
+        force: bool = False,
+    ) -> None:
+        """Write a folder that transformers loads: weights, config, tokenizer, processor and all.
+
+        Raises TargetExists if `path` exists and `force` is not set; see export_hf_weights.
+        """
+        self._save(model, Path(path), dtype, force, side_files=True)
+
+    def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
+        """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
+
+        Raises TargetExists if `path` exists and `force` is not set, InputError if this rank does
+        not hold the whole model.
+        """
+        from megatron.bridge.checkpoint.megatron_checkpoint import save_checkpoint
+
+        hf = self.hf_pretrained
+        save_checkpoint(
+            model,
+            Path(path),
+            self.plan(_padded_vocab_size(model)),
+            provider=self.model_bridge.provider,
+            settings=self.model_bridge.provider_settings(hf.hf_config, hf.main_dtype),
+            hf_config=hf.hf_config,
+            force=force,
+        )
+
+    def load_megatron_model(
+        self, path: PathLike, *, wrap_with_ddp: bool = False
+    ) -> "list[torch.nn.Module]":
+        """Build the model and fill it from a torch_dist checkpoint, by megatron-core's own load."""
+        from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
+
+        provider = self.to_megatron_provider(load_weights=False)
+        provider.register_pre_wrap_hook(lambda model: load_checkpoint(model, Path(path)))
+        return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
+
+    @classmethod
+    def import_ckpt(
+        cls,
+        hf_path: PathLike,
+        megatron_path: PathLike,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """A Hugging Face folder or hub id to a Megatron checkpoint, files to files."""
+        from megatron.bridge.checkpoint.convert import import_checkpoint
+
+        source = cls.from_hf_pretrained(hf_path).hf_pretrained
+        import_checkpoint(source, Path(megatron_path), force=force, progress=progress)
+
+    def export_ckpt(
+        self,
+        megatron_path: PathLike,
+        hf_path: PathLike,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """A Megatron checkpoint to a folder laid out like this model's, files to files."""
+        from megatron.bridge.checkpoint.convert import export_checkpoint
+
+        export_checkpoint(
+            Path(megatron_path), Path(hf_path), self.hf_pretrained, force=force, progress=progress
+        )
+
+    def get_conversion_tasks(self, model: Model) -> list[ConversionTask]:
+        """The row of every parameter of a live model. Raises PlanError for one without a row."""
+        from megatron.bridge.checkpoint.live_model import named_parameters
+
+        registry = self.model_bridge.mapping_registry()
+        tasks, problems = [], []
+        for name, module, parameter in named_parameters(model):
+            mapping = registry.megatron_to_hf_lookup(name)
+            if mapping is None:
+                problems.append(f"{name}: no row maps it")
+            else:
+                tasks.append(ConversionTask(name, mapping, module, parameter))
+        if problems:
+            raise PlanError(problems)
+        return tasks
+
+    def _export_plan(self, model: Model, dtype: "torch.dtype | None") -> ConversionPlan:
+        from megatron.bridge.checkpoint.live_model import in_dtype
+
+        plan = self.plan(_padded_vocab_size(model))
+        return plan if dtype is None else in_dtype(plan, dtype)
+
+    def _save(
+        self,
+        model: Model,
+        path: Path,
+        dtype: "torch.dtype | None",
+        force: bool,
+        *,
+        side_files: bool,
+    ) -> None:
+        from megatron.bridge.checkpoint.hf_folder import write_side_files, write_weights
+        from megatron.bridge.checkpoint.live_model import reader
+        from megatron.bridge.checkpoint.staging import staged_folder
+        from megatron.bridge.models.conversion.boxes import full_box
+        from megatron.bridge.models.conversion.transfer import read_hf
+
+        plan = self._export_plan(model, dtype)
+        read = reader(model, plan)
+        with staged_folder(path, force=force) as staged:
+            write_weights(
+                staged,
+                plan,
+                self.hf_pretrained,
+                lambda name: read_hf(plan, name, full_box(plan.hf[name].shape), read),
+            )
+            if side_files:
+                write_side_files(staged, self.hf_pretrained)
+
+
+def _padded_vocab_size(model: Model) -> int:
+    """Rows of the embedding that a live model was built with."""
+    from megatron.core.utils import unwrap_model
+
+    return unwrap_model(list(model))[0].config.padded_vocab_size
+

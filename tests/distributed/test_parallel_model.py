@@ -1,0 +1,243 @@
+"""Two gloo processes against one: tensor, sequence and pipeline parallelism.
+
+Logits and loss are Hugging Face's, gradients those of our model in one process, which the oracle
+tests compare with Hugging Face. megatron-core's own DistributedDataParallel and
+finalize_model_grads reduce the gradients, as in training. The processes are started once and run
+every case; the tests look at what they found.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from oracle import tiny
+
+WORLD = 2
+TENSOR = {"tensor_model_parallel_size": 2}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 2,
+}
+PIPELINE = {
+    "pipeline_model_parallel_size": 2,
+    "num_layers_in_first_pipeline_stage": 3,
+    "num_layers_in_last_pipeline_stage": 2,
+    "pipeline_dtype": torch.float32,
+}
+# case: (config of the model, fields of the provider)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tensor": ("untied", TENSOR),
+    "tensor_tied_biased": ("tied_biased", TENSOR),
+    "fewer_kv_heads_than_ranks": ("one_kv_head", TENSOR),
+    "sequence": ("untied", TENSOR | {"sequence_parallel": True}),
+    "sequence_recompute": ("untied", TENSOR | {"sequence_parallel": True} | RECOMPUTE),
+    "pipeline": ("untied", PIPELINE),
+    "pipeline_tied_biased": ("tied_biased", PIPELINE),
+    "data": ("untied", {}),
+}
+EVEN_VISION_HEADS = {"vision_config": {"num_heads": 6}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied_biased": {"tie_word_embeddings": True, "text_config": {"attention_bias": True}},
+    "one_kv_head": {"text_config": {"num_key_value_heads": 1}},
+}
+
+
+@contextmanager
+def distributed_model(folder: str, fields: dict[str, Any]) -> Iterator[Any]:
+    """The model in megatron-core's DistributedDataParallel."""
+    from megatron.core import parallel_state
+
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.params_dtype, provider.bf16 = torch.float32, False
+    provider.make_vocab_size_divisible_by = 64
+    for name, value in fields.items():
+        setattr(provider, name, value)
+    [model] = provider.provide_distributed_model(wrap_with_ddp=True)
+    bridge.load_hf_weights([model.module])
+    yield model
+    parallel_state.destroy_model_parallel()
+
+
+def run_stage(
+    model: Any, rank: int, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Forward over both pipeline stages: the last returns its output and its input."""
+    if rank == 0:
+        output = model(**inputs)
+        dist.send(output.detach(), dst=1)
+        return output, None
+    batch, length = inputs["input_ids"].shape
+    hidden_states = torch.empty(length, batch, 80)
+    dist.recv(hidden_states, src=0)
+    hidden_states.requires_grad_()
+    model.module.set_input_tensor(hidden_states)
+    return model(**inputs), hidden_states
+
+
+def train_step(model: Any, rank: int, pipeline: bool, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Loss [b, s], on the last stage, and gradients in `main_grad`."""
+    from megatron.core.distributed import finalize_model_grads
+
+    model.train()
+    model.zero_grad_buffer()
+    if not pipeline:
+        loss = model(**inputs)
+        loss.sum().backward()
+    else:
+        output, stage_input = run_stage(model, rank, inputs)
+        if rank == 0:
+            gradient = torch.empty_like(output)
+            dist.recv(gradient, src=1)
+            output.backward(gradient)
+            loss = None
+        else:
+            output.sum().backward()
+            dist.send(stage_input.grad, dst=0)
+            loss = output
+    finalize_model_grads([model])
+    return loss
+
+
+def gradient_errors(model: Any, rank: int, expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of each gradient against this rank's part of the full one."""
+    layers = model.module.language_model.decoder.layers
+    first_layer = layers[0].layer_number - 1
+    errors = {}
+    for name, parameter in model.module.named_parameters():
+        global_name = re.sub(
+            r"^(language_model\.decoder\.layers\.)(\d+)",
+            lambda match: f"{match[1]}{int(match[2]) + first_layer}",
+            name,
+        )
+        if name == "language_model.output_layer.weight" and name not in expected:
+            global_name = "language_model.embedding.word_embeddings.weight"
+        full, found = expected[global_name], parameter.main_grad
+        if parameter.shape != full.shape:
+            full = local_part(full, parameter, rank)
+        errors[global_name] = float((found - full).norm() / full.norm().clamp(min=1e-6))
+    return errors
+
+
+def local_part(full: Tensor, parameter: Any, rank: int) -> Tensor:
+    dim = parameter.partition_dim
+    if missing := parameter.shape[dim] * WORLD - full.shape[dim]:
+        full = F.pad(full, (0, 0, 0, missing))  # the vocabulary is padded for two ranks
+    sections = full.chunk(parameter.partition_stride, dim)
+    return torch.cat([section.chunk(WORLD, dim)[rank] for section in sections], dim)
+
+
+def run_case(
+    case: str, folder: str, rank: int, inputs: dict[str, Tensor], labels: Tensor
+) -> dict[str, Any]:
+    config, fields = CASES[case]
+    reference = torch.load(f"{folder}/{config}.pt")
+    pipeline = "pipeline_model_parallel_size" in fields
+    found: dict[str, Any] = {}
+    with distributed_model(f"{folder}/{config}", fields) as model:
+        with torch.no_grad():
+            model.eval()
+            logits = run_stage(model, rank, inputs)[0] if pipeline else model(**inputs)
+        loss = train_step(model, rank, pipeline, inputs | {"labels": labels})
+        found["gradients"] = gradient_errors(model, rank, reference["gradients"])
+    if loss is not None:
+        real = inputs["attention_mask"].bool()
+        difference = logits[..., : tiny.VOCAB_SIZE] - reference["logits"]
+        found["vocabulary"] = logits.shape[-1]
+        found["logits"] = float(difference[real].abs().max())
+        found["loss"] = float((loss.detach() - reference["loss"]).abs().max())
+    return found
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    inputs, labels = torch.load(f"{folder}/inputs.pt")
+    results = {case: run_case(case, folder, rank, inputs, labels) for case in CASES}
+    torch.save(results, f"{folder}/results{rank}.pt")
+    dist.destroy_process_group()
+
+
+def save_reference(folder: Path, processor: Any, inputs: dict[str, Tensor], labels: Tensor) -> None:
+    for name, config in CONFIGS.items():
+        hf = tiny.build_hf_model(tiny.build_config(processor, **EVEN_VISION_HEADS, **config))
+        hf.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+        with torch.no_grad():
+            logits = hf(**inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        with distributed_model(str(folder / name), {}) as model:
+            train_step(model, 0, False, inputs | {"labels": labels})
+            gradients = {key: one.main_grad for key, one in model.module.named_parameters()}
+        torch.save(
+            {"logits": logits, "loss": loss.view_as(labels), "gradients": gradients},
+            folder / f"{name}.pt",
+        )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found, case by case."""
+    from megatron.bridge.runtime.parallel import destroy_process_groups
+
+    folder = tmp_path_factory.mktemp("parallel")
+    processor = tiny.build_processor()
+    inputs = tiny.prompt(
+        processor,
+        [f"First {tiny.IMAGE} then {tiny.VIDEO} and {tiny.IMAGE}: which?", "Only words."],
+        images=tiny.photographs(),
+        videos=[tiny.video()],
+        padding=True,
+        pad_to_multiple_of=WORLD,
+        padding_side="right",
+    )
+    labels = inputs["input_ids"].roll(-1, dims=1)
+    labels[(inputs["mm_token_type_ids"] != 0) | (inputs["attention_mask"] == 0)] = -100
+    torch.save((inputs, labels), folder / "inputs.pt")
+    save_reference(folder, processor, inputs, labels)
+    destroy_process_groups()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"results{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_loss(results: list[dict[str, Any]], case: str) -> None:
+    found = [ranks[case] for ranks in results if "logits" in ranks[case]]
+    assert len(found) == (1 if case.startswith("pipeline") else WORLD)
+    for one in found:
+        assert one["logits"] <= 1e-4
+        assert one["loss"] <= 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient(results: list[dict[str, Any]], case: str) -> None:
+    names: set[str] = set()
+    for ranks in results:
+        errors = ranks[case]["gradients"]
+        names |= errors.keys()
+        assert max(errors.values()) <= 1e-3, max(errors.items(), key=lambda item: item[1])
+    assert len(names) > 100
+
+
+def test_padded_vocabulary_has_no_part_in_the_loss(results: list[dict[str, Any]]) -> None:
+    """The padding differs between the runs, the loss (see above) does not."""
+    assert results[0]["tensor"]["vocabulary"] == 384
+    assert results[1]["pipeline"]["vocabulary"] == 320

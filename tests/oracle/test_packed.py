@@ -1,0 +1,60 @@
+"""Packed sequences and bf16."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from oracle import tiny
+from torch import Tensor
+
+
+def packed(prompts: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """The prompts one after the other in one row."""
+    lengths = torch.tensor([prompt["input_ids"].shape[1] for prompt in prompts])
+    boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    visual = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    inputs: dict[str, Any] = {
+        name: torch.cat([prompt[name] for prompt in prompts if name in prompt])
+        for name in visual
+        if any(name in prompt for prompt in prompts)
+    }
+    inputs["input_ids"] = torch.cat([prompt["input_ids"] for prompt in prompts], dim=1)
+    inputs["packed_seq_params"] = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return inputs
+
+
+def test_packed_sequences_equal_each_alone(pair: SimpleNamespace, processor: Any) -> None:
+    china, flower = tiny.photographs()
+    prompts = [
+        tiny.prompt(processor, f"{tiny.IMAGE} What is it?", images=[china]),
+        tiny.prompt(processor, "Only words."),
+        tiny.prompt(processor, f"Frames {tiny.VIDEO}", videos=[tiny.video()]),
+        tiny.prompt(processor, f"And {tiny.IMAGE} this?", images=[flower]),
+    ]
+    with torch.no_grad():
+        found = pair.ours(**packed(prompts), trim_vocab_padding=True)
+        expected = torch.cat([pair.hf(**prompt).logits for prompt in prompts], dim=1)
+    assert (found - expected).abs().max() <= 1e-4
+
+
+def test_bf16(build: Any, processor: Any) -> None:
+    """Both round in their own order: bf16 agrees with fp32 as well as Hugging Face's bf16 does."""
+    pair = build(fields={"params_dtype": torch.bfloat16, "bf16": True})
+    assert {parameter.dtype for parameter in pair.ours.parameters()} == {torch.bfloat16}
+    inputs = tiny.prompt(processor, f"{tiny.IMAGE} A flower?", images=tiny.photographs()[:1])
+    with torch.no_grad():
+        exact = pair.hf(**inputs).logits
+        found = pair.ours(**inputs, trim_vocab_padding=True)
+        rounded = pair.hf.bfloat16()(**inputs).logits
+    assert found.dtype == torch.bfloat16
+    error, their_error = ((logits.float() - exact).norm() for logits in (found, rounded))
+    assert error <= 1.25 * their_error
+    assert error / exact.norm() < 0.05

@@ -1,0 +1,202 @@
+"""Strict access to config.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
+from released_configs import QWEN3_VL_2B
+
+ROPE_2B = Rope(5e6, (24, 20, 20), interleaved=True, partial_rotary_factor=1.0, rope_type="default")
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    return copy.deepcopy(QWEN3_VL_2B)
+
+
+def new_form(data: dict[str, Any], **changes: object) -> dict[str, Any]:
+    """The config with rope as transformers 5 writes it."""
+    text = data["text_config"]
+    text["rope_parameters"] = (
+        text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")} | changes
+    )
+    return data
+
+
+def test_values(data: dict[str, Any]) -> None:
+    config = HFConfig.from_dict(data)
+    assert config.architecture == "Qwen3VLForConditionalGeneration"
+    assert config.model_type == "qwen3_vl"
+    assert config.require("text_config.num_hidden_layers", int) == 28
+    assert config.text.require("rope_scaling.mrope_section", list) == [24, 20, 20]
+    assert config.vision.require("depth", int) == 24
+    assert config.require("text_config.rope_theta", float) == 5e6
+    assert isinstance(config.require("text_config.rope_theta", float), float)
+
+
+def test_missing_value_names_file_and_key(tmp_path: Path, data: dict[str, Any]) -> None:
+    del data["text_config"]["head_dim"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    for config in (HFConfig.from_file(path), HFConfig.from_file(tmp_path)):
+        with pytest.raises(ConfigError) as caught:
+            config.text.require("head_dim", int)
+        assert str(caught.value) == (
+            f"{path}: text_config.head_dim is missing; expected a value of type int"
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("28", int), (28.0, int), (True, int), (1, bool), (28, str), ({}, list), (False, float)],
+)
+def test_wrong_type(data: dict[str, Any], value: object, kind: type) -> None:
+    data["text_config"]["x"] = value
+    with pytest.raises(ConfigError, match=rf"text_config\.x must be of type {kind.__name__}"):
+        HFConfig.from_dict(data).text.require("x", kind)
+
+
+def test_null_is_absent(data: dict[str, Any]) -> None:
+    data["text_config"]["head_dim"] = None
+    config = HFConfig.from_dict(data)
+    assert not config.has("text_config.head_dim")
+    with pytest.raises(ConfigError, match="is missing"):
+        config.require("text_config.head_dim", int)
+
+
+def test_optional_values(data: dict[str, Any]) -> None:
+    config = HFConfig.from_dict(data)
+    assert config.get("text_config.mlp_only_layers", []) == []
+    assert config.get("tie_word_embeddings", False) is True
+    with pytest.raises(ConfigError, match="tie_word_embeddings must be of type str"):
+        config.get("tie_word_embeddings", "no")
+    assert not config.has("architectures.0.x")
+
+
+@pytest.mark.parametrize("value", [[], [3], None])
+def test_no_architecture(data: dict[str, Any], value: object) -> None:
+    data["architectures"] = value
+    with pytest.raises(ConfigError, match="architectures"):
+        _ = HFConfig.from_dict(data).architecture
+
+
+def test_nothing_is_shared_with_the_caller(data: dict[str, Any]) -> None:
+    config = HFConfig.from_dict(data)
+    data["text_config"]["hidden_size"] = 1
+    config.data["text_config"]["hidden_size"] = 2
+    config.require("text_config", dict)["hidden_size"] = 3
+    config.require("text_config.rope_scaling.mrope_section", list).clear()
+    assert config.data == QWEN3_VL_2B
+
+
+@pytest.mark.parametrize("form", ["old", "new", "both"])
+def test_rope_in_either_form(data: dict[str, Any], form: str) -> None:
+    if form == "both":
+        text = data["text_config"]
+        text["rope_parameters"] = text["rope_scaling"] | {"rope_theta": text["rope_theta"]}
+    elif form == "new":
+        data = new_form(data)
+    assert HFConfig.from_dict(data).rope() == ROPE_2B
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "mrope_section", "mrope_interleaved", "rope_type"])
+@pytest.mark.parametrize("form", ["old", "new"])
+def test_rope_value_missing(data: dict[str, Any], form: str, key: str) -> None:
+    if form == "new":
+        data = new_form(data)
+    text = data["text_config"]
+    parent = text["rope_parameters"] if form == "new" else text["rope_scaling"]
+    (text if key in text else parent).pop(key)
+    with pytest.raises(ConfigError, match=rf"text_config\.rope_\w+\.{key} is missing"):
+        HFConfig.from_dict(data).rope()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope_theta", 1e4), ("mrope_section", [22, 21, 21]), ("mrope_interleaved", False)],
+)
+def test_rope_forms_that_disagree(data: dict[str, Any], key: str, value: object) -> None:
+    text = data["text_config"]
+    text["rope_parameters"] = (
+        text["rope_scaling"] | {"rope_theta": text["rope_theta"]} | {key: value}
+    )
+    with pytest.raises(ConfigError, match=rf"contradictory values: .*{key} = .*{key} = "):
+        HFConfig.from_dict(data).rope()
+
+
+def test_no_rope(data: dict[str, Any]) -> None:
+    del data["text_config"]["rope_scaling"]
+    with pytest.raises(ConfigError, match="rope_parameters is missing"):
+        HFConfig.from_dict(data).rope()
+
+
+@pytest.mark.parametrize("section", [[], [1, -1], [1.0], ["a"], [True]])
+def test_rope_section_that_is_none(data: dict[str, Any], section: list[object]) -> None:
+    data["text_config"]["rope_scaling"]["mrope_section"] = section
+    with pytest.raises(ConfigError, match="mrope_section must be a list of counts"):
+        HFConfig.from_dict(data).rope()
+
+
+def test_partial_rotary_is_never_guessed(data: dict[str, Any]) -> None:
+    data["model_type"] = "qwen3_5"
+    with pytest.raises(ConfigError, match="partial_rotary_factor is missing"):
+        HFConfig.from_dict(data).rope()
+    partial = HFConfig.from_dict(new_form(data, partial_rotary_factor=0.25))
+    assert partial.rope().partial_rotary_factor == 0.25
+    del data["text_config"]["rope_parameters"]["partial_rotary_factor"]
+    data["text_config"]["partial_rotary_factor"] = 0.25  # where the old form has it
+    assert HFConfig.from_dict(data).rope().partial_rotary_factor == 0.25
+
+
+def test_transformers_object(data: dict[str, Any]) -> None:
+    from transformers import Qwen3VLConfig
+
+    values = {key: value for key, value in data.items() if key != "architectures"}
+    given = Qwen3VLConfig(**copy.deepcopy(values))
+    before = given.to_dict()
+    config = HFConfig.from_transformers(given)
+    assert config.architecture == "Qwen3VLForConditionalGeneration"
+    assert config.rope() == ROPE_2B
+    assert given.to_dict() == before
+
+
+@pytest.mark.parametrize("path", [("dtype",), ("text_config", "torch_dtype")])
+def test_dtype(path: tuple[str, ...]) -> None:
+    data: dict[str, Any] = {"text_config": {}}
+    (data["text_config"] if len(path) == 2 else data)[path[-1]] = "bfloat16"
+    assert HFConfig.from_dict(data).dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({}, "dtype is missing"),
+        ({"dtype": "auto"}, "dtype is 'auto', which is no dtype"),
+        ({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}, "contradictory dtypes"),
+    ],
+)
+def test_dtype_that_is_not_clear(data: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        _ = HFConfig.from_dict(data).dtype
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"{", "cannot be read"), (b"[]", "JSON object"), (b'{"a": 1, "a": 2}', "duplicate key")],
+)
+def test_unreadable_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        HFConfig.from_file(tmp_path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: there is no such file"):
+        HFConfig.from_file(tmp_path)

@@ -1,0 +1,233 @@
+"""Plans: released models to the byte, and every way in which files can fail to be a model."""
+
+import copy
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import released_configs as released
+
+from megatron.bridge.errors import PlanError
+from megatron.bridge.models.conversion.boxes import full_box
+from megatron.bridge.models.conversion.plan import (
+    ConversionPlan,
+    TensorSpec,
+    build_plan,
+    expected_tensors,
+)
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl import Qwen3VLBridge
+
+SMALL: dict[str, Any] = copy.deepcopy(released.QWEN3_VL_8B)
+SMALL["text_config"] |= {
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 56,
+    "vocab_size": 300,
+    "attention_bias": True,
+}
+SMALL["vision_config"] |= {
+    "depth": 2,
+    "hidden_size": 24,
+    "num_heads": 2,
+    "intermediate_size": 28,
+    "out_hidden_size": 40,
+    "deepstack_visual_indexes": [1],
+}
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+
+
+def small_tensors() -> dict[str, TensorSpec]:
+    bridge = Qwen3VLBridge()
+    structure = bridge.structure(HFConfig.from_dict(SMALL))
+    return expected_tensors(bridge.mapping_registry(), structure, "BF16")
+
+
+def small_plan(tensors: dict[str, TensorSpec] | None = None) -> ConversionPlan:
+    tensors = small_tensors() if tensors is None else tensors
+    return Qwen3VLBridge().plan(HFConfig.from_dict(SMALL), tensors)
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "nbytes"),
+    [
+        (released.QWEN3_VL_2B, 625, 4_255_064_064),
+        (released.QWEN3_VL_4B, 713, 8_875_631_616),
+        (released.QWEN3_VL_8B, 750, None),
+        (released.QWEN3_VL_32B, 1058, None),
+    ],
+    ids=["2B", "4B", "8B", "32B"],
+)
+def test_released_models(config: dict[str, Any], keys: int, nbytes: int | None) -> None:
+    plan = Qwen3VLBridge().plan_from_config(HFConfig.from_dict(config), "BF16")
+    assert len(plan.hf) == keys
+    assert nbytes is None or plan.hf_bytes == nbytes
+    assert plan.megatron_bytes == plan.hf_bytes  # their vocabulary needs no padding
+
+
+def test_padding_is_planned() -> None:
+    plan = small_plan()
+    assert plan.megatron[EMBEDDING].shape == (384, 40)
+    assert (EMBEDDING, ((300, 384), (0, 40))) in plan.padding
+    assert list(plan.padding_in(EMBEDDING, ((290, 310), (5, 9)))) == [((300, 310), (5, 9))]
+    assert plan.megatron_bytes == plan.hf_bytes + 2 * 84 * 40 * 2
+
+
+def test_layers_that_are_alike_share_a_key() -> None:
+    plan = small_plan()
+    key = "language_model.decoder.layers.mlp.linear_fc1.weight"
+    assert plan.megatron[key].shape == (3, 112, 40)
+    copies = [copy for _, copy in plan.copies_to(key, ((2, 3), (50, 60), (0, 40)))]
+    assert [copy.hf_name.split(".")[3:] for copy in copies] == [
+        ["2", "mlp", "gate_proj", "weight"],
+        ["2", "mlp", "up_proj", "weight"],
+    ]
+    assert f"{key.removesuffix('.weight')}._extra_state/shard_2_3" in plan.extra_states
+
+
+def test_rows_count_their_parameters() -> None:
+    rows = {row.megatron_param: row for row in small_plan().rows}
+    assert rows["language_model.decoder.layers.*.self_attention.linear_qkv.weight"].count == 3
+    assert rows["vision_model.decoder.layers.*.self_attention.linear_qkv.bias"].count == 2
+    assert rows["vision_model.decoder.deepstack_merger_list.*.linear_fc1.weight"].count == 1
+    assert rows[EMBEDDING].layout == "same, 84 rows of padding"
+
+
+def test_an_absent_bias_and_a_tied_output_have_no_rows() -> None:
+    config = copy.deepcopy(SMALL) | {"tie_word_embeddings": True}
+    config["text_config"]["attention_bias"] = False
+    plan = Qwen3VLBridge().plan_from_config(HFConfig.from_dict(config), "BF16")
+    assert "lm_head.weight" not in plan.hf
+    assert not any("self_attn" in name and name.endswith("bias") for name in plan.hf)
+
+
+Q = "model.language_model.layers.1.self_attn.q_proj.weight"
+K = "model.language_model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("name", sorted(small_tensors()))
+def test_every_key_is_missed(name: str) -> None:
+    tensors = small_tensors()
+    del tensors[name]
+    with pytest.raises(PlanError) as error:
+        small_plan(tensors)
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith(f"{name}: missing, needed for ")
+
+
+@pytest.mark.parametrize("name", sorted(small_tensors()))
+def test_every_reshape_is_refused(name: str) -> None:
+    tensors = small_tensors()
+    spec = tensors[name]
+    shape = (*spec.shape[:-1], spec.shape[-1] + 1)
+    tensors[name] = replace(spec, shape=shape)
+    with pytest.raises(PlanError) as error:
+        small_plan(tensors)
+    assert any(p.startswith(f"{name}: the config asks for shape") for p in error.value.problems)
+    assert str(shape) in str(error.value)
+
+
+def test_a_renamed_key_is_recognized() -> None:
+    tensors = small_tensors()
+    renamed = Q.replace("q_proj", "query_proj")
+    tensors[renamed] = replace(tensors.pop(Q), name=renamed)
+    with pytest.raises(PlanError) as error:
+        small_plan(tensors)
+    assert f"{Q}: missing" in error.value.problems[0]
+    assert f"was it renamed to {renamed}?" in error.value.problems[0]
+    assert error.value.problems[1].startswith(f"{renamed}: no row maps it")
+
+
+def test_a_transposed_tensor_is_refused() -> None:
+    tensors = small_tensors()
+    tensors[Q] = replace(tensors[Q], shape=tensors[Q].shape[::-1])
+    with pytest.raises(PlanError, match=r"q_proj.weight: the config asks for shape \(72, 40\)"):
+        small_plan(tensors)
+
+
+def test_a_head_that_the_config_ties_is_refused() -> None:
+    config = HFConfig.from_dict(SMALL | {"tie_word_embeddings": True})
+    with pytest.raises(PlanError, match=r"lm_head.weight: no row maps it, tied to the embedding"):
+        Qwen3VLBridge().plan(config, small_tensors())
+
+
+def test_dtypes_of_one_parameter_must_agree() -> None:
+    tensors = small_tensors()
+    tensors[K] = replace(tensors[K], dtype="F32")
+    with pytest.raises(PlanError, match=r"should have one dtype, found \['BF16', 'F32'\]"):
+        small_plan(tensors)
+
+
+def test_dtypes_of_layers_that_share_a_key_must_agree() -> None:
+    tensors = small_tensors()
+    name = "model.language_model.layers.2.self_attn.o_proj.weight"
+    tensors[name] = replace(tensors[name], dtype="F32")
+    with pytest.raises(PlanError, match=r"o_proj.weight: layers share the checkpoint tensor"):
+        small_plan(tensors)
+
+
+def test_each_tensor_keeps_its_dtype() -> None:
+    tensors = small_tensors()
+    name = "model.language_model.norm.weight"
+    tensors[name] = replace(tensors[name], dtype="F32")
+    plan = small_plan(tensors)
+    assert plan.megatron["language_model.decoder.final_layernorm.weight"].dtype == "F32"
+    assert plan.megatron[EMBEDDING].dtype == "BF16"
+
+
+def test_all_problems_are_gathered() -> None:
+    tensors = small_tensors()
+    del tensors[Q]
+    tensors[K] = replace(tensors[K], shape=(7, 7))
+    tensors["model.extra"] = TensorSpec("model.extra", (3,), "BF16")
+    with pytest.raises(PlanError) as error:
+        small_plan(tensors)
+    assert [problem.split(":")[0] for problem in error.value.problems] == [K, Q, "model.extra"]
+    assert "3 problems" in str(error.value)
+
+
+def test_the_proof_sees_a_copy_too_few_and_one_too_many() -> None:
+    plan = small_plan()
+    assert list(plan.faults()) == []
+    fewer = replace(plan, copies=plan.copies[:-1])
+    lost = plan.copies[-1]
+    assert any(lost.hf_name in fault and "not filled" in fault for fault in fewer.faults())
+    assert any(lost.megatron_key in fault and "not filled" in fault for fault in fewer.faults())
+    more = replace(plan, copies=(*plan.copies, lost))
+    assert any(lost.hf_name in fault and "filled 2 times" in fault for fault in more.faults())
+
+
+def test_the_proof_sees_boxes_of_different_shape() -> None:
+    plan = small_plan()
+    first = plan.copies[0]
+    turned = replace(first, hf_box=(first.hf_box[1], first.hf_box[0]))
+    faults = list(replace(plan, copies=(turned, *plan.copies[1:])).faults())
+    assert any("differ in shape" in fault for fault in faults)
+
+
+def test_rows_without_shapes_need_files() -> None:
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+    structure = Qwen3VLBridge().structure(HFConfig.from_dict(SMALL))
+    registry = MegatronMappingRegistry(AutoMapping("language_model.a.weight", "a.weight"))
+    with pytest.raises(PlanError, match="declares no shape for a.weight"):
+        expected_tensors(registry, structure, "BF16")
+    plan = build_plan(registry, structure, {"a.weight": TensorSpec("a.weight", (2, 3), "F32")})
+    assert plan.copies[0].megatron_box == full_box((2, 3))
+
+
+def test_planning_needs_neither_torch_nor_megatron_core() -> None:
+    import subprocess
+
+    code = (
+        "import sys; from megatron.bridge.models.qwen_vl import Qwen3VLBridge; "
+        "Qwen3VLBridge().mapping_registry(); "
+        "print([m for m in ('torch', 'megatron.core', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,86 @@
+"""A folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.bridge.checkpoint.staging import staged_folder
+from megatron.bridge.errors import TargetExists
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_it_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "target"
+    with staged_folder(target) as folder:
+        (folder / "file").write_text("new")
+        assert not target.exists()
+    assert listing(tmp_path / "parent") == ["target", "target/file"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with staged_folder(tmp_path / "target") as folder:
+            (folder / "file").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_an_existing_target(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "target"
+    if kind == "folder":
+        target.mkdir()
+        (target / "old").touch()
+    elif kind == "file":
+        target.touch()
+    else:
+        target.symlink_to("gone")
+    before = listing(tmp_path)
+    with pytest.raises(TargetExists, match="target exists already"), staged_folder(target):
+        pass
+    with pytest.raises(ValueError, match="stop"), staged_folder(target, force=True):
+        raise ValueError("stop")
+    assert listing(tmp_path) == before
+    with staged_folder(target, force=True) as folder:
+        (folder / "new").touch()
+    assert listing(tmp_path) == ["target", "target/new"]
+
+
+def test_a_target_that_appears_meanwhile(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(TargetExists, match="meanwhile"), staged_folder(target):
+        target.mkdir()
+    assert listing(tmp_path) == ["target"]
+
+
+def test_a_killed_process_leaves_the_target_alone(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from megatron.bridge.checkpoint.staging import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1]), force=True) as folder:\n"
+        "    (folder / 'file').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("old")
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(target)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert listing(target) == ["old"]
+    assert all(path.name.startswith(".target.partial-") for path in tmp_path.iterdir()
+               if path != target)  # fmt: skip
