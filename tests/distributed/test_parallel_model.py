@@ -33,7 +33,6 @@ PIPELINE = {
     "pipeline_model_parallel_size": 2,
     "num_layers_in_first_pipeline_stage": 3,
     "num_layers_in_last_pipeline_stage": 2,
-    "pipeline_dtype": torch.float32,
 }
 # case: (config of the model, fields of the provider)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from oracle import tiny
 
 Build = Callable[..., Any]

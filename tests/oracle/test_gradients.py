@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
-from oracle import tiny
 from torch import Tensor
+
+from oracle import tiny
 
 RECOMPUTE = {
     "recompute_granularity": "full",

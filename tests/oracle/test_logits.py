@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import tiny
 from torch import Tensor
+
+from oracle import tiny
 
 TOLERANCE = 1e-4
 

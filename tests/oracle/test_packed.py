@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from oracle import tiny
 from torch import Tensor
+
+from oracle import tiny
 
 
 def packed(prompts: list[dict[str, Tensor]]) -> dict[str, Any]:

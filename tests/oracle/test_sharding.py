@@ -9,9 +9,9 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-import released_configs as released
 import torch
 
+import released_configs as released
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.boxes import Box, intersect, tiling_faults
 

@@ -236,6 +236,7 @@ def test_real_sizes(config: dict[str, Any], keys: int, size: int) -> None:
         ({"dtype": "float64"}, "dtype must be one of bfloat16"),
         ({"num_shards": -1}, "must not be negative"),
         ({"num_shards": 999}, "there are only 115 tensors"),
+        ({"vocab_size": 311, "text.vocab_size": 313}, "vocab_size is set twice: to 311, and by"),
         ({"model_type": "qwen3_vl_moe"}, "not a setting"),
         ({"image_token_id": 300, "video_token_id": 300}, "do not fit together"),
         ({"image_token_id": 4}, "do not fit together"),

@@ -1,7 +1,8 @@
 """Many names that differ only in numbers, shown as one: ``layers.{0...27}.mlp.weight``."""
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -21,6 +22,20 @@ def fold(names: Iterable[str]) -> list[str]:
         for template, members in groups.items()
         for numbers in _merge(list(members))
     ]
+
+
+def fold_words(names: Sequence[str]) -> str:
+    """Names that differ in one word as one: ``self_attn.{q,k,v}_proj.weight``."""
+    if len(names) < 2:
+        return "".join(names)
+    start = os.path.commonprefix(list(names))
+    rests = [name.removeprefix(start) for name in names]
+    end = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]
+    words = [rest.removesuffix(end) for rest in rests]
+    # Braces inside of braces would be hard to read.
+    if not start or any("{" in word or "}" in word for word in words):
+        return ", ".join(names)
+    return start + "{" + ",".join(words) + "}" + end
 
 
 def _merge(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -36,12 +36,16 @@ from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 @dataclass(frozen=True)
 class LocalTensor:
-    """What one rank holds of a checkpoint tensor: its box, and the memory it lies in."""
+    """What one rank holds of a checkpoint tensor: its box, and the memory it lies in.
+
+    is_padded: megatron-core lets its rows differ from the checkpoint's (a padded vocabulary).
+    """
 
     key: str
     key_shape: Shape
     box: Box
     data: torch.Tensor
+    is_padded: bool
 
 
 def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
@@ -60,7 +64,10 @@ def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
                 (start, start + size)
                 for start, size in zip(entry.global_offset, local, strict=True)
             )
-            found.append(LocalTensor(entry.key, tuple(entry.global_shape), box, entry.data))
+            shape = tuple(entry.global_shape)
+            found.append(
+                LocalTensor(entry.key, shape, box, entry.data, entry.allow_shape_mismatch)
+            )
     return found
 
 

@@ -1,24 +1,29 @@
 """Live Megatron models to and from torch_dist checkpoints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.utils import unwrap_model
 
 from megatron.bridge.checkpoint.config_record import write_config_record
-from megatron.bridge.checkpoint.iterations import iteration_folder, write_tracker
-from megatron.bridge.checkpoint.live_model import local_tensors, reader
+from megatron.bridge.checkpoint.iterations import write_tracker
+from megatron.bridge.checkpoint.live_model import LocalTensor, local_tensors, reader
 from megatron.bridge.checkpoint.staging import staged_folder
+from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.checkpoint.torch_dist_writer import write_torch_dist
-from megatron.bridge.dtypes import safetensors_dtype
-from megatron.bridge.errors import InputError
-from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
+from megatron.bridge.errors import PlanError
+from megatron.bridge.models.conversion.boxes import (
+    box_shape,
+    full_box,
+    intersect,
+    relative,
+    slices,
+)
+from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 
 @torch.no_grad()
@@ -55,16 +60,37 @@ def save_checkpoint(
         write_config_record(folder, provider, settings, hf_config)
 
 
+@torch.no_grad()
 def load_checkpoint(model: Sequence[torch.nn.Module], source: Path) -> None:
-    """Fill a model by megatron-core's own load, whatever layout the checkpoint was written with.
+    """Fill a model from a torch_dist checkpoint, whatever layout it was written with.
 
-    Raises CheckpointError if there is none, InputError if it does not hold the model.
+    Each rank reads only what it holds. A vocabulary that was padded to another size is cut or
+    filled up with zeros. Raises CheckpointError if there is no checkpoint or it is damaged,
+    PlanError if it does not hold the model.
     """
-    folder = iteration_folder(source)
-    for chunk in unwrap_model(list(model)):
-        with megatron_on_cpu():
-            try:
-                state = dist_checkpointing.load(chunk.sharded_state_dict(), str(folder))
-            except (KeyError, dist_checkpointing.core.CheckpointingException) as error:
-                raise InputError(f"{folder} does not hold this model: {error}") from error
-        chunk.load_state_dict({key: state[key] for key in chunk.state_dict() if key in state})
+    checkpoint = TorchDistCheckpoint(source)
+    tensors = local_tensors(model)
+    if problems := list(_misfits(tensors, checkpoint.tensors)):
+        raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")
+    for local in tensors:
+        stored = intersect(local.box, full_box(checkpoint.tensors[local.key].shape))
+        data = local.data.reshape(box_shape(local.box))
+        if stored != local.box:
+            data.zero_()
+        if stored is not None:
+            data[slices(relative(stored, local.box))] = checkpoint.read(local.key, stored)
+
+
+def _misfits(
+    tensors: Sequence[LocalTensor], stored: Mapping[str, TensorSpec]
+) -> Iterator[str]:
+    for local in tensors:
+        spec = stored.get(local.key)
+        if spec is None:
+            yield f"{local.key}: missing from the checkpoint"
+        elif spec.shape != local.key_shape and not (
+            local.is_padded and spec.shape[1:] == local.key_shape[1:]
+        ):
+            yield f"{local.key}: the model has shape {local.key_shape}, the file {spec.shape}"
+        elif torch_dtype(spec.dtype) != local.data.dtype:
+            yield f"{local.key}: the model has {local.data.dtype}, the file {spec.dtype}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.conversion.boxes import Box, box_shape
 from megatron.bridge.models.conversion.plan import TensorSpec
 
@@ -53,21 +55,30 @@ def write_torch_dist(
 ) -> None:
     """Write a torch_dist checkpoint into an existing, empty folder.
 
+    Raises what `read` raises, or CheckpointError if the folder cannot be written.
+
     tensors: global tensors by key. chunks: boxes that tile them, each stored as one piece and
     asked of `read` when it is its turn. extra_states: names of objects without content.
     iteration: recorded in the common state, as Megatron's training loop does.
     """
     objects: dict[str, Any] = dict.fromkeys(extra_states)
     objects[COMMON_STATE] = {"checkpoint_version": 3.0, "iteration": iteration}
-    with warnings.catch_warnings():
-        # One process is what is meant.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(
-            {},
-            storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True),
-            planner=_StreamingPlanner(tensors, chunks, read, objects),
-            no_dist=True,
-        )
+    try:
+        with warnings.catch_warnings():
+            # One process is what is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                {},
+                storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True),
+                planner=_StreamingPlanner(tensors, chunks, read, objects),
+                no_dist=True,
+            )
+    except CheckpointException as error:
+        # It wraps whatever went wrong, by rank; there is one rank.
+        cause, _ = error.failures[0]
+        if isinstance(cause, OSError):
+            raise CheckpointError(f"{folder}: cannot be written: {cause.strerror}") from cause
+        raise cause from None
     (folder / "metadata.json").write_text(json.dumps(_BACKEND))
 
 

@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -43,6 +44,7 @@ class ModelProvider(TransformerConfig):
         share_embeddings_and_output_weights: one weight for embedding and output layer.
         parallel_output: return logits split over the tensor-parallel ranks.
         transformer_impl: "local" (plain torch) or "transformer_engine"; None chooses.
+        pipeline_dtype: of what pipeline stages exchange; None for `params_dtype`.
     """
 
     vocab_size: int = 0
@@ -52,10 +54,12 @@ class ModelProvider(TransformerConfig):
     share_embeddings_and_output_weights: bool = False
     parallel_output: bool = False
     transformer_impl: str | None = None
+    pipeline_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Deferred to `finalize()`."""
         self._pre_wrap_hooks: list[PreWrapHook] = []
+        self._derived: dict[str, Any] = {}
 
     @property
     def padded_vocab_size(self) -> int:
@@ -66,21 +70,32 @@ class ModelProvider(TransformerConfig):
         return -(-self.vocab_size // multiple) * multiple
 
     def finalize(self) -> None:
-        """Validate and derive; calling it again after a change is allowed.
+        """Validate and derive; call it again after a change.
 
         Raises:
             ConfigError: every problem found by this project, or the first one that megatron-core
                 finds.
         """
+        # What was derived last time is derived anew: it may depend on what changed since.
+        for name, value in self._derived.items():
+            if getattr(self, name) is value:
+                setattr(self, name, None)
         if problems := self.problems():
             raise ConfigError(
                 f"{type(self).__name__} cannot be built:\n"
                 + "\n".join(f"  - {problem}" for problem in problems)
             )
+        names = [one.name for one in fields(self)]
+        open_names = [name for name in names if getattr(self, name) is None]
+        if self.pipeline_dtype is None:
+            self.pipeline_dtype = self.params_dtype
         try:
             TransformerConfig.__post_init__(self)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
+        self._derived = {
+            name: value for name in open_names if (value := getattr(self, name)) is not None
+        }
 
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""

@@ -1,7 +1,6 @@
 """Process groups: of a real run, and of any rank of an imagined cluster."""
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

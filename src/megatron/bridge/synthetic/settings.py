@@ -68,12 +68,14 @@ def resolve_settings(family: Family, settings: Mapping[str, object]) -> Settings
     values that do not make a model, all of them in one error.
     """
     defaults = dict(_flatten(family.config)) | dict(OPTIONS)
-    given = {}
-    for key, value in _flatten(settings):
-        key = _full_key(key)
+    given: dict[str, Any] = {}
+    for name, value in _flatten(settings):
+        key = _full_key(name)
         if key not in defaults and key not in family.token_ids:
             raise _unknown(key, [*defaults, *family.token_ids])
-        given[key] = _typed(key, defaults.get(key, 0), value)
+        typed = _typed(key, defaults.get(key, 0), value)
+        if given.setdefault(key, typed) != typed:
+            raise InputError(f"{key} is set twice: to {given[key]!r}, and by {name} to {typed!r}")
     for key in _FIXED:
         if key in given and given[key] != defaults[key]:
             raise InputError(f"{key} of family {family.name} is {defaults[key]!r}, not a setting")

@@ -6,6 +6,7 @@ from megatron.core.models.backends import BackendSpecProvider
 
 from megatron.bridge.errors import ConfigError
 
+
 def get_backend(transformer_impl: str | None) -> BackendSpecProvider:
     """The backend of a config's `transformer_impl`: "local" or "transformer_engine".
 

@@ -222,7 +222,10 @@ class AutoBridge:
     def load_megatron_model(
         self, path: PathLike, *, wrap_with_ddp: bool = False
     ) -> "list[torch.nn.Module]":
-        """Build the model and fill it from a torch_dist checkpoint, by megatron-core's own load."""
+        """Build this rank's chunks of the model, filled from a torch_dist checkpoint of any layout.
+
+        Raises CheckpointError, or PlanError if the checkpoint does not hold this model.
+        """
         from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
 
         provider = self.to_megatron_provider(load_weights=False)

@@ -95,23 +95,22 @@ class Qwen3VLModelProvider(ModelProvider):
         ):
             if (found := getattr(self, name)) != only:
                 problems.append(f"{name} is {found!r}: {type(self).__name__} needs {only!r}")
-        if self.kv_channels is None:
-            problems.append("kv_channels is None: set it to the head size of the language model")
-        elif (rotated := int(self.kv_channels * self.rotary_percent)) != 2 * sum(
-            self.mrope_section
-        ):
-            problems.append(
-                f"mrope_section is {self.mrope_section}, which sums to {sum(self.mrope_section)}: "
-                f"expected half of the {rotated} rotated channels of a head"
-            )
+        missing = [name for name in ("kv_channels", "vision") if getattr(self, name) is None]
+        problems += [f"{name} is None: it must be set" for name in missing]
+        if "kv_channels" not in missing:
+            rotated = int(self.kv_channels * self.rotary_percent)
+            if rotated != 2 * sum(self.mrope_section):
+                problems.append(
+                    f"mrope_section is {self.mrope_section}, which sums to "
+                    f"{sum(self.mrope_section)}: expected half of the {rotated} rotated channels "
+                    f"of a head"
+                )
         for name in ("image_token_id", "video_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 problems.append(
                     f"{name} is {getattr(self, name)}, outside of vocab_size = {self.vocab_size}"
                 )
-        if self.vision is None:
-            problems.append("vision is None: set it to a VisionConfig")
-        else:
+        if "vision" not in missing:
             problems += self.vision.problems(
                 hidden_size=self.hidden_size,
                 tensor_model_parallel_size=self.tensor_model_parallel_size,

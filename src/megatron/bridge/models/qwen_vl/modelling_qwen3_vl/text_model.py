@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
-from megatron.bridge.models.backends.selection import get_backend
 from megatron.bridge.models.backends.layer_spec import dense_layer_spec
+from megatron.bridge.models.backends.selection import get_backend
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.deepstack import DeepstackTransformerLayer
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import (
     InterleavedMultimodalRotaryEmbedding,

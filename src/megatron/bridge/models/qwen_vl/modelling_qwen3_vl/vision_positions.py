@@ -66,7 +66,7 @@ def interpolated_embedding(table: Tensor, positions: PatchPositions, grid_size: 
     """
 
     def taps(index: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        source = index * ((grid_size - 1) / (size - 1).clamp(min=1).float())
+        source = index * (grid_size - 1) / (size - 1).clamp(min=1)
         low = source.long()
         return low, (low + 1).clamp(max=grid_size - 1), source - low
 

@@ -1,0 +1,33 @@
+"""The command `megatron-bridge`: what a person types.
+
+    app          the commands, declared; importing it imports neither torch nor transformers
+    commands     one file per command or pair: arguments in, computing called, result shown
+    documents    results as JSON documents
+    render       results as tables
+    outcome      errors as messages and exit statuses
+    output       where results, messages and progress go
+"""
+
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; `args` without the program's name.
+
+    None takes the arguments of the process. 0: done. 1: two things differ. 2: the input cannot be
+    used. See `megatron.bridge.cli.outcome` for the rest.
+    """
+    from megatron.bridge.cli.outcome import INTERRUPTED, terminable
+
+    try:
+        with terminable():
+            from megatron.bridge.cli.app import app
+
+            app(args=args, prog_name="megatron-bridge")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:  # between the commands' own handling and here
+        return INTERRUPTED
+    return 0

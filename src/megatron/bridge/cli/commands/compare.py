@@ -1,0 +1,70 @@
+"""`compare`: transformers against Megatron-Core, on one prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron.bridge.cli.options import HFModel, Json, Revision
+from megatron.bridge.cli.output import open_output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def compare(
+    source: HFModel,
+    *,
+    image: Annotated[Path | None, typer.Option(help="Image to ask about.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask. By default a short question.")
+    ] = None,
+    revision: Revision = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and activations: float32, bfloat16 or float16.")
+    ] = "float32",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Largest difference of logits, as a part of the largest logit (at least of 1). "
+            "By default 1e-4 for float32, 5e-2 for bfloat16, 1e-2 for float16.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run one prompt through transformers and through Megatron-Core; exits with 1 if they differ.
+
+    Compares the hidden states after every layer, and the logits. The two models run one after the
+    other: memory is that of one of them in the chosen dtype.
+    """
+    with open_output(as_json=as_json) as output:
+        output.note("loading torch, transformers and megatron-core")
+        from megatron.bridge.cli.documents import compare_document
+        from megatron.bridge.errors import MismatchError
+        from megatron.bridge.verification.logits import compare as compare_models
+
+        with output.progress() as progress:
+            report = compare_models(
+                source,
+                image,
+                prompt,
+                revision=revision,
+                dtype=dtype,
+                tolerance=tolerance,
+                progress=progress,
+            )
+
+        def render() -> RenderableType:
+            from megatron.bridge.cli.render.comparison import render_compare
+
+            return render_compare(report)
+
+        output.show(compare_document(report), render)
+    if not report.agrees:
+        raise MismatchError(
+            f"the logits of {source} differ by up to {report.logits.max_abs:.2e}; allowed are "
+            f"{report.tolerance:g} of the largest, {report.logits.largest:.3g}"
+        )

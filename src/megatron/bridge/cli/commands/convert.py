@@ -1,0 +1,93 @@
+"""`import` and `export`: Hugging Face files to Megatron files and back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron.bridge.cli.options import Force, HFModel, Json, Revision, Target
+from megatron.bridge.cli.output import Output, import_torch, open_output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from megatron.bridge.checkpoint.convert import Conversion
+
+
+def import_command(
+    source: HFModel,
+    target: Target,
+    *,
+    revision: Revision = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the Hugging Face model SRC as the Megatron checkpoint DST.
+
+    The checkpoint is torch_dist, as megatron-core saves it, and loads at any parallel layout. The
+    conversion is proven before the first byte is written.
+    """
+    with open_output(as_json=as_json) as output:
+        from megatron.bridge.checkpoint.convert import import_checkpoint
+        from megatron.bridge.cli.targets import check_target
+        from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+
+        check_target(target, [source], force=force)
+        hf = PreTrainedVLM.from_pretrained(source, revision)
+        import_torch()
+        begin = time.perf_counter()
+        with output.progress() as progress:
+            done = import_checkpoint(hf, target, force=force, progress=progress)
+        _show(output, "import", source, done, time.perf_counter() - begin)
+
+
+def export_command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Megatron checkpoint.")],
+    target: Target,
+    *,
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--hf",
+            metavar="REF",
+            help="Hugging Face model whose layout and side files DST gets: a folder (a config.json "
+            "will do) or a hub id.",
+        ),
+    ],
+    revision: Revision = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the Megatron checkpoint SRC as the Hugging Face model DST.
+
+    Names, shapes, dtypes, shards and side files (tokenizer, processor, chat template) are those of
+    REF; where REF holds no weights, the dtypes are the checkpoint's.
+    """
+    with open_output(as_json=as_json) as output:
+        from megatron.bridge.checkpoint.convert import export_checkpoint
+        from megatron.bridge.cli.targets import check_target
+        from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+
+        check_target(target, [source, reference], force=force)
+        hf = PreTrainedVLM.from_pretrained(reference, revision)
+        import_torch()
+        begin = time.perf_counter()
+        with output.progress() as progress:
+            done = export_checkpoint(source, target, hf, force=force, progress=progress)
+        _show(output, "export", str(source), done, time.perf_counter() - begin)
+
+
+def _show(output: Output, command: str, source: str, done: Conversion, seconds: float) -> None:
+    from megatron.bridge.cli.documents import conversion_document
+
+    document = conversion_document(command, source, done, seconds)
+
+    def render() -> RenderableType:
+        from megatron.bridge.cli.render.conversion import render_conversion
+
+        return render_conversion(document)
+
+    output.show(document, render)

@@ -1,0 +1,74 @@
+"""`inspect`: what a model folder, a hub id or a Megatron checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron.bridge.cli.options import Json, Revision
+from megatron.bridge.cli.output import Output, open_output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def inspect(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of a Hugging Face model (a config.json will do), hub id, or Megatron "
+            "checkpoint.",
+        ),
+    ],
+    *,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show what SRC holds and, for a Hugging Face model, whether and how it converts.
+
+    Reads headers and configs only. Exits with 2 if the model cannot be converted, after showing
+    what is known of it.
+    """
+    from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
+
+    with open_output(as_json=as_json) as output:
+        if is_megatron_checkpoint(Path(source).expanduser()):
+            _inspect_megatron(Path(source).expanduser(), revision, output)
+        else:
+            _inspect_hf(source, revision, output)
+
+
+def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
+    from megatron.bridge.cli.documents import hf_document
+    from megatron.bridge.inspection.hf_folder import inspect_hf
+
+    report = inspect_hf(source, revision)
+
+    def render() -> RenderableType:
+        from megatron.bridge.cli.render.inspection import render_hf
+
+        return render_hf(report)
+
+    output.show(hf_document(report), render)
+    if report.problem is not None:
+        raise report.problem
+
+
+def _inspect_megatron(source: Path, revision: str | None, output: Output) -> None:
+    from megatron.bridge.cli.documents import megatron_document
+    from megatron.bridge.errors import InputError
+    from megatron.bridge.inspection.megatron_folder import inspect_megatron
+
+    if revision is not None:
+        raise InputError(f"{source} is a folder: --revision means nothing for it")
+    report = inspect_megatron(source)
+
+    def render() -> RenderableType:
+        from megatron.bridge.cli.render.inspection import render_megatron
+
+        return render_megatron(report)
+
+    output.show(megatron_document(report), render)

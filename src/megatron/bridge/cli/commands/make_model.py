@@ -1,0 +1,65 @@
+"""`make-model`: a small random model in the released disk layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron.bridge.cli.options import Force, Json
+from megatron.bridge.cli.output import open_output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def make_model(
+    *,
+    family: Annotated[str, typer.Option(help="Family of models, such as qwen3-vl.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; it appears when it is complete.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a value of the config (text.num_hidden_layers=3, tie_word_embeddings=true)"
+            " or of the files (num_shards=2, dtype=float32, rope_form=new). Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make a random model with tokenizer, processor and chat template, as released models have.
+
+    The same arguments give the same files.
+    """
+    with open_output(as_json=as_json) as output:
+        from megatron.bridge.cli.documents import made_model_document
+        from megatron.bridge.cli.targets import check_target
+        from megatron.bridge.synthetic import make_model as make
+
+        chosen = _parse(settings or [])
+        check_target(out, [], force=force)
+        make(family, out, chosen, seed, force=force)
+        document = made_model_document(family, out, seed)
+
+        def render() -> RenderableType:
+            from megatron.bridge.cli.render.conversion import render_made_model
+
+            return render_made_model(document)
+
+        output.show(document, render)
+
+
+def _parse(settings: list[str]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for setting in settings:
+        key, mark, value = setting.partition("=")
+        if not mark or not key:
+            raise typer.BadParameter(f"{setting!r} should be KEY=VALUE", param_hint="--set")
+        if key in chosen:
+            raise typer.BadParameter(f"{key} is set twice", param_hint="--set")
+        chosen[key] = value
+    return chosen

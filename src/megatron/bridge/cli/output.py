@@ -1,0 +1,83 @@
+"""Where things go: results to stdout, everything else to stderr; with --json one document only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megatron.bridge.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+WIDTH = 100
+"""Columns of the widest table."""
+
+
+class Output:
+    """The streams of one command. Make it by `open_output`."""
+
+    def __init__(self, stdout: TextIO, *, as_json: bool) -> None:
+        self._stdout = stdout
+        self.as_json = as_json
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Bars on a terminal, a line every tenth otherwise, nothing with --json."""
+        if self.as_json:
+            return contextlib.nullcontext(Silent())
+        if sys.stderr.isatty():
+            from megatron.bridge.cli.progress_display import progress_bars
+
+            return progress_bars()
+        from megatron.bridge.cli.progress_display import ProgressLines
+
+        return contextlib.nullcontext(ProgressLines(sys.stderr))
+
+    def note(self, message: str) -> None:
+        """Say on stderr what is going on; not with --json."""
+        if not self.as_json:
+            print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+    def show(self, document: Mapping[str, Any], render: Callable[[], RenderableType]) -> None:
+        """Write the result: the document as JSON, or what `render` makes of it."""
+        if self.as_json:
+            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+            self._stdout.write(text + "\n")
+        else:
+            from rich.console import Console
+
+            terminal = self._stdout.isatty()
+            console = Console(file=self._stdout, highlight=False, soft_wrap=False)
+            console = Console(
+                file=self._stdout,
+                highlight=False,
+                width=min(console.width, WIDTH) if terminal else WIDTH,
+            )
+            console.print(render())
+        self._stdout.flush()
+
+
+@contextmanager
+def open_output(*, as_json: bool) -> Iterator[Output]:
+    """Give a command its streams; what libraries print inside the block goes to stderr."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        if as_json:
+            _silence_progress_bars()
+        yield Output(stdout, as_json=as_json)
+
+
+def _silence_progress_bars() -> None:
+    """Those of downloads; libraries that draw others are silenced where they are used."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+
+
+def import_torch() -> None:
+    """Import torch now, so that the seconds it takes are not counted as work."""
+    import torch  # noqa: F401

@@ -1,0 +1,1 @@
+"""Results as rich tables that fit 100 columns."""

@@ -1,0 +1,136 @@
+"""`inspect` as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from megatron.bridge.cli.render.tables import facts, listing, verdict
+from megatron.bridge.cli.units import count, format_bytes
+from megatron.bridge.folding import fold, fold_words
+
+if TYPE_CHECKING:
+    from megatron.bridge.inspection.hf_folder import HFReport, RowSummary
+    from megatron.bridge.inspection.megatron_folder import MegatronReport
+    from megatron.bridge.inspection.summary import TensorSummary
+    from megatron.bridge.models.hf_pretrained.config import Rope
+
+_ORIGINS = {
+    "files": "headers of the files",
+    "hub headers": "headers of the files on the hub",
+    "config": "what the config asks for (no weights at hand)",
+}
+_SHOWN_SHARDS = 8
+
+
+def render_hf(report: HFReport) -> RenderableType:
+    """A Hugging Face model: what it is, its configs, its rows, and whether it converts."""
+    parts: list[RenderableType] = [
+        facts(
+            "Hugging Face model",
+            [
+                ("source", report.source),
+                ("architecture", report.architecture),
+                ("bridge", report.bridge or "none"),
+                ("tensors from", _ORIGINS[report.origin]),
+                *_sizes(report.hf),
+                ("shards", _shards(report)),
+                ("side files", ", ".join(report.side_files) or "none"),
+                ("text", _settings(report.text)),
+                ("vision", _settings(report.vision)),
+                ("rope", None if report.rope is None else _rope(report.rope)),
+                ("embeddings", "tied" if report.tied else "not tied"),
+                ("megatron", _megatron(report)),
+                ("plan", verdict(report.problem is None, "proven", "not proven")),
+            ],
+        )
+    ]
+    if rows := report.rows:
+        table = listing("Rows of the plan", "count", "Megatron = Hugging Face", right=["count"])
+        for row in rows:
+            table.add_row(str(row.count), _row(row))
+        parts += ["", table]
+    return Group(*parts)
+
+
+def render_megatron(report: MegatronReport) -> RenderableType:
+    """A Megatron checkpoint: what it is, and its tensors."""
+    record = "present" if report.config_record else "none: the model is not described"
+    table = listing("Tensors", "key", "shape", "dtype")
+    for key, spec in report.tensors.items():
+        shape = "[" + ", ".join(map(str, spec.shape)) + "]"
+        table.add_row(Text(key), Text(shape), spec.dtype)
+    return Group(
+        facts(
+            "Megatron checkpoint (torch_dist)",
+            [
+                ("source", report.source),
+                ("iteration", f"{report.iteration} ({report.folder.name})"),
+                *_sizes(report.megatron),
+                ("files", _named_sizes(report.files)),
+                ("objects", _objects(report.objects)),
+                ("config record", record),
+                ("architecture", report.architecture),
+            ],
+        ),
+        "",
+        table,
+    )
+
+
+def _row(row: RowSummary) -> Text:
+    layout = "" if row.layout == "same" else f"{row.layout}: "
+    return Text(row.megatron).append(f"\n  = {layout}{fold_words(row.hf)}", style="dim")
+
+
+def _sizes(summary: TensorSummary | None) -> list[tuple[str, object]]:
+    if summary is None:
+        return [("tensors", "unknown")]
+    dtypes = ", ".join(f"{name} {format_bytes(size)}" for name, (_, size) in summary.dtypes.items())
+    return [
+        ("tensors", f"{summary.keys:,}"),
+        ("bytes", f"{summary.bytes:,} ({format_bytes(summary.bytes)})"),
+        ("dtypes", dtypes),
+    ]
+
+
+def _shards(report: HFReport) -> str | None:
+    return _named_sizes({shard.name: shard.bytes for shard in report.shards})
+
+
+def _named_sizes(files: Mapping[str, int]) -> str | None:
+    if not files:
+        return None
+    shown = [f"{name} {format_bytes(size)}" for name, size in files.items()][:_SHOWN_SHARDS]
+    more = len(files) - len(shown)
+    return "\n".join([*shown, *([f"and {more} more"] if more else [])])
+
+
+def _settings(values: Mapping[str, Any]) -> str | None:
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or None
+
+
+def _rope(rope: Rope) -> str:
+    order = "interleaved" if rope.interleaved else "in blocks"
+    return (
+        f"{rope.rope_type}, theta {rope.theta:g}, mrope section {list(rope.mrope_section)} {order}, "
+        f"{rope.partial_rotary_factor:g} of each head"
+    )
+
+
+def _megatron(report: HFReport) -> str | None:
+    plan = report.plan
+    if plan is None:
+        return None
+    size = plan.megatron_bytes
+    return f"{count(len(plan.megatron), 'tensor')}, {size:,} bytes ({format_bytes(size)})"
+
+
+def _objects(objects: tuple[str, ...]) -> str:
+    if not objects:
+        return "none"
+    folded = fold(dict.fromkeys(name.partition("/shard_")[0] for name in objects))
+    return f"{len(objects)}: " + ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")

@@ -1,0 +1,78 @@
+"""`verify` as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from megatron.bridge.cli.render.tables import facts, listing, number, verdict
+from megatron.bridge.cli.units import format_bytes, format_rate
+from megatron.bridge.folding import fold
+
+if TYPE_CHECKING:
+    from megatron.bridge.verification.tensors import TensorDifference, VerifyReport
+
+_SHOWN = 50
+_FORMATS = {"huggingface": "Hugging Face", "megatron": "Megatron"}
+
+
+def render_verify(report: VerifyReport, seconds: float) -> RenderableType:
+    """The verdict, and every tensor that is not the same."""
+    size = report.compared_bytes
+    parts: list[RenderableType] = [
+        facts(
+            "verify",
+            [
+                ("A", f"{report.a} ({_FORMATS[report.a_kind]})"),
+                ("B", f"{report.b} ({_FORMATS[report.b_kind]})"),
+                ("compared", f"{report.compared:,} tensors, {size:,} bytes ({format_bytes(size)})"),
+                ("equal", f"{report.equal:,} tensors"),
+                ("not compared", _not_compared(report)),
+                ("side files", _side_files(report)),
+                ("seconds", f"{seconds:.2f} ({format_rate(size, seconds)} per side)"),
+                ("result", verdict(report.identical, "identical, bit for bit", "they differ")),
+            ],
+        )
+    ]
+    if report.different:
+        table = listing("Not equal", "tensor", "what", "difference")
+        for tensor in report.different[:_SHOWN]:
+            table.add_row(Text(tensor.name), tensor.what, Text(_difference(tensor)))
+        parts += ["", table, *_rest(len(report.different))]
+    for title, names in (("Only in A", report.only_in_a), ("Only in B", report.only_in_b)):
+        if names:
+            folded = fold(names)
+            table = listing(f"{title}: {len(names)}", "tensor")
+            for name in folded[:_SHOWN]:
+                table.add_row(Text(name))
+            parts += ["", table, *_rest(len(folded))]
+    return Group(*parts)
+
+
+def _difference(tensor: TensorDifference) -> str:
+    if tensor.what != "bits":
+        return f"A {tensor.a}, B {tensor.b}"
+    return f"{tensor.elements:,} of {tensor.of:,} elements, by up to {number(tensor.max_abs)}"
+
+
+def _not_compared(report: VerifyReport) -> str | None:
+    parts = []
+    if report.padding:
+        parts.append(f"{report.padding:,} elements that pad the vocabulary")
+    if report.ignored:
+        parts.append(f"{len(report.ignored):,} tensors that are no weights (optimizer state)")
+    return "; ".join(parts) or None
+
+
+def _side_files(report: VerifyReport) -> str | None:
+    if report.side_files is None:
+        return None
+    if not report.side_files:
+        return "all equal"
+    return ", ".join(f"{entry.file} ({entry.what})" for entry in report.side_files)
+
+
+def _rest(total: int) -> list[RenderableType]:
+    return [f"... and {total - _SHOWN:,} more; --json lists all"] if total > _SHOWN else []

@@ -1,0 +1,78 @@
+"""Distances between the activations of two models, accumulated in float64 over blocks of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, nan
+
+import torch
+
+_BLOCK = 64  # tokens; a row of logits is up to 250,000 numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """max_abs: largest difference, infinite if a value is not finite. largest: absolute value in
+    the reference. cosine: of the angle between the two, all values as one vector.
+    """
+
+    max_abs: float
+    mean_abs: float
+    largest: float
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsDistance(Distance):
+    """kl: Kullback-Leibler divergence of the found from the expected distribution of the next
+    token, in nats, mean over positions. top1_agreement: part of the positions whose likeliest
+    token is the same.
+    """
+
+    kl: float
+    top1_agreement: float
+
+
+def distance(expected: torch.Tensor, found: torch.Tensor) -> Distance:
+    """Compare two tensors of one shape. Raises ValueError for different shapes."""
+    if expected.shape != found.shape:
+        raise ValueError(f"shapes differ: {tuple(expected.shape)} and {tuple(found.shape)}")
+    width = expected.shape[-1]
+    pairs = zip(
+        expected.reshape(-1, width).split(_BLOCK),
+        found.reshape(-1, width).split(_BLOCK),
+        strict=True,
+    )
+    max_abs = total = largest = dot = expected_square = found_square = 0.0
+    for block, other in pairs:
+        a, b = block.double(), other.double()
+        apart = (a - b).abs()
+        block_max = float(apart.max())
+        max_abs = max(max_abs, block_max if block_max < inf else inf)
+        total += float(apart.sum())
+        largest = max(largest, float(a.abs().max()))
+        dot += float((a * b).sum())
+        expected_square += float((a * a).sum())
+        found_square += float((b * b).sum())
+    norms = (expected_square * found_square) ** 0.5
+    return Distance(max_abs, total / expected.numel(), largest, dot / norms if norms else nan)
+
+
+def logits_distance(expected: torch.Tensor, found: torch.Tensor) -> LogitsDistance:
+    """Compare logits [tokens, vocabulary]."""
+    base = distance(expected, found)
+    divergence, same = 0.0, 0
+    for block, other in zip(expected.split(_BLOCK), found.split(_BLOCK), strict=True):
+        log_p = block.double().log_softmax(dim=-1)
+        log_q = other.double().log_softmax(dim=-1)
+        divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        same += int((block.argmax(dim=-1) == other.argmax(dim=-1)).sum())
+    tokens = expected.shape[0]
+    return LogitsDistance(
+        base.max_abs,
+        base.mean_abs,
+        base.largest,
+        base.cosine,
+        divergence / tokens,
+        same / tokens,
+    )

@@ -1,0 +1,85 @@
+"""A checkpoint written by `import`, loaded by stock megatron-core in two processes at TP2."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.bridge.checkpoint.convert import import_checkpoint
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.synthetic import make_model
+
+WORLD = 2
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """Loads twice, by stock load and straight from the Hugging Face files, and compares."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(f"{folder}/hf")
+    states = []
+    for load in ("stock", "hf"):
+        provider = bridge.to_megatron_provider(load_weights=load == "hf")
+        provider.tensor_model_parallel_size = WORLD
+        [model] = provider.provide_distributed_model(wrap_with_ddp=False)
+        if load == "stock":
+            from megatron.core import dist_checkpointing
+
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(float("nan"))
+            folder_of_iteration = f"{folder}/megatron/iter_0000000"
+            state = dist_checkpointing.load(model.sharded_state_dict(), folder_of_iteration)
+            model.load_state_dict({k: state[k] for k in model.state_dict() if k in state})
+        states.append({name: tensor.detach() for name, tensor in model.named_parameters()})
+    torch.save(states, f"{folder}/states{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tp2")
+    settings = {"vision.num_heads": 4, "tie_word_embeddings": False, "text.attention_bias": True}
+    make_model("qwen3-vl", folder / "hf", settings, seed=7)
+    import_checkpoint(PreTrainedVLM.from_pretrained(folder / "hf"), folder / "megatron")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    return folder
+
+
+def test_every_shard_is_equal(folder: Path) -> None:
+    for rank in range(WORLD):
+        stock, from_hf = torch.load(folder / f"states{rank}.pt")
+        assert stock.keys() == from_hf.keys()
+        assert len(stock) > 100
+        for name, tensor in stock.items():
+            assert torch.equal(tensor, from_hf[name]), (rank, name)
+
+
+def test_the_shards_are_those_of_the_files(folder: Path) -> None:
+    """Both ranks' parts put together by hand, for a column-, a row- and a vocabulary-split."""
+    hf = PreTrainedVLM.from_pretrained(folder / "hf")
+    first, second = (torch.load(folder / f"states{rank}.pt")[0] for rank in range(WORLD))
+    layer, hf_layer = "language_model.decoder.layers.1.", "model.language_model.layers.1."
+
+    def parts(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return first[name], second[name]
+
+    row = torch.cat(parts(f"{layer}mlp.linear_fc2.weight"), dim=1)
+    assert torch.equal(row, hf.tensors.read(f"{hf_layer}mlp.down_proj.weight"))
+    gates, ups = zip(*(part.chunk(2) for part in parts(f"{layer}mlp.linear_fc1.weight")))
+    assert torch.equal(torch.cat(gates), hf.tensors.read(f"{hf_layer}mlp.gate_proj.weight"))
+    assert torch.equal(torch.cat(ups), hf.tensors.read(f"{hf_layer}mlp.up_proj.weight"))
+    embedding = torch.cat(parts("language_model.embedding.word_embeddings.weight"))
+    tokens = hf.tensors.read("model.language_model.embed_tokens.weight")
+    assert torch.equal(embedding[: len(tokens)], tokens)
+    assert len(embedding) % (2 * 128) == 0
+    assert not embedding[len(tokens) :].any()

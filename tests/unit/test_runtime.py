@@ -1,0 +1,95 @@
+"""megatron-core on the CPU, and its process groups."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.runtime.cpu import megatron_on_cpu
+from megatron.bridge.runtime.parallel import (
+    ParallelSizes,
+    fake_cluster,
+    initialize_process_groups,
+)
+from providers import one_process
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+
+
+def test_context_restores_torch_and_is_reentrant() -> None:
+    original = torch.cuda.current_device
+    with megatron_on_cpu():
+        patched = torch.cuda.current_device
+        with pytest.raises(ZeroDivisionError), megatron_on_cpu():
+            raise ZeroDivisionError
+        assert torch.cuda.current_device is patched
+        assert torch.cuda.current_device() == torch.device("cpu")
+        with torch.device("meta"):
+            assert torch.cuda.current_device() == torch.device("meta")
+    if torch.cuda.current_device is not patched:  # another test may have activated it for good
+        assert torch.cuda.current_device is original
+
+
+def test_random_states_are_tracked_on_the_cpu() -> None:
+    with one_process(), megatron_on_cpu():
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        torch.manual_seed(5)
+        expected = torch.rand(3), torch.rand(3)
+        torch.manual_seed(5)
+        before = torch.rand(3)
+        with tracker.fork():
+            first = torch.rand(3)
+        with tracker.fork():
+            second = torch.rand(3)
+        after = torch.rand(3)
+    assert torch.equal(before, expected[0])
+    assert torch.equal(after, expected[1]), "a fork must not move the outer state"
+    assert not torch.equal(first, second), "a fork continues where the last one stopped"
+
+
+def test_fake_cluster_is_any_rank_and_leaves_nothing() -> None:
+    sizes = ParallelSizes(tensor_model_parallel_size=4, pipeline_model_parallel_size=2)
+    with fake_cluster(rank=13, world_size=16, sizes=sizes):
+        assert parallel_state.get_tensor_model_parallel_rank() == 13 % 4
+        assert parallel_state.get_pipeline_model_parallel_rank() == 13 // 8
+        assert parallel_state.get_data_parallel_world_size() == 2
+        with (
+            pytest.raises(ConfigError, match="without process groups"),
+            fake_cluster(0, 1, ParallelSizes()),
+        ):
+            pass
+        assert ParallelSizes.current().differences(sizes) == []
+    assert not dist.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+
+
+def test_world_that_does_not_fit() -> None:
+    sizes = ParallelSizes(tensor_model_parallel_size=3)
+    with (
+        pytest.raises(ConfigError, match="multiple of 3 processes, and there are 4"),
+        fake_cluster(0, 4, sizes),
+    ):
+        pass
+    assert not dist.is_initialized()
+    with (
+        one_process(),
+        pytest.raises(ConfigError, match=r"tensor_model_parallel_size is 3, .* made for 1"),
+    ):
+        initialize_process_groups(sizes)
+
+
+def test_importing_megatron_core_says_nothing() -> None:
+    code = "import megatron.bridge.runtime, megatron.core.models.gpt.gpt_model"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.returncode == 0
+    assert result.stderr == ""
