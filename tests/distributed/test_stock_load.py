@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,25 @@ def worker(rank: int, port: int, folder: str) -> None:
             model.load_state_dict({k: state[k] for k in model.state_dict() if k in state})
         states.append({name: tensor.detach() for name, tensor in model.named_parameters()})
     torch.save(states, f"{folder}/states{rank}.pt")
+    torch.save(mapped_one_by_one(bridge, model), f"{folder}/mapped{rank}.pt")
     dist.destroy_process_group()
+
+
+def mapped_one_by_one(bridge: Any, model: Any) -> dict[str, list[str]]:
+    """Every row applied to its own module, both ways: what does not agree with files and model."""
+    read = bridge.hf_pretrained.tensors.read
+    wrong: dict[str, list[str]] = {"hf_to_megatron": [], "megatron_to_hf": [], "names": []}
+    for task in bridge.get_conversion_tasks([model]):
+        mapping, module, weight = task.mapping, task.megatron_module, task.param_weight.detach()
+        whole = {role: read(name) for role, name in mapping.hf_params.items()}
+        given = whole["hf"] if set(whole) == {"hf"} else whole
+        if not torch.equal(mapping.hf_to_megatron(given, module), weight):
+            wrong["hf_to_megatron"].append(task.name)
+        for name, tensor in mapping.megatron_to_hf(weight, module).items():
+            wrong["names"].append(name)
+            if not torch.equal(tensor, read(name)):
+                wrong["megatron_to_hf"].append(name)
+    return wrong
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +94,9 @@ def test_the_shards_are_those_of_the_files(folder: Path) -> None:
 
     row = torch.cat(parts(f"{layer}mlp.linear_fc2.weight"), dim=1)
     assert torch.equal(row, hf.tensors.read(f"{hf_layer}mlp.down_proj.weight"))
-    gates, ups = zip(*(part.chunk(2) for part in parts(f"{layer}mlp.linear_fc1.weight")))
+    gates, ups = zip(
+        *(part.chunk(2) for part in parts(f"{layer}mlp.linear_fc1.weight")), strict=True
+    )
     assert torch.equal(torch.cat(gates), hf.tensors.read(f"{hf_layer}mlp.gate_proj.weight"))
     assert torch.equal(torch.cat(ups), hf.tensors.read(f"{hf_layer}mlp.up_proj.weight"))
     embedding = torch.cat(parts("language_model.embedding.word_embeddings.weight"))
@@ -83,3 +104,12 @@ def test_the_shards_are_those_of_the_files(folder: Path) -> None:
     assert torch.equal(embedding[: len(tokens)], tokens)
     assert len(embedding) % (2 * 128) == 0
     assert not embedding[len(tokens) :].any()
+
+
+def test_every_row_maps_its_own_module(folder: Path) -> None:
+    names = set(PreTrainedVLM.from_pretrained(folder / "hf").tensors)
+    for rank in range(WORLD):
+        mapped = torch.load(folder / f"mapped{rank}.pt")
+        assert mapped["hf_to_megatron"] == []
+        assert mapped["megatron_to_hf"] == []
+        assert set(mapped["names"]) == names

@@ -50,7 +50,9 @@ class TargetExists(InputError):
 class PlanError(BridgeError):
     """The plan is not a proof: all problems of the run, gathered; nothing was written."""
 
-    def __init__(self, problems: Iterable[str], *, heading: str = "the conversion is not proven") -> None:
+    def __init__(
+        self, problems: Iterable[str], *, heading: str = "the conversion is not proven"
+    ) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
         lines = [f"{heading}: {count} problem{'' if count == 1 else 's'}"]

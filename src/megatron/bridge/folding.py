@@ -1,6 +1,6 @@
 """Many names that differ only in numbers, shown as one: ``layers.{0...27}.mlp.weight``."""
 
-import os
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -28,14 +28,19 @@ def fold_words(names: Sequence[str]) -> str:
     """Names that differ in one word as one: ``self_attn.{q,k,v}_proj.weight``."""
     if len(names) < 2:
         return "".join(names)
-    start = os.path.commonprefix(list(names))
+    start = _common_start(names)
     rests = [name.removeprefix(start) for name in names]
-    end = os.path.commonprefix([rest[::-1] for rest in rests])[::-1]
+    end = _common_start([rest[::-1] for rest in rests])[::-1]
     words = [rest.removesuffix(end) for rest in rests]
     # Braces inside of braces would be hard to read.
     if not start or any("{" in word or "}" in word for word in words):
         return ", ".join(names)
     return start + "{" + ",".join(words) + "}" + end
+
+
+def _common_start(names: Sequence[str]) -> str:
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same)
 
 
 def _merge(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -15,8 +15,8 @@ from megatron.bridge.checkpoint.config_record import write_config_record
 from megatron.bridge.checkpoint.hf_folder import write_side_files, write_weights
 from megatron.bridge.checkpoint.staging import staged_folder
 from megatron.bridge.errors import PlanError
+from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, full_box
-from megatron.bridge.models.conversion.model_bridge import bridge_for
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress, Silent

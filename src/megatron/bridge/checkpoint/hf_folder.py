@@ -44,9 +44,14 @@ def write_weights(
     for shard in index.shards:
         specs = [plan.hf[name] for name in shard.names]
         write_shard(folder / shard.file_name, specs, read, shard.metadata)
-    if index.index_metadata is not None:
+    if index.index_metadata is None:
+        return
+    if plan.hf_bytes == index.total_bytes:
         # The same names lie in the same files, so the index is the reference's own.
         shutil.copyfile(index.folder / INDEX_FILE, folder / INDEX_FILE)
+    else:
+        weight_map = {name: shard.file_name for shard in index.shards for name in shard.names}
+        write_index(folder / INDEX_FILE, weight_map, plan.hf_bytes, index.index_metadata)
 
 
 def write_side_files(folder: Path, reference: PreTrainedVLM) -> None:

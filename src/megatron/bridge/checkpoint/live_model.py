@@ -65,9 +65,7 @@ def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
                 for start, size in zip(entry.global_offset, local, strict=True)
             )
             shape = tuple(entry.global_shape)
-            found.append(
-                LocalTensor(entry.key, shape, box, entry.data, entry.allow_shape_mismatch)
-            )
+            found.append(LocalTensor(entry.key, shape, box, entry.data, entry.allow_shape_mismatch))
     return found
 
 
@@ -175,8 +173,8 @@ def _exactly(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor
     if not torch.equal(back.nan_to_num(), tensor.nan_to_num()):
         error = (back - tensor).abs().max().item()
         raise InputError(
-            f"{key}: values in {tensor.dtype} do not fit {dtype} exactly (off by up to {error:.3g}); "
-            f"export with dtype={tensor.dtype} to keep them, or cast the model first"
+            f"{key}: values in {tensor.dtype} do not fit {dtype} exactly "
+            f"(off by up to {error:.3g}); export with dtype={tensor.dtype} to keep them, or cast the model first"
         )
     return cast
 

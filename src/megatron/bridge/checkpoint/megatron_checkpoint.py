@@ -44,8 +44,7 @@ def save_checkpoint(
     """
     dtypes = {local.key: safetensors_dtype(local.data.dtype) for local in local_tensors(model)}
     tensors = {
-        key: replace(spec, dtype=dtypes.get(key, spec.dtype))
-        for key, spec in plan.megatron.items()
+        key: replace(spec, dtype=dtypes.get(key, spec.dtype)) for key, spec in plan.megatron.items()
     }
     read = reader(model, replace(plan, megatron=tensors))
     with staged_folder(target, force=force) as staged:
@@ -81,9 +80,7 @@ def load_checkpoint(model: Sequence[torch.nn.Module], source: Path) -> None:
             data[slices(relative(stored, local.box))] = checkpoint.read(local.key, stored)
 
 
-def _misfits(
-    tensors: Sequence[LocalTensor], stored: Mapping[str, TensorSpec]
-) -> Iterator[str]:
+def _misfits(tensors: Sequence[LocalTensor], stored: Mapping[str, TensorSpec]) -> Iterator[str]:
     for local in tensors:
         spec = stored.get(local.key)
         if spec is None:

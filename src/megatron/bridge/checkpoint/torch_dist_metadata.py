@@ -64,7 +64,9 @@ def read_metadata(folder: Path) -> Metadata:
         with path.open("rb") as file:
             metadata = _IndexUnpickler(file).load()
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: not a torch_dist checkpoint: no {METADATA_FILE}") from None
+        raise CheckpointError(
+            f"{folder}: not a torch_dist checkpoint: no {METADATA_FILE}"
+        ) from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path}: refused to read it: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):

@@ -116,9 +116,7 @@ class _StreamingPlanner(SavePlanner):
             WriteItem(
                 index,
                 WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    _chunk(box), self._properties[key], self._sizes[key]
-                ),
+                tensor_data=TensorWriteData(_chunk(box), self._properties[key], self._sizes[key]),
             )
             for index, (key, box) in self._boxes.items()
         ]

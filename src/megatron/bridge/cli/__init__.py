@@ -1,11 +1,11 @@
 """The command `megatron-bridge`: what a person types.
 
-    app          the commands, declared; importing it imports neither torch nor transformers
-    commands     one file per command or pair: arguments in, computing called, result shown
-    documents    results as JSON documents
-    render       results as tables
-    outcome      errors as messages and exit statuses
-    output       where results, messages and progress go
+app          the commands, declared; importing it imports neither torch nor transformers
+commands     one file per command or pair: arguments in, computing called, result shown
+documents    results as JSON documents
+render       results as tables
+outcome      errors as messages and exit statuses
+output       where results, messages and progress go
 """
 
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
             _end(BAD_INPUT, f"error: {_describe(error)}")
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (the last resort: said, and status 70)
             summary = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
             _end(
                 INTERNAL_ERROR,

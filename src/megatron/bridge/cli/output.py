@@ -73,7 +73,7 @@ def open_output(*, as_json: bool) -> Iterator[Output]:
 
 def _silence_progress_bars() -> None:
     """Those of downloads; libraries that draw others are silenced where they are used."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
 

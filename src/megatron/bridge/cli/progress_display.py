@@ -40,7 +40,7 @@ class ProgressLines:
         now = time.monotonic()
         if part > self._shown and (part == self._parts or now - self._last >= self._seconds):
             self._shown, self._last = part, now
-            print(  # noqa: T201
+            print(
                 f"{self._task}: {100 * part // self._parts}% of {format_bytes(self._total)}, "
                 f"{now - self._begin:.1f} s",
                 file=self._stream,

@@ -57,7 +57,7 @@ def _indices(shape: Shape) -> Iterator[tuple[int, ...]]:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
-    """Compare two tensors of one shape and dtype as bytes: equal NaNs are equal, -0.0 is not 0.0."""
+    """Compare tensors of one shape and dtype as bytes: equal NaNs are equal, -0.0 is not 0.0."""
     a, b = a.contiguous().reshape(-1), b.contiguous().reshape(-1)
     a_bytes, b_bytes = a.view(torch.uint8), b.view(torch.uint8)
     if torch.equal(a_bytes, b_bytes):

@@ -12,8 +12,10 @@ _BLOCK = 64  # tokens; a row of logits is up to 250,000 numbers
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """max_abs: largest difference, infinite if a value is not finite. largest: absolute value in
-    the reference. cosine: of the angle between the two, all values as one vector.
+    """How far activations are from those expected.
+
+    max_abs: largest difference, infinite if a value is not finite. largest: absolute value of the
+    expected ones. cosine: of the angle between the two, all values as one vector.
     """
 
     max_abs: float
@@ -24,9 +26,10 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class LogitsDistance(Distance):
-    """kl: Kullback-Leibler divergence of the found from the expected distribution of the next
-    token, in nats, mean over positions. top1_agreement: part of the positions whose likeliest
-    token is the same.
+    """Distance of logits, with what it does to the distribution of the next token.
+
+    kl: Kullback-Leibler divergence of the found from the expected distribution, in nats, mean over
+    positions. top1_agreement: part of the positions whose likeliest token is the same.
     """
 
     kl: float
@@ -48,7 +51,7 @@ def distance(expected: torch.Tensor, found: torch.Tensor) -> Distance:
         a, b = block.double(), other.double()
         apart = (a - b).abs()
         block_max = float(apart.max())
-        max_abs = max(max_abs, block_max if block_max < inf else inf)
+        max_abs = max(max_abs, min(inf, block_max))  # in this order NaN becomes inf
         total += float(apart.sum())
         largest = max(largest, float(a.abs().max()))
         dot += float((a * b).sum())

@@ -23,7 +23,12 @@ from megatron.bridge.errors import InputError, UnsupportedModel
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
-from megatron.bridge.verification.distance import Distance, LogitsDistance, distance, logits_distance
+from megatron.bridge.verification.distance import (
+    Distance,
+    LogitsDistance,
+    distance,
+    logits_distance,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image

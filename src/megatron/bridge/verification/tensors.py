@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, volume
-from megatron.bridge.models.conversion.model_bridge import bridge_for
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress, Silent
@@ -104,11 +104,12 @@ def verify(
     left, right = _open(a), _open(b)
     shown = progress or Silent()
     report = VerifyReport(os.fspath(a), os.fspath(b), _kind(left), _kind(right))
-    if isinstance(left, PreTrainedVLM) and isinstance(right, PreTrainedVLM):
-        _compare(report, _hf_side(left), _hf_side(right), shown)
-        report.side_files = list(_side_file_differences(left, right))
-    elif isinstance(left, PreTrainedVLM):
-        _across(report, left, right, shown, hf_is_a=True)
+    if isinstance(left, PreTrainedVLM):
+        if isinstance(right, PreTrainedVLM):
+            _compare(report, _hf_side(left), _hf_side(right), shown)
+            report.side_files = list(_side_file_differences(left, right))
+        else:
+            _across(report, left, right, shown, hf_is_a=True)
     elif isinstance(right, PreTrainedVLM):
         _across(report, right, left, shown, hf_is_a=False)
     else:

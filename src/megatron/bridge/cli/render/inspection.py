@@ -116,8 +116,8 @@ def _settings(values: Mapping[str, Any]) -> str | None:
 def _rope(rope: Rope) -> str:
     order = "interleaved" if rope.interleaved else "in blocks"
     return (
-        f"{rope.rope_type}, theta {rope.theta:g}, mrope section {list(rope.mrope_section)} {order}, "
-        f"{rope.partial_rotary_factor:g} of each head"
+        f"{rope.rope_type}, theta {rope.theta:g}, mrope section {list(rope.mrope_section)} "
+        f"{order}, {rope.partial_rotary_factor:g} of each head"
     )
 
 

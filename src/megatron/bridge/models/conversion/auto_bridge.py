@@ -1,9 +1,9 @@
 """AutoBridge: one entry for every supported model, in both directions.
 
-    bridge = AutoBridge.from_hf_pretrained("Qwen/Qwen3-VL-8B-Instruct")
-    provider = bridge.to_megatron_provider()
-    model = provider.provide_distributed_model(wrap_with_ddp=False)
-    bridge.save_hf_pretrained(model, "out")
+bridge = AutoBridge.from_hf_pretrained("Qwen/Qwen3-VL-8B-Instruct")
+provider = bridge.to_megatron_provider()
+model = provider.provide_distributed_model(wrap_with_ddp=False)
+bridge.save_hf_pretrained(model, "out")
 """
 
 import os
@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from megatron.bridge.errors import InputError, PlanError
-from megatron.bridge.models.conversion.model_bridge import (
-    MegatronModelBridge,
-    bridge_for,
-    registered_bridges,
-)
+from megatron.bridge.models.catalog import bridge_for, registered_bridges
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -183,22 +180,15 @@ class AutoBridge:
         dtype: "torch.dtype | None" = None,
         force: bool = False,
     ) -> None:
-        """Write a live model's weights as safetensors, without side files. See export_hf_weights."""
+        """Write a live model's weights and nothing else; see export_hf_weights."""
         self._save(model, Path(path), dtype, force, side_files=False)
 
-    def save_hf_pretrained(
-        self,
-        model: Model,
-        path: PathLike,
-        *,
-        dtype: "torch.dtype | None" = None,
-        force: bool = False,
-    ) -> None:
+    def save_hf_pretrained(self, model: Model, path: PathLike, *, force: bool = False) -> None:
         """Write a folder that transformers loads: weights, config, tokenizer, processor and all.
 
         Raises TargetExists if `path` exists and `force` is not set; see export_hf_weights.
         """
-        self._save(model, Path(path), dtype, force, side_files=True)
+        self._save(model, Path(path), None, force, side_files=True)
 
     def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
         """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
@@ -317,4 +307,3 @@ def _padded_vocab_size(model: Model) -> int:
     from megatron.core.utils import unwrap_model
 
     return unwrap_model(list(model))[0].config.padded_vocab_size
-

@@ -42,8 +42,7 @@ def intersect(a: Box, b: Box) -> Box | None:
 def relative(box: Box, origin: Box) -> Box:
     """`box` in coordinates whose zero is the lower corner of `origin`."""
     return tuple(
-        (start - zero, stop - zero)
-        for (start, stop), (zero, _) in zip(box, origin, strict=True)
+        (start - zero, stop - zero) for (start, stop), (zero, _) in zip(box, origin, strict=True)
     )
 
 

@@ -6,8 +6,8 @@ box of the Megatron parameter. Import, export, the shard of any rank and the pro
 lost all follow from the same list of pieces, so a layout cannot be right in one direction only.
 
     Same                 one tensor, unchanged
-    Concatenate          several tensors end to end along an axis: [gate; up], GDN's [q; k; v; z; b; a]
-    GroupInterleave      rows dealt out group by group: QKV, gated QKV, the vision tower's packed QKV
+    Concatenate          several tensors end to end along an axis, such as [gate; up]
+    GroupInterleave      rows dealt out group by group: QKV, gated QKV, packed QKV
     PickExpert           one expert of a tensor that holds all of them on its first axis
     Transposed           the same, of tensors stored with their last two axes swapped
     Offset               the same plus a constant (zero-centred norms: minus 1)
@@ -143,9 +143,7 @@ class Concatenate(Layout):
         if sum(sizes) != total:
             raise LayoutError(f"extent {total} is not the sum of {sizes}")
         before, after = megatron_shape[: self.axis], megatron_shape[self.axis + 1 :]
-        return {
-            name: (*before, size, *after) for name, size in zip(self.names, sizes, strict=True)
-        }
+        return {name: (*before, size, *after) for name, size in zip(self.names, sizes, strict=True)}
 
     def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
         self.megatron_shape(hf_shapes)
@@ -247,7 +245,7 @@ def qkv(heads: int, groups: int, head_dim: int) -> GroupInterleave:
 
 
 def gated_qkv(heads: int, groups: int, head_dim: int) -> GroupInterleave:
-    """Roles q, k, v where each head of q is [query; gate]; per group [queries, gates, key, value]."""
+    """Roles q, k, v; each head of q is [query; gate], each group [queries, gates, key, value]."""
     per_group = _heads_per_group(heads, groups)
     return GroupInterleave(
         groups,
@@ -411,5 +409,8 @@ class PadRows(_Wrapped):
 
     def describe(self) -> str:
         padding = self.padded_rows - self.rows
-        return f"{self.inner.describe()}, {padding} rows of padding" if padding else self.inner.describe()
-
+        return (
+            f"{self.inner.describe()}, {padding} rows of padding"
+            if padding
+            else self.inner.describe()
+        )

@@ -79,8 +79,6 @@ class MegatronMappingRegistry:
 def _numbers(pattern: str, structure: ModelStructure) -> Iterator[tuple[str, ...]]:
     """What the wildcards of `pattern` stand for in a model, in order."""
     parts = pattern.split(WILDCARD)
-    ranges = [
-        structure.indices[WILDCARD.join(parts[: axis + 1])] for axis in range(len(parts) - 1)
-    ]
+    ranges = [structure.indices[WILDCARD.join(parts[: axis + 1])] for axis in range(len(parts) - 1)]
     for numbers in itertools.product(*ranges):
         yield tuple(str(number) for number in numbers)

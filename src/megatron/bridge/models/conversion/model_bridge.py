@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron.bridge.errors import UnsupportedModel
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.plan import (
     ConversionPlan,
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
     from megatron.bridge.models.model_provider import ModelProvider
 
-_BRIDGES: dict[str, type["MegatronModelBridge"]] = {}
+REGISTERED_BRIDGES: dict[str, type["MegatronModelBridge"]] = {}
+"""Bridges by architecture, as far as their modules were imported; see `models.catalog`."""
 
 
 class MegatronModelBridge(ABC):
@@ -53,7 +53,7 @@ class MegatronModelBridge(ABC):
             bridge.target = (
                 target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
             )
-            known = _BRIDGES.setdefault(bridge.source, bridge)
+            known = REGISTERED_BRIDGES.setdefault(bridge.source, bridge)
             if known is not bridge:
                 raise ValueError(f"{bridge.source} is converted by {known.__name__} already")
             return bridge
@@ -96,19 +96,3 @@ class MegatronModelBridge(ABC):
         structure = self.structure(config, padded_vocab_size)
         registry = self.mapping_registry()
         return build_plan(registry, structure, expected_tensors(registry, structure, dtype))
-
-
-def bridge_for(architecture: str) -> MegatronModelBridge:
-    """The bridge of an architecture. Raises UnsupportedModel, listing what there is."""
-    bridge = registered_bridges().get(architecture)
-    if bridge is None:
-        known = ", ".join(sorted(_BRIDGES))
-        raise UnsupportedModel(f"{architecture}: no bridge converts it; there are bridges for {known}")
-    return bridge()
-
-
-def registered_bridges() -> Mapping[str, type[MegatronModelBridge]]:
-    """Every registered bridge by architecture."""
-    import megatron.bridge.models.qwen_vl  # noqa: F401  (registers the bridges that ship here)
-
-    return _BRIDGES

@@ -41,7 +41,7 @@ WILDCARD = "*"
 class ParamMapping(ABC):
     """One row: `megatron_param` is made of the tensors in `hf_params`, by role.
 
-    megatron_param: name of the parameter in a model built with fused layer norms, ``*`` for numbers.
+    megatron_param: name of the parameter where norms are fused into layers, ``*`` for numbers.
     hf_params: Hugging Face name by role, with as many ``*``, in the same order.
     hf_symbols: shape of each tensor in the symbols of ModelStructure.dims ("3 H"); rows that do not
         declare shapes take them from the files, and cannot be planned from a config alone.
@@ -134,7 +134,9 @@ class ParamMapping(ABC):
             # Layer specs without fused norms keep layer_norm_weight in a module of its own.
             found = dict(module.named_parameters(recurse=False)).get(name.rpartition("_")[2])
         if found is None:
-            raise InputError(f"{self.megatron_param}: {type(module).__name__} has no such parameter")
+            raise InputError(
+                f"{self.megatron_param}: {type(module).__name__} has no such parameter"
+            )
         self._check_parallel(found)
         return found
 
@@ -209,9 +211,7 @@ class _OneToOne(ParamMapping):
         if not self.vocabulary:
             return Same()
         language = cast(VocabularyFields, fields)
-        return PadRows(
-            Same(), rows=language.vocab_size, padded_rows=language.padded_vocab_size
-        )
+        return PadRows(Same(), rows=language.vocab_size, padded_rows=language.padded_vocab_size)
 
 
 class AutoMapping(_OneToOne):

@@ -102,9 +102,7 @@ class ModelStructure:
 
     def shape(self, symbols: str) -> Shape:
         """``"3 H"`` as numbers; a word is a symbol of `dims` or a number."""
-        return tuple(
-            int(word) if word.isdecimal() else self.dims[word] for word in symbols.split()
-        )
+        return tuple(int(word) if word.isdecimal() else self.dims[word] for word in symbols.split())
 
     def place(self, megatron_param: str, shape: Shape) -> Placement:
         """Checkpoint key of a parameter: layers that are all alike share one key.

@@ -23,9 +23,7 @@ def local_shard(
     if axis is not None:
         group = _group(module)
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        parts = [
-            section.chunk(size, dim=axis)[rank] for section in _sections(whole, axis, layout)
-        ]
+        parts = [section.chunk(size, dim=axis)[rank] for section in _sections(whole, axis, layout)]
         whole = torch.cat(parts, dim=axis)
     if whole.shape != parameter.shape:
         raise InputError(

@@ -146,4 +146,3 @@ def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]
         target = box_shape(piece.hf_box)
         result[piece.role][slices(piece.hf_box)] = to_hf(part, piece, target, tensor.dtype)
     return result
-
