@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +21,22 @@ for _name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH"):
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-VL in the released layout, three shards. Shared: copy it to change it."""
+    from megatron.bridge.synthetic import make_model
+
+    return make_model("qwen3-vl", tmp_path_factory.mktemp("models") / "small", {"num_shards": 3})
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_model` as a Megatron checkpoint. Shared: copy it to change it."""
+    from megatron.bridge.checkpoint.convert import import_checkpoint
+    from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+
+    target = tmp_path_factory.mktemp("checkpoints") / "small"
+    import_checkpoint(PreTrainedVLM.from_pretrained(small_model), target)
+    return target

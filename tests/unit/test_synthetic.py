@@ -63,6 +63,8 @@ def test_transformers_loads_it(tmp_path: Path, settings: dict[str, object]) -> N
     made = make_model("qwen3-vl", tmp_path / "tiny", settings)
     model, info = AutoModelForImageTextToText.from_pretrained(made, output_loading_info=True)
     assert not any(info.values()), info
+    tokenizer = PreTrainedVLM.from_pretrained(made).tokenizer
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == model.config.image_token_id
     with TensorIndex.from_folder(made) as index:
         state = model.state_dict()
         absent = set(state) - set(index)

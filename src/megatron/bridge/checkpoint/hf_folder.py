@@ -1,4 +1,4 @@
-"""Writing a Hugging Face folder: weights, weight index and side files, laid out like a reference."""
+"""Writing a Hugging Face folder laid out like a reference: weights, weight index, side files."""
 
 import json
 import shutil

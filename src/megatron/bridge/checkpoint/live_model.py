@@ -174,7 +174,8 @@ def _exactly(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor
         error = (back - tensor).abs().max().item()
         raise InputError(
             f"{key}: values in {tensor.dtype} do not fit {dtype} exactly "
-            f"(off by up to {error:.3g}); export with dtype={tensor.dtype} to keep them, or cast the model first"
+            f"(off by up to {error:.3g}); export with dtype={tensor.dtype} to keep them, "
+            f"or cast the model first"
         )
     return cast
 

@@ -14,7 +14,7 @@ from megatron.bridge.errors import BridgeError, ConfigError
 from megatron.bridge.folding import fold
 from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
-from megatron.bridge.models.conversion.model_bridge import bridge_for, registered_bridges
+from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.param_mapping import WILDCARD, pattern_regex
 from megatron.bridge.models.conversion.plan import ConversionPlan, RowUse
 from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
