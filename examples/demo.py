@@ -87,10 +87,11 @@ class Demo:
         if not report.agrees:
             raise MismatchError(f"the logits differ by up to {logits.max_abs:.1e}")
         worst = max(layer.max_abs for layer in report.layers)
+        answers = dict.fromkeys((report.hf_next.text, report.megatron_next.text))
         return (
             f"{report.tokens} tokens; logits differ by at most {logits.max_abs:.1e}, hidden states "
-            f"by {worst:.1e}; top-1 {logits.top1_agreement:.0%}; both answer "
-            f"{report.hf_next.text!r}"
+            f"by {worst:.1e}; top-1 {logits.top1_agreement:.0%}; next token "
+            f"{' and '.join(map(repr, answers))}"
         )
 
     def export(self) -> str:
@@ -161,7 +162,7 @@ def show(steps: list[Step], source: str) -> None:
         result = Text("done", style="green") if step.done else Text("failed", style="red")
         table.add_row(step.name, result, Text(step.figures), f"{step.seconds:.1f}")
     console = Console()
-    console.print(table, width=min(console.width, 100) if console.is_terminal else 100)
+    Console(width=min(console.width, 100) if console.is_terminal else 100).print(table)
 
 
 def main() -> int:

@@ -88,7 +88,12 @@ def test_full_recompute(build: Any, inputs: dict[str, Tensor]) -> None:
     pair = build(fields=RECOMPUTE)
     _, expected = hf_loss_and_gradients(pair.hf, inputs)
     pair.ours.train()
+    calls: list[str] = []
+    for part in ("vision_model", "language_model"):
+        layer = pair.ours.get_submodule(f"{part}.decoder.layers.1")
+        layer.register_forward_hook(lambda *_, part=part: calls.append(part))
     _, found = our_loss_and_gradients(pair, inputs)
+    assert sorted(calls) == ["language_model"] * 2 + ["vision_model"] * 2
     assert_equal_gradients(found, expected)
 
 

@@ -54,6 +54,25 @@ def test_video(pair: SimpleNamespace, processor: Any) -> None:
     assert_equal_logits(pair, inputs)
 
 
+def test_frames_do_not_see_each_other(
+    pair: SimpleNamespace, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison with a video would notice attention across its frames."""
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import vision_model
+
+    per_frame = vision_model._one_sequence_per_frame
+    inputs = tiny.prompt(processor, f"What moves? {tiny.VIDEO}", videos=[tiny.video()])
+    expected, _ = both(pair, inputs)
+
+    def per_video(grid_thw: Tensor) -> Any:
+        frames, height, width = grid_thw.unbind(1)
+        return per_frame(torch.stack((torch.ones_like(frames), frames * height, width), dim=1))
+
+    monkeypatch.setattr(vision_model, "_one_sequence_per_frame", per_video)
+    _, found = both(pair, inputs)
+    assert (expected - found).abs().max() > 100 * TOLERANCE
+
+
 def test_images_and_video_in_one_prompt(pair: SimpleNamespace, processor: Any) -> None:
     assert_equal_logits(pair, image_and_video(processor))
 

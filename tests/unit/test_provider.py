@@ -287,6 +287,32 @@ def test_inputs_that_contradict_each_other(
         model(input_ids=SIX_TOKENS, **inputs)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("freeze_language_model",),
+        ("freeze_vision_model",),
+        ("freeze_vision_projection",),
+        ("freeze_language_model", "freeze_vision_model"),
+        ("freeze_vision_model", "freeze_vision_projection"),
+    ],
+    ids="+".join,
+)
+@pytest.mark.usefixtures("model")
+def test_frozen_parts_have_no_gradient_and_the_others_do(flags: tuple[str, ...]) -> None:
+    provider = small_provider(**dict.fromkeys(flags, True))
+    [frozen] = provider.provide_distributed_model(wrap_with_ddp=False)
+    loss = frozen(
+        input_ids=SIX_TOKENS,
+        labels=SIX_TOKENS.roll(-1, 1),
+        pixel_values=torch.randn(PIXELS.shape),
+        image_grid_thw=GRID,
+    )
+    loss.sum().backward()
+    for name, parameter in frozen.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
 def test_ignored_labels_have_no_loss(model: Any) -> None:
     tokens = torch.randint(0, 299, (2, 7))
     labels = tokens.roll(-1, 1)

@@ -33,7 +33,8 @@ def fold_words(names: Sequence[str]) -> str:
     end = _common_start([rest[::-1] for rest in rests])[::-1]
     words = [rest.removesuffix(end) for rest in rests]
     # Braces inside of braces would be hard to read.
-    if not start or any("{" in word or "}" in word for word in words):
+    nested = start.count("{") != start.count("}") or any("{" in word for word in words)
+    if not start or nested:
         return ", ".join(names)
     return start + "{" + ",".join(words) + "}" + end
 

@@ -1,6 +1,6 @@
 """Providers: a megatron-core config that also builds the model it describes."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,7 +25,7 @@ PreWrapHook = Callable[[list[MegatronModule]], None]
 
 
 @dataclass
-class ModelProvider(TransformerConfig):
+class ModelProvider(TransformerConfig, ABC):
     """A TransformerConfig whose fields may be set after construction.
 
     megatron-core validates and derives fields when a config is constructed. Here that waits for

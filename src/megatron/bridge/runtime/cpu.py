@@ -124,7 +124,8 @@ def megatron_on_cpu() -> Iterator[None]:
     """Let megatron-core build, run and differentiate models on the CPU inside this context.
 
     Re-entrant; the outermost exit restores `torch.cuda`. Does nothing where CUDA is available.
-    Not for use from several threads at once, since it replaces attributes of modules.
+    While it is active `Tensor.cuda()` leaves a tensor where it is instead of raising. Not for use
+    from several threads at once, since it replaces attributes of modules.
     """
     if torch.cuda.is_available():
         yield

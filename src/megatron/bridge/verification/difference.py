@@ -32,10 +32,10 @@ def blocks(shape: Shape, dtype: str) -> Iterator[Box]:
         return
     limits = full_box(shape)
     axis, slab = 0, prod(shape) * itemsize(dtype)
-    if slab <= BLOCK_BYTES:
+    if not shape or slab <= BLOCK_BYTES:
         yield limits
         return
-    while axis < len(shape) and slab // shape[axis] > BLOCK_BYTES:
+    while axis < len(shape) - 1 and slab // shape[axis] > BLOCK_BYTES:
         slab //= shape[axis]
         axis += 1
     # Every axis before `axis` is walked through in steps of one, `axis` in the largest steps.

@@ -1,0 +1,87 @@
+"""`compare`: both models on a real photograph, and that it notices a difference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.bridge.cli import main
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    path = tmp_path_factory.mktemp("images") / "china.png"
+    Image.fromarray(load_sample_images().images[0]).resize((150, 100)).save(path)
+    return path
+
+
+def test_agreement_on_a_photograph(
+    small_model: Path, photograph: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["compare", str(small_model), "--image", str(photograph), "--prompt", "Where is this?"]
+    status = main([*args, "--json"])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    document = json.loads(printed.out)
+    assert document["agrees"] is True
+    assert document["prompt"] == "Where is this?"
+    assert document["image"] == "china.png"
+    assert 0 < document["image_tokens"] < document["tokens"]
+    assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2, 3, 4]
+    for distance in (*document["layers"], document["logits"]):
+        assert distance["max_abs_diff"] < 1e-4
+        assert distance["cosine"] > 1 - 1e-9
+        assert distance["largest"] > 0.1  # flat activations would agree with anything
+    assert document["logits"]["top1_agreement"] == 1.0
+    assert document["next_token"]["hf"] == document["next_token"]["megatron"]
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_changed_weight_is_noticed(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron.bridge import AutoBridge
+
+    load = AutoBridge.load_hf_weights
+
+    def load_wrongly(self: AutoBridge, model: Sequence[Any], **kwargs: Any) -> None:
+        load(self, model, **kwargs)
+        with torch.no_grad():
+            model[0].language_model.decoder.layers[2].mlp.linear_fc2.weight.mul_(1.01)
+
+    monkeypatch.setattr(AutoBridge, "load_hf_weights", load_wrongly)
+    assert main(["compare", str(small_model), "--prompt", "No picture."]) == 1
+    printed = capsys.readouterr()
+    assert "the logits differ" in printed.out
+    assert "error: the logits of" in printed.err
+    assert "Traceback" not in printed.err
+    assert main(["compare", str(small_model), "--tolerance", "1", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers[1]["max_abs_diff"] < 1e-4 < 1e-3 < layers[2]["max_abs_diff"]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--image", "nothing.png"], "nothing.png"),
+        (["--image", "MODEL/config.json"], "config.json"),
+        (["--dtype", "int4"], "float32, bfloat16, float16"),
+    ],
+)
+def test_unusable_input(
+    args: list[str], named: str, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [arg.replace("MODEL", str(small_model)) for arg in args]
+    assert main(["compare", str(small_model), *args]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert named in printed.err
+    assert "Traceback" not in printed.err

@@ -1,0 +1,68 @@
+"""Folded names stand for exactly the names that were given."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron.bridge.folding import fold, fold_words
+
+
+def unfold(pattern: str) -> list[str]:
+    """Every name that a pattern stands for."""
+    parts = re.split(r"\{([^}]*)\}", pattern)
+    choices = []
+    for position, part in enumerate(parts):
+        if position % 2 == 0:
+            choices.append([part])
+            continue
+        numbers: list[str] = []
+        for run in part.split(","):
+            first, _, last = run.partition("...")
+            numbers += map(str, range(int(first), int(last or first) + 1))
+        choices.append(numbers)
+    return ["".join(words) for words in itertools.product(*choices)]
+
+
+def test_layers() -> None:
+    names = [f"layers.{i}.{w}" for i in range(28) for w in ("a.weight", "b.weight")]
+    assert fold(names) == ["layers.{0...27}.a.weight", "layers.{0...27}.b.weight"]
+
+
+def test_gaps_single_numbers_and_pairs() -> None:
+    assert fold(f"h.{i}" for i in (0, 1, 2, 5, 7, 8)) == ["h.{0...2,5,7,8}"]
+    assert fold(["h.11.w"]) == ["h.11.w"]
+    assert fold([]) == []
+
+
+def test_numbers_inside_of_words_are_not_folded() -> None:
+    assert fold(["norm1.weight", "norm2.weight"]) == ["norm1.weight", "norm2.weight"]
+
+
+def test_a_grid_and_what_is_no_grid() -> None:
+    grid = [f"l.{i}.e.{j}.w" for i in range(3) for j in range(4)]
+    assert fold(grid) == ["l.{0...2}.e.{0...3}.w"]
+    assert fold(["a.0.1", "a.1.0"]) == ["a.0.1", "a.1.0"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("xy"), st.integers(0, 5), st.integers(8, 12)),
+        unique=True,
+        max_size=25,
+    )
+)
+def test_nothing_is_lost_or_invented(rows: list[tuple[str, int, int]]) -> None:
+    names = [f"{word}.{i}.m.{j}.w1" for word, i, j in rows]
+    assert sorted(itertools.chain.from_iterable(map(unfold, fold(names)))) == sorted(names)
+
+
+def test_words() -> None:
+    names = [f"layers.{{0...4}}.self_attn.{w}_proj.weight" for w in "qkv"]
+    assert fold_words(names) == "layers.{0...4}.self_attn.{q,k,v}_proj.weight"
+    assert fold_words(["one"]) == "one"
+    assert fold_words(["one", "two"]) == "one, two"
+    assert fold_words(["h.{0,1}.w", "h.{2,3}.w"]) == "h.{0,1}.w, h.{2,3}.w"
