@@ -30,6 +30,10 @@ QWEN3_VL_32B = qwen3_vl(5120, 64, 64, 8, 25600, VISION_27, tied=False)
         ({"image_token_id": 307}, "image_token_id is 307, outside of vocab_size = 307"),
         ({"sequence_parallel": True}, "sequence_parallel is True"),
         ({"context_parallel_size": 2}, "context_parallel_size is 2"),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "is 2 with pipeline_model_parallel_size = 2: interleaving needs more than 2 stages",
+        ),
         ({"num_moe_experts": 4}, "num_moe_experts is 4"),
         ({"position_embedding_type": "rope"}, "position_embedding_type is 'rope'"),
         ({"apply_rope_fusion": True}, "apply_rope_fusion is True"),
@@ -143,7 +147,7 @@ def sharded_tensors(chunks: list[Any]) -> Iterator[ShardedTensor]:
 # (tensor, pipeline, virtual pipeline); 16 ranks are more than the 8 key/value heads.
 TOPOLOGIES = {
     "2B": (QWEN3_VL_2B, [(1, 1, None), (2, 4, None), (16, 1, None)]),
-    "32B": (QWEN3_VL_32B, [(1, 1, None), (4, 1, None), (1, 2, 2)]),
+    "32B": (QWEN3_VL_32B, [(1, 1, None), (4, 1, None), (1, 4, 2)]),
 }
 
 

@@ -13,15 +13,20 @@ def fold(names: Iterable[str]) -> list[str]:
     Only whole components between dots are folded. Numbers that do not form a grid give several
     patterns: ``a.{0,1}`` is never shown where ``a.0`` and ``b.1`` were meant.
     """
-    split = [(_NUMBER.sub("*", name), tuple(_NUMBER.findall(name))) for name in names]
+    split = [(template(name), tuple(_NUMBER.findall(name))) for name in names]
     groups: dict[str, dict[tuple[str, ...], None]] = {}
-    for template, numbers in split:
-        groups.setdefault(template, {})[numbers] = None
+    for pattern, numbers in split:
+        groups.setdefault(pattern, {})[numbers] = None
     return [
-        _fill(template, numbers)
-        for template, members in groups.items()
+        _fill(pattern, numbers)
+        for pattern, members in groups.items()
         for numbers in _merge(list(members))
     ]
+
+
+def template(name: str) -> str:
+    """A name with every number that `fold` folds replaced by ``*``."""
+    return _NUMBER.sub("*", name)
 
 
 def fold_words(names: Sequence[str]) -> str:
@@ -72,6 +77,6 @@ def _set_of(values: list[str]) -> str:
     return "{" + ",".join(shown) + "}"
 
 
-def _fill(template: str, numbers: tuple[str, ...]) -> str:
+def _fill(pattern: str, numbers: tuple[str, ...]) -> str:
     parts = iter(numbers)
-    return re.sub(r"(?<![^.])\*(?![^.])", lambda _: next(parts), template)
+    return re.sub(r"(?<![^.])\*(?![^.])", lambda _: next(parts), pattern)

@@ -45,20 +45,21 @@ class Output:
     def show(self, document: Mapping[str, Any], render: Callable[[], RenderableType]) -> None:
         """Write the result: the document as JSON, or what `render` makes of it."""
         if self.as_json:
-            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-            self._stdout.write(text + "\n")
+            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         else:
-            from rich.console import Console
-
-            terminal = self._stdout.isatty()
-            console = Console(file=self._stdout, highlight=False, soft_wrap=False)
-            console = Console(
-                file=self._stdout,
-                highlight=False,
-                width=min(console.width, WIDTH) if terminal else WIDTH,
-            )
-            console.print(render())
+            text = self._as_text(render())
+        self._stdout.write(text)
         self._stdout.flush()
+
+    def _as_text(self, renderable: RenderableType) -> str:
+        """In colours on a terminal. rich itself would end the process on a closed pipe."""
+        from rich.console import Console
+
+        width = min(Console(file=self._stdout).width, WIDTH) if self._stdout.isatty() else WIDTH
+        console = Console(file=self._stdout, width=width, highlight=False)
+        with console.capture() as captured:
+            console.print(renderable)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ def format_bytes(size: float) -> str:
 
 def format_rate(size: int, seconds: float) -> str:
     """``1.10 GB/s``."""
-    return f"{gigabytes_per_second(size, seconds):.2f} GB/s"
+    return f"{format_bytes(size / max(seconds, 1e-9))}/s"
 
 
 def gigabytes_per_second(size: int, seconds: float) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron.bridge.errors import BridgeError, ConfigError
+from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError
 from megatron.bridge.folding import fold
 from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
@@ -133,9 +133,12 @@ def _tensors(
         if (hf.folder / INDEX_FILE).exists():
             return "files", hf.tensors  # raises: the index names shards that are not there
         return "config", None
-    if any(hf.folder.glob("*.safetensors")):
+    if Path(hf.name_or_path).expanduser().is_dir():
+        return "files", hf.tensors
+    try:
         return "files", TensorIndex.from_folder(hf.folder)
-    return "hub headers", hub_headers(hf.name_or_path, revision=hf.folder.name)
+    except CheckpointError:  # not in the cache, or not all of them
+        return "hub headers", hub_headers(hf.name_or_path, revision=hf.folder.name)
 
 
 def _plan(

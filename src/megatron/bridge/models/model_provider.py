@@ -114,6 +114,18 @@ class ModelProvider(TransformerConfig, ABC):
             problems.append(
                 "sequence_parallel is True with tensor_model_parallel_size = 1: set it to False"
             )
+        stages = self.pipeline_model_parallel_size
+        if self.virtual_pipeline_model_parallel_size is not None and (
+            stages < 2 or (stages == 2 and (self.batch_p2p_comm or not self.overlap_p2p_comm))
+        ):
+            # With two stages the previous and the next rank are the same one, and batched
+            # messages of the two directions get mixed up.
+            problems.append(
+                f"virtual_pipeline_model_parallel_size is "
+                f"{self.virtual_pipeline_model_parallel_size} with pipeline_model_parallel_size = "
+                f"{stages}: interleaving needs more than 2 stages, or 2 with "
+                f"overlap_p2p_comm=True and batch_p2p_comm=False"
+            )
         if self.context_parallel_size != 1:
             problems.append(
                 f"context_parallel_size is {self.context_parallel_size}: only 1 is implemented"

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from megatron.bridge.cli.render.tables import facts
-from megatron.bridge.cli.units import format_bytes
+from megatron.bridge.cli.units import format_bytes, format_rate
 
 
 def render_conversion(document: Mapping[str, Any]) -> RenderableType:
@@ -26,7 +26,7 @@ def render_conversion(document: Mapping[str, Any]) -> RenderableType:
                 ("bytes", f"{size:,} ({format_bytes(size)})"),
                 ("left behind", left),
                 ("seconds", f"{document['seconds']:.2f}"),
-                ("speed", f"{document['gigabytes_per_second']:.2f} GB/s"),
+                ("speed", format_rate(size, document["seconds"])),
             ],
         )
     )

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from megatron.bridge.cli.render.tables import facts, listing, verdict
 from megatron.bridge.cli.units import count, format_bytes
-from megatron.bridge.folding import fold, fold_words
+from megatron.bridge.folding import fold, fold_words, template
 
 if TYPE_CHECKING:
     from megatron.bridge.inspection.hf_folder import HFReport, RowSummary
@@ -60,9 +60,14 @@ def render_megatron(report: MegatronReport) -> RenderableType:
     """A Megatron checkpoint: what it is, and its tensors."""
     record = "present" if report.config_record else "none: the model is not described"
     table = listing("Tensors", "key", "shape", "dtype")
+    alike: dict[tuple[str, str], list[str]] = {}
     for key, spec in report.tensors.items():
-        shape = "[" + ", ".join(map(str, spec.shape)) + "]"
-        table.add_row(Text(key), Text(shape), spec.dtype)
+        shape = "x".join(map(str, spec.shape)) or "scalar"
+        alike.setdefault((template(key), f"{shape} {spec.dtype}"), []).append(key)
+    for (_, form), keys in alike.items():
+        shape, dtype = form.split()
+        for name in fold(keys):
+            table.add_row(Text(name), shape, dtype)
     return Group(
         facts(
             "Megatron checkpoint (torch_dist)",

@@ -54,7 +54,7 @@ def render_verify(report: VerifyReport, seconds: float) -> RenderableType:
 def _difference(tensor: TensorDifference) -> str:
     if tensor.what != "bits":
         return f"A {tensor.a}, B {tensor.b}"
-    return f"{tensor.elements:,} of {tensor.of:,} elements, by up to {number(tensor.max_abs)}"
+    return f"{tensor.elements:,} of {tensor.of:,} elements, up to {number(tensor.max_abs)}"
 
 
 def _not_compared(report: VerifyReport) -> str | None:

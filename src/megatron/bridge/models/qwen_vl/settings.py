@@ -31,6 +31,8 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     _require_only(config, "text_config.hidden_act", "silu", text.require("hidden_act", str))
     _require_only(config, "rope_type", "default", rope.rope_type)
     _require_only(config, "mrope_interleaved", True, rope.interleaved)
+    dropout = text.get("attention_dropout", 0.0)
+    _require_only(config, "text_config.attention_dropout", 0.0, dropout)
     if dtype not in ("F32", "BF16", "F16"):
         raise ConfigError(f"{config.origin}: weights in {dtype}; expected F32, BF16 or F16")
     attention_bias = text.get("attention_bias", False)
@@ -42,7 +44,6 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         "num_query_groups": text.require("num_key_value_heads", int),
         "kv_channels": text.require("head_dim", int),
         "layernorm_epsilon": text.require("rms_norm_eps", float),
-        "attention_dropout": text.get("attention_dropout", 0.0),
         "add_qkv_bias": attention_bias,
         "add_attention_output_bias": attention_bias,
         "vocab_size": text.require("vocab_size", int),

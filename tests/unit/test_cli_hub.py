@@ -1,0 +1,146 @@
+"""`inspect` of a hub id, against a hub on this machine: headers are fetched, weights are not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.bridge.cli import main
+
+REPOSITORY = "someone/on-the-hub"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one folder as the repository REPOSITORY; counts the bytes of weights it hands out."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder = folder
+        self.weight_bytes = 0
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    """The few questions that huggingface_hub asks."""
+
+    server: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        api = f"/api/models/{REPOSITORY}"
+        if path in (api, *(f"{api}/revision/{name}" for name in ("main", COMMIT))):
+            files = [{"rfilename": file.name} for file in self.server.folder.iterdir()]
+            self.send({"id": REPOSITORY, "sha": COMMIT, "siblings": files}, body=body)
+        elif path.startswith(f"{api}/tree/"):
+            entries = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": self.etag(f)}
+                for f in self.server.folder.iterdir()
+            ]
+            self.send(entries, body=body)
+        else:
+            file = self.server.folder / path.rpartition("/")[2]
+            if path.startswith(f"/{REPOSITORY}/resolve/") and file.is_file():
+                self.send_file(file, body=body)
+            else:
+                self.send({"error": "not found"}, body=body, status=404)
+
+    def etag(self, file: Path) -> str:
+        return hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()
+
+    def send(self, content: Any, *, body: bool, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def send_file(self, file: Path, *, body: bool) -> None:
+        data, wanted = file.read_bytes(), self.headers.get("Range")
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            data = data[int(first) : int(last) + 1 if last else None]
+        self.send_header("ETag", f'"{self.etag(file)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            if file.suffix == ".safetensors":
+                self.server.weight_bytes += len(data)
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(small_model: Path) -> Iterator[Hub]:
+    with Hub(small_model) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def run_online(hub: Hub, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: huggingface_hub reads its endpoint when imported."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}
+    for name in [*environment]:
+        if name.lower() in ("http_proxy", "all_proxy", "hf_hub_offline"):
+            del environment[name]
+    return subprocess.run(
+        [sys.executable, "-m", "megatron.bridge", *args],
+        env=environment | {"HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_headers_only(
+    hub: Hub, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run_online(hub, tmp_path / "home", "inspect", REPOSITORY, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document["origin"] == "hub headers"
+    main(["inspect", str(small_model), "--json"])
+    local = json.loads(capsys.readouterr().out)
+    for same in ("hf", "shards", "side_files", "rows", "megatron", "proven", "text", "rope"):
+        assert document[same] == local[same]
+    # huggingface_hub asks for the first 100 kB of each shard, where it expects the header.
+    assert 0 < hub.weight_bytes <= 3 * 101_000 < document["hf"]["bytes"]
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_no_such_repository(hub: Hub, tmp_path: Path) -> None:
+    done = run_online(hub, tmp_path / "home", "inspect", "someone/else")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: someone/else: ")
+    assert "Traceback" not in done.stderr
