@@ -148,7 +148,9 @@ def run(demo: Demo) -> list[Step]:
         try:
             figures = step()
         except BridgeError as error:
-            done.append(Step(name, False, str(error), time.perf_counter() - begin))
+            print(f"error: {error}", file=sys.stderr)
+            summary = str(error).partition("\n")[0]
+            done.append(Step(name, False, summary, time.perf_counter() - begin))
             break
         done.append(Step(name, True, figures, time.perf_counter() - begin))
     return done

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from megatron.bridge.cli import main
+from cli_documentation import DOCUMENTATION, documented_keys
+from megatron.bridge.cli import main, outcome
 from megatron.bridge.cli.output import WIDTH
 from megatron.bridge.cli.progress_display import ProgressLines
 from megatron.bridge.cli.units import format_bytes
@@ -47,7 +48,7 @@ _HEAVY = ("torch", "transformers", "megatron.core", "huggingface_hub", "rich", "
 def test_help_of_every_level_imports_nothing_heavy() -> None:
     program = f"""if True:
         import contextlib, io, sys
-        from megatron.bridge.cli import main
+        from megatron.bridge.cli import main, outcome
         for args in [[], *([name] for name in {COMMANDS!r})]:
             for flag in ("--help", "-h"):
                 with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -92,7 +93,7 @@ def test_commands_on_folders_need_neither_megatron_core_nor_transformers(
 ) -> None:
     program = """if True:
         import json, sys
-        from megatron.bridge.cli import main
+        from megatron.bridge.cli import main, outcome
         model, out = sys.argv[1:]
         def heavy():
             return sorted({"torch", "transformers", "megatron.core"} & set(sys.modules))
@@ -357,3 +358,37 @@ def test_units() -> None:
     assert format_bytes(1000) == "1.00 kB"
     assert format_bytes(4_255_064_064) == "4.26 GB"
     assert format_bytes(2.5e13) == "25.00 TB"
+
+
+# --- the documentation ---
+
+
+def test_documents_are_described(
+    small_model: Path,
+    small_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sections = {
+        "JSON of a Hugging Face model:": ["inspect", small_model],
+        "JSON of a Megatron checkpoint:": ["inspect", small_checkpoint],
+        "JSON of `import` and `export`:": ["import", small_model, tmp_path / "out"],
+        "JSON of `verify`:": ["verify", small_model, small_checkpoint],
+        "JSON of `make-model`:": ["make-model", "--family", "qwen3-vl", "--out", tmp_path / "new"],
+    }
+    for section, args in sections.items():
+        assert set(run_json(capsys, *args)) == documented_keys(section)
+
+
+def test_every_command_and_status_is_described() -> None:
+    text = DOCUMENTATION.read_text("utf-8")
+    assert [command for command in COMMANDS if f"\n## {command}\n" not in text] == []
+    statuses = {
+        outcome.DIFFERENT,
+        outcome.BAD_INPUT,
+        outcome.INTERNAL_ERROR,
+        outcome.INTERRUPTED,
+        outcome.BROKEN_PIPE,
+        outcome.TERMINATED,
+    }
+    assert [status for status in statuses if f"\n| {status} | " not in text] == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cli_documentation import documented_keys
 from megatron.bridge.cli import main
 
 
@@ -43,6 +44,7 @@ def test_agreement_on_a_photograph(
     assert document["logits"]["top1_agreement"] == 1.0
     assert document["next_token"]["hf"] == document["next_token"]["megatron"]
     assert not torch.distributed.is_initialized()
+    assert set(document) == documented_keys("JSON of `compare`:")
 
 
 def test_a_changed_weight_is_noticed(

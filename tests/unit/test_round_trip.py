@@ -1,6 +1,8 @@
 """Files to Megatron files and back: every byte of every file, for all the ways models differ."""
 
 import filecmp
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_of
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint, iteration_folder
-from megatron.bridge.errors import CheckpointError, PlanError, TargetExists
+from megatron.bridge.errors import CheckpointError, InputError, PlanError, TargetExists
 from megatron.bridge.models.conversion.boxes import full_box
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.synthetic import make_model
@@ -129,9 +131,47 @@ def test_an_existing_target_is_kept_unless_forced(model: Path, tmp_path: Path) -
         export_checkpoint(model / "megatron", tmp_path / "out", hf)
     with pytest.raises(TargetExists):
         import_checkpoint(hf, tmp_path / "out")
+    with pytest.raises(TargetExists, match="neither empty nor a model"):
+        export_checkpoint(model / "megatron", tmp_path / "out", hf, force=True)
     assert files_of(tmp_path / "out") == [Path("mine")]
-    export_checkpoint(model / "megatron", tmp_path / "out", hf, force=True)
-    assert_same_bytes(model / "hf", tmp_path / "out")
+    make_model("qwen3-vl", tmp_path / "old", {"num_shards": 3})
+    export_checkpoint(model / "megatron", tmp_path / "old", hf, force=True)
+    assert_same_bytes(model / "hf", tmp_path / "old")
+
+
+@pytest.mark.parametrize("target", ["hf", "hf/inside", "."])
+def test_a_target_that_overlaps_with_the_source_is_refused(model: Path, target: str) -> None:
+    hf = PreTrainedVLM.from_pretrained(model / "hf")
+    before = files_of(model)
+    with pytest.raises(InputError, match="overlap"):
+        import_checkpoint(hf, model / target, force=True)
+    with pytest.raises(InputError, match="overlap"):
+        export_checkpoint(model / "megatron", model / target, hf, force=True)
+    assert files_of(model) == before
+
+
+def test_a_disk_that_is_full_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path;"
+        "from megatron.bridge.errors import CheckpointError;"
+        "from megatron.bridge.checkpoint.convert import import_checkpoint;"
+        "from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM;"
+        "import torch, torch.distributed.checkpoint;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "try: import_checkpoint(PreTrainedVLM.from_pretrained(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except CheckpointError as error: print(error)"
+    )
+    target = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model / "hf"), str(target)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "cannot be written" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_on_the_way_leaves_nothing(model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from megatron.bridge.checkpoint.config_record import write_config_record
 from megatron.bridge.checkpoint.hf_folder import write_side_files, write_weights
 from megatron.bridge.checkpoint.staging import staged_folder
+from megatron.bridge.checkpoint.targets import check_target
 from megatron.bridge.errors import PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, full_box
@@ -64,6 +65,7 @@ def import_checkpoint(
     from megatron.bridge.checkpoint.torch_dist_writer import write_torch_dist
     from megatron.bridge.models.conversion.transfer import read_megatron
 
+    check_target(target, [source.name_or_path], force=force)
     bridge = bridge_for(source.hf_config.architecture)
     plan = plan_of(source)
     settings = bridge.provider_settings(source.hf_config, main_dtype(plan.hf.values()))
@@ -105,6 +107,7 @@ def export_checkpoint(
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
     from megatron.bridge.models.conversion.transfer import read_hf
 
+    check_target(target, [source, reference.name_or_path], force=force)
     checkpoint = TorchDistCheckpoint(source)
     plan, dropped = plan_export(checkpoint, reference)
     shown = progress or Silent()

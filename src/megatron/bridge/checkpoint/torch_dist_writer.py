@@ -41,6 +41,9 @@ from megatron.bridge.models.conversion.plan import TensorSpec
 COMMON_STATE = "common_state/shard_0_1"
 """Where megatron-core keeps everything that is not sharded."""
 
+_ZIP_WRITER = "inline_container"
+"""The part of torch whose RuntimeError means that a write failed."""
+
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
@@ -78,6 +81,9 @@ def write_torch_dist(
         cause, _ = error.failures[0]
         if isinstance(cause, OSError):
             raise CheckpointError(f"{folder}: cannot be written: {cause.strerror}") from cause
+        if isinstance(cause, RuntimeError) and _ZIP_WRITER in str(cause):
+            # torch.save loses the error of the system: a full disk, a file size limit.
+            raise CheckpointError(f"{folder}: cannot be written; is the disk full?") from cause
         raise cause from None
     (folder / "metadata.json").write_text(json.dumps(_BACKEND))
 

@@ -32,7 +32,7 @@ def import_command(
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import import_checkpoint
-        from megatron.bridge.cli.targets import check_target
+        from megatron.bridge.checkpoint.targets import check_target
         from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
         check_target(target, [source], force=force)
@@ -68,7 +68,7 @@ def export_command(
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import export_checkpoint
-        from megatron.bridge.cli.targets import check_target
+        from megatron.bridge.checkpoint.targets import check_target
         from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
         check_target(target, [source, reference], force=force)

@@ -36,8 +36,8 @@ def make_model(
     The same arguments give the same files.
     """
     with open_output(as_json=as_json) as output:
+        from megatron.bridge.checkpoint.targets import check_target
         from megatron.bridge.cli.documents import made_model_document
-        from megatron.bridge.cli.targets import check_target
         from megatron.bridge.synthetic import make_model as make
 
         chosen = _parse(settings or [])

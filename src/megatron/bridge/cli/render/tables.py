@@ -25,7 +25,14 @@ def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:
 
 def listing(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
     """A table with a header; the columns named in `right` hold numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
     numbers = set(right)
     for column in columns:
         if column in numbers:

@@ -197,8 +197,10 @@ class AutoBridge:
         not hold the whole model.
         """
         from megatron.bridge.checkpoint.megatron_checkpoint import save_checkpoint
+        from megatron.bridge.checkpoint.targets import check_target
 
         hf = self.hf_pretrained
+        check_target(Path(path), [hf.name_or_path], force=force)
         save_checkpoint(
             model,
             Path(path),
@@ -286,9 +288,11 @@ class AutoBridge:
         from megatron.bridge.checkpoint.hf_folder import write_side_files, write_weights
         from megatron.bridge.checkpoint.live_model import reader
         from megatron.bridge.checkpoint.staging import staged_folder
+        from megatron.bridge.checkpoint.targets import check_target
         from megatron.bridge.models.conversion.boxes import full_box
         from megatron.bridge.models.conversion.transfer import read_hf
 
+        check_target(path, [self.hf_pretrained.name_or_path], force=force)
         plan = self._export_plan(model, dtype)
         read = reader(model, plan)
         with staged_folder(path, force=force) as staged:

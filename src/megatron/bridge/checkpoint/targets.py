@@ -21,7 +21,7 @@ def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) ->
     exists = os.path.lexists(target)
     if exists and not force:
         raise TargetExists(
-            f"{target} exists already; choose another name, or give --force to replace it"
+            f"{target} exists already; choose another name, or give --force (force=True) to replace it"
         )
     real = target.resolve()
     for source in sources:
@@ -33,7 +33,7 @@ def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) ->
             )
     if exists and not _replaceable(target):
         raise TargetExists(
-            f"{target} is neither empty nor a model or checkpoint, so --force does not replace it; "
+            f"{target} is neither empty nor a model or checkpoint, so it is not replaced by force; "
             "choose another name, or remove it yourself"
         )
 
