@@ -21,7 +21,8 @@ def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) ->
     exists = os.path.lexists(target)
     if exists and not force:
         raise TargetExists(
-            f"{target} exists already; choose another name, or give --force (force=True) to replace it"
+            f"{target} exists already; choose another name, or give --force (force=True) to "
+            "replace it"
         )
     real = target.resolve()
     for source in sources:
