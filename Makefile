@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt .python-version $(if $(realpath $(PYTHO
 
 FORCE:
 
-demo: $(STAMP) ## convert a small model there and back; MODEL=<folder or hub id>, FAMILY=<name>
+demo: $(STAMP) ## small models of all families there and back; MODEL=<folder or hub id>, FAMILY=<name>
 	@$(PYTHON_BIN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(FAMILY),--family "$(FAMILY)") $(ARGS)
 
 test: $(STAMP) ## the fast test suite

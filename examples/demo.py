@@ -1,11 +1,12 @@
-"""A model goes to Megatron-Core, answers a photograph as transformers does, and comes back.
+"""Models go to Megatron-Core, answer a photograph as transformers does, and come back.
 
-    python examples/demo.py                                         a small random model
+    python examples/demo.py                                         a small model of each family
+    python examples/demo.py --family qwen3.5-moe                    of one family
     python examples/demo.py --model Qwen/Qwen3-VL-2B-Instruct       real weights
 
-Makes a small model in the released layout (unless --model is given), inspects it, imports it into
-a Megatron checkpoint, compares both models on a photograph, exports the checkpoint, and verifies
-the result bit for bit. The exit status is not 0 if any of it fails.
+Makes small random models in the released layouts (unless --model is given), and with each: inspects
+it, imports it into a Megatron checkpoint, compares both models on a photograph, exports the
+checkpoint, and verifies the result bit for bit. The exit status is not 0 if any of it fails.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Demo:
     """The steps, one method each; each returns what the closing table says of it."""
 
     def __init__(self, model: str | None, family: str, out: Path) -> None:
+        self.name = model or family
         self.family = family
         self.given = model
         self.source = model or str(out / "model")
@@ -55,7 +57,7 @@ class Demo:
         from megatron.bridge.synthetic import make_model
 
         folder = make_model(self.family, self.source)
-        return f"{self.family}: {len(list(folder.iterdir()))} files"
+        return f"{count_bytes(folder):,} bytes in {len(list(folder.iterdir()))} files"
 
     def inspect(self) -> str:
         """What it holds, and the proof that it converts."""
@@ -143,7 +145,7 @@ def run(demo: Demo) -> list[Step]:
     """Run step after step, and stop at the first that fails."""
     done: list[Step] = []
     for name, step in demo.steps():
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        print(f"{demo.name}: {name} ...", file=sys.stderr, flush=True)
         begin = time.perf_counter()
         try:
             figures = step()
@@ -156,32 +158,47 @@ def run(demo: Demo) -> list[Step]:
     return done
 
 
-def show(steps: list[Step], source: str) -> None:
-    """The closing table."""
-    table = Table("step", "result", "figures", title=f"{source} to Megatron-Core and back")
+def show(runs: dict[str, list[Step]]) -> None:
+    """The closing table: every step of every model."""
+    table = Table("model", "step", "result", "figures", title="To Megatron-Core and back")
     table.add_column("seconds", justify="right")
-    for step in steps:
-        result = Text("done", style="green") if step.done else Text("failed", style="red")
-        table.add_row(step.name, result, Text(step.figures), f"{step.seconds:.1f}")
+    for model, steps in runs.items():
+        for number, step in enumerate(steps):
+            result = Text("done", style="green") if step.done else Text("failed", style="red")
+            cells = ("" if number else model, step.name, result, Text(step.figures))
+            table.add_row(*cells, f"{step.seconds:.1f}")
+        table.add_section()
     console = Console()
     Console(width=min(console.width, 100) if console.is_terminal else 100).print(table)
+
+
+def demos(options: argparse.Namespace, out: Path) -> list[Demo]:
+    """One for the model or the family that is given, otherwise one for each family."""
+    from megatron.bridge.synthetic import FAMILIES
+
+    if options.model or options.family:
+        return [Demo(options.model, options.family, out)]
+    return [Demo(None, family, out / family) for family in FAMILIES]
 
 
 def main() -> int:
     """Parse the arguments, run, and say how it went."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", help="a Hugging Face folder or hub id; by default one is made")
-    parser.add_argument("--family", default="qwen3-vl", help="of the model that is made")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", help="a Hugging Face folder or hub id; by default some are made")
+    what.add_argument("--family", help="make one model, of this family; by default one of each")
     parser.add_argument("--out", type=Path, help="keep the files here; by default they are removed")
     options = parser.parse_args()
+    runs: dict[str, list[Step]] = {}
     with contextlib.ExitStack() as stack:
         out = options.out
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-bridge-")))
-        out.mkdir(parents=True, exist_ok=True)
-        steps = run(Demo(options.model, options.family, out))
-    show(steps, options.model or f"a small {options.family}")
-    return 0 if all(step.done for step in steps) else 1
+        for demo in demos(options, out):
+            demo.photograph.parent.mkdir(parents=True, exist_ok=True)
+            runs[demo.name] = run(demo)
+    show(runs)
+    return 0 if all(step.done for steps in runs.values() for step in steps) else 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
-from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
+from megatron.bridge.models.qwen_vl.qwen3_vl_provider import (
+    Qwen3VLModelProvider,
+    Qwen3VLMoEModelProvider,
+)
+from megatron.bridge.models.qwen_vl.qwen35_vl_provider import (
+    Qwen35VLModelProvider,
+    Qwen35VLMoEModelProvider,
+)
 from megatron.bridge.runtime.parallel import (
     ParallelSizes,
     destroy_process_groups,
@@ -32,7 +39,29 @@ def small_vision(**fields: Any) -> VisionConfig:
     return VisionConfig(**sizes | fields)
 
 
-def small_provider(**fields: Any) -> Qwen3VLModelProvider:
+_EXPERTS = {"num_moe_experts": 7, "moe_ffn_hidden_size": 28, "moe_router_topk": 3}
+_HYBRID: dict[str, Any] = {
+    "kv_channels": 64,
+    "mrope_section": [3, 3, 2],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 26,
+    "linear_value_head_dim": 22,
+}
+FAMILIES: dict[str, tuple[type[Qwen3VLModelProvider], dict[str, Any]]] = {
+    "qwen3_vl": (Qwen3VLModelProvider, {}),
+    "qwen3_vl_moe": (Qwen3VLMoEModelProvider, _EXPERTS),
+    "qwen3_5": (Qwen35VLModelProvider, _HYBRID),
+    "qwen3_5_moe": (
+        Qwen35VLMoEModelProvider,
+        _HYBRID | _EXPERTS | {"moe_shared_expert_intermediate_size": 36},
+    ),
+}
+
+
+def small_provider(family: str = "qwen3_vl", **fields: Any) -> Qwen3VLModelProvider:
+    provider, of_family = FAMILIES[family]
+    deepstack = () if family.startswith("qwen3_5") else (0, 2)
     sizes: dict[str, Any] = {
         "num_layers": 5,
         "hidden_size": 80,
@@ -47,9 +76,9 @@ def small_provider(**fields: Any) -> Qwen3VLModelProvider:
         "video_token_id": 301,
         "vision_start_token_id": 302,
         "vision_end_token_id": 303,
-        "vision": small_vision(),
+        "vision": small_vision(deepstack_visual_indexes=deepstack),
     }
-    return Qwen3VLModelProvider(**sizes | fields)
+    return provider(**sizes | of_family | fields)
 
 
 def released_provider(config: dict[str, Any], **fields: Any) -> Qwen3VLModelProvider:

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oracle import tiny
+from oracle.predictor import Predictor
 
 WORLD = 2
 TENSOR = {"tensor_model_parallel_size": 2}
+SEQUENCE = TENSOR | {"sequence_parallel": True}
 RECOMPUTE = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -39,17 +41,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor": ("untied", TENSOR),
     "tensor_tied_biased": ("tied_biased", TENSOR),
     "fewer_kv_heads_than_ranks": ("one_kv_head", TENSOR),
-    "sequence": ("untied", TENSOR | {"sequence_parallel": True}),
-    "sequence_recompute": ("untied", TENSOR | {"sequence_parallel": True} | RECOMPUTE),
+    "sequence": ("untied", SEQUENCE),
+    "sequence_recompute": ("untied", SEQUENCE | RECOMPUTE),
     "pipeline": ("untied", PIPELINE),
     "pipeline_tied_biased": ("tied_biased", PIPELINE),
     "data": ("untied", {}),
+    # In training, megatron-core has experts and tensor parallelism with sequence parallelism only.
+    "experts_sequence": ("experts", SEQUENCE),
+    "hybrid_tensor": ("hybrid", TENSOR),
+    "hybrid_experts_sequence": ("hybrid_experts", SEQUENCE),
+    "hybrid_experts_sequence_recompute": (
+        "hybrid_experts",
+        SEQUENCE | RECOMPUTE | {"recompute_num_layers": 1},
+    ),
+    "hybrid_experts_pipeline": ("hybrid_experts_of_one_loss", PIPELINE),
 }
 EVEN_VISION_HEADS = {"vision_config": {"num_heads": 6}}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied_biased": {"tie_word_embeddings": True, "text_config": {"attention_bias": True}},
-    "one_kv_head": {"text_config": {"num_key_value_heads": 1}},
+# Large, so that the loss that balances the experts counts beside the sum of that of the tokens.
+BALANCE = {"moe_aux_loss_coeff": 10.0}
+PREDICTOR = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 40.0}
+MTP_CONFIG = {"text_config": {"mtp_num_hidden_layers": 1}}
+HYBRID_EXPERTS = "qwen3_5_moe-2x_value_heads"
+# config: (case of tiny.CASES, entries of its config, fields of the provider in every run)
+CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "untied": ("qwen3_vl", {}, {}),
+    "tied_biased": (
+        "qwen3_vl",
+        {"tie_word_embeddings": True, "text_config": {"attention_bias": True}},
+        {},
+    ),
+    "one_kv_head": ("qwen3_vl", {"text_config": {"num_key_value_heads": 1}}, {}),
+    "experts": ("qwen3_vl_moe", {}, BALANCE),
+    "hybrid": ("qwen3_5-3x_value_heads-one_kv_head", {}, {}),
+    "hybrid_experts": (HYBRID_EXPERTS, MTP_CONFIG, BALANCE | PREDICTOR),
+    "hybrid_experts_of_one_loss": (HYBRID_EXPERTS, {}, BALANCE),
 }
 
 
@@ -57,6 +82,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def distributed_model(folder: str, fields: dict[str, Any]) -> Iterator[Any]:
     """The model in megatron-core's DistributedDataParallel."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     from megatron.bridge import AutoBridge
 
@@ -69,6 +95,7 @@ def distributed_model(folder: str, fields: dict[str, Any]) -> Iterator[Any]:
     [model] = provider.provide_distributed_model(wrap_with_ddp=True)
     bridge.load_hf_weights([model.module])
     yield model
+    destroy_moe_metrics_tracker()  # which is as long as the first model is deep
     parallel_state.destroy_model_parallel()
 
 
@@ -127,17 +154,30 @@ def gradient_errors(model: Any, rank: int, expected: dict[str, Tensor]) -> dict[
             global_name = "language_model.embedding.word_embeddings.weight"
         full, found = expected[global_name], parameter.main_grad
         if parameter.shape != full.shape:
-            full = local_part(full, parameter, rank)
+            full = local_part(full, parameter, rank, sections_of(model.module, name))
         errors[global_name] = float((found - full).norm() / full.norm().clamp(min=1e-6))
     return errors
 
 
-def local_part(full: Tensor, parameter: Any, rank: int) -> Tensor:
+def sections_of(model: Any, name: str) -> tuple[int, ...] | None:
+    """Rows per rank of the sections of a weight that are split one by one, if they differ."""
+    module_name, _, part = name.removesuffix(".weight").rpartition(".")
+    if part not in ("in_proj", "conv1d"):
+        return None
+    sections = model.get_submodule(module_name).in_proj_split_sections
+    return sections if part == "in_proj" else sections[:3]
+
+
+def local_part(full: Tensor, parameter: Any, rank: int, sections: tuple[int, ...] | None) -> Tensor:
     dim = parameter.partition_dim
     if missing := parameter.shape[dim] * WORLD - full.shape[dim]:
         full = F.pad(full, (0, 0, 0, missing))  # the vocabulary is padded for two ranks
-    sections = full.chunk(parameter.partition_stride, dim)
-    return torch.cat([section.chunk(WORLD, dim)[rank] for section in sections], dim)
+    if sections is None:
+        # megatron-core sets no stride where a weight is split without one.
+        parts = full.chunk(getattr(parameter, "partition_stride", 1), dim)
+    else:
+        parts = full.split([WORLD * size for size in sections], dim)
+    return torch.cat([part.chunk(WORLD, dim)[rank] for part in parts], dim)
 
 
 def run_case(
@@ -147,7 +187,7 @@ def run_case(
     reference = torch.load(f"{folder}/{config}.pt")
     pipeline = "pipeline_model_parallel_size" in fields
     found: dict[str, Any] = {}
-    with distributed_model(f"{folder}/{config}", fields) as model:
+    with distributed_model(f"{folder}/{config}", CONFIGS[config][2] | fields) as model:
         with torch.no_grad():
             model.eval()
             logits = run_stage(model, rank, inputs)[0] if pipeline else model(**inputs)
@@ -173,14 +213,16 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def save_reference(folder: Path, processor: Any, inputs: dict[str, Tensor], labels: Tensor) -> None:
-    for name, config in CONFIGS.items():
-        hf = tiny.build_hf_model(tiny.build_config(processor, **EVEN_VISION_HEADS, **config))
+    for name, (case, config, fields) in CONFIGS.items():
+        hf = tiny.build_hf_model(tiny.build_case(processor, case, **EVEN_VISION_HEADS, **config))
         hf.save_pretrained(folder / name)
+        if "mtp_num_layers" in fields:
+            Predictor(hf).add_to(folder / name)
         processor.save_pretrained(folder / name)
         with torch.no_grad():
             logits = hf(**inputs).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        with distributed_model(str(folder / name), {}) as model:
+        with distributed_model(str(folder / name), fields) as model:
             train_step(model, 0, False, inputs | {"labels": labels})
             gradients = {key: one.main_grad for key, one in model.module.named_parameters()}
         torch.save(
@@ -220,7 +262,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_loss(results: list[dict[str, Any]], case: str) -> None:
     found = [ranks[case] for ranks in results if "logits" in ranks[case]]
-    assert len(found) == (1 if case.startswith("pipeline") else WORLD)
+    assert len(found) == (1 if "pipeline" in case else WORLD)
     for one in found:
         assert one["logits"] <= 1e-4
         assert one["loss"] <= 1e-4

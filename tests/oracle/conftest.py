@@ -34,16 +34,24 @@ def process_groups() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def build(processor: Any, process_groups: None, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build(hf config entries, provider fields) -> hf, ours, bridge: the same weights in both."""
+    """build(hf config entries, provider fields, case) -> hf, ours, bridge, with the same weights.
+
+    `case` is one of tiny.CASES; `prepare(hf, folder)` may change the files before we read them.
+    """
     from megatron.bridge import AutoBridge
 
     def build(
-        config: dict[str, Any] | None = None, fields: dict[str, Any] | None = None
+        config: dict[str, Any] | None = None,
+        fields: dict[str, Any] | None = None,
+        case: str = "qwen3_vl",
+        prepare: Callable[[Any, Path], None] | None = None,
     ) -> SimpleNamespace:
-        hf = tiny.build_hf_model(tiny.build_config(processor, **(config or {})))
+        hf = tiny.build_hf_model(tiny.build_case(processor, case, **(config or {})))
         folder = tmp_path_factory.mktemp("hf")
         hf.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if prepare is not None:
+            prepare(hf, folder)
         bridge = AutoBridge.from_hf_pretrained(str(folder))
         provider = bridge.to_megatron_provider(load_weights=False)
         # The files are fp32, and so is the oracle.
@@ -57,6 +65,7 @@ def build(processor: Any, process_groups: None, tmp_path_factory: pytest.TempPat
     return build
 
 
-@pytest.fixture(scope="module")
-def pair(build: Build) -> SimpleNamespace:
-    return build()
+@pytest.fixture(scope="module", params=list(tiny.CASES))
+def pair(build: Build, request: pytest.FixtureRequest) -> SimpleNamespace:
+    """Both models of each family, in several shapes."""
+    return build(case=request.param)

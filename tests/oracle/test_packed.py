@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -46,16 +47,24 @@ def test_packed_sequences_equal_each_alone(pair: SimpleNamespace, processor: Any
     assert (found - expected).abs().max() <= 1e-4
 
 
-def test_bf16(build: Any, processor: Any) -> None:
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_bf16(build: Any, processor: Any, case: str) -> None:
     """Both round in their own order: bf16 agrees with fp32 as well as Hugging Face's bf16 does."""
-    pair = build(fields={"params_dtype": torch.bfloat16, "bf16": True})
-    assert {parameter.dtype for parameter in pair.ours.parameters()} == {torch.bfloat16}
+    pair = build(fields={"params_dtype": torch.bfloat16, "bf16": True}, case=case)
+    for name, parameter in pair.ours.named_parameters():
+        # The files, and so the model, may have these two in fp32.
+        if not name.endswith(("A_log", "out_norm.weight")):
+            assert parameter.dtype == torch.bfloat16, name
     inputs = tiny.prompt(processor, f"{tiny.IMAGE} A flower?", images=tiny.photographs()[:1])
     with torch.no_grad():
         exact = pair.hf(**inputs).logits
         found = pair.ours(**inputs, trim_vocab_padding=True)
         rounded = pair.hf.bfloat16()(**inputs).logits
     assert found.dtype == torch.bfloat16
-    error, their_error = ((logits.float() - exact).norm() for logits in (found, rounded))
+    # The median token: where a rounding makes a router choose another expert, a token is far off.
+    error, their_error = (
+        ((logits.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).median()
+        for logits in (found, rounded)
+    )
     assert error <= 1.25 * their_error
-    assert error / exact.norm() < 0.05
+    assert error < 0.05

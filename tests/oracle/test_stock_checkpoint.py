@@ -36,30 +36,57 @@ def model(bridge: AutoBridge, process_groups: None) -> Any:
     return bridge.to_megatron_model()[0]
 
 
-def test_key_for_key_what_stock_save_writes(folder: Path, model: Any, tmp_path: Path) -> None:
+def stock_save(model: Any, folder: Path) -> TorchDistCheckpoint:
     from megatron.core import dist_checkpointing
 
     from megatron.bridge.runtime.cpu import megatron_on_cpu
 
+    folder.mkdir()
     with megatron_on_cpu():
         state = model.sharded_state_dict()
-        dist_checkpointing.save(state, str(tmp_path), async_strategy="mcore")
-    ours, stock = TorchDistCheckpoint(folder / "megatron"), TorchDistCheckpoint(tmp_path)
+        dist_checkpointing.save(state, str(folder), async_strategy="mcore")
+    return TorchDistCheckpoint(folder)
+
+
+def assert_same_tensors(ours: TorchDistCheckpoint, stock: TorchDistCheckpoint) -> None:
     assert ours.tensors == stock.tensors
     assert sorted(ours.objects) == sorted(stock.objects)
-    assert any("_extra_state" in name for name in ours.objects)
     for key, spec in stock.tensors.items():
         box = full_box(spec.shape)
         assert torch.equal(ours.read(key, box), stock.read(key, box)), key
-    written, saved = read_metadata(ours.folder), read_metadata(tmp_path)
+
+
+def test_key_for_key_what_stock_save_writes(folder: Path, model: Any, tmp_path: Path) -> None:
+    ours = TorchDistCheckpoint(folder / "megatron")
+    stock = stock_save(model, tmp_path / "stock")
+    assert_same_tensors(ours, stock)
+    assert any("_extra_state" in name for name in ours.objects)
+    written, saved = read_metadata(ours.folder), read_metadata(stock.folder)
     for key, entry in saved.state_dict_metadata.items():
         assert type(written.state_dict_metadata[key]) is type(entry)
         if key in stock.tensors:
             assert written.state_dict_metadata[key].properties == entry.properties
     kinds = ("metadata.json", ".metadata", "__0_0.distcp")
-    assert all((ours.folder / kind).is_file() and (tmp_path / kind).is_file() for kind in kinds)
-    same = [(one / "metadata.json").read_text() for one in (ours.folder, tmp_path)]
+    folders = (ours.folder, stock.folder)
+    assert all((one / kind).is_file() for one in folders for kind in kinds)
+    same = [(one / "metadata.json").read_text() for one in folders]
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("family", ["qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+def test_key_for_key_in_the_other_families(
+    family: str, tmp_path: Path, process_groups: None
+) -> None:
+    """With the MTP layer where there is one: the checkpoint holds all of the files."""
+    hf = PreTrainedVLM.from_pretrained(make_model(family, tmp_path / "hf", {}, seed=11))
+    import_checkpoint(hf, tmp_path / "megatron")
+    provider = AutoBridge(hf).to_megatron_provider()
+    if "3.5" in family:
+        provider.mtp_num_layers = 1
+    [model] = provider.provide_distributed_model(wrap_with_ddp=False)
+    ours = TorchDistCheckpoint(tmp_path / "megatron")
+    assert_same_tensors(ours, stock_save(model, tmp_path / "stock"))
+    assert ("language_model.mtp.layers.0.eh_proj.weight" in ours.tensors) == ("3.5" in family)
 
 
 @pytest.mark.parametrize("by", ["stock megatron-core", "AutoBridge"])

@@ -1,4 +1,4 @@
-"""A small Qwen3-VL of Hugging Face with its processor, and real photographs to ask it about.
+"""Small models of Hugging Face with their processor, and real photographs to ask them about.
 
 No two sizes are equal and no matrix is square; the norms and biases are far from ones and zeros.
 """
@@ -50,28 +50,77 @@ def build_processor() -> Any:
     )
 
 
-def build_config(processor: Any, **top_level: Any) -> Any:
-    """Qwen3VLConfig; entries of `text_config` and `vision_config` are merged into the defaults."""
-    from transformers import Qwen3VLConfig
+TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 80,
+    "num_hidden_layers": 5,
+    "rms_norm_eps": 1e-4,
+    "max_position_embeddings": 4096,
+}
+QWEN3_ATTENTION = {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5_000_000.0,
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    },
+}
+HYBRID_ATTENTION = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000_000.0,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.25,
+    },
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 26,
+    "linear_value_head_dim": 22,
+}
+DENSE = {"intermediate_size": 144}
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 36}
+# model_type: (name of the class in transformers, text_config, deepstack)
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+    "qwen3_vl": ("Qwen3VL", QWEN3_ATTENTION | DENSE, [0, 2]),
+    "qwen3_vl_moe": ("Qwen3VLMoe", QWEN3_ATTENTION | DENSE | EXPERTS, [0, 2]),
+    "qwen3_5": ("Qwen3_5", HYBRID_ATTENTION | DENSE, []),
+    "qwen3_5_moe": ("Qwen3_5Moe", HYBRID_ATTENTION | EXPERTS | SHARED_EXPERT, []),
+}
+# case: (model_type, text_config over the defaults). Every family, and every ratio of heads, and
+# one expert per token as well as several.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_vl": ("qwen3_vl", {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", {}),
+    "qwen3_vl_moe-dense_layers-one_kv_head-top1": (
+        "qwen3_vl_moe",
+        {"mlp_only_layers": [1], "num_key_value_heads": 1, "num_experts_per_tok": 1},
+    ),
+    "qwen3_5-3x_value_heads-one_kv_head": (
+        "qwen3_5",
+        {"linear_num_value_heads": 6, "num_key_value_heads": 1, "num_hidden_layers": 6},
+    ),
+    "qwen3_5_moe-2x_value_heads": ("qwen3_5_moe", {}),
+    "qwen3_5_moe-1x_value_heads-one_kv_head-top1": (
+        "qwen3_5_moe",
+        {"linear_num_value_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 1},
+    ),
+}
+
+
+def build_config(processor: Any, family: str = "qwen3_vl", **top_level: Any) -> Any:
+    """Config of `family`; `text_config` and `vision_config` are merged into the defaults."""
+    import transformers
 
     token_id = processor.tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 80,
-        "intermediate_size": 144,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5_000_000.0,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
-        },
-    }
+    name, text, deepstack = FAMILIES[family]
     vision = {
         "depth": 4,
         "hidden_size": 48,
@@ -80,10 +129,10 @@ def build_config(processor: Any, **top_level: Any) -> Any:
         "patch_size": 16,
         "out_hidden_size": 80,
         "num_position_embeddings": 49,
-        "deepstack_visual_indexes": [0, 2],
+        "deepstack_visual_indexes": deepstack,
     }
-    return Qwen3VLConfig(
-        text_config=text | top_level.pop("text_config", {}),
+    return getattr(transformers, f"{name}Config")(
+        text_config=TEXT | text | top_level.pop("text_config", {}),
         vision_config=vision | top_level.pop("vision_config", {}),
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
@@ -93,24 +142,44 @@ def build_config(processor: Any, **top_level: Any) -> Any:
     )
 
 
-def build_hf_model(config: Any, seed: int = 0) -> Any:
-    """Qwen3VLForConditionalGeneration, fp32, eager attention, weights that make it lively."""
-    from transformers import Qwen3VLForConditionalGeneration
+def build_case(processor: Any, case: str, **top_level: Any) -> Any:
+    """Config of one of CASES, with further entries as for `build_config`."""
+    family, text = CASES[case]
+    text = text | top_level.pop("text_config", {})
+    return build_config(processor, family, text_config=text, **top_level)
 
-    model = Qwen3VLForConditionalGeneration._from_config(
-        config, attn_implementation="eager", dtype=torch.float32
+
+def build_hf_model(config: Any, seed: int = 0) -> Any:
+    """The model of `config`, fp32, eager attention, weights that make it lively."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_config(
+        config,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
     )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * noise)
-            elif "embed_tokens" in name or "pos_embed" in name:
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    randomize(model, seed)
     return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights that keep activations at about 1, norms and biases far from ones and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("A_log"):
+            # Initialized at random: memories from long to short.
+            parameter.copy_(noise - 2.0)
+        elif parameter.ndim == 1:
+            parameter.add_(0.3 * noise)
+        elif "embed_tokens" in name or "pos_embed" in name:
+            parameter.copy_(noise)
+        else:
+            # Experts are [experts, out, in].
+            inputs = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
+            parameter.copy_(noise / inputs**0.5)
 
 
 def photographs() -> list[Any]:

@@ -47,6 +47,31 @@ def test_agreement_on_a_photograph(
     assert set(document) == documented_keys("JSON of `compare`:")
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("family", ["qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+def test_every_family_agrees(
+    family: str,
+    fp8: bool,
+    photograph: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of an FP8 release both run the BF16 weights that it stands for, smaller blocks included."""
+    from megatron.bridge.synthetic import make_model
+
+    settings = {"fp8": fp8, "text.num_hidden_layers": 4}
+    model = make_model(family, tmp_path / "model", settings)
+    status = main(["compare", str(model), "--image", str(photograph), "--json"])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    document = json.loads(printed.out)
+    assert document["agrees"] is True
+    assert document["logits"]["max_abs_diff"] < 1e-4 * max(1.0, document["logits"]["largest"])
+    assert document["logits"]["top1_agreement"] == 1.0
+    assert document["image_tokens"] > 0
+    assert len(document["layers"]) == 4
+
+
 def test_a_changed_weight_is_noticed(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

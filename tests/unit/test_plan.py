@@ -44,7 +44,7 @@ EMBEDDING = "language_model.embedding.word_embeddings.weight"
 def small_tensors() -> dict[str, TensorSpec]:
     bridge = Qwen3VLBridge()
     structure = bridge.structure(HFConfig.from_dict(SMALL))
-    return expected_tensors(bridge.mapping_registry(), structure, "BF16")
+    return expected_tensors(bridge.mapping_registry(), structure, lambda name: "BF16")
 
 
 def small_plan(tensors: dict[str, TensorSpec] | None = None) -> ConversionPlan:
@@ -216,7 +216,7 @@ def test_rows_without_shapes_need_files() -> None:
     structure = Qwen3VLBridge().structure(HFConfig.from_dict(SMALL))
     registry = MegatronMappingRegistry(AutoMapping("language_model.a.weight", "a.weight"))
     with pytest.raises(PlanError, match=r"declares no shape for a\.weight"):
-        expected_tensors(registry, structure, "BF16")
+        expected_tensors(registry, structure, lambda name: "BF16")
     plan = build_plan(registry, structure, {"a.weight": TensorSpec("a.weight", (2, 3), "F32")})
     assert plan.copies[0].megatron_box == full_box((2, 3))
 

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
-from providers import one_process, released_provider, small_provider, small_vision
+from providers import FAMILIES, one_process, released_provider, small_provider, small_vision
 from released_configs import VISION_24, VISION_27, qwen3_vl
 
 QWEN3_VL_2B = qwen3_vl(2048, 28, 16, 8, 6144, VISION_24, tied=True)
@@ -67,6 +67,57 @@ def test_what_cannot_be_built(fields: dict[str, Any], message: str) -> None:
         small_provider(**fields).finalize()
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("qwen3_vl_moe", {"num_moe_experts": None}, "num_moe_experts is None: it must be set"),
+        ("qwen3_vl_moe", {"moe_ffn_hidden_size": None}, "moe_ffn_hidden_size is None"),
+        ("qwen3_vl_moe", {"moe_router_pre_softmax": True}, "moe_router_pre_softmax is True"),
+        ("qwen3_vl_moe", {"moe_router_score_function": "sigmoid"}, "is 'sigmoid': .* 'softmax'"),
+        ("qwen3_vl_moe", {"mtp_num_layers": 1}, "mtp_num_layers is 1: .* needs None"),
+        ("qwen3_vl_moe", {"moe_router_topk": 8}, "moe_router_topk is 8, more than num_moe_experts"),
+        ("qwen3_5", {"attention_output_gate": False}, "attention_output_gate is False"),
+        ("qwen3_5", {"layernorm_zero_centered_gamma": False}, "zero_centered_gamma is False"),
+        ("qwen3_5", {"num_moe_experts": 4}, "num_moe_experts is 4: .* needs None"),
+        ("qwen3_5", {"linear_num_value_heads": 0}, "linear_num_value_heads is 0"),
+        ("qwen3_5", {"linear_num_value_heads": 3}, "megatron-core refuses: .*must be a multiple"),
+        ("qwen3_5", {"linear_attention_freq": [1, 0]}, "linear_attention_freq has 2 entries, .* 5"),
+        ("qwen3_vl_moe", {"moe_layer_freq": [1, 0]}, "moe_layer_freq has 2 entries"),
+        (
+            "qwen3_5",
+            {
+                "mtp_num_layers": 1,
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 2,
+            },
+            "with mtp_num_layers needs 'uniform' and 1",
+        ),
+        (
+            "qwen3_5",
+            {
+                "mtp_num_layers": 1,
+                "share_embeddings_and_output_weights": True,
+                "pipeline_model_parallel_size": 5,
+            },
+            "cannot share the output layer's weight",
+        ),
+        ("qwen3_5", {"pipeline_model_parallel_size": 2}, "refuses: num_layers=5 should be"),
+        (
+            "qwen3_5_moe",
+            {"moe_shared_expert_intermediate_size": None},
+            "moe_shared_expert_intermediate_size is None",
+        ),
+        ("qwen3_5_moe", {"moe_shared_expert_gate": False}, "moe_shared_expert_gate is False"),
+    ],
+)
+def test_what_cannot_be_built_in_other_families(
+    family: str, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_provider(family, **fields).finalize()
+
+
 def test_all_problems_are_told_at_once() -> None:
     provider = small_provider(num_layers=0, sequence_parallel=True, vision=None)
     with pytest.raises(ConfigError) as error:
@@ -78,8 +129,9 @@ def values(provider: Any) -> dict[str, Any]:
     return {one.name: getattr(provider, one.name) for one in dataclasses.fields(provider)}
 
 
-def test_finalize_changes_no_given_field_and_is_idempotent() -> None:
-    provider = small_provider()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finalize_changes_no_given_field_and_is_idempotent(family: str) -> None:
+    provider = small_provider(family)
     given = values(provider)
     provider.finalize()
     once = values(provider)

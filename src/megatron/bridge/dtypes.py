@@ -37,8 +37,19 @@ _TORCH_NAME_AND_BYTES: dict[str, tuple[str, int]] = {
 TORCH_NAMES = {torch_name: name for name, (torch_name, _) in _TORCH_NAME_AND_BYTES.items()}
 """The safetensors name by the name of the torch dtype ("bfloat16": "BF16")."""
 
+TORCH_NAME_OF = {name: torch_name for name, (torch_name, _) in _TORCH_NAME_AND_BYTES.items()}
+"""The name of the torch dtype by the safetensors name ("BF16": "bfloat16")."""
+
 DTYPE_NAMES: tuple[str, ...] = tuple(_TORCH_NAME_AND_BYTES)
 """The safetensors dtype names that can be read and written."""
+
+
+_WIDENS = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}
+
+
+def holds_all(wide: str, narrow: str) -> bool:
+    """Whether dtype `wide` holds every value of dtype `narrow` exactly."""
+    return wide == narrow or (narrow, wide) in _WIDENS
 
 
 def _row(name: str) -> tuple[str, int]:

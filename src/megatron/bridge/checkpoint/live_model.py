@@ -99,15 +99,18 @@ def load_weights(
 
     model: the chunks of this rank. read: of Hugging Face tensors. Values are cast to the dtype of
     the parameter. Raises PlanError, before anything is written, if the model and the plan do not
-    have the same tensors.
+    have the same tensors; InputError if a norm's w - 1 does not fit its parameter exactly.
     """
     tensors = local_tensors(model)
     if problems := list(_mismatches(plan, tensors)):
         raise PlanError(problems, heading="the model is not the one that the files hold")
     shown = progress or Silent()
     shown.start("load", sum(local.data.nbytes for local in tensors))
+    shifted = {copy.megatron_key for copy in plan.copies if copy.offset}
     for local in tensors:
         tensor = read_megatron(plan, local.key, local.box, read)
+        if local.key in shifted:  # the file's own values may not survive in a narrower dtype
+            tensor = _exactly(tensor, local.data.dtype, local.key)
         local.data.copy_(tensor.view(local.data.shape))
         shown.advance(local.data.nbytes)
 
@@ -116,13 +119,15 @@ def load_weights(
 def export_weights(
     model: Sequence[torch.nn.Module], plan: ConversionPlan
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every Hugging Face tensor of the plan by name, on the model's device, in the plan's dtype.
+    """Every Hugging Face tensor that the model holds, by name, on the model's device.
 
     Raises PlanError if the model and the plan do not have the same tensors, InputError if this
     rank does not hold all of the model or if a value does not fit the plan's dtype exactly.
     """
     read = reader(model, plan)
     for name, spec in plan.hf.items():
+        if name in plan.carried:
+            continue
         yield name, read_hf(plan, name, full_box(spec.shape), read)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.summary import FileSummary, TensorSummary
     from megatron.bridge.models.hf_pretrained.config import Rope
+    from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8
     from megatron.bridge.verification.distance import Distance
     from megatron.bridge.verification.logits import CompareReport
     from megatron.bridge.verification.tensors import VerifyReport
@@ -45,6 +46,11 @@ def hf_document(report: HFReport) -> Document:
         "vision": dict(report.vision),
         "rope": None if report.rope is None else _rope(report.rope),
         "tied": report.tied,
+        "quantization": _quantization(report.quantization),
+        "dtypes_assumed": report.dtypes_assumed,
+        "experts": {"decoder": report.experts.decoder, "mtp": report.experts.mtp},
+        "mtp": {"in_config": report.mtp.in_config, "present": report.mtp.present},
+        "carried": {} if plan is None else dict(plan.carried),
         "proven": report.problem is None,
         "problems": _problems(report.problem),
         "megatron": (
@@ -84,16 +90,20 @@ def megatron_document(report: MegatronReport) -> Document:
 def conversion_document(command: str, source: str, done: Conversion, seconds: float) -> Document:
     """`import` and `export`; keys and bytes are those of the side that was written."""
     plan = done.plan
-    written = plan.megatron if command == "import" else plan.hf
-    size = plan.megatron_bytes if command == "import" else plan.hf_bytes
+    written = plan.megatron if command == "import" else done.hf
+    hf_bytes = sum(spec.nbytes for spec in done.hf.values())
+    size = plan.megatron_bytes if command == "import" else hf_bytes
     return {
         "command": command,
         "source": source,
         "target": str(done.target),
         "architecture": done.architecture,
-        "hf": {"keys": len(plan.hf), "bytes": plan.hf_bytes},
+        "hf": {"keys": len(done.hf), "bytes": hf_bytes},
         "megatron": {"keys": len(plan.megatron), "bytes": plan.megatron_bytes},
+        "quantization": _quantization(done.quantization),
+        "carried": dict(plan.carried),
         "dropped": list(done.dropped),
+        "inexact": [{"name": name, "max_abs_error": error} for name, error in done.inexact],
         "keys": len(written),
         "bytes": size,
         "seconds": seconds,
@@ -188,6 +198,12 @@ def _summary(summary: TensorSummary) -> Document:
 
 def _files(files: Iterable[FileSummary]) -> list[Document]:
     return [{"name": file.name, "keys": file.keys, "bytes": file.bytes} for file in files]
+
+
+def _quantization(quantization: BlockFP8 | None) -> Document | None:
+    if quantization is None:
+        return None
+    return {"method": "fp8", "block": [quantization.rows, quantization.columns]}
 
 
 def _rope(rope: Rope) -> Document:

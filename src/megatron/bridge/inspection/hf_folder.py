@@ -15,11 +15,20 @@ from megatron.bridge.folding import fold
 from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
+from megatron.bridge.models.conversion.model_bridge import DEFAULTS
 from megatron.bridge.models.conversion.param_mapping import WILDCARD, pattern_regex
 from megatron.bridge.models.conversion.plan import ConversionPlan, RowUse
 from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
+from megatron.bridge.models.hf_pretrained.fp8 import (
+    BlockFP8,
+    dequantized_view,
+    quantization_of,
+)
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
+from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
+from megatron.bridge.models.qwen_vl.rows import HF_MTP
 
 type Origin = Literal["files", "hub headers", "config"]
 
@@ -33,6 +42,14 @@ TEXT_KEYS = (
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "mlp_only_layers",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "mtp_num_hidden_layers",
     "vocab_size",
     "max_position_embeddings",
     "attention_bias",
@@ -62,13 +79,26 @@ class RowSummary:
 
 
 @dataclass(frozen=True)
+class MTPSummary:
+    """Whether the config names a multi-token-prediction layer, and whether its tensors are there.
+
+    transformers drops the tensors and keeps the config. present: None where no files are at hand.
+    """
+
+    in_config: bool
+    present: bool | None
+
+
+@dataclass(frozen=True)
 class HFReport:
     """A Hugging Face model, as its config and headers describe it.
 
     origin: where the tensors below are known from; "config" means that no weights are at hand and
     the tensors are those that the config asks for. bridge: the class that converts it, or None.
-    text, vision: what the config states, of the keys that size a model. plan: None if it is not
-    proven, and then `problem` says why.
+    text, vision: what the config states, of the keys that size a model. experts: how routed experts
+    lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
+    and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not
+    proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized model.
     """
 
     source: str
@@ -84,8 +114,16 @@ class HFReport:
     vision: Mapping[str, Any]
     rope: Rope | None
     tied: bool
+    quantization: BlockFP8 | None
+    experts: DiskLayout
+    mtp: MTPSummary
     plan: ConversionPlan | None
     problem: BridgeError | None
+
+    @property
+    def dtypes_assumed(self) -> bool:
+        """Whether no file says the dtypes."""
+        return self.origin == "config"
 
     @property
     def rows(self) -> list[RowSummary]:
@@ -104,7 +142,7 @@ def inspect_hf(reference: str | os.PathLike[str], revision: str | None = None) -
     config = hf.hf_config
     origin, tensors = _tensors(hf)
     bridge = registered_bridges().get(config.architecture)
-    plan, problem = _plan(config, tensors)
+    quantization, plan, experts, problem = _conversion(config, tensors)
     rope, rope_problem = _rope(config)
     specs = tensors if tensors is not None else (plan.hf if plan is not None else None)
     return HFReport(
@@ -121,6 +159,9 @@ def inspect_hf(reference: str | os.PathLike[str], revision: str | None = None) -
         vision=_stated(config, "vision_config", VISION_KEYS),
         rope=rope,
         tied=config.get("tie_word_embeddings", False),
+        quantization=quantization,
+        experts=experts,
+        mtp=_mtp(config, tensors),
         plan=plan,
         problem=problem or rope_problem,
     )
@@ -141,21 +182,40 @@ def _tensors(
         return "hub headers", hub_headers(hf.name_or_path, revision=hf.folder.name)
 
 
-def _plan(
+def _conversion(
     config: HFConfig, tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None
-) -> tuple[ConversionPlan | None, BridgeError | None]:
-    """The plan, or why there is none; settings of the Megatron model are part of the proof."""
+) -> tuple[BlockFP8 | None, ConversionPlan | None, DiskLayout, BridgeError | None]:
+    """How it is quantized, the plan, the layout of experts, or why there is no plan.
+
+    Settings of the Megatron model are part of the proof.
+    """
+    quantization, experts = None, DiskLayout()
     try:
+        quantization = quantization_of(config)
         bridge = bridge_for(config.architecture)
-        if tensors is None:
+        view = None
+        if tensors is not None:
+            view = dequantized_view(tensors, quantization, config.origin)
+        if isinstance(bridge, QwenVLBridge):
+            experts = bridge.disk_layout(config, view, DEFAULTS)
+        if view is None:
             plan = bridge.plan_from_config(config, config.dtype)
         else:
-            plan = bridge.plan(config, tensors)
+            plan = bridge.plan(config, view)
         main_dtype = next(iter(TensorSummary.of(plan.hf.values()).dtypes))
         bridge.provider_settings(config, main_dtype)
     except BridgeError as error:
-        return None, error
-    return plan, None
+        return quantization, None, experts, error
+    return quantization, plan, experts, None
+
+
+def _mtp(
+    config: HFConfig, tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None
+) -> MTPSummary:
+    """What config and files say of the MTP layer; a wrong value is in `problem`."""
+    layers = _stated(config, "text_config", ("mtp_num_hidden_layers",))
+    present = None if tensors is None else any(name.startswith(HF_MTP) for name in tensors)
+    return MTPSummary(any(layers.values()), present)
 
 
 def _rope(config: HFConfig) -> tuple[Rope | None, ConfigError | None]:

@@ -1,7 +1,8 @@
 """Providers: a megatron-core config that also builds the model it describes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.backends.selection import uses_transformer_engine
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
 from megatron.bridge.runtime.parallel import ParallelSizes, initialize_process_groups
 
@@ -45,6 +47,8 @@ class ModelProvider(TransformerConfig, ABC):
         parallel_output: return logits split over the tensor-parallel ranks.
         transformer_impl: "local" (plain torch) or "transformer_engine"; None chooses.
         pipeline_dtype: of what pipeline stages exchange; None for `params_dtype`.
+        moe_grouped_gemm: multiply by all experts of a rank at once, which needs TransformerEngine;
+            None where it is used. The plain torch backend runs one expert after the other.
     """
 
     vocab_size: int = 0
@@ -55,6 +59,7 @@ class ModelProvider(TransformerConfig, ABC):
     parallel_output: bool = False
     transformer_impl: str | None = None
     pipeline_dtype: torch.dtype | None = None
+    moe_grouped_gemm: bool | None = None
 
     def __post_init__(self) -> None:
         """Deferred to `finalize()`."""
@@ -89,13 +94,31 @@ class ModelProvider(TransformerConfig, ABC):
         open_names = [name for name in names if getattr(self, name) is None]
         if self.pipeline_dtype is None:
             self.pipeline_dtype = self.params_dtype
+        if self.moe_grouped_gemm is None:
+            self.moe_grouped_gemm = uses_transformer_engine(self.transformer_impl)
         try:
-            TransformerConfig.__post_init__(self)
+            with self._admitted_by_megatron_core():
+                TransformerConfig.__post_init__(self)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
         self._derived = {
             name: value for name in open_names if (value := getattr(self, name)) is not None
         }
+
+    @contextmanager
+    def _admitted_by_megatron_core(self) -> Iterator[None]:
+        """Show megatron-core's checks a router that they accept, where they are too strict.
+
+        With one expert per token its weight is 1, whatever the router says: such a router learns
+        by the auxiliary loss alone, so megatron-core refuses it. Qwen's models are computed so.
+        """
+        one_expert = self.num_moe_experts is not None and self.moe_router_topk == 1
+        pre_softmax = self.moe_router_pre_softmax
+        self.moe_router_pre_softmax = pre_softmax or one_expert
+        try:
+            yield
+        finally:
+            self.moe_router_pre_softmax = pre_softmax
 
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.runtime.cpu import megatron_on_cpu
@@ -108,6 +109,8 @@ def initialize_process_groups(sizes: ParallelSizes, *, seed: int = 1234) -> None
 def destroy_process_groups() -> None:
     """Undo `initialize_process_groups`: parallel state, random states and torch.distributed."""
     tensor_parallel.get_cuda_rng_tracker().reset()
+    # It keeps one number per layer of the first model that it sees.
+    destroy_moe_metrics_tracker()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

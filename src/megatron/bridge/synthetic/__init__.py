@@ -1,8 +1,11 @@
 """Small random models in the released disk layout: the input of tests, demos and first tries.
 
-families       what each family's config.json, tokens and processors look like
-settings       `key=value` settings on top of it, checked
+family         what a family declares
+families       the families: config.json, tokens, processors, layout of the released files
+settings       `key=value` settings on top of it, checked by `validation`
 side_files     tokenizer, processors, chat template, generation config
+disk_tensors   which tensors are on disk: experts, multi-token prediction, dtypes
+fp8            the quantized form of a tensor
 weights        random tensors, streamed to safetensors shards
 make_model     all of it, as one folder
 """

@@ -32,10 +32,15 @@ def make_model(
     resolved = resolve_settings(declaration, settings or {})
     with staged_folder(Path(out), force=force) as folder:
         # Only here, since they import torch and transformers.
+        from megatron.bridge.synthetic.disk_tensors import disk_tensors
+        from megatron.bridge.synthetic.fp8 import quantization_config
         from megatron.bridge.synthetic.side_files import write_side_files
-        from megatron.bridge.synthetic.weights import random_tensors, write_weights
+        from megatron.bridge.synthetic.weights import write_weights
 
-        write_side_files(folder, declaration, resolved)
-        tensors = random_tensors(resolved.config, resolved.dtype)
+        tensors = disk_tensors(declaration, resolved)
+        config = dict(resolved.config)
+        if resolved.form.fp8:
+            config["quantization_config"] = quantization_config(tensor.name for tensor in tensors)
+        write_side_files(folder, declaration, config, resolved.first_token_id)
         write_weights(folder, tensors, resolved.num_shards, resolved.max_shard_size, seed)
     return Path(out)

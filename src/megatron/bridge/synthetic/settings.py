@@ -15,34 +15,75 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.synthetic.families import Family
+from megatron.bridge.synthetic.family import Family
 from megatron.bridge.synthetic.validation import problems_of
 
 OPTIONS: Mapping[str, Any] = {
     "rope_form": "old",  # or "new": rope_parameters instead of rope_scaling and rope_theta
     "dtype": "bfloat16",
+    "fp8": False,
+    "fp8_scale_dtype": "bfloat16",
     "num_shards": 0,  # 0: as many as max_shard_size makes
     "max_shard_size": 5_000_000_000,
 }
-"""Settings that are no config keys, with their defaults."""
+"""Settings of every family that are no config keys, with their defaults.
 
-_CHOICES = {"rope_form": ("old", "new"), "dtype": ("bfloat16", "float16", "float32")}
-_SHORT = {"text.": "text_config.", "vision.": "vision_config."}
-_ALIASES = {"vocab_size": "text_config.vocab_size", "text_config.dtype": "dtype"}
+A family has its own besides, where they have a meaning: `experts` and `mtp_experts`, the layout of
+the experts on disk, and `ssm_dtype`, the dtype of the tensors that released models have in float32.
+"""
+
+_EXPERT_LAYOUTS = ("fused", "fused-transposed", "per-expert")
+_CHOICES = {
+    "rope_form": ("old", "new"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "ssm_dtype": ("bfloat16", "float16", "float32"),
+    "fp8_scale_dtype": ("bfloat16", "float32"),
+    "experts": _EXPERT_LAYOUTS,
+    "mtp_experts": _EXPERT_LAYOUTS,
+}
+_ROPE = "text_config.rope_parameters."
+_PREFIXES = {
+    "text.": "text_config.",
+    "vision.": "vision_config.",
+    "text_config.rope_scaling.": _ROPE,
+}
+_ALIASES = {
+    "vocab_size": "text_config.vocab_size",
+    "text_config.dtype": "dtype",
+    "text_config.num_local_experts": "text_config.num_experts",
+    "text_config.partial_rotary_factor": f"{_ROPE}partial_rotary_factor",
+    "text_config.rope_theta": f"{_ROPE}rope_theta",
+}
 _FIXED = ("architectures", "model_type", "text_config.model_type", "vision_config.model_type")
 _ORDINARY_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """A complete config.json, and how to write the weights.
+class DiskForm:
+    """How the weights are stored; dtypes are torch's names.
 
-    `dtype` is torch's name; `num_shards` 0 means: as many as `max_shard_size` (bytes) makes;
-    `first_token_id` is the id of the family's first token.
+    `experts` and `mtp_experts` are "fused", "fused-transposed" or "per-expert", and empty in a
+    family without them; so is `ssm_dtype`. `scale_dtype` is that of the scales of FP8.
+    """
+
+    dtype: str
+    ssm_dtype: str
+    experts: str
+    mtp_experts: str
+    fp8: bool
+    scale_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A complete config.json (but for the quantization), and how to write the weights.
+
+    `num_shards` 0 means: as many as `max_shard_size` (bytes) makes; `first_token_id` is the id of
+    the family's first token.
     """
 
     config: dict[str, Any]
-    dtype: str
+    form: DiskForm
     num_shards: int
     max_shard_size: int
     first_token_id: int
@@ -67,42 +108,73 @@ def resolve_settings(family: Family, settings: Mapping[str, object]) -> Settings
     Raises InputError for an unknown key (listing the known ones), a value of the wrong type, or
     values that do not make a model, all of them in one error.
     """
-    defaults = dict(_flatten(family.config)) | dict(OPTIONS)
+    defaults = dict(_flatten(family.config)) | dict(OPTIONS) | dict(family.options)
+    fixed = (*_FIXED, *family.fixed)
     given: dict[str, Any] = {}
     for name, value in _flatten(settings):
         key = _full_key(name)
         if key not in defaults and key not in family.token_ids:
-            raise _unknown(key, [*defaults, *family.token_ids])
+            raise _unknown(key, [*(defaults.keys() - set(fixed)), *family.token_ids])
         typed = _typed(key, defaults.get(key, 0), value)
         if given.setdefault(key, typed) != typed:
             raise InputError(f"{key} is set twice: to {given[key]!r}, and by {name} to {typed!r}")
-    for key in _FIXED:
+    for key in fixed:
         if key in given and given[key] != defaults[key]:
             raise InputError(f"{key} of family {family.name} is {defaults[key]!r}, not a setting")
+    if given.get("fp8", False):
+        defaults |= family.fp8_options
     values = {**defaults, **given}
-    # Values that follow another one unless they are set on their own.
+    _follow(given, values)
+    first_token_id = _place_tokens(family, given, values)
+    problems = [
+        f"{key} must be one of {', '.join(choices)}, found {values[key]!r}"
+        for key, choices in _CHOICES.items()
+        if key in values and values[key] not in choices
+    ]
+    problems += problems_of(values, first_token_id + len(family.tokens))
+    if problems:
+        raise InputError("these settings make no model:" + "".join(f"\n  - {p}" for p in problems))
+    options = OPTIONS.keys() | family.options.keys()
+    config = _unflatten({key: value for key, value in values.items() if key not in options})
+    if values["rope_form"] == "old":
+        _use_old_form_of_rope(config["text_config"])
+    form = DiskForm(
+        dtype=values["dtype"],
+        # Families without such tensors have no such option.
+        ssm_dtype=values.get("ssm_dtype", ""),
+        experts=values.get("experts", ""),
+        mtp_experts=values.get("mtp_experts", ""),
+        fp8=values["fp8"],
+        scale_dtype=values["fp8_scale_dtype"],
+    )
+    return Settings(config, form, values["num_shards"], values["max_shard_size"], first_token_id)
+
+
+def _follow(given: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Set the values that follow other ones, unless they are given on their own."""
     values["text_config.dtype"] = values["dtype"]
     for follower, leader in (
         ("text_config.tie_word_embeddings", "tie_word_embeddings"),
         ("vision_config.out_hidden_size", "text_config.hidden_size"),
     ):
-        values[follower] = given.get(follower, values[leader])
-    first_token_id = _place_tokens(family, given, values)
-    problems = [
-        f"{key} must be one of {', '.join(choices)}, found {values[key]!r}"
-        for key, choices in _CHOICES.items()
-        if values[key] not in choices
-    ]
-    problems += problems_of(values, first_token_id + len(family.tokens))
-    if problems:
-        raise InputError("these settings make no model:" + "".join(f"\n  - {p}" for p in problems))
-    config = _unflatten({key: value for key, value in values.items() if key not in OPTIONS})
-    if values["rope_form"] == "new":
-        text = config["text_config"]
-        text["rope_parameters"] = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
-    return Settings(
-        config, values["dtype"], values["num_shards"], values["max_shard_size"], first_token_id
-    )
+        if follower in values:
+            values[follower] = given.get(follower, values[leader])
+    if "text_config.layer_types" in values.keys() - given.keys():
+        # An interval of zero is refused later, by its own name.
+        interval = max(1, values["text_config.full_attention_interval"])
+        values["text_config.layer_types"] = [
+            "linear_attention" if number % interval else "full_attention"
+            for number in range(1, values["text_config.num_hidden_layers"] + 1)
+        ]
+
+
+def _use_old_form_of_rope(text: dict[str, Any]) -> None:
+    """Write as transformers did before version 5."""
+    rope = text.pop("rope_parameters")
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            text[key] = rope.pop(key)
+    text["rope_scaling"] = rope
 
 
 def _place_tokens(family: Family, given: Mapping[str, Any], values: dict[str, Any]) -> int:
@@ -124,14 +196,14 @@ def _place_tokens(family: Family, given: Mapping[str, Any], values: dict[str, An
 
 
 def _full_key(key: str) -> str:
-    for short, full in _SHORT.items():
+    for short, full in _PREFIXES.items():
         if key.startswith(short):
             key = full + key.removeprefix(short)
     return _ALIASES.get(key, key)
 
 
 def _unknown(key: str, known: list[str]) -> InputError:
-    settable = sorted(name for name in known if name not in _FIXED)
+    settable = sorted(known)
     close = difflib.get_close_matches(key, settable, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return InputError(f"unknown setting {key!r}{hint}; known are: {', '.join(settable)}")

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.synthetic.families import Family
-from megatron.bridge.synthetic.settings import Settings
+from megatron.bridge.synthetic.family import Family
 
 # A conversation in the ChatML format, each image or video as its placeholder between marks; the
 # processor replaces the placeholder by one token per merged patch.
@@ -43,47 +42,49 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_side_files(folder: Path, family: Family, settings: Settings) -> None:
-    """Write everything but the weights, config.json included."""
-    write_json(folder / "config.json", settings.config)
-    _write_tokenizer(folder, family, settings)
-    _write_processors(folder, family, settings.config["vision_config"])
+def write_side_files(
+    folder: Path, family: Family, config: dict[str, Any], first_token_id: int
+) -> None:
+    """Write everything but the weights: `config` as config.json, and what fits to it.
+
+    `first_token_id` is the id of the family's first token.
+    """
+    write_json(folder / "config.json", config)
+    ids = {token: number for number, token in enumerate(family.tokens, first_token_id)}
+    _write_tokenizer(folder, family, ids, config["text_config"]["max_position_embeddings"])
+    _write_processors(folder, family, config["vision_config"])
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    text = settings.config["text_config"]
     write_json(
         folder / "generation_config.json",
         {
-            "bos_token_id": text["bos_token_id"],
+            "bos_token_id": ids["<|endoftext|>"],
             "do_sample": True,
-            "eos_token_id": [text["eos_token_id"], text["bos_token_id"]],
-            "pad_token_id": text["bos_token_id"],
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "pad_token_id": ids["<|endoftext|>"],
             "temperature": 0.7,
             "top_k": 20,
             "top_p": 0.8,
-            "transformers_version": settings.config["transformers_version"],
+            "transformers_version": config["transformers_version"],
         },
     )
 
 
-def _write_tokenizer(folder: Path, family: Family, settings: Settings) -> None:
+def _write_tokenizer(folder: Path, family: Family, ids: dict[str, int], max_length: int) -> None:
     """A tokenizer that knows every byte, merges nothing, and has all tokens of the family."""
+    import transformers
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
 
     special = list(family.tokens[: family.special_tokens])
     vocabulary = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
-    vocabulary |= {
-        token: number for number, token in enumerate(family.tokens, settings.first_token_id)
-    }
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary,
+    tokenizer = getattr(transformers, family.tokenizer_class)(
+        vocab=vocabulary | ids,
         merges=[],
         unk_token=None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=special,
-        model_max_length=settings.config["text_config"]["max_position_embeddings"],
+        model_max_length=max_length,
     )
     ordinary = family.tokens[family.special_tokens :]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ordinary])

@@ -7,12 +7,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _POSITIVE = (
+    "text_config.decoder_sparse_step",
+    "text_config.full_attention_interval",
     "text_config.head_dim",
     "text_config.hidden_size",
     "text_config.intermediate_size",
+    "text_config.linear_conv_kernel_dim",
+    "text_config.linear_key_head_dim",
+    "text_config.linear_num_key_heads",
+    "text_config.linear_num_value_heads",
+    "text_config.linear_value_head_dim",
+    "text_config.moe_intermediate_size",
     "text_config.num_attention_heads",
+    "text_config.num_experts",
+    "text_config.num_experts_per_tok",
     "text_config.num_hidden_layers",
     "text_config.num_key_value_heads",
+    "text_config.shared_expert_intermediate_size",
     "vision_config.depth",
     "vision_config.hidden_size",
     "vision_config.in_channels",
@@ -29,13 +40,17 @@ _POSITIVE = (
 def problems_of(values: Mapping[str, Any], tokens: int) -> list[str]:
     """Every contradiction in `values` (by dotted key), for a tokenizer with ids below `tokens`."""
     problems = [
-        f"{key} must be positive, found {values[key]}" for key in _POSITIVE if values[key] < 1
+        f"{key} must be positive, found {values[key]}"
+        for key in _POSITIVE
+        if key in values and values[key] < 1
     ]
     if problems:  # the checks below divide
         return problems
     return [
         *_text_problems(values),
         *_rope_problems(values),
+        *_hybrid_problems(values),
+        *_moe_problems(values),
         *_vision_problems(values),
         *_other_problems(values, tokens),
     ]
@@ -53,20 +68,65 @@ def _text_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _rope_problems(values: Mapping[str, Any]) -> Iterator[str]:
     head_dim = values["text_config.head_dim"]
-    section = values["text_config.rope_scaling.mrope_section"]
-    if head_dim % 2 or len(section) != 3 or min(section) < 0 or sum(section) != head_dim // 2:
-        yield (
-            f"text_config.rope_scaling.mrope_section {section} must be three counts whose sum is "
-            f"half of text_config.head_dim ({head_dim})"
-        )
+    key = "text_config.rope_parameters.mrope_section"
+    factor_key = "text_config.rope_parameters.partial_rotary_factor"
+    section = values[key]
+    rotated, what = head_dim, f"text_config.head_dim ({head_dim})"
+    if factor_key in values:
+        rotated = head_dim * values[factor_key]
+        what += f" * {factor_key} ({values[factor_key]})"
+    if not 0 < rotated <= head_dim or rotated % 2:
+        yield f"{what} must be an even number of rotated dimensions"
+    if len(section) != 3 or min(section) < 0 or sum(section) != rotated / 2:
+        yield f"{key} {section} must be three counts whose sum is half of {what}"
         return
     # Interleaved, axis a takes the frequencies a, a + 3, a + 6, ...: its last one must exist.
     for axis in (1, 2):
-        if section[axis] and axis + 3 * (section[axis] - 1) >= head_dim // 2:
+        if section[axis] and axis + 3 * (section[axis] - 1) >= rotated // 2:
             yield (
-                f"text_config.rope_scaling.mrope_section {section} cannot be interleaved: axis "
-                f"{axis} needs more frequencies than every third of {head_dim // 2}"
+                f"{key} {section} cannot be interleaved: axis {axis} needs more frequencies than "
+                f"every third of {rotated // 2}"
             )
+
+
+def _hybrid_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Of linear attention and multi-token prediction, in the families that have them."""
+    if "text_config.layer_types" not in values:
+        return
+    key_heads = values["text_config.linear_num_key_heads"]
+    value_heads = values["text_config.linear_num_value_heads"]
+    if value_heads % key_heads:
+        yield (
+            f"text_config.linear_num_value_heads ({value_heads}) must be a multiple of "
+            f"text_config.linear_num_key_heads ({key_heads})"
+        )
+    types, layers = values["text_config.layer_types"], values["text_config.num_hidden_layers"]
+    known = {"linear_attention", "full_attention"}
+    if len(types) != layers or set(types) - known:
+        yield (
+            f"text_config.layer_types {types} must name one of {', '.join(sorted(known))} for each "
+            f"of text_config.num_hidden_layers ({layers})"
+        )
+    predicted = values["text_config.mtp_num_hidden_layers"]
+    if predicted < 0:
+        yield f"text_config.mtp_num_hidden_layers must not be negative, found {predicted}"
+
+
+def _moe_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    if "text_config.num_experts" not in values:
+        return
+    experts, chosen = values["text_config.num_experts"], values["text_config.num_experts_per_tok"]
+    if chosen > experts:
+        yield (
+            f"text_config.num_experts_per_tok ({chosen}) must not exceed text_config.num_experts "
+            f"({experts})"
+        )
+    dense, layers = values["text_config.mlp_only_layers"], values["text_config.num_hidden_layers"]
+    if dense != sorted(set(dense)) or any(not 0 <= layer < layers for layer in dense):
+        yield (
+            f"text_config.mlp_only_layers {dense} must be ascending layer numbers below "
+            f"text_config.num_hidden_layers ({layers})"
+        )
 
 
 def _vision_problems(values: Mapping[str, Any]) -> Iterator[str]:

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, volume
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
+from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress, Silent
 
@@ -98,15 +100,19 @@ def verify(
     """Compare two checkpoints; each a Hugging Face folder or hub id, or a Megatron folder.
 
     Files of different formats are compared as Hugging Face tensors, through the plan that `export`
-    would follow. Raises InputError for what cannot be read, PlanError for a Hugging Face side that
-    cannot be converted; differences are no errors but in the report.
+    would follow. FP8 files are compared as they are with files quantized in the same way, and as
+    the BF16 weights that they stand for with anything else. Raises InputError for what cannot be
+    read, PlanError for a Hugging Face side that cannot be converted; differences are no errors but
+    in the report.
     """
     left, right = _open(a), _open(b)
     shown = progress or Silent()
     report = VerifyReport(os.fspath(a), os.fspath(b), _kind(left), _kind(right))
     if isinstance(left, PreTrainedVLM):
         if isinstance(right, PreTrainedVLM):
-            _compare(report, _hf_side(left), _hf_side(right), shown)
+            as_stored = _stated_quantization(left) == _stated_quantization(right)
+            here, there = (_hf_side(hf, as_stored=as_stored) for hf in (left, right))
+            _compare(report, here, there, shown)
             report.side_files = list(_side_file_differences(left, right))
         else:
             _across(report, left, right, shown, hf_is_a=True)
@@ -142,9 +148,18 @@ def _kind(source: Source) -> Kind:
     return "huggingface" if isinstance(source, PreTrainedVLM) else "megatron"
 
 
-def _hf_side(hf: PreTrainedVLM) -> _Side:
-    specs = {name: TensorSpec(name, info.shape, info.dtype) for name, info in hf.tensors.items()}
-    return _Side(specs, hf.tensors.read)
+def _stated_quantization(hf: PreTrainedVLM) -> Any:
+    """What config.json says of it; files alone are compared as they are."""
+    if not (hf.folder / CONFIG_FILE).exists():
+        return None
+    return hf.hf_config.data.get(CONFIG_KEY)
+
+
+def _hf_side(hf: PreTrainedVLM, *, as_stored: bool = False) -> _Side:
+    """The weights of a folder, dequantized unless they are wanted as they are stored."""
+    tensors = hf.tensors if as_stored else hf.weights
+    specs = {name: TensorSpec(name, info.shape, info.dtype) for name, info in tensors.items()}
+    return _Side(specs, tensors.read)
 
 
 def _weights(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> dict[str, TensorSpec]:
@@ -174,10 +189,7 @@ def _across(
 
     found = _weights(checkpoint, report)
     bridge = bridge_for(hf.hf_config.architecture)
-    embedding = found.get(bridge.embedding_key)
-    # The vocabulary was padded for the layout that the checkpoint was written with.
-    padded = embedding.shape[0] if embedding is not None and embedding.shape else None
-    plan = bridge.plan(hf.hf_config, hf.tensors, padded)
+    plan = bridge.plan(hf.hf_config, hf.weights, bridge.options_of_checkpoint(found))
     report.padding = sum(volume(box) for _, box in plan.padding)
 
     only_in_megatron = report.only_in_b if hf_is_a else report.only_in_a
@@ -186,6 +198,9 @@ def _across(
 
     here = _hf_side(hf)
     absent = {copy.hf_name for copy in plan.copies if copy.megatron_key in unusable}
+    absent |= set(plan.carried)
+    only_in_hf = report.only_in_a if hf_is_a else report.only_in_b
+    only_in_hf.extend(plan.carried)
     comparable = {name: spec for name, spec in here.tensors.items() if name not in absent}
 
     def read_there(name: str, box: Box) -> torch.Tensor:

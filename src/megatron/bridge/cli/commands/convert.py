@@ -17,18 +17,30 @@ if TYPE_CHECKING:
     from megatron.bridge.checkpoint.convert import Conversion
 
 
+_LAYOUTS = "fused, fused-transposed or per-expert"
+
+
 def import_command(
     source: HFModel,
     target: Target,
     *,
     revision: Revision = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help=f"How the routed experts of SRC lie: {_LAYOUTS}. Only asked for where their "
+            "matrices are square, so that shapes cannot tell.",
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write the Hugging Face model SRC as the Megatron checkpoint DST.
 
     The checkpoint is torch_dist, as megatron-core saves it, and loads at any parallel layout. The
-    conversion is proven before the first byte is written.
+    conversion is proven before the first byte is written. The weights of an FP8 release are
+    dequantized to BF16.
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import import_checkpoint
@@ -40,7 +52,7 @@ def import_command(
         import_torch()
         begin = time.perf_counter()
         with output.progress() as progress:
-            done = import_checkpoint(hf, target, force=force, progress=progress)
+            done = import_checkpoint(hf, target, experts=experts, force=force, progress=progress)
         _show(output, "import", source, done, time.perf_counter() - begin)
 
 
@@ -58,13 +70,28 @@ def export_command(
         ),
     ],
     revision: Revision = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT", help=f"Another disk layout of routed experts than REF's: {_LAYOUTS}."
+        ),
+    ] = None,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8",
+            help="Quantize the weights that REF, an FP8 release, has quantized. Without it they "
+            "are BF16.",
+        ),
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write the Megatron checkpoint SRC as the Hugging Face model DST.
 
     Names, shapes, dtypes, shards and side files (tokenizer, processor, chat template) are those of
-    REF; where REF holds no weights, the dtypes are the checkpoint's.
+    REF; where REF holds no weights, the dtypes are the checkpoint's. What SRC has no place for,
+    such as the MTP layer of a model that was trained without it, comes from REF.
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import export_checkpoint
@@ -76,7 +103,9 @@ def export_command(
         import_torch()
         begin = time.perf_counter()
         with output.progress() as progress:
-            done = export_checkpoint(source, target, hf, force=force, progress=progress)
+            done = export_checkpoint(
+                source, target, hf, experts=experts, fp8=fp8, force=force, progress=progress
+            )
         _show(output, "export", str(source), done, time.perf_counter() - begin)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def make_model(
     *,
-    family: Annotated[str, typer.Option(help="Family of models, such as qwen3-vl.")],
+    family: Annotated[str, typer.Option(help="qwen3-vl, qwen3-vl-moe, qwen3.5 or qwen3.5-moe.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it appears when it is complete.")],
     settings: Annotated[
         list[str] | None,
@@ -24,7 +24,8 @@ def make_model(
             "--set",
             metavar="KEY=VALUE",
             help="Change a value of the config (text.num_hidden_layers=3, tie_word_embeddings=true)"
-            " or of the files (num_shards=2, dtype=float32, rope_form=new). Repeatable.",
+            " or of the files (num_shards=2, dtype=float32, rope_form=new, fp8=true, "
+            "experts=per-expert). Repeatable.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,

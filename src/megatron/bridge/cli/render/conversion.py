@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
-from megatron.bridge.cli.render.tables import facts
+from megatron.bridge.cli.render.tables import carried_table, facts, listing, number
 from megatron.bridge.cli.units import format_bytes, format_rate
 
 
@@ -15,7 +16,7 @@ def render_conversion(document: Mapping[str, Any]) -> RenderableType:
     """What was written, and how fast."""
     size, dropped = document["bytes"], document["dropped"]
     left = f"{len(dropped)} tensors that are no weights, such as {dropped[0]}" if dropped else None
-    return Group(
+    parts: list[RenderableType] = [
         facts(
             f"{document['command']}: done",
             [
@@ -24,12 +25,30 @@ def render_conversion(document: Mapping[str, Any]) -> RenderableType:
                 ("architecture", document["architecture"]),
                 ("tensors", f"{document['keys']:,}"),
                 ("bytes", f"{size:,} ({format_bytes(size)})"),
+                ("quantization", _quantization(document)),
                 ("left behind", left),
                 ("seconds", f"{document['seconds']:.2f}"),
                 ("speed", format_rate(size, document["seconds"])),
             ],
         )
-    )
+    ]
+    if carried := document["carried"]:
+        parts += ["", carried_table(carried)]
+    if inexact := document["inexact"]:
+        table = listing("Not exact on the way back", "tensor", "largest error")
+        for entry in inexact:
+            table.add_row(Text(entry["name"]), number(entry["max_abs_error"]))
+        parts += ["", table]
+    return Group(*parts)
+
+
+def _quantization(document: Mapping[str, Any]) -> str | None:
+    quantization = document["quantization"]
+    if quantization is None:
+        return None
+    rows, columns = quantization["block"]
+    what = "dequantized to BF16" if document["command"] == "import" else "quantized again"
+    return f"{quantization['method']}, blocks of {rows}x{columns}: {what}"
 
 
 def render_made_model(document: Mapping[str, Any]) -> RenderableType:

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from megatron.bridge.cli.render.tables import facts, listing, verdict
+from megatron.bridge.cli.render.tables import carried_table, facts, listing, verdict
 from megatron.bridge.cli.units import count, format_bytes
 from megatron.bridge.folding import fold, fold_words, template
 
 if TYPE_CHECKING:
-    from megatron.bridge.inspection.hf_folder import HFReport, RowSummary
+    from megatron.bridge.inspection.hf_folder import HFReport, MTPSummary, RowSummary
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.summary import TensorSummary
     from megatron.bridge.models.hf_pretrained.config import Rope
+    from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 
 _ORIGINS = {
     "files": "headers of the files",
@@ -37,6 +38,10 @@ def render_hf(report: HFReport) -> RenderableType:
                 ("bridge", report.bridge or "none"),
                 ("tensors from", _ORIGINS[report.origin]),
                 *_sizes(report.hf),
+                ("dtypes assumed", _assumption(report)),
+                ("quantization", _quantization(report)),
+                ("experts", _experts(report.experts)),
+                ("MTP layer", _mtp(report.mtp)),
                 ("shards", _shards(report)),
                 ("side files", ", ".join(report.side_files) or "none"),
                 ("text", _settings(report.text)),
@@ -53,6 +58,8 @@ def render_hf(report: HFReport) -> RenderableType:
         for row in rows:
             table.add_row(str(row.count), _row(row))
         parts += ["", table]
+    if report.plan is not None and report.plan.carried:
+        parts += ["", carried_table(report.plan.carried)]
     return Group(*parts)
 
 
@@ -100,6 +107,45 @@ def _sizes(summary: TensorSummary | None) -> list[tuple[str, object]]:
         ("bytes", f"{summary.bytes:,} ({format_bytes(summary.bytes)})"),
         ("dtypes", dtypes),
     ]
+
+
+def _assumption(report: HFReport) -> str | None:
+    if not report.dtypes_assumed or report.plan is None:
+        return None
+    main = next(iter(report.hf.dtypes)) if report.hf is not None else ""
+    others: dict[str, list[str]] = {}
+    for spec in report.plan.hf.values():
+        if spec.dtype != main:
+            others.setdefault(spec.dtype, []).append(spec.name)
+    parts = [f"{main}, as the config says"]
+    for dtype, names in others.items():
+        parts.append(f"{dtype} for {', '.join(fold(names))}, as in the release")
+    return "no file says them: " + "; ".join(parts)
+
+
+def _experts(experts: DiskLayout) -> str | None:
+    parts = [
+        f"{layout} ({where})"
+        for where, layout in (("decoder", experts.decoder), ("MTP layer", experts.mtp))
+        if layout is not None
+    ]
+    return ", ".join(parts) or None
+
+
+def _mtp(mtp: MTPSummary) -> str | None:
+    if mtp.present:
+        return "present"
+    if not mtp.in_config:
+        return None
+    files = "not in the files" if mtp.present is False else "no files at hand"
+    return f"named by the config, {files}"
+
+
+def _quantization(report: HFReport) -> str | None:
+    if report.quantization is None:
+        return None
+    shown = "; the tensors shown are dequantized" if report.origin == "config" else ""
+    return f"{report.quantization}{shown}"
 
 
 def _shards(report: HFReport) -> str | None:

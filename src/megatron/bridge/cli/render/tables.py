@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from megatron.bridge.folding import fold
 
 
 def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:
@@ -39,6 +41,15 @@ def listing(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
             table.add_column(column, justify="right", no_wrap=True)
         else:
             table.add_column(column, overflow="fold")
+    return table
+
+
+def carried_table(carried: Mapping[str, str]) -> Table:
+    """Tensors that have no place in the Megatron model, and why; alike names are folded."""
+    table = listing("Taken over from the reference as they are", "tensors", "because")
+    for reason in dict.fromkeys(carried.values()):
+        for name in fold([name for name, why in carried.items() if why == reason]):
+            table.add_row(Text(name), reason)
     return table
 
 

@@ -14,8 +14,7 @@ def get_backend(transformer_impl: str | None) -> BackendSpecProvider:
     ConfigError when what was asked for cannot be used.
     """
     if transformer_impl is None:
-        usable = HAVE_TE and torch.cuda.is_available()
-        transformer_impl = "transformer_engine" if usable else "local"
+        transformer_impl = "transformer_engine" if uses_transformer_engine(None) else "local"
     if transformer_impl == "local":
         from megatron.bridge.models.backends.torch_backend import TorchSpecProvider
 
@@ -32,3 +31,10 @@ def get_backend(transformer_impl: str | None) -> BackendSpecProvider:
     raise ConfigError(
         f"transformer_impl={transformer_impl!r} is not one of 'local', 'transformer_engine'"
     )
+
+
+def uses_transformer_engine(transformer_impl: str | None) -> bool:
+    """Whether `get_backend` gives TransformerEngine's."""
+    if transformer_impl is None:
+        return HAVE_TE and torch.cuda.is_available()
+    return transformer_impl == "transformer_engine"

@@ -91,7 +91,8 @@ class TorchCoreAttention(MegatronModule):
                     "attention_mask and packed_seq_params were both given: a packed batch has no "
                     "padding. Pass one of them."
                 )
-            return self._packed(query, key, value, causal, _boundaries(packed_seq_params, causal))
+            lengths = packed_lengths(packed_seq_params, query.shape[0], causal=causal)
+            return self._packed(query, key, value, causal, lengths)
 
         # [s, b, heads, d] -> [b, heads, s, d]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -99,14 +100,9 @@ class TorchCoreAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _packed(
-        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, boundaries: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, lengths: list[int]
     ) -> Tensor:
         """Every sequence by itself; those of equal length in one call."""
-        lengths = boundaries.diff().tolist()
-        if sum(lengths) != query.shape[0]:
-            raise InputError(
-                f"packed_seq_params covers {sum(lengths)} tokens, the batch has {query.shape[0]}"
-            )
         sequences = [tensor.split(lengths) for tensor in (query, key, value)]
         same_length = defaultdict(list)
         for index, length in enumerate(lengths):
@@ -159,13 +155,21 @@ class TorchCoreAttention(MegatronModule):
         return context if nothing_visible is None else context.masked_fill(nothing_visible, 0.0)
 
 
-def _boundaries(packed: PackedSeqParams, causal: bool) -> Tensor:
-    """Where each packed sequence starts and ends, [sequences + 1]."""
+def packed_lengths(packed: PackedSeqParams, tokens: int, *, causal: bool) -> list[int]:
+    """How long each packed sequence is, with the padding behind it.
+
+    Raises InputError where the packing is not "thd", does not cover the `tokens` of the batch, or
+    has padding that the attention would see.
+    """
     if packed.qkv_format != "thd":
         raise InputError(f"packed_seq_params.qkv_format is {packed.qkv_format!r}, expected 'thd'")
-    if packed.cu_seqlens_q_padded is None:
-        return packed.cu_seqlens_q
-    # Padding behind each sequence: what comes later is invisible only to causal attention.
-    if not causal:
-        raise InputError("cu_seqlens_q_padded needs causal attention in the torch backend")
-    return packed.cu_seqlens_q_padded
+    boundaries = packed.cu_seqlens_q
+    if packed.cu_seqlens_q_padded is not None:
+        # Padding behind each sequence: what comes later is invisible only to causal attention.
+        if not causal:
+            raise InputError("cu_seqlens_q_padded needs causal attention in the torch backend")
+        boundaries = packed.cu_seqlens_q_padded
+    lengths: list[int] = boundaries.diff().tolist()
+    if sum(lengths) != tokens:
+        raise InputError(f"packed_seq_params covers {sum(lengths)} tokens, the batch has {tokens}")
+    return lengths

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
-from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.model_bridge import (
+    DEFAULTS,
+    MegatronModelBridge,
+    PlanOptions,
+)
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -110,15 +114,15 @@ class AutoBridge:
         provider.finalize()
         return provider
 
-    def plan(self, padded_vocab_size: int | None = None) -> ConversionPlan:
+    def plan(self, options: PlanOptions = DEFAULTS) -> ConversionPlan:
         """The proven plan of the files, or of the config where there are none.
 
         Raises PlanError, ConfigError or CheckpointError.
         """
         hf = self.hf_pretrained
         if hf.has_weights:
-            return self.model_bridge.plan(hf.hf_config, hf.tensors, padded_vocab_size)
-        return self.model_bridge.plan_from_config(hf.hf_config, hf.main_dtype, padded_vocab_size)
+            return self.model_bridge.plan(hf.hf_config, hf.weights, options)
+        return self.model_bridge.plan_from_config(hf.hf_config, hf.main_dtype, options)
 
     def to_megatron_provider(self, load_weights: bool = True) -> "ModelProvider":
         """A provider configured like the model; its fields may be changed before it builds.
@@ -155,8 +159,8 @@ class AutoBridge:
         source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
         if not source.hf_pretrained.has_weights:
             raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
-        plan = source.plan(_padded_vocab_size(model))
-        load_weights(model, plan, source.hf_pretrained.tensors.read, progress)
+        plan = source.plan(_options_of(model))
+        load_weights(model, plan, source.hf_pretrained.weights.read, progress)
 
     def export_hf_weights(
         self, model: Model, *, cpu: bool = True, dtype: "torch.dtype | None" = None
@@ -204,10 +208,12 @@ class AutoBridge:
         save_checkpoint(
             model,
             Path(path),
-            self.plan(_padded_vocab_size(model)),
+            self.plan(_options_of(model)),
             provider=self.model_bridge.provider,
-            settings=self.model_bridge.provider_settings(hf.hf_config, hf.main_dtype),
-            hf_config=hf.hf_config,
+            settings=self.model_bridge.provider_settings(
+                hf.hf_config, hf.main_dtype, hf.tensors if hf.has_weights else None
+            ),
+            hf_config=hf.unquantized_config,
             force=force,
         )
 
@@ -230,28 +236,45 @@ class AutoBridge:
         hf_path: PathLike,
         megatron_path: PathLike,
         *,
+        experts: str | None = None,
         force: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """A Hugging Face folder or hub id to a Megatron checkpoint, files to files."""
+        """A Hugging Face folder or hub id to a Megatron checkpoint, files to files.
+
+        experts: see `checkpoint.convert.import_checkpoint`, and there for what is raised.
+        """
         from megatron.bridge.checkpoint.convert import import_checkpoint
 
         source = cls.from_hf_pretrained(hf_path).hf_pretrained
-        import_checkpoint(source, Path(megatron_path), force=force, progress=progress)
+        import_checkpoint(
+            source, Path(megatron_path), experts=experts, force=force, progress=progress
+        )
 
     def export_ckpt(
         self,
         megatron_path: PathLike,
         hf_path: PathLike,
         *,
+        experts: str | None = None,
+        fp8: bool = False,
         force: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """A Megatron checkpoint to a folder laid out like this model's, files to files."""
+        """A Megatron checkpoint to a folder laid out like this model's, files to files.
+
+        experts, fp8: see `checkpoint.convert.export_checkpoint`, and there for what is raised.
+        """
         from megatron.bridge.checkpoint.convert import export_checkpoint
 
         export_checkpoint(
-            Path(megatron_path), Path(hf_path), self.hf_pretrained, force=force, progress=progress
+            Path(megatron_path),
+            Path(hf_path),
+            self.hf_pretrained,
+            experts=experts,
+            fp8=fp8,
+            force=force,
+            progress=progress,
         )
 
     def get_conversion_tasks(self, model: Model) -> list[ConversionTask]:
@@ -273,7 +296,7 @@ class AutoBridge:
     def _export_plan(self, model: Model, dtype: "torch.dtype | None") -> ConversionPlan:
         from megatron.bridge.checkpoint.live_model import in_dtype
 
-        plan = self.plan(_padded_vocab_size(model))
+        plan = self.plan(_options_of(model))
         return plan if dtype is None else in_dtype(plan, dtype)
 
     def _save(
@@ -295,19 +318,21 @@ class AutoBridge:
         check_target(path, [self.hf_pretrained.name_or_path], force=force)
         plan = self._export_plan(model, dtype)
         read = reader(model, plan)
+
+        def tensor(name: str) -> "torch.Tensor":
+            if name in plan.carried:
+                return self.hf_pretrained.weights.read(name)
+            return read_hf(plan, name, full_box(plan.hf[name].shape), read)
+
         with staged_folder(path, force=force) as staged:
-            write_weights(
-                staged,
-                plan,
-                self.hf_pretrained,
-                lambda name: read_hf(plan, name, full_box(plan.hf[name].shape), read),
-            )
+            write_weights(staged, plan.hf, self.hf_pretrained, tensor)
             if side_files:
                 write_side_files(staged, self.hf_pretrained)
 
 
-def _padded_vocab_size(model: Model) -> int:
-    """Rows of the embedding that a live model was built with."""
+def _options_of(model: Model) -> PlanOptions:
+    """What a live model was built with: rows of the embedding, and the MTP layer or none."""
     from megatron.core.utils import unwrap_model
 
-    return unwrap_model(list(model))[0].config.padded_vocab_size
+    config = unwrap_model(list(model))[0].config
+    return PlanOptions(config.padded_vocab_size, with_mtp=bool(config.mtp_num_layers))

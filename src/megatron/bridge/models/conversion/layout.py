@@ -64,9 +64,13 @@ class Layout(ABC):
     def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
         """The boxes; together they tile every tensor, and the parameter but for padding."""
 
+    @abstractmethod
     def describe(self) -> str:
         """One or two words for tables."""
-        return type(self).__name__
+
+    def padding(self, megatron_shape: Shape) -> Box | None:
+        """The box of the parameter that no tensor fills, or None if there is none."""
+        return None
 
 
 def _sole(hf_shapes: Mapping[str, Shape], layout: Layout) -> tuple[str, Shape]:
@@ -402,7 +406,6 @@ class PadRows(_Wrapped):
         return self.inner.pieces(hf_shapes)
 
     def padding(self, megatron_shape: Shape) -> Box | None:
-        """The box of the parameter that no tensor fills, or None if there is none."""
         if self.rows == self.padded_rows:
             return None
         return ((self.rows, self.padded_rows), *full_box(megatron_shape[1:]))

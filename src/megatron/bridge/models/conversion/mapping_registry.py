@@ -1,8 +1,10 @@
 """The rows of one model family, and look-ups by either name."""
 
 import itertools
+import re
 from collections.abc import Iterator
 
+from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.param_mapping import (
     WILDCARD,
     ParamMapping,
@@ -16,6 +18,9 @@ _SEPARATE_NORMS = (
 )
 """Names of norms in layer specs that do not fuse them, and the fused names that rows declare."""
 
+_SEQUENTIAL_EXPERT = re.compile(r"local_experts\.(?P<expert>\d+)\.(?P<linear>\w+\.weight)$")
+"""One expert as a module of its own; rows declare grouped experts, ``linear_fc1.weight7``."""
+
 
 class MegatronMappingRegistry:
     """All rows of a model family. Raises ValueError if two rows claim the same name."""
@@ -26,12 +31,18 @@ class MegatronMappingRegistry:
         self._by_hf = [
             (pattern_regex(name), row) for row in mappings for name in row.hf_params.values()
         ]
-        for kind, names in (
-            ("Megatron parameter", [row.megatron_param for row in mappings]),
-            ("Hugging Face name", [name for row in mappings for name in row.hf_params.values()]),
-        ):
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"{kind} mapped by more than one row: {sorted(twice)}")
+        names = [row.megatron_param for row in mappings]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"Megatron parameter mapped by more than one row: {sorted(twice)}")
+        # One expert of a fused tensor is a part of it; kinds of layers share names, not numbers.
+        whole = [
+            (name, row.layers)
+            for row in mappings
+            for name in row.hf_params.values()
+            if name.count(WILDCARD) == row.megatron_param.count(WILDCARD)
+        ]
+        if doubled := {name for name, layers in whole if whole.count((name, layers)) > 1}:
+            raise ValueError(f"Hugging Face name mapped by more than one row: {sorted(doubled)}")
 
     def __len__(self) -> int:
         return len(self._mappings)
@@ -43,8 +54,10 @@ class MegatronMappingRegistry:
     def megatron_to_hf_lookup(self, megatron_param: str) -> ParamMapping | None:
         """The row of a parameter, its wildcards replaced, or None.
 
-        Names of layer specs with separate norms (``input_layernorm.weight``) are understood too.
+        Names of layer specs with separate norms (``input_layernorm.weight``) and with experts one
+        by one (``local_experts.7.linear_fc1.weight``) are understood too.
         """
+        megatron_param = _SEQUENTIAL_EXPERT.sub(r"\g<linear>\g<expert>", megatron_param)
         candidates = [megatron_param]
         candidates += [
             megatron_param.replace(separate, fused)
@@ -57,12 +70,29 @@ class MegatronMappingRegistry:
                     return row.resolve(match.groups())
         return None
 
-    def hf_to_megatron_lookup(self, hf_param: str) -> ParamMapping | None:
-        """The row that a Hugging Face tensor takes part in, its wildcards replaced, or None."""
+    def hf_to_megatron_lookup(
+        self, hf_param: str, structure: ModelStructure | None = None
+    ) -> ParamMapping | None:
+        """The row that a Hugging Face tensor takes part in, its wildcards replaced, or None.
+
+        A norm belongs to different parameters in layers of different kinds: `structure` says which
+        layer is which. A tensor that holds all experts is found by the row of its first expert.
+        Raises InputError if more than one row fits and no structure is given.
+        """
+        found = []
         for regex, row in self._by_hf:
             if match := regex.fullmatch(hf_param):
-                return row.resolve(match.groups())
-        return None
+                numbers = match.groups()
+                if structure is not None and not _exists(row, numbers, structure):
+                    continue
+                missing = row.megatron_param.count(WILDCARD) - len(numbers)
+                found.append(row.resolve((*numbers, *("0",) * missing)))
+        if len(found) > 1:
+            rows = " or ".join(row.megatron_param for row in found)
+            raise InputError(
+                f"{hf_param} belongs to {rows}, by the kind of the layer; pass the structure"
+            )
+        return found[0] if found else None
 
     def expand(self, structure: ModelStructure) -> Iterator[tuple[ParamMapping, ParamMapping]]:
         """(row as declared, row of one parameter) for every parameter of a model.
@@ -72,13 +102,25 @@ class MegatronMappingRegistry:
         for row in self._mappings:
             if row.only is not None and row.only not in structure.features:
                 continue
-            for numbers in _numbers(row.megatron_param, structure):
+            for numbers in _numbers(row, structure):
                 yield row, row.resolve(numbers)
 
 
-def _numbers(pattern: str, structure: ModelStructure) -> Iterator[tuple[str, ...]]:
-    """What the wildcards of `pattern` stand for in a model, in order."""
-    parts = pattern.split(WILDCARD)
-    ranges = [structure.indices[WILDCARD.join(parts[: axis + 1])] for axis in range(len(parts) - 1)]
+def _exists(row: ParamMapping, numbers: tuple[str, ...], structure: ModelStructure) -> bool:
+    """Whether a model has this row at all, and for a layer of this number."""
+    if row.only is not None and row.only not in structure.features:
+        return False
+    path, wildcard, _ = row.megatron_param.partition(WILDCARD)
+    return not wildcard or int(numbers[0]) in structure.numbers(path, row.layers)
+
+
+def _numbers(row: ParamMapping, structure: ModelStructure) -> Iterator[tuple[str, ...]]:
+    """What the wildcards of a row stand for in a model, in order; the first is the layer."""
+    parts = row.megatron_param.split(WILDCARD)
+    paths = [WILDCARD.join(parts[: axis + 1]) for axis in range(len(parts) - 1)]
+    ranges = [
+        structure.numbers(path, row.layers if axis == 0 else None)
+        for axis, path in enumerate(paths)
+    ]
     for numbers in itertools.product(*ranges):
         yield tuple(str(number) for number in numbers)

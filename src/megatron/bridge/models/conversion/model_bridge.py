@@ -6,12 +6,14 @@ config.json names, so that importing the module of a family is all it takes to s
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.plan import (
     ConversionPlan,
     TensorLike,
+    TensorSpec,
     build_plan,
     expected_tensors,
 )
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
 
 REGISTERED_BRIDGES: dict[str, type["MegatronModelBridge"]] = {}
 """Bridges by architecture, as far as their modules were imported; see `models.catalog`."""
+
+
+type Tensors = Mapping[str, TensorLike]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan depends on beside the files.
+
+    padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
+    experts: the disk layout of routed experts, where shapes cannot tell it, or for files to be.
+    with_mtp: whether the Megatron model has the MTP layer that the files may hold.
+    """
+
+    padded_vocab_size: int | None = None
+    experts: str | None = None
+    with_mtp: bool = True
+
+
+DEFAULTS = PlanOptions()
 
 
 class MegatronModelBridge(ABC):
@@ -62,16 +84,47 @@ class MegatronModelBridge(ABC):
 
     @abstractmethod
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """The rows of the family."""
+        """The rows of the family, for files laid out as they are released."""
+
+    def registry_for(
+        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
+    ) -> MegatronMappingRegistry:
+        """The rows for these files, or for those that a config alone would have."""
+        return self.mapping_registry()
 
     @abstractmethod
-    def structure(self, config: HFConfig, padded_vocab_size: int | None = None) -> ModelStructure:
-        """Counts and dimensions of one model. Raises ConfigError."""
+    def structure(
+        self, config: HFConfig, tensors: Tensors | None = None, options: PlanOptions = DEFAULTS
+    ) -> ModelStructure:
+        """Counts and dimensions of one model; what only files can tell is told by `tensors`.
+
+        Raises ConfigError.
+        """
+
+    def carried(self, tensors: Tensors, options: PlanOptions) -> dict[str, str]:
+        """Tensors that the Megatron model has no place for, and why."""
+        return {}
+
+    def assumed_dtype(self, config: HFConfig, name: str, dtype: str) -> str:
+        """The dtype of a tensor in files that are not at hand, most of which are in `dtype`."""
+        return dtype
+
+    def options_of_checkpoint(self, tensors: Tensors) -> PlanOptions:
+        """What a Megatron checkpoint says of the model that it was written from, by its keys.
+
+        The vocabulary was padded for the parallel layout of that model.
+        """
+        embedding = tensors.get(self.embedding_key)
+        has_rows = embedding is not None and bool(embedding.shape)
+        return PlanOptions(padded_vocab_size=embedding.shape[0] if has_rows else None)
 
     @abstractmethod
-    def provider_settings(self, config: HFConfig, dtype: str) -> dict[str, Any]:
+    def provider_settings(
+        self, config: HFConfig, dtype: str, tensors: Tensors | None = None
+    ) -> dict[str, Any]:
         """Fields of the family's provider as plain JSON values, for a model in `dtype` ("BF16").
 
+        tensors: the files, whose headers say which parameters have a dtype of their own.
         Raises ConfigError for a value that is missing or that the Megatron model cannot honour.
         """
 
@@ -80,19 +133,28 @@ class MegatronModelBridge(ABC):
         """The family's model provider, configured like a Hugging Face model."""
 
     def plan(
-        self,
-        config: HFConfig,
-        tensors: Mapping[str, TensorLike],
-        padded_vocab_size: int | None = None,
+        self, config: HFConfig, tensors: Tensors, options: PlanOptions = DEFAULTS
     ) -> ConversionPlan:
         """The proven plan for files with this config. Raises PlanError or ConfigError."""
-        structure = self.structure(config, padded_vocab_size)
-        return build_plan(self.mapping_registry(), structure, tensors)
+        return build_plan(
+            self.registry_for(config, tensors, options),
+            self.structure(config, tensors, options),
+            tensors,
+            self.carried(tensors, options),
+        )
+
+    def expected_tensors(
+        self, config: HFConfig, dtype: str, options: PlanOptions = DEFAULTS
+    ) -> dict[str, TensorSpec]:
+        """The tensors that files of this config would hold, most of them in `dtype` ("BF16")."""
+        return expected_tensors(
+            self.registry_for(config, None, options),
+            self.structure(config, None, options),
+            lambda name: self.assumed_dtype(config, name, dtype),
+        )
 
     def plan_from_config(
-        self, config: HFConfig, dtype: str, padded_vocab_size: int | None = None
+        self, config: HFConfig, dtype: str, options: PlanOptions = DEFAULTS
     ) -> ConversionPlan:
-        """The plan that files of this config in `dtype` ("BF16") would have."""
-        structure = self.structure(config, padded_vocab_size)
-        registry = self.mapping_registry()
-        return build_plan(registry, structure, expected_tensors(registry, structure, dtype))
+        """The plan that files of this config would have; see `expected_tensors`."""
+        return self.plan(config, self.expected_tensors(config, dtype, options), options)

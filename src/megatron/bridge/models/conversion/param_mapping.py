@@ -16,6 +16,7 @@ to single tensors and the shard that a module holds.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from megatron.bridge.errors import InputError
@@ -30,7 +31,11 @@ from megatron.bridge.models.conversion.layout import (
     packed_qkv,
     qkv,
 )
-from megatron.bridge.models.conversion.structure import LayoutFields, VocabularyFields
+from megatron.bridge.models.conversion.structure import (
+    LayoutFields,
+    RankSection,
+    VocabularyFields,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +51,7 @@ class ParamMapping(ABC):
     hf_symbols: shape of each tensor in the symbols of ModelStructure.dims ("3 H"); rows that do not
         declare shapes take them from the files, and cannot be planned from a config alone.
     only: the feature of ModelStructure without which the row does not exist.
+    layers: the kind of layer of ModelStructure that the first ``*`` is limited to.
     """
 
     def __init__(
@@ -55,11 +61,13 @@ class ParamMapping(ABC):
         hf_symbols: Mapping[str, str] | None = None,
         *,
         only: str | None = None,
+        layers: str | None = None,
     ) -> None:
         self.megatron_param = megatron_param
         self.hf_params = dict(hf_params)
         self.hf_symbols = dict(hf_symbols or {})
         self.only = only
+        self.layers = layers
         self._validate_patterns()
 
     def _validate_patterns(self) -> None:
@@ -80,13 +88,25 @@ class ParamMapping(ABC):
     def layout(self, fields: LayoutFields) -> Layout:
         """The layout, for a model with these fields."""
 
+    def rank_sections(self, fields: LayoutFields, rows: int) -> tuple[RankSection, ...]:
+        """The parts of the parameter's `rows` rows that tensor parallelism splits one by one."""
+        return (RankSection(rows),)
+
     def resolve(self, numbers: tuple[str, ...]) -> Self:
         """The row with its wildcards replaced by `numbers`, in order."""
         row = object.__new__(type(self))
         row.__dict__.update(self.__dict__)
-        row.megatron_param = fill(self.megatron_param, numbers)
-        row.hf_params = {role: fill(name, numbers) for role, name in self.hf_params.items()}
+        row.megatron_param = self._filled(self.megatron_param, numbers)
+        row.hf_params = {role: self._filled(name, numbers) for role, name in self.hf_params.items()}
         return row
+
+    @staticmethod
+    def _filled(pattern: str, numbers: tuple[str, ...]) -> str:
+        """`pattern` with its wildcards replaced, in order."""
+        parts = pattern.split(WILDCARD)
+        if len(parts) != len(numbers) + 1:
+            raise ValueError(f"{pattern} has {len(parts) - 1} wildcards, not {len(numbers)}")
+        return parts[0] + "".join(n + part for n, part in zip(numbers, parts[1:], strict=True))
 
     def hf_to_megatron(
         self,
@@ -99,14 +119,13 @@ class ParamMapping(ABC):
         parameter. Returns a tensor of the parameter's local shape, in the dtype of the source.
         Raises InputError if shapes do not fit.
         """
-        from megatron.bridge.models.conversion.tensor_parallel import local_shard
         from megatron.bridge.models.conversion.transfer import assemble
 
         tensors = dict(hf_weights) if isinstance(hf_weights, Mapping) else {HF: hf_weights}
+        fields = _fields(megatron_module)
         with self._layout_errors():
-            layout = self.layout(_fields(megatron_module))
-            whole = assemble(layout, tensors)
-        return local_shard(whole, self._parameter(megatron_module), megatron_module, layout)
+            whole = assemble(self.layout(fields), tensors)
+        return self._shard(whole, megatron_module)
 
     def megatron_to_hf(
         self, megatron_weights: "torch.Tensor", megatron_module: "torch.nn.Module"
@@ -116,23 +135,35 @@ class ParamMapping(ABC):
         A collective over the tensor-parallel group where the parameter is split. Raises
         InputError if shapes do not fit.
         """
-        from megatron.bridge.models.conversion.tensor_parallel import gather_shards
         from megatron.bridge.models.conversion.transfer import disassemble
 
+        whole = self._whole(megatron_weights, megatron_module)
         with self._layout_errors():
-            layout = self.layout(_fields(megatron_module))
-            parameter = self._parameter(megatron_module)
-            whole = gather_shards(megatron_weights, parameter, megatron_module, layout)
-            tensors = disassemble(layout, whole)
+            tensors = disassemble(self.layout(_fields(megatron_module)), whole)
         return {self.hf_params[role]: tensor for role, tensor in tensors.items()}
+
+    def _shard(self, whole: "torch.Tensor", module: "torch.nn.Module") -> "torch.Tensor":
+        """This rank's part of a whole parameter."""
+        from megatron.bridge.models.conversion.tensor_parallel import local_shard
+
+        sections = partial(self.rank_sections, _fields(module))
+        return local_shard(whole, self._parameter(module), module, sections)
+
+    def _whole(self, shard: "torch.Tensor", module: "torch.nn.Module") -> "torch.Tensor":
+        """A whole parameter from the parts of all ranks."""
+        from megatron.bridge.models.conversion.tensor_parallel import gather_shards
+
+        sections = partial(self.rank_sections, _fields(module))
+        return gather_shards(shard, self._parameter(module), module, sections)
 
     def _parameter(self, module: "torch.nn.Module") -> "torch.nn.Parameter":
         """The module's own parameter; it knows along which axis it is split."""
         name = self.megatron_param.rpartition(".")[2]
-        found = dict(module.named_parameters(recurse=False)).get(name)
-        if found is None:
-            # Layer specs without fused norms keep layer_norm_weight in a module of its own.
-            found = dict(module.named_parameters(recurse=False)).get(name.rpartition("_")[2])
+        own = dict(module.named_parameters(recurse=False))
+        # Layer specs without fused norms keep layer_norm_weight in a module of its own, those
+        # without grouped experts weight7.
+        names = (name, name.rpartition("_")[2], name.rstrip("0123456789"))
+        found = next((own[name] for name in names if name in own), None)
         if found is None:
             raise InputError(
                 f"{self.megatron_param}: {type(module).__name__} has no such parameter"
@@ -150,8 +181,11 @@ class ParamMapping(ABC):
         megatron-core's own layers save an empty one, which its loader then asks for.
         """
         module, _, parameter = self.megatron_param.rpartition(".")
-        is_linear = self.expected_axis is not None and parameter == "weight"
-        return f"{module}._extra_state" if is_linear else None
+        expert = parameter.removeprefix("weight")  # "" but for one of several experts
+        is_weight = parameter == f"weight{expert}" and (not expert or expert.isdecimal())
+        if self.expected_axis is None or not is_weight:
+            return None
+        return f"{module}._extra_state{expert}"
 
     def _check_parallel(self, parameter: "torch.nn.Parameter") -> None:
         axis = split_axis(parameter)
@@ -197,10 +231,11 @@ class _OneToOne(ParamMapping):
         *,
         vocabulary: bool = False,
         only: str | None = None,
+        layers: str | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         symbols = None if shape is None else {HF: shape}
-        super().__init__(megatron_param, {HF: hf_param}, symbols, only=only)
+        super().__init__(megatron_param, {HF: hf_param}, symbols, only=only, layers=layers)
 
     @property
     def extra_state(self) -> str | None:
@@ -259,10 +294,13 @@ class QKVMapping(ParamMapping):
         *,
         gated: bool = False,
         only: str | None = None,
+        layers: str | None = None,
     ) -> None:
         self.gated = gated
         symbols = None if shapes is None else {"q": shapes[0], "k": shapes[1], "v": shapes[1]}
-        super().__init__(megatron_param, {"q": q, "k": k, "v": v}, symbols, only=only)
+        super().__init__(
+            megatron_param, {"q": q, "k": k, "v": v}, symbols, only=only, layers=layers
+        )
 
     def layout(self, fields: LayoutFields) -> Layout:
         make = gated_qkv if self.gated else qkv
@@ -291,12 +329,17 @@ class GatedMLPMapping(ParamMapping):
         shape: str | None = None,
         *,
         only: str | None = None,
+        layers: str | None = None,
     ) -> None:
         symbols = None if shape is None else {"gate": shape, "up": shape}
-        super().__init__(megatron_param, {"gate": gate, "up": up}, symbols, only=only)
+        names = {"gate": gate, "up": up}
+        super().__init__(megatron_param, names, symbols, only=only, layers=layers)
 
     def layout(self, fields: LayoutFields) -> Layout:
         return Concatenate(("gate", "up"))
+
+    def rank_sections(self, fields: LayoutFields, rows: int) -> tuple[RankSection, ...]:
+        return (RankSection(rows // 2), RankSection(rows // 2))
 
 
 def _fields(module: "torch.nn.Module") -> LayoutFields:
@@ -309,14 +352,6 @@ def split_axis(parameter: "torch.nn.Parameter") -> int | None:
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return int(parameter.partition_dim)  # type: ignore[attr-defined]
-
-
-def fill(pattern: str, numbers: tuple[str, ...]) -> str:
-    """`pattern` with its wildcards replaced, in order."""
-    parts = pattern.split(WILDCARD)
-    if len(parts) != len(numbers) + 1:
-        raise ValueError(f"{pattern} has {len(parts) - 1} wildcards, not {len(numbers)}")
-    return parts[0] + "".join(n + part for n, part in zip(numbers, parts[1:], strict=True))
 
 
 def pattern_regex(pattern: str) -> re.Pattern[str]:

@@ -10,7 +10,7 @@ shapes and dtypes agree, and every name is used. A plan that is not a proof is n
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,8 +18,15 @@ from typing import Protocol
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import PlanError
-from megatron.bridge.models.conversion.boxes import Box, BoxIndex, Shape, tiling_faults
-from megatron.bridge.models.conversion.layout import Layout, LayoutError, PadRows, Piece
+from megatron.bridge.models.conversion.box_pairs import hf_part
+from megatron.bridge.models.conversion.boxes import (
+    Box,
+    BoxIndex,
+    Shape,
+    intersect,
+    tiling_faults,
+)
+from megatron.bridge.models.conversion.layout import Layout, LayoutError, Piece
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.structure import ModelStructure, Placement
@@ -62,7 +69,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of the Megatron model: its name and its box in the checkpoint."""
+    """A parameter of the Megatron model, or the part of it that has its own key, by box."""
 
     name: str
     key: str
@@ -87,6 +94,8 @@ class ConversionPlan:
     hf: every Hugging Face tensor by name. megatron: every tensor of the Megatron checkpoint by
     key. padding: boxes of Megatron tensors that are zero because no tensor fills them.
     extra_states: names of the empty objects that megatron-core saves beside its linear layers.
+    carried: Hugging Face tensors without a place in the Megatron model, and why; an export takes
+        them from its reference, so that nothing of the source is lost.
     """
 
     hf: Mapping[str, TensorSpec]
@@ -95,6 +104,7 @@ class ConversionPlan:
     copies: tuple[Copy, ...]
     padding: tuple[tuple[str, Box], ...]
     extra_states: tuple[str, ...]
+    carried: Mapping[str, str]
     rows: tuple[RowUse, ...]
 
     @property
@@ -158,6 +168,8 @@ class ConversionPlan:
             ("Megatron tensor", self.megatron, megatron_boxes),
         ):
             for name, spec in specs.items():
+                if name in self.carried:
+                    continue
                 for fault in tiling_faults(spec.shape, boxes[name]):
                     yield f"{side} {name} of shape {spec.shape}: {fault}"
 
@@ -170,9 +182,9 @@ def _extents(box: Box, transpose: bool = False) -> list[int]:
 
 
 def expected_tensors(
-    registry: MegatronMappingRegistry, structure: ModelStructure, dtype: str
+    registry: MegatronMappingRegistry, structure: ModelStructure, dtype: Callable[[str], str]
 ) -> dict[str, TensorSpec]:
-    """The Hugging Face tensors that a config asks for, all in `dtype`.
+    """The Hugging Face tensors that a config asks for; `dtype` gives each one's by its name.
 
     Raises PlanError for rows that do not declare shapes.
     """
@@ -181,7 +193,7 @@ def expected_tensors(
         for role, name in row.hf_params.items():
             if role not in row.hf_symbols:
                 raise PlanError([f"{row.megatron_param}: the row declares no shape for {name}"])
-            specs[name] = TensorSpec(name, structure.shape(row.hf_symbols[role]), dtype)
+            specs[name] = TensorSpec(name, structure.shape(row.hf_symbols[role]), dtype(name))
     return specs
 
 
@@ -189,13 +201,15 @@ def build_plan(
     registry: MegatronMappingRegistry,
     structure: ModelStructure,
     tensors: Mapping[str, TensorLike],
+    carried: Mapping[str, str] | None = None,
 ) -> ConversionPlan:
     """The proven plan between `tensors` and the Megatron model of the same structure.
 
     tensors: what the Hugging Face side holds, by name; a TensorIndex or `expected_tensors`.
+    carried: those of them that the Megatron model has no place for, with the reason.
     Raises PlanError with every missing, unexpected, misshapen or mixed-dtype tensor.
     """
-    return _Builder(registry, structure, tensors).build()
+    return _Builder(registry, structure, tensors, carried or {}).build()
 
 
 class _Builder:
@@ -204,7 +218,9 @@ class _Builder:
         registry: MegatronMappingRegistry,
         structure: ModelStructure,
         tensors: Mapping[str, TensorLike],
+        carried: Mapping[str, str],
     ) -> None:
+        self.carried = carried
         self.registry = registry
         self.structure = structure
         self.tensors = tensors
@@ -223,7 +239,8 @@ class _Builder:
             self._add(declared, row)
         self._report_names()
         if self.problems:
-            raise PlanError(self.problems)
+            # All experts of a layer find the same fault in the tensor that they share.
+            raise PlanError(dict.fromkeys(self.problems))
         plan = ConversionPlan(
             hf={n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self.tensors.items()},
             megatron=self.megatron,
@@ -231,6 +248,7 @@ class _Builder:
             copies=tuple(self.copies),
             padding=tuple(self.padding),
             extra_states=tuple(self.extra_states),
+            carried=self.carried,
             rows=tuple(self.rows.values()),
         )
         if faults := list(plan.faults()):
@@ -263,9 +281,13 @@ class _Builder:
             return
         # A constant added in BF16 would lose bits of the result: such parameters are kept in F32.
         dtype = "F32" if any(piece.offset for piece in pieces) else dtypes.pop()
-        placement = self.structure.place(row.megatron_param, shape)
-        if self._agrees_with_other_layers(row, placement, dtype):
-            self._place(declared, row, layout, shape, placement, pieces)
+        fields = self.structure.fields_for(row.megatron_param)
+        sections = row.rank_sections(fields, shape[0]) if shape else ()
+        placements = self.structure.place(row.megatron_param, shape, sections)
+        if all(self._agrees_with_other_layers(row, one, dtype) for one in placements):
+            for placement in placements:
+                self._place(declared, row, placement, pieces, layout.padding(shape))
+            self._count(declared, row, layout)
 
     def _shapes_as_declared(self, row: ParamMapping) -> bool:
         good = True
@@ -300,29 +322,38 @@ class _Builder:
         self,
         declared: ParamMapping,
         row: ParamMapping,
-        layout: Layout,
-        shape: Shape,
         placement: Placement,
         pieces: tuple[Piece, ...],
+        padding: Box | None,
     ) -> None:
-        whole = placement.key_box(tuple((0, size) for size in shape))
+        """The copies of one parameter into one checkpoint key."""
+        key, part = placement.key, placement.part
+        box = placement.key_box(part)
         pattern = declared.megatron_param
-        self.parameters.append(Parameter(row.megatron_param, placement.key, whole, pattern))
+        self.parameters.append(Parameter(row.megatron_param, key, box, pattern))
         for piece in pieces:
+            shared = intersect(piece.megatron_box, part)
+            if shared is None and part:
+                continue
+            megatron_box = piece.megatron_box if shared is None else shared
             self.copies.append(
                 Copy(
                     row.hf_params[piece.role],
-                    piece.hf_box,
-                    placement.key,
-                    placement.key_box(piece.megatron_box),
+                    hf_part(piece, megatron_box),
+                    key,
+                    placement.key_box(megatron_box),
                     piece.transpose,
                     piece.offset,
                 )
             )
-        if isinstance(layout, PadRows) and (box := layout.padding(shape)) is not None:
-            self.padding.append((placement.key, placement.key_box(box)))
+        if padding is not None:
+            self.padding.append((key, placement.key_box(padding)))
+
+    def _count(self, declared: ParamMapping, row: ParamMapping, layout: Layout) -> None:
+        """What tables and extra states need to know of one more parameter of a row."""
         if row.extra_state is not None:
-            self.extra_states.append(self.structure.place(row.extra_state, ()).object_key)
+            self.extra_states.append(self.structure.place(row.extra_state, ())[0].object_key)
+        pattern = declared.megatron_param
         known = self.rows.get(pattern)
         self.rows[pattern] = RowUse(
             pattern,
@@ -332,7 +363,8 @@ class _Builder:
         )
 
     def _report_names(self) -> None:
-        unexpected = [name for name in self.tensors if name not in self.used]
+        known = self.used | set(self.carried)
+        unexpected = [name for name in self.tensors if name not in known]
         for name, parameter in self.missing.items():
             hint = difflib.get_close_matches(name, unexpected, n=1, cutoff=0.8)
             like = f"; was it renamed to {hint[0]}?" if hint else ""

@@ -4,11 +4,27 @@ A bridge derives a ModelStructure from a config file; rows are then expanded, th
 computed and their checkpoint keys named without building a model.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
-from megatron.bridge.models.conversion.boxes import Box, Shape, full_box
+from megatron.bridge.models.conversion.boxes import Box, Shape, full_box, relative
+
+_RENAMED = ((".mtp_model_layer.", ".transformer_layer."),)
+"""Parts of parameter names for which megatron-core keeps an older checkpoint key."""
+
+_EXPERT = re.compile(r"(?P<path>.*\.experts\.)(?P<name>\w+\.\w+?)(?P<expert>\d+)")
+
+
+class RankSection(NamedTuple):
+    """Rows of a parameter that tensor parallelism splits on their own: gate apart from up.
+
+    key_suffix: what megatron-core appends to the checkpoint key, where it gives sections keys.
+    """
+
+    rows: int
+    key_suffix: str = ""
 
 
 class LayoutFields(Protocol):
@@ -53,15 +69,20 @@ class LanguageFields(AttentionFields):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a whole parameter lies in the checkpoint: the key, its shape, the parameter's box."""
+    """Where a parameter, or a part of it, lies in the checkpoint.
+
+    part: the box of the parameter that the key holds. leading: indexes on the key's first axes,
+    which stand for the layer and the expert.
+    """
 
     key: str
     key_shape: Shape
     leading: Box
+    part: Box
 
     def key_box(self, box: Box) -> Box:
-        """A box of the parameter as a box of the key."""
-        return self.leading + box
+        """A box of the parameter, inside of `part`, as a box of the key."""
+        return self.leading + relative(box, self.part)
 
     @property
     def object_key(self) -> str:
@@ -85,6 +106,8 @@ class ModelStructure:
     stacked: layer paths whose checkpoint keys carry all layers on a leading axis, as
         megatron-core's TransformerBlock.sharded_state_dict does for layers that are all alike.
     features: optional parts that are present; a row with ``only="..."`` exists with its feature.
+    layer_kinds: the layers of each kind, for rows that are declared with ``layers="..."``.
+    experts: routed experts of a layer; 0 for a dense model.
     """
 
     dims: Mapping[str, int]
@@ -92,6 +115,8 @@ class ModelStructure:
     indices: Mapping[str, tuple[int, ...]]
     stacked: frozenset[str]
     features: frozenset[str]
+    layer_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: int = 0
 
     def fields_for(self, megatron_param: str) -> LayoutFields:
         """The fields of the part of the model that a parameter belongs to."""
@@ -104,16 +129,43 @@ class ModelStructure:
         """``"3 H"`` as numbers; a word is a symbol of `dims` or a number."""
         return tuple(int(word) if word.isdecimal() else self.dims[word] for word in symbols.split())
 
-    def place(self, megatron_param: str, shape: Shape) -> Placement:
-        """Checkpoint key of a parameter: layers that are all alike share one key.
+    def numbers(self, path: str, layers: str | None) -> tuple[int, ...]:
+        """What the wildcard behind `path` stands for, in rows for one kind of layer or for all."""
+        if layers is None:
+            return self.indices[path]
+        return self.layer_kinds[layers]
 
+    def place(
+        self, megatron_param: str, shape: Shape, sections: Sequence[RankSection] = ()
+    ) -> tuple[Placement, ...]:
+        """Checkpoint keys of a parameter, as megatron-core's sharded_state_dict names them.
+
+        Layers that are all alike share one key, whose first axis is the layer:
         ``decoder.layers.7.mlp.linear_fc2.weight`` of 28 layers is row 7 of
-        ``decoder.layers.mlp.linear_fc2.weight``, whose first axis is the layer.
+        ``decoder.layers.mlp.linear_fc2.weight``. The experts of a layer share one in the same
+        way. Sections with a suffix have keys of their own.
         """
+        key, leading, sizes = megatron_param, full_box(()), full_box(())
         for path in self.stacked:
-            if megatron_param.startswith(path):
-                number, _, rest = megatron_param.removeprefix(path).partition(".")
-                layers = len(self.indices[path])
-                layer = int(number)
-                return Placement(path + rest, (layers, *shape), ((layer, layer + 1),))
-        return Placement(megatron_param, shape, full_box(()))
+            if key.startswith(path):
+                number, _, rest = key.removeprefix(path).partition(".")
+                key = path + rest
+                leading += ((int(number), int(number) + 1),)
+                sizes += ((0, len(self.indices[path])),)
+        for name, stored in _RENAMED:
+            key = key.replace(name, stored)
+        if match := _EXPERT.fullmatch(key):
+            expert = int(match["expert"])
+            key = f"{match['path']}experts.{match['name']}"
+            leading += ((expert, expert + 1),)
+            sizes += ((0, self.experts),)
+        first = tuple(stop for _, stop in sizes)
+        if not any(section.key_suffix for section in sections):
+            return (Placement(key, first + shape, leading, full_box(shape)),)
+        placements, start = [], 0
+        for section in sections:
+            part = ((start, start + section.rows), *full_box(shape[1:]))
+            key_shape = (*first, section.rows, *shape[1:])
+            placements.append(Placement(f"{key}.{section.key_suffix}", key_shape, leading, part))
+            start += section.rows
+        return tuple(placements)

@@ -4,70 +4,19 @@ Everything is built on two functions of a pair of boxes, whichever side is read:
 one box lies on the other side, and how the elements are arranged there.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from megatron.bridge.dtypes import torch_dtype
-from megatron.bridge.models.conversion.boxes import (
-    Box,
-    box_shape,
-    relative,
-    slices,
-)
+from megatron.bridge.errors import InputError
+from megatron.bridge.models.conversion.box_pairs import BoxPair, hf_part, megatron_part
+from megatron.bridge.models.conversion.boxes import Box, box_shape, relative, slices
 from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
 
 type Read = Callable[[str, Box], torch.Tensor]
 """Reads one box of a named tensor: ``read(name, box)`` of shape ``box_shape(box)``."""
-
-
-class BoxPair(Protocol):
-    """A box on either side that hold the same elements (a Piece or a Copy)."""
-
-    @property
-    def hf_box(self) -> Box: ...
-    @property
-    def megatron_box(self) -> Box: ...
-    @property
-    def transpose(self) -> bool: ...
-    @property
-    def offset(self) -> float: ...
-
-
-def hf_part(pair: BoxPair, megatron_part: Box) -> Box:
-    """The part of the Hugging Face box that fills `megatron_part`, a part of the Megatron box."""
-    return _carry_over(pair.megatron_box, pair.hf_box, megatron_part, *_axes(pair))
-
-
-def megatron_part(pair: BoxPair, hf_part: Box) -> Box:
-    """The part of the Megatron box that `hf_part`, a part of the Hugging Face box, fills."""
-    megatron_axes, hf_axes = _axes(pair)
-    return _carry_over(pair.hf_box, pair.megatron_box, hf_part, hf_axes, megatron_axes)
-
-
-def _axes(pair: BoxPair) -> tuple[list[int], list[int]]:
-    """The axes of extent above 1 on either side, in the order in which they correspond."""
-    hf_axes = list(range(len(pair.hf_box)))
-    if pair.transpose:
-        hf_axes[-2:] = hf_axes[-1], hf_axes[-2]
-    return (
-        [axis for axis, (start, stop) in enumerate(pair.megatron_box) if stop - start > 1],
-        [axis for axis in hf_axes if pair.hf_box[axis][1] - pair.hf_box[axis][0] > 1],
-    )
-
-
-def _carry_over(
-    source: Box, target: Box, part: Box, source_axes: list[int], target_axes: list[int]
-) -> Box:
-    within = relative(part, source)
-    result = list(target)
-    for source_axis, target_axis in zip(source_axes, target_axes, strict=True):
-        zero = target[target_axis][0]
-        start, stop = within[source_axis]
-        result[target_axis] = (zero + start, zero + stop)
-    return tuple(result)
 
 
 def to_megatron(
@@ -76,8 +25,8 @@ def to_megatron(
     """Elements of a Hugging Face box, arranged and shifted as Megatron holds them."""
     if pair.transpose:
         tensor = tensor.transpose(-1, -2)
-    tensor = tensor.reshape(shape)
-    return tensor.to(dtype) + pair.offset if pair.offset else tensor
+    tensor = _widened(tensor.reshape(shape), dtype)
+    return tensor + pair.offset if pair.offset else tensor
 
 
 def to_hf(
@@ -85,10 +34,18 @@ def to_hf(
 ) -> torch.Tensor:
     """Elements of a Megatron box, arranged and shifted back as Hugging Face holds them."""
     if pair.offset:
-        tensor = (tensor - pair.offset).to(dtype)
+        tensor = (tensor.float() - pair.offset).to(dtype)
+    tensor = _widened(tensor, dtype)
     if pair.transpose:
         return tensor.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
     return tensor.reshape(shape)
+
+
+def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`, which holds all values of its own. Raises InputError otherwise."""
+    if tensor.dtype != dtype and torch.promote_types(tensor.dtype, dtype) != dtype:
+        raise InputError(f"values in {tensor.dtype} may not fit into {dtype}; cast them first")
+    return tensor.to(dtype)
 
 
 def read_megatron(plan: ConversionPlan, key: str, box: Box, read: Read) -> torch.Tensor:
@@ -116,6 +73,22 @@ def read_hf(plan: ConversionPlan, name: str, box: Box, read: Read) -> torch.Tens
         target = relative(shared, box)
         tensor[slices(target)] = to_hf(part, copy, box_shape(target), dtype)
     return tensor
+
+
+def inexact_offsets(plan: ConversionPlan, read: Read) -> Iterator[tuple[str, float]]:
+    """(Hugging Face name, largest error) of tensors that do not survive their offset.
+
+    Adding a constant rounds where the result needs more bits than it has. `read` is of Hugging
+    Face tensors.
+    """
+    for copy in plan.copies:
+        if copy.offset:
+            tensor = read(copy.hf_name, copy.hf_box)
+            dtype = torch_dtype(plan.megatron[copy.megatron_key].dtype)
+            shifted = to_megatron(tensor, copy, box_shape(copy.megatron_box), dtype)
+            back = to_hf(shifted, copy, tuple(tensor.shape), tensor.dtype)
+            if not torch.equal(back, tensor):
+                yield copy.hf_name, float((back.double() - tensor.double()).abs().max())
 
 
 def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 hf = PreTrainedVLM.from_pretrained("Qwen/Qwen3-VL-2B-Instruct")
 hf.hf_config.require("text_config.num_hidden_layers", int)
-hf.tensors.read("model.language_model.norm.weight")
+hf.weights.read("model.language_model.norm.weight")
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.fp8 import (
+    CONFIG_KEY,
+    BlockFP8,
+    DequantizedTensors,
+    Weights,
+    quantization_of,
+    weights_of,
+)
 from megatron.bridge.models.hf_pretrained.reference import local_folder, resolve_reference
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
@@ -119,8 +127,29 @@ class PreTrainedVLM:
 
     @cached_property
     def tensors(self) -> TensorIndex:
-        """The weights, from headers only; CheckpointError if they are not in order."""
+        """The tensors in the files as they are; CheckpointError if they are not in order."""
         return TensorIndex.from_folder(self.weights_folder)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The weights of the model: of an FP8 release those that it stands for, in BF16.
+
+        From headers only. Raises CheckpointError if the files are not in order, UnsupportedModel
+        for another quantization.
+        """
+        return weights_of(self.tensors, self.hf_config)
+
+    @cached_property
+    def quantization(self) -> BlockFP8 | None:
+        """How the files are quantized, by the config; None if they are not."""
+        return quantization_of(self.hf_config)
+
+    @cached_property
+    def unquantized_config(self) -> HFConfig:
+        """config.json as it describes `weights`: without a word of quantization."""
+        data = self.hf_config.data
+        data.pop(CONFIG_KEY, None)
+        return HFConfig.from_dict(data, self.hf_config.origin)
 
     @cached_property
     def main_dtype(self) -> str:
@@ -130,7 +159,7 @@ class PreTrainedVLM:
         """
         if self.has_weights:
             sizes: Counter[str] = Counter()
-            for tensor in self.tensors.values():
+            for tensor in self.weights.values():
                 sizes[tensor.dtype] += tensor.nbytes
             return sizes.most_common(1)[0][0]
         return self.hf_config.dtype
@@ -175,18 +204,29 @@ class PreTrainedVLM:
         """The model of transformers itself with these weights, in eager attention.
 
         It is the reference to compare with. `kwargs` go to its `from_pretrained`, for instance
-        `dtype=torch.float32`.
+        `dtype=torch.float32`. The weights of an FP8 release are dequantized here: transformers
+        itself would not round them to bfloat16, and takes blocks for equal in size.
         """
-        from transformers import AutoModelForImageTextToText
+        import transformers
 
         options = {"attn_implementation": "eager"} | self._remote_code | kwargs
-        return self._load("model", AutoModelForImageTextToText, self.weights_folder, **options)
+        if not isinstance(self.weights, DequantizedTensors):
+            auto_class = transformers.AutoModelForImageTextToText
+            return self._load("model", auto_class, self.weights_folder, **options)
+        config = transformers.AutoConfig.from_pretrained(self.folder, **self._remote_code)
+        del config.quantization_config
+        options |= {
+            "config": config,
+            "state_dict": {name: self.weights.read(name) for name in self.weights},
+        }
+        # Without a folder, only a class of its own loads.
+        return self._load("model", getattr(transformers, self.hf_config.architecture), **options)
 
     @property
     def _remote_code(self) -> dict[str, bool]:
         return {"trust_remote_code": self.trust_remote_code}
 
-    def _load(self, what: str, auto_class: Any, folder: Path, **options: Any) -> Any:
+    def _load(self, what: str, auto_class: Any, folder: Path | None = None, **options: Any) -> Any:
         try:
             return auto_class.from_pretrained(folder, **options)
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The provider of dense Qwen3-VL models."""
+"""The providers of Qwen3-VL models, dense and with a mixture of experts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,12 +18,14 @@ from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 @dataclass
 class Qwen3VLModelProvider(ModelProvider):
-    """Config and builder of dense Qwen3-VL models.
+    """Config and builder of dense Qwen3-VL models, and the base of the other families.
 
     The fields of megatron-core's TransformerConfig describe the language model.
 
     Attributes:
         vision: shape of the vision encoder.
+        ssm_dtype: of the parameters A_log and out_norm of linear attention; None for
+            `params_dtype`.
         rotary_base: theta of the language model.
         rotary_percent: part of a head that is rotated.
         mrope_section: frequencies per axis (temporal, height, width); they sum to half of the
@@ -58,6 +60,7 @@ class Qwen3VLModelProvider(ModelProvider):
 
     # Required like the sizes of the language model: `finalize()` refuses its absence.
     vision: VisionConfig = None  # type: ignore[assignment]
+    ssm_dtype: torch.dtype | None = None
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
@@ -71,30 +74,39 @@ class Qwen3VLModelProvider(ModelProvider):
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """A provider from plain values, as a bridge derives them and a checkpoint records them.
 
-        `params_dtype` is a torch name ("bfloat16"), `vision` a mapping of VisionConfig's fields.
+        Dtypes are torch names ("bfloat16"), `vision` is a mapping of VisionConfig's fields.
         """
         vision = dict(settings["vision"])
         vision["deepstack_visual_indexes"] = tuple(vision["deepstack_visual_indexes"])
         fields = {**settings, "vision": VisionConfig(**vision)}
-        fields["params_dtype"] = getattr(torch, settings["params_dtype"])
+        for name in ("params_dtype", "ssm_dtype"):
+            if isinstance(dtype := settings.get(name), str):
+                fields[name] = getattr(torch, dtype)
         return cls(**fields)
 
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""
         problems = super().problems()
-        for name, only in (
-            ("position_embedding_type", "mrope"),
-            ("scatter_embedding_sequence_parallel", False),
-            ("apply_rope_fusion", False),
-            ("rotary_interleaved", False),
-            ("multi_latent_attention", False),
-            ("num_moe_experts", None),
-            ("experimental_attention_variant", None),
-            ("mtp_num_layers", None),
-            ("cpu_offloading", False),
-        ):
+        for name, only in self.fixed_fields().items():
             if (found := getattr(self, name)) != only:
                 problems.append(f"{name} is {found!r}: {type(self).__name__} needs {only!r}")
+        problems += [
+            f"{name} is {getattr(self, name)!r}: it must be set to a positive number"
+            for name in self.required_sizes()
+            if not (getattr(self, name) or 0) > 0
+        ]
+        for name in ("linear_attention_freq", "moe_layer_freq"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, list) and len(pattern) != self.num_layers:
+                problems.append(
+                    f"{name} has {len(pattern)} entries, expected one for each of the "
+                    f"num_layers = {self.num_layers} layers"
+                )
+        if (self.num_moe_experts or 0) > 0 and self.moe_router_topk > self.num_moe_experts:
+            problems.append(
+                f"moe_router_topk is {self.moe_router_topk}, more than num_moe_experts = "
+                f"{self.num_moe_experts}"
+            )
         missing = [name for name in ("kv_channels", "vision") if getattr(self, name) is None]
         problems += [f"{name} is None: it must be set" for name in missing]
         if "kv_channels" not in missing:
@@ -117,12 +129,32 @@ class Qwen3VLModelProvider(ModelProvider):
             )
         return problems
 
+    def fixed_fields(self) -> dict[str, Any]:
+        """Fields that have one value in all models of the family, and that value."""
+        return {
+            "position_embedding_type": "mrope",
+            "scatter_embedding_sequence_parallel": False,
+            "apply_rope_fusion": False,
+            "rotary_interleaved": False,
+            "multi_latent_attention": False,
+            "cpu_offloading": False,
+            "num_moe_experts": None,
+            "experimental_attention_variant": None,
+            "mtp_num_layers": None,
+        }
+
+    def required_sizes(self) -> tuple[str, ...]:
+        """Fields of the family that must be set to a positive number."""
+        return ()
+
     def finalize(self) -> None:
         """As ModelProvider; also, the layers that take deepstack must be on the first stage."""
         super().finalize()
-        first_stage = get_num_layers_to_build(
-            self, None if self.virtual_pipeline_model_parallel_size is None else 0, pp_rank=0
-        )
+        vp_stage = None if self.virtual_pipeline_model_parallel_size is None else 0
+        try:
+            first_stage = get_num_layers_to_build(self, vp_stage, pp_rank=0)
+        except AssertionError as error:
+            raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
         if first_stage < (taps := len(self.vision.deepstack_visual_indexes)):
             raise ConfigError(
                 f"the first pipeline stage gets {first_stage} decoder layers, and the first {taps} "
@@ -149,3 +181,38 @@ class Qwen3VLModelProvider(ModelProvider):
             freeze_vision_projection=self.freeze_vision_projection,
         )
         return model
+
+
+@dataclass
+class Qwen3VLMoEModelProvider(Qwen3VLModelProvider):
+    """Config and builder of Qwen3-VL models with a mixture of experts.
+
+    `moe_layer_freq` tells layers with experts from dense ones, `ffn_hidden_size` is the width of
+    the dense ones. The router is Qwen's: softmax, the best `moe_router_topk`, their weights
+    normalized to 1, which is what megatron-core computes as the softmax over the best logits.
+    """
+
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    moe_router_load_balancing_type: str | list[str] = "aux_loss"
+    moe_aux_loss_coeff: float | list[float] = 1e-3
+
+    def fixed_fields(self) -> dict[str, Any]:
+        """Fields that have one value in all models of the family, and that value."""
+        fixed = super().fixed_fields() | EXPERTS_FIXED_FIELDS
+        return {name: value for name, value in fixed.items() if name != "num_moe_experts"}
+
+    def required_sizes(self) -> tuple[str, ...]:
+        """Fields of the family that must be set to a positive number."""
+        return (*super().required_sizes(), *EXPERTS_REQUIRED_SIZES)
+
+
+# What every family with experts has in common.
+EXPERTS_FIXED_FIELDS: dict[str, Any] = {
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_latent_size": None,
+}
+EXPERTS_REQUIRED_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")

@@ -8,7 +8,14 @@ Shapes on the Hugging Face side use these symbols, which `structure.py` derives 
     K     key-value heads x head dimension            P   entries of the position table
     d     head dimension                              O   output size of the mergers
     V     vocabulary, before padding                  c t p   channels, frames, side of a patch
+    E     routed experts of a layer                   C   GDN: channels of the convolution
+    Ie    intermediate size of a routed expert        Z   GDN: value heads x value dimension
+    Is    intermediate size of the shared expert      nv  GDN: value heads
+                                                      dv  GDN: value dimension
+                                                      w   GDN: width of the convolution
 """
+
+from dataclasses import dataclass, replace
 
 from megatron.bridge.models.conversion.param_mapping import (
     ColumnParallelMapping,
@@ -18,6 +25,16 @@ from megatron.bridge.models.conversion.param_mapping import (
     QKVMapping,
     ReplicatedMapping,
     RowParallelMapping,
+)
+from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
+from megatron.bridge.models.qwen_vl.expert_mapping import (
+    ExpertMLPDownProjMapping,
+    ExpertMLPGateUpProjMapping,
+)
+from megatron.bridge.models.qwen_vl.gated_delta_mapping import (
+    GatedDeltaConvMapping,
+    GatedDeltaInProjMapping,
+    ZeroCenteredNormMapping,
 )
 
 LANGUAGE = "language_model."
@@ -29,8 +46,39 @@ DECODER_LAYERS = f"{LANGUAGE}decoder.layers."
 VISION_LAYERS = f"{VISION}decoder.layers."
 DEEPSTACK_MERGERS = f"{VISION}decoder.deepstack_merger_list."
 
+MTP = f"{LANGUAGE}mtp.layers.0."
+MTP_LAYER = f"{MTP}mtp_model_layer."
+HF_MTP = "mtp."
+HF_MTP_LAYER = f"{HF_MTP}layers.0."
+
+# Optional parts.
 ATTENTION_BIAS = "attention_bias"
 UNTIED_OUTPUT = "untied_output"
+WITH_MTP = "mtp"
+
+# Kinds of layers.
+FULL_ATTENTION = "full_attention"
+LINEAR_ATTENTION = "linear_attention"
+DENSE_MLP = "dense_mlp"
+SPARSE_MLP = "sparse_mlp"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where the rows of one layer apply: its names on both sides, a kind of layer, a feature."""
+
+    megatron: str
+    hf: str
+    kind: str | None = None
+    only: str | None = None
+
+    def of_kind(self, kind: str) -> "Layer":
+        """The same layers, but only those of one kind."""
+        return replace(self, kind=kind)
+
+
+DECODER_LAYER = Layer(f"{DECODER_LAYERS}*.", f"{HF_LANGUAGE}layers.*.")
+MTP_MODEL_LAYER = Layer(MTP_LAYER, HF_MTP_LAYER, only=WITH_MTP)
 
 
 def embedding_rows() -> list[ParamMapping]:
@@ -55,50 +103,184 @@ def embedding_rows() -> list[ParamMapping]:
     ]
 
 
-def attention_rows(layer: str, hf_layer: str) -> list[ParamMapping]:
-    """Self-attention with its input norm and per-head query and key norms."""
-    linear, hf = f"{layer}self_attention.", f"{hf_layer}self_attn."
-    return [
-        ReplicatedMapping(
-            f"{linear}linear_qkv.layer_norm_weight", f"{hf_layer}input_layernorm.weight", "H"
-        ),
+def attention_rows(layer: Layer, *, gated: bool = False) -> list[ParamMapping]:
+    """Self-attention with its input norm and per-head query and key norms.
+
+    gated: q_proj also makes a gate for every head.
+    """
+    linear, hf = f"{layer.megatron}self_attention.", f"{layer.hf}self_attn."
+    rows: list[ParamMapping] = [
+        _norm(layer, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         QKVMapping(
             f"{linear}linear_qkv.weight",
             f"{hf}q_proj.weight",
             f"{hf}k_proj.weight",
             f"{hf}v_proj.weight",
-            ("Q H", "K H"),
+            ("2Q H" if gated else "Q H", "K H"),
+            gated=gated,
+            only=layer.only,
+            layers=layer.kind,
         ),
+        _norm(layer, "self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "d"),
+        _norm(layer, "self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "d"),
+        RowParallelMapping(
+            f"{linear}linear_proj.weight",
+            f"{hf}o_proj.weight",
+            "H Q",
+            only=layer.only,
+            layers=layer.kind,
+        ),
+    ]
+    if layer.only is not None:
+        return rows
+    return [
+        *rows,
         QKVMapping(
             f"{linear}linear_qkv.bias",
             f"{hf}q_proj.bias",
             f"{hf}k_proj.bias",
             f"{hf}v_proj.bias",
-            ("Q", "K"),
+            ("2Q" if gated else "Q", "K"),
+            gated=gated,
             only=ATTENTION_BIAS,
+            layers=layer.kind,
         ),
-        ReplicatedMapping(f"{linear}q_layernorm.weight", f"{hf}q_norm.weight", "d"),
-        ReplicatedMapping(f"{linear}k_layernorm.weight", f"{hf}k_norm.weight", "d"),
-        RowParallelMapping(f"{linear}linear_proj.weight", f"{hf}o_proj.weight", "H Q"),
         ReplicatedMapping(
-            f"{linear}linear_proj.bias", f"{hf}o_proj.bias", "H", only=ATTENTION_BIAS
+            f"{linear}linear_proj.bias",
+            f"{hf}o_proj.bias",
+            "H",
+            only=ATTENTION_BIAS,
+            layers=layer.kind,
         ),
     ]
 
 
-def dense_mlp_rows(layer: str, hf_layer: str) -> list[ParamMapping]:
-    """Gated MLP with its norm, which Megatron fuses into the first linear layer."""
-    linear, hf = f"{layer}mlp.", f"{hf_layer}mlp."
+def gated_delta_rows(layer: Layer) -> list[ParamMapping]:
+    """Gated DeltaNet with its input norm, which Megatron fuses into the input projection."""
+    net, hf, kind = f"{layer.megatron}self_attention.", f"{layer.hf}linear_attn.", layer.kind
     return [
-        ReplicatedMapping(
-            f"{linear}linear_fc1.layer_norm_weight",
-            f"{hf_layer}post_attention_layernorm.weight",
-            "H",
+        _norm(layer, "self_attention.in_proj.layer_norm_weight", "input_layernorm.weight"),
+        GatedDeltaInProjMapping(
+            f"{net}in_proj.weight",
+            f"{hf}in_proj_qkv.weight",
+            f"{hf}in_proj_z.weight",
+            f"{hf}in_proj_b.weight",
+            f"{hf}in_proj_a.weight",
+            ("C H", "Z H", "nv H"),
+            layers=kind,
         ),
+        GatedDeltaConvMapping(f"{net}conv1d.weight", f"{hf}conv1d.weight", "C 1 w", layers=kind),
+        ColumnParallelMapping(f"{net}A_log", f"{hf}A_log", "nv", layers=kind),
+        ColumnParallelMapping(f"{net}dt_bias", f"{hf}dt_bias", "nv", layers=kind),
+        ZeroCenteredNormMapping(f"{net}out_norm.weight", f"{hf}norm.weight", "dv", layers=kind),
+        RowParallelMapping(f"{net}out_proj.weight", f"{hf}out_proj.weight", "H Z", layers=kind),
+    ]
+
+
+def dense_mlp_rows(layer: Layer) -> list[ParamMapping]:
+    """Gated MLP with its norm, which Megatron fuses into the first linear layer."""
+    norm = _norm(layer, "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight")
+    return [norm, *_gated_mlp_rows(layer, "mlp.", "mlp.", "I")]
+
+
+def moe_rows(
+    layer: Layer, experts: ExpertLayout, *, shared_expert: bool = False
+) -> list[ParamMapping]:
+    """Router and routed experts, in the disk layout `experts`, and the shared expert."""
+    rows: list[ParamMapping] = [
+        _norm(layer, "pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        _norm(layer, "mlp.router.weight", "mlp.gate.weight", "E H"),
+        *_expert_rows(layer, experts),
+    ]
+    if shared_expert:
+        rows += _gated_mlp_rows(layer, "mlp.shared_experts.", "mlp.shared_expert.", "Is")
+        rows.append(
+            _norm(layer, "mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1 H")
+        )
+    return rows
+
+
+def mtp_rows() -> list[ParamMapping]:
+    """What joins the multi-token-prediction layer to the decoder; the layer has rows of its own."""
+    rows: list[ParamMapping] = [
+        ColumnParallelMapping(f"{MTP}eh_proj.weight", f"{HF_MTP}fc.weight", "H 2H", only=WITH_MTP)
+    ]
+    for norm, hf_norm in (
+        ("enorm", "pre_fc_norm_embedding"),
+        ("hnorm", "pre_fc_norm_hidden"),
+        ("final_layernorm", "norm"),
+    ):
+        name, hf_name = f"{MTP}{norm}.weight", f"{HF_MTP}{hf_norm}.weight"
+        rows.append(ReplicatedMapping(name, hf_name, "H", only=WITH_MTP))
+    return rows
+
+
+def _norm(layer: Layer, megatron: str, hf: str, shape: str = "H") -> ParamMapping:
+    """A parameter of a layer that every rank holds whole."""
+    return ReplicatedMapping(
+        f"{layer.megatron}{megatron}",
+        f"{layer.hf}{hf}",
+        shape,
+        only=layer.only,
+        layers=layer.kind,
+    )
+
+
+def _gated_mlp_rows(layer: Layer, mlp: str, hf_mlp: str, size: str) -> list[ParamMapping]:
+    """Gate, up and down of a dense MLP or of a shared expert with `size` features inside."""
+    linear, hf = f"{layer.megatron}{mlp}", f"{layer.hf}{hf_mlp}"
+    return [
         GatedMLPMapping(
-            f"{linear}linear_fc1.weight", f"{hf}gate_proj.weight", f"{hf}up_proj.weight", "I H"
+            f"{linear}linear_fc1.weight",
+            f"{hf}gate_proj.weight",
+            f"{hf}up_proj.weight",
+            f"{size} H",
+            only=layer.only,
+            layers=layer.kind,
         ),
-        RowParallelMapping(f"{linear}linear_fc2.weight", f"{hf}down_proj.weight", "H I"),
+        RowParallelMapping(
+            f"{linear}linear_fc2.weight",
+            f"{hf}down_proj.weight",
+            f"H {size}",
+            only=layer.only,
+            layers=layer.kind,
+        ),
+    ]
+
+
+def _expert_rows(layer: Layer, experts: ExpertLayout) -> list[ParamMapping]:
+    fc1, fc2 = (f"{layer.megatron}mlp.experts.linear_fc{n}.weight*" for n in (1, 2))
+    hf, only, kind = f"{layer.hf}mlp.experts.", layer.only, layer.kind
+    if experts is ExpertLayout.PER_EXPERT:
+        return [
+            GatedMLPMapping(
+                fc1,
+                f"{hf}*.gate_proj.weight",
+                f"{hf}*.up_proj.weight",
+                "Ie H",
+                only=only,
+                layers=kind,
+            ),
+            RowParallelMapping(fc2, f"{hf}*.down_proj.weight", "H Ie", only=only, layers=kind),
+        ]
+    turned = experts is ExpertLayout.FUSED_TRANSPOSED
+    return [
+        ExpertMLPGateUpProjMapping(
+            fc1,
+            f"{hf}gate_up_proj",
+            "E H 2Ie" if turned else "E 2Ie H",
+            transposed=turned,
+            only=only,
+            layers=kind,
+        ),
+        ExpertMLPDownProjMapping(
+            fc2,
+            f"{hf}down_proj",
+            "E Ie H" if turned else "E H Ie",
+            transposed=turned,
+            only=only,
+            layers=kind,
+        ),
     ]
 
 

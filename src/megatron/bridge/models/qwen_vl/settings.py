@@ -2,11 +2,18 @@
 
 from typing import Any
 
-from megatron.bridge.dtypes import TORCH_NAMES
+from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.rows import LINEAR_ATTENTION, SPARSE_MLP
+from megatron.bridge.models.qwen_vl.structure import (
+    attention_kinds,
+    expert_sizes,
+    has_delta_net,
+    has_experts,
+    mlp_kinds,
+)
 
-_DTYPES = {name: torch_name for torch_name, name in TORCH_NAMES.items()}
 _VISION_FIELDS = (
     "depth",
     "hidden_size",
@@ -19,11 +26,18 @@ _VISION_FIELDS = (
     "out_hidden_size",
     "num_position_embeddings",
 )
+_DELTA_FIELDS = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
-    """Provider fields of a dense Qwen vision-language model whose weights are in `dtype` ("BF16").
+    """Provider fields of a Qwen vision-language model whose weights are in `dtype` ("BF16").
 
     Raises ConfigError for a value that is missing, or that the Megatron model does not implement.
     """
@@ -35,11 +49,15 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     _require_only(config, "text_config.attention_dropout", 0.0, dropout)
     if dtype not in ("F32", "BF16", "F16"):
         raise ConfigError(f"{config.origin}: weights in {dtype}; expected F32, BF16 or F16")
+    if has_delta_net(text):
+        gated = text.get("attn_output_gate", True)
+        _require_only(config, "text_config.attn_output_gate", True, gated)
     attention_bias = text.get("attention_bias", False)
     return {
         "num_layers": text.require("num_hidden_layers", int),
         "hidden_size": text.require("hidden_size", int),
-        "ffn_hidden_size": text.require("intermediate_size", int),
+        **_mlp_settings(text),
+        **_delta_net_settings(text),
         "num_attention_heads": text.require("num_attention_heads", int),
         "num_query_groups": text.require("num_key_value_heads", int),
         "kv_channels": text.require("head_dim", int),
@@ -53,7 +71,7 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         "rotary_percent": rope.partial_rotary_factor,
         "mrope_section": list(rope.mrope_section),
         **{token: config.require(token, int) for token in _TOKENS},
-        "params_dtype": _DTYPES[dtype],
+        "params_dtype": TORCH_NAME_OF[dtype],
         "bf16": dtype == "BF16",
         "fp16": dtype == "F16",
         "vision": {
@@ -61,6 +79,42 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
             "hidden_act": vision.require("hidden_act", str),
             "deepstack_visual_indexes": vision.get("deepstack_visual_indexes", []),
         },
+    }
+
+
+def _mlp_settings(text: HFConfig) -> dict[str, Any]:
+    """Sizes of the MLPs, and of the experts where there are any."""
+    if not has_experts(text):
+        return {"ffn_hidden_size": text.require("intermediate_size", int)}
+    layers = text.require("num_hidden_layers", int)
+    sparse = mlp_kinds(text, tuple(range(layers)))[SPARSE_MLP]
+    settings: dict[str, Any] = {
+        "num_moe_experts": expert_sizes(text).experts,
+        "moe_ffn_hidden_size": text.require("moe_intermediate_size", int),
+        "moe_router_topk": text.require("num_experts_per_tok", int),
+        "moe_layer_freq": 1,
+    }
+    if len(sparse) < layers:
+        settings["moe_layer_freq"] = [int(layer in sparse) for layer in range(layers)]
+        settings["ffn_hidden_size"] = text.require("intermediate_size", int)
+    elif text.has("intermediate_size"):
+        settings["ffn_hidden_size"] = text.require("intermediate_size", int)  # used by no layer
+    if text.has("shared_expert_intermediate_size"):
+        settings["moe_shared_expert_intermediate_size"] = text.require(
+            "shared_expert_intermediate_size", int
+        )
+    return settings
+
+
+def _delta_net_settings(text: HFConfig) -> dict[str, Any]:
+    """Sizes of the Gated DeltaNet, and which layers have it: 1 in `linear_attention_freq`."""
+    if not has_delta_net(text):
+        return {}
+    layers = tuple(range(text.require("num_hidden_layers", int)))
+    linear = attention_kinds(text, layers)[LINEAR_ATTENTION]
+    return {
+        "linear_attention_freq": [int(layer in linear) for layer in layers],
+        **{field: text.require(field, int) for field in _DELTA_FIELDS},
     }
 
 

@@ -1,30 +1,173 @@
 """From a config.json to the ModelStructure that the rows need."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.structure import (
     AttentionFields,
     LanguageFields,
     ModelStructure,
 )
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.disk_layout import ExpertSizes
 from megatron.bridge.models.qwen_vl.rows import (
     ATTENTION_BIAS,
+    DECODER_LAYER,
     DECODER_LAYERS,
     DEEPSTACK_MERGERS,
+    DENSE_MLP,
+    FULL_ATTENTION,
+    HF_MTP,
     LANGUAGE,
+    LINEAR_ATTENTION,
+    MTP_MODEL_LAYER,
+    SPARSE_MLP,
     UNTIED_OUTPUT,
     VISION,
     VISION_LAYERS,
+    WITH_MTP,
 )
 
 
-def qwen_vl_structure(config: HFConfig, padded_vocab_size: int | None = None) -> ModelStructure:
-    """Structure of a dense Qwen vision-language model.
+@dataclass(frozen=True)
+class QwenLanguageFields(LanguageFields):
+    """What layouts read of the language model of any family; names of megatron-core.
+
+    The fields of parts that a family does not have are 0.
+    """
+
+    num_moe_experts: int = 0
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+
+
+def qwen_vl_structure(
+    config: HFConfig, padded_vocab_size: int | None = None, *, with_mtp: bool = False
+) -> ModelStructure:
+    """Structure of a Qwen vision-language model of any family.
 
     padded_vocab_size: rows of the Megatron embedding; without it, the vocabulary is padded as
-    `padded_vocabulary` does. Raises ConfigError where the config lacks or contradicts a value.
+    `padded_vocabulary` does. with_mtp: whether there is an MTP layer to be mapped. Raises
+    ConfigError where the config lacks or contradicts a value.
     """
     text, vision = config.text, config.vision
+    fields = _language_fields(config, padded_vocab_size)
+    vision_hidden = vision.require("hidden_size", int)
+    vision_heads = vision.require("num_heads", int)
+    vision_fields = AttentionFields(vision_heads, vision_heads, vision_hidden // vision_heads)
+    features = set()
+    if text.get("attention_bias", False):
+        features.add(ATTENTION_BIAS)
+    if not config.get("tie_word_embeddings", False):
+        features.add(UNTIED_OUTPUT)
+    if with_mtp:
+        features.add(WITH_MTP)
+    layers = tuple(range(text.require("num_hidden_layers", int)))
+    kinds = {**attention_kinds(text, layers), **mlp_kinds(text, layers)}
+    alike = all(kind in ((), layers) for kind in kinds.values())
+    experts = tuple(range(fields.num_moe_experts))
+    indices = {
+        DECODER_LAYERS: layers,
+        VISION_LAYERS: tuple(range(vision.require("depth", int))),
+        DEEPSTACK_MERGERS: tuple(range(len(vision.get("deepstack_visual_indexes", [])))),
+    }
+    for layer in (DECODER_LAYER, MTP_MODEL_LAYER):
+        indices |= {f"{layer.megatron}mlp.experts.linear_fc{n}.weight": experts for n in (1, 2)}
+    return ModelStructure(
+        dims=_language_dims(text, fields) | _vision_dims(vision),
+        fields={LANGUAGE: fields, VISION: vision_fields},
+        indices=indices,
+        stacked=frozenset({DECODER_LAYERS, VISION_LAYERS} if alike else {VISION_LAYERS}),
+        features=frozenset(features),
+        layer_kinds=kinds,
+        experts=fields.num_moe_experts,
+    )
+
+
+def has_experts(text: HFConfig) -> bool:
+    """Whether a text config describes a mixture of experts."""
+    return text.has("moe_intermediate_size")
+
+
+def has_delta_net(text: HFConfig) -> bool:
+    """Whether a text config describes Gated DeltaNet layers."""
+    return text.has("linear_num_value_heads")
+
+
+def expert_sizes(text: HFConfig) -> ExpertSizes:
+    """What tells the disk layouts of experts apart."""
+    return ExpertSizes(
+        _experts(text), text.require("hidden_size", int), text.require("moe_intermediate_size", int)
+    )
+
+
+def has_mtp(config: HFConfig, tensors: Mapping[str, TensorLike] | None) -> bool:
+    """Whether there is an MTP layer: in the files, or in the config where there are no files.
+
+    transformers drops the layer when it loads a model and keeps its config when it saves one.
+    """
+    layers = config.text.get("mtp_num_hidden_layers", 0)
+    if layers not in (0, 1):
+        raise ConfigError(
+            f"{config.origin}: text_config.mtp_num_hidden_layers is {layers}; 0 or 1 is supported"
+        )
+    if tensors is None:
+        return bool(layers)
+    return any(name.startswith(HF_MTP) for name in tensors)
+
+
+def attention_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Which layers have full attention and which Gated DeltaNet, from `layer_types`."""
+    if not has_delta_net(text):
+        return {FULL_ATTENTION: layers, LINEAR_ATTENTION: ()}
+    types = text.require("layer_types", list)
+    unknown = set(types) - {FULL_ATTENTION, LINEAR_ATTENTION}
+    if len(types) != len(layers) or unknown:
+        raise ConfigError(
+            f"{text.origin}: text_config.layer_types should name {len(layers)} layers, each "
+            f"{FULL_ATTENTION} or {LINEAR_ATTENTION}; found {len(types)}, {sorted(set(types))}"
+        )
+    return {
+        kind: tuple(layer for layer in layers if types[layer] == kind)
+        for kind in (FULL_ATTENTION, LINEAR_ATTENTION)
+    }
+
+
+def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Which layers have one MLP and which routed experts.
+
+    Layers in `mlp_only_layers`, and all but every `decoder_sparse_step`-th, have one MLP.
+    """
+    if not has_experts(text):
+        return {DENSE_MLP: layers, SPARSE_MLP: ()}
+    step = text.get("decoder_sparse_step", 1)
+    dense = set(text.get("mlp_only_layers", []))
+    if step < 1 or not dense <= set(layers):
+        raise ConfigError(
+            f"{text.origin}: text_config.decoder_sparse_step {step} and mlp_only_layers "
+            f"{sorted(dense)} do not fit {len(layers)} layers"
+        )
+    sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
+    return {SPARSE_MLP: sparse, DENSE_MLP: tuple(sorted(set(layers) - set(sparse)))}
+
+
+def padded_vocabulary(vocab_size: int, divisible_by: int = 128) -> int:
+    """The next multiple; 128 is what megatron-core's clients pad to before tensor parallelism."""
+    return -(-vocab_size // divisible_by) * divisible_by
+
+
+def _experts(text: HFConfig) -> int:
+    # Qwen3-VL-MoE files name it in either way, by the version that saved them.
+    key = "num_local_experts" if text.has("num_local_experts") else "num_experts"
+    return text.require(key, int)
+
+
+def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields:
+    text = config.text
     vocab_size = text.require("vocab_size", int)
     if padded_vocab_size is None:
         padded_vocab_size = padded_vocabulary(vocab_size)
@@ -33,52 +176,65 @@ def qwen_vl_structure(config: HFConfig, padded_vocab_size: int | None = None) ->
             f"{config.origin}: {vocab_size} tokens do not fit into an embedding of "
             f"{padded_vocab_size} rows"
         )
-    language_fields = LanguageFields(
+    delta = (
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+    )
+    return QwenLanguageFields(
         num_attention_heads=text.require("num_attention_heads", int),
         num_query_groups=text.require("num_key_value_heads", int),
         kv_channels=text.require("head_dim", int),
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
-    )
-    vision_hidden = vision.require("hidden_size", int)
-    vision_heads = vision.require("num_heads", int)
-    vision_fields = AttentionFields(vision_heads, vision_heads, vision_hidden // vision_heads)
-    layers = text.require("num_hidden_layers", int)
-    blocks = vision.require("depth", int)
-    features = set()
-    if text.get("attention_bias", False):
-        features.add(ATTENTION_BIAS)
-    if not config.get("tie_word_embeddings", False):
-        features.add(UNTIED_OUTPUT)
-    return ModelStructure(
-        dims={
-            "V": vocab_size,
-            "H": text.require("hidden_size", int),
-            "I": text.require("intermediate_size", int),
-            "Q": language_fields.num_attention_heads * language_fields.kv_channels,
-            "K": language_fields.num_query_groups * language_fields.kv_channels,
-            "d": language_fields.kv_channels,
-            "h": vision_hidden,
-            "3h": 3 * vision_hidden,
-            "i": vision.require("intermediate_size", int),
-            "D": vision_hidden * vision.require("spatial_merge_size", int) ** 2,
-            "O": vision.require("out_hidden_size", int),
-            "P": vision.require("num_position_embeddings", int),
-            "c": vision.require("in_channels", int),
-            "t": vision.require("temporal_patch_size", int),
-            "p": vision.require("patch_size", int),
-        },
-        fields={LANGUAGE: language_fields, VISION: vision_fields},
-        indices={
-            DECODER_LAYERS: tuple(range(layers)),
-            VISION_LAYERS: tuple(range(blocks)),
-            DEEPSTACK_MERGERS: tuple(range(len(vision.get("deepstack_visual_indexes", [])))),
-        },
-        stacked=frozenset({DECODER_LAYERS, VISION_LAYERS}),
-        features=frozenset(features),
+        num_moe_experts=_experts(text) if has_experts(text) else 0,
+        **({name: text.require(name, int) for name in delta} if has_delta_net(text) else {}),
     )
 
 
-def padded_vocabulary(vocab_size: int, divisible_by: int = 128) -> int:
-    """The next multiple; 128 is what megatron-core's clients pad to before tensor parallelism."""
-    return -(-vocab_size // divisible_by) * divisible_by
+def _language_dims(text: HFConfig, fields: QwenLanguageFields) -> dict[str, int]:
+    hidden = text.require("hidden_size", int)
+    queries = fields.num_attention_heads * fields.kv_channels
+    dims = {
+        "V": fields.vocab_size,
+        "H": hidden,
+        "2H": 2 * hidden,
+        "Q": queries,
+        "2Q": 2 * queries,
+        "K": fields.num_query_groups * fields.kv_channels,
+        "d": fields.kv_channels,
+    }
+    if text.has("intermediate_size"):
+        dims["I"] = text.require("intermediate_size", int)
+    if has_experts(text):
+        intermediate = text.require("moe_intermediate_size", int)
+        dims |= {"E": fields.num_moe_experts, "Ie": intermediate, "2Ie": 2 * intermediate}
+    if text.has("shared_expert_intermediate_size"):
+        dims["Is"] = text.require("shared_expert_intermediate_size", int)
+    if has_delta_net(text):
+        keys = fields.linear_num_key_heads * fields.linear_key_head_dim
+        values = fields.linear_num_value_heads * fields.linear_value_head_dim
+        dims |= {
+            "C": 2 * keys + values,
+            "Z": values,
+            "nv": fields.linear_num_value_heads,
+            "dv": fields.linear_value_head_dim,
+            "w": text.require("linear_conv_kernel_dim", int),
+        }
+    return dims
+
+
+def _vision_dims(vision: HFConfig) -> dict[str, int]:
+    hidden = vision.require("hidden_size", int)
+    return {
+        "h": hidden,
+        "3h": 3 * hidden,
+        "i": vision.require("intermediate_size", int),
+        "D": hidden * vision.require("spatial_merge_size", int) ** 2,
+        "O": vision.require("out_hidden_size", int),
+        "P": vision.require("num_position_embeddings", int),
+        "c": vision.require("in_channels", int),
+        "t": vision.require("temporal_patch_size", int),
+        "p": vision.require("patch_size", int),
+    }

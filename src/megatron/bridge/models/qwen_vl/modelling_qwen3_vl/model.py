@@ -1,4 +1,4 @@
-"""Qwen3-VL: vision encoder and language model in one megatron-core module."""
+"""Vision encoder and language model in one megatron-core module, for all Qwen families."""
 
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Qwen3VLModel(MegatronModule):
-    """One pipeline stage of Qwen3-VL.
+    """One pipeline stage of Qwen3-VL or Qwen3.5.
 
     `vision_model` exists on the first stage only; `language_model` is this stage's part of the
     decoder, with the embedding on the first and the output layer on the last stage.
@@ -130,8 +130,9 @@ class Qwen3VLModel(MegatronModule):
             attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side;
                 None if all are real.
             labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
-            loss_mask: [b, s], for multi-token prediction; the returned loss is not multiplied by
-                it, as usual in Megatron.
+            loss_mask: [b, s], for multi-token prediction, whose loss reaches the gradients only;
+                None for the tokens with a label. The returned loss is not multiplied by it, as
+                usual in Megatron.
             packed_seq_params: "thd" packing, sequences do not see each other.
             pixel_values: [image patches, channels * frames * height * width of a patch].
             image_grid_thw: int64 [images, 3], frames, rows and columns in patches.
@@ -152,6 +153,7 @@ class Qwen3VLModel(MegatronModule):
         visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         visual.check(self.config.vision.patch_values, self.config.vision.spatial_merge_size)
         self._check_text(input_ids, position_ids, attention_mask, packed_seq_params)
+        self._check_prediction(input_ids, labels)
         with megatron_on_cpu():
             if position_ids is None:
                 position_ids = self._position_ids(
@@ -160,10 +162,12 @@ class Qwen3VLModel(MegatronModule):
             decoder_input, context = None, None
             if self.pre_process:
                 decoder_input, context = self._embed(input_ids, visual)
+            padding = _padding(attention_mask)
             output = self.language_model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                attention_mask=_padding_mask(attention_mask),
+                attention_mask=None if padding is None else padding[:, None, None, :],
+                padding_mask=self._padding_of_experts(padding),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -205,6 +209,20 @@ class Qwen3VLModel(MegatronModule):
                 f"the sequence length {length} is not a multiple of "
                 f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
                 f"batch on the right."
+            )
+
+    def _check_prediction(self, input_ids: Tensor, labels: Tensor | None) -> None:
+        """Multi-token prediction needs the features of pictures where the predictors are."""
+        if not self.language_model.mtp_process or self.pre_process:
+            return
+        if labels is None and not self.training:
+            return
+        types = token_types(input_ids, self.config.image_token_id, self.config.video_token_id)
+        if bool(types.any()):
+            raise InputError(
+                f"the prompt has pictures, and the predictors of mtp_num_layers = "
+                f"{self.config.mtp_num_layers} are on the last pipeline stage, which does not have "
+                f"their features. Set pipeline_model_parallel_size=1, or mtp_num_layers=None."
             )
 
     def _position_ids(
@@ -253,9 +271,18 @@ class Qwen3VLModel(MegatronModule):
                 context = tensor_parallel.scatter_to_sequence_parallel_region(context, group)
         return embeddings, context
 
+    def _padding_of_experts(self, padding: Tensor | None) -> Tensor | None:
+        """[b, s] of what the balance of the experts shall not count, this rank's part of s."""
+        if padding is None or self.config.num_moe_experts is None:
+            return None
+        if not self.config.sequence_parallel:
+            return padding
+        group = self.pg_collection.tp
+        return padding.chunk(group.size(), dim=1)[group.rank()]
 
-def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """[b, s] with nonzero for real tokens -> [b, 1, 1, s] with True for padding; None if none."""
+
+def _padding(attention_mask: Tensor | None) -> Tensor | None:
+    """[b, s] with nonzero for real tokens -> [b, s] with True for padding; None if none."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
-    return ~attention_mask.bool()[:, None, None, :]
+    return ~attention_mask.bool()

@@ -1,29 +1,35 @@
-"""The language model: megatron-core's GPTModel with interleaved mRoPE and deepstack layers."""
+"""The language model: megatron-core's GPTModel with interleaved mRoPE and the layers of Qwen."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from torch import Tensor
 
-from megatron.bridge.models.backends.layer_spec import dense_layer_spec
-from megatron.bridge.models.backends.selection import get_backend
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.deepstack import DeepstackTransformerLayer
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
+    decoder_spec,
+    predictor_spec,
+)
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.following_token import FollowingTokens
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import (
     InterleavedMultimodalRotaryEmbedding,
 )
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import TEXT, token_types
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
 
 IGNORED_LABEL = -100
+
+# What GPTModel hands from its forward to the predictors as it is.
+_FOR_PREDICTORS = (
+    "position_ids",
+    "attention_mask",
+    "padding_mask",
+    "rotary_pos_emb",
+    "packed_seq_params",
+)
 
 
 class Qwen3VLTextModel(GPTModel):
@@ -48,7 +54,7 @@ class Qwen3VLTextModel(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            transformer_layer_spec=_block_spec(config, pg_collection, vp_stage),
+            transformer_layer_spec=decoder_spec(config, vp_stage, pg_collection.pp.rank()),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
@@ -60,6 +66,7 @@ class Qwen3VLTextModel(GPTModel):
             rotary_percent=config.rotary_percent,
             rotary_base=config.rotary_base,
             scatter_embedding_sequence_parallel=config.scatter_embedding_sequence_parallel,
+            mtp_block_spec=predictor_spec(config),
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
@@ -67,6 +74,78 @@ class Qwen3VLTextModel(GPTModel):
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(
             config.kv_channels, config.rotary_percent, config.rotary_base
         )
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        decoder_input: Tensor | None,
+        mtp_in_postprocess: bool,
+        runtime_gather_output: bool,
+        **given: Any,
+    ) -> Tensor:
+        """Multi-token prediction with the embeddings of pictures, then logits or loss.
+
+        megatron-core gives its predictors the embeddings of the tokens alone. Without labels
+        outside of training there is nothing to predict for, and the predictors are not run.
+        """
+        if self.config.mtp_num_layers and labels is None and not self.training:
+            if not self.post_process:
+                return hidden_states
+            weight = None
+            if self.share_embeddings_and_output_weights:
+                weight = self.shared_embedding_or_output_weight()
+            logits, _ = self.output_layer(
+                hidden_states, weight=weight, runtime_gather_output=runtime_gather_output
+            )
+            return logits.transpose(0, 1).contiguous()
+        if mtp_in_postprocess:
+            padding = None
+            if given["padding_mask"] is not None:
+                padding = given["attention_mask"][:, 0, 0, :]
+            hidden_states = self.mtp(
+                input_ids=input_ids,
+                hidden_states=hidden_states,
+                embedding=FollowingTokens(self, decoder_input, padding),
+                **{name: given[name] for name in _FOR_PREDICTORS},
+            )
+        if self.config.mtp_num_layers and self.post_process:
+            given["loss_mask"] = self._prediction_mask(input_ids, labels, **given)
+        return super()._postprocess(
+            hidden_states,
+            input_ids=input_ids,
+            labels=labels,
+            decoder_input=decoder_input,
+            mtp_in_postprocess=False,
+            runtime_gather_output=runtime_gather_output,
+            **given,
+        )
+
+    def _prediction_mask(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        *,
+        loss_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        **_: Any,
+    ) -> Tensor:
+        """[b, s], what counts in the mean of the second loss: megatron-core divides by its sum.
+
+        Tokens without a label do not count. Without labels the tokens themselves are the labels:
+        then padding and the placeholders of pictures do not.
+        """
+        if labels is not None:
+            counts = labels != IGNORED_LABEL
+        else:
+            config = self.config
+            types = token_types(input_ids, config.image_token_id, config.video_token_id)
+            counts = types == TEXT
+            if attention_mask is not None:
+                counts = counts & ~attention_mask[:, 0, 0, :]
+        return counts.float() if loss_mask is None else loss_mask * counts
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy per token, over the real vocabulary.
@@ -86,22 +165,3 @@ class Qwen3VLTextModel(GPTModel):
         ignored = labels == IGNORED_LABEL
         loss = super().compute_language_model_loss(labels.masked_fill(ignored, 0), logits)
         return loss.masked_fill(ignored, 0.0)
-
-
-def _block_spec(
-    config: "Qwen3VLModelProvider", pg_collection: ProcessGroupCollection, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline stage and the final norm."""
-    backend: BackendSpecProvider = get_backend(config.transformer_impl)
-    layer = dense_layer_spec(
-        config,
-        backend,
-        AttnMaskType.causal,
-        layer_class=DeepstackTransformerLayer,
-        attention_output_bias=config.add_attention_output_bias,
-    )
-    layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * layers,
-        layer_norm=backend.layer_norm(rms_norm=config.normalization == "RMSNorm"),
-    )

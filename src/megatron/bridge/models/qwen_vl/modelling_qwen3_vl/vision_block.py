@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from megatron.bridge.models.backends.layer_spec import dense_layer_spec
+from megatron.bridge.models.backends.layer_spec import layer_spec
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
 
 
@@ -128,7 +128,7 @@ class VisionTransformerBlock(TransformerBlock):
         backend: BackendSpecProvider,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        layer = dense_layer_spec(config, backend, AttnMaskType.no_mask)
+        layer = layer_spec(config, backend, AttnMaskType.no_mask)
         super().__init__(
             config,
             TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers),

@@ -1,0 +1,114 @@
+"""How routed experts lie in files: found from names and shapes, never guessed."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron.bridge.errors import ConfigError, InputError
+from megatron.bridge.models.conversion.plan import TensorLike
+
+DECODER_EXPERTS = r"model\.language_model\.layers\.\d+\.mlp\.experts\."
+MTP_EXPERTS = r"mtp\.layers\.\d+\.mlp\.experts\."
+
+
+class ExpertLayout(StrEnum):
+    """Disk layouts of routed experts; shapes are those of gate_up and down."""
+
+    FUSED = "fused"
+    """One tensor for all experts: [E, 2I, H] and [E, H, I]."""
+    FUSED_TRANSPOSED = "fused-transposed"
+    """One tensor for all experts: [E, H, 2I] and [E, I, H]."""
+    PER_EXPERT = "per-expert"
+    """Tensors of their own for each expert: gate and up [I, H], down [H, I]."""
+
+
+def parse_expert_layout(name: str) -> ExpertLayout:
+    """The layout of this name. Raises InputError, listing the names."""
+    try:
+        return ExpertLayout(name)
+    except ValueError:
+        raise InputError(
+            f"{name!r} is no disk layout of experts; expected {', '.join(ExpertLayout)}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class DiskLayout:
+    """The layouts of one model's files; None where there are no such experts."""
+
+    decoder: ExpertLayout | None = None
+    mtp: ExpertLayout | None = None
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """What shapes are told apart by: experts, hidden size, intermediate size of one expert."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+
+    def shapes(self, layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
+        """Shapes of the two fused tensors by the end of their names."""
+        up, down = (2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        if layout is ExpertLayout.FUSED_TRANSPOSED:
+            up, down = up[::-1], down[::-1]
+        return {"gate_up_proj": (self.experts, *up), "down_proj": (self.experts, *down)}
+
+
+def find_expert_layout(
+    tensors: Mapping[str, TensorLike],
+    prefix: str,
+    sizes: ExpertSizes,
+    given: ExpertLayout | None = None,
+) -> ExpertLayout | None:
+    """The layout of the experts whose names start with the pattern `prefix`; None for no experts.
+
+    given: what the user says it is, for shapes that cannot tell. Raises InputError for square
+    matrices without an answer, or an answer that shapes contradict; ConfigError for names of two
+    layouts.
+    """
+    one = re.compile(prefix + r"\d+\.(gate|up|down)_proj\.weight")
+    fused = re.compile(prefix + r"(gate_up_proj|down_proj)")
+    names = [name for name in tensors if re.match(prefix, name)]
+    if not names:
+        return None
+    per_expert = [name for name in names if one.fullmatch(name)]
+    whole = {name: match[1] for name in names if (match := fused.fullmatch(name))}
+    if per_expert and whole:
+        raise ConfigError(
+            f"{per_expert[0]} lies on its own, {next(iter(whole))} holds all experts; the experts "
+            f"of one model should lie in one way"
+        )
+    if per_expert:
+        return ExpertLayout.PER_EXPERT
+    fits = {
+        layout: sum(
+            tuple(tensors[name].shape) == sizes.shapes(layout)[kind] for name, kind in whole.items()
+        )
+        for layout in (ExpertLayout.FUSED, ExpertLayout.FUSED_TRANSPOSED)
+    }
+    fitting = {layout for layout, count in fits.items() if count == len(whole)}
+    straight = sizes.shapes(ExpertLayout.FUSED)
+    turned = sizes.shapes(ExpertLayout.FUSED_TRANSPOSED)
+    square = [name for name, kind in whole.items() if straight[kind] == turned[kind]]
+    if given is not None and fitting and given not in fitting:
+        name = next(iter(whole))
+        raise InputError(
+            f"{name} of shape {tuple(tensors[name].shape)} lies "
+            f"{' or '.join(sorted(fitting))}, not {given}; leave the layout of the experts to be "
+            f"found, unless it is asked for"
+        )
+    if square and fitting:
+        if given is not None:
+            return given
+        raise InputError(
+            f"{square[0]}: its matrices are square, {tuple(tensors[square[0]].shape)}, so its "
+            f"shape does not tell whether they are stored transposed. Say which it is, by "
+            f"--experts: "
+            f"{ExpertLayout.FUSED} ([out, in], as transformers 5 saves) or "
+            f"{ExpertLayout.FUSED_TRANSPOSED} ([in, out], as released Qwen3-VL-MoE files)"
+        )
+    # Shapes that do not fit are a matter of the plan, which names each tensor and its shape.
+    return max(fits, key=fits.__getitem__)

@@ -1,0 +1,104 @@
+"""Bridges for Qwen3.5 vision-language models, dense and mixture of experts."""
+
+import logging
+from typing import Any
+
+from megatron.bridge.dtypes import TORCH_NAME_OF
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge, Tensors
+from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl import rows
+from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout, ExpertLayout
+from megatron.bridge.models.qwen_vl.qwen3_vl_bridge import MODEL, Qwen3VLMoEBridge
+from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
+
+logger = logging.getLogger(__name__)
+
+_QWEN3_5_DENSE_HF_CLASS_NAME = "Qwen3_5ForConditionalGeneration"
+_QWEN3_5_MOE_HF_CLASS_NAME = "Qwen3_5MoeForConditionalGeneration"
+
+_SSM_TENSORS = ("linear_attn.A_log", "linear_attn.norm.weight")
+
+
+def _hybrid_rows() -> list[ParamMapping]:
+    """What the dense and the MoE variant share: all but the MLPs."""
+    layer = rows.DECODER_LAYER
+    return [
+        *rows.embedding_rows(),
+        *rows.attention_rows(layer.of_kind(rows.FULL_ATTENTION), gated=True),
+        *rows.gated_delta_rows(layer.of_kind(rows.LINEAR_ATTENTION)),
+        *rows.mtp_rows(),
+        *rows.attention_rows(rows.MTP_MODEL_LAYER, gated=True),
+        *rows.vision_rows(),
+        *rows.deepstack_rows(),
+    ]
+
+
+def _ssm_dtype(tensors: Tensors) -> str:
+    """The dtype of the GDN parameters that the release keeps in F32. Raises ConfigError."""
+    dtypes = {spec.dtype for name, spec in tensors.items() if name.endswith(_SSM_TENSORS)}
+    if len(dtypes) != 1:
+        raise ConfigError(
+            f"{' and '.join(_SSM_TENSORS)} should have one dtype in all layers, found "
+            f"{sorted(dtypes)}"
+        )
+    return TORCH_NAME_OF[dtypes.pop()]
+
+
+class _Qwen35Bridge(QwenVLBridge):
+    """What both variants add to the other families: dtypes that differ from tensor to tensor."""
+
+    def assumed_dtype(self, config: HFConfig, name: str, dtype: str) -> str:
+        """As in the Qwen3.5 release: two small tensors of each GDN layer in `mamba_ssm_dtype`."""
+        is_ssm = name.endswith(_SSM_TENSORS)
+        return "F32" if is_ssm and config.text.get("mamba_ssm_dtype", "") == "float32" else dtype
+
+    def provider_settings(
+        self, config: HFConfig, dtype: str, tensors: Tensors | None = None
+    ) -> dict[str, Any]:
+        """Fields of the family's provider. Raises ConfigError."""
+        tensors = self.expected_tensors(config, dtype) if tensors is None else tensors
+        return super().provider_settings(config, dtype) | {"ssm_dtype": _ssm_dtype(tensors)}
+
+
+@MegatronModelBridge.register_bridge(source=_QWEN3_5_MOE_HF_CLASS_NAME, target=MODEL)
+class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
+    """Qwen3_5MoeForConditionalGeneration to and from Qwen3VLModel.
+
+    Gated DeltaNet and gated attention layers, each with routed experts and a shared one, and an
+    MTP layer of the same kind.
+    """
+
+    provider = "megatron.bridge.models.qwen_vl.qwen35_vl_provider.Qwen35VLMoEModelProvider"
+    released_layout = DiskLayout(ExpertLayout.FUSED, ExpertLayout.PER_EXPERT)
+
+    def rows(self, disk: DiskLayout) -> list[ParamMapping]:
+        """Language model, MTP layer and vision tower."""
+        layer, mtp = rows.DECODER_LAYER, rows.MTP_MODEL_LAYER
+        decoder_experts = disk.decoder or ExpertLayout.FUSED
+        mtp_experts = disk.mtp or ExpertLayout.PER_EXPERT
+        return [
+            *_hybrid_rows(),
+            *rows.dense_mlp_rows(layer.of_kind(rows.DENSE_MLP)),
+            *rows.moe_rows(layer.of_kind(rows.SPARSE_MLP), decoder_experts, shared_expert=True),
+            *rows.moe_rows(mtp, mtp_experts, shared_expert=True),
+        ]
+
+
+@MegatronModelBridge.register_bridge(source=_QWEN3_5_DENSE_HF_CLASS_NAME, target=MODEL)
+class Qwen35VLBridge(_Qwen35Bridge):
+    """Qwen3_5ForConditionalGeneration to and from Qwen3VLModel.
+
+    Gated DeltaNet and gated attention layers, each with one MLP, and an MTP layer.
+    """
+
+    provider = "megatron.bridge.models.qwen_vl.qwen35_vl_provider.Qwen35VLModelProvider"
+
+    def rows(self, disk: DiskLayout) -> list[ParamMapping]:
+        """Language model, MTP layer and vision tower."""
+        return [
+            *_hybrid_rows(),
+            *rows.dense_mlp_rows(rows.DECODER_LAYER),
+            *rows.dense_mlp_rows(rows.MTP_MODEL_LAYER),
+        ]

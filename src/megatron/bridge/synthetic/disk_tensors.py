@@ -1,0 +1,174 @@
+"""The tensors of a model on disk: names, shapes and dtypes, and which random matrices they hold.
+
+Whatever the layout on disk, a seed makes the same model: a random matrix belongs to a parameter,
+or to one projection of one expert, and the layout only says how these are put together.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.bridge.dtypes import TORCH_NAMES
+from megatron.bridge.synthetic import fp8
+from megatron.bridge.synthetic.family import Family
+from megatron.bridge.synthetic.settings import DiskForm, Settings
+
+_EXPERTS = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<projection>gate_up_proj|down_proj)")
+_LAYER = "model.language_model.layers.0."
+
+
+@dataclass(frozen=True, slots=True)
+class RandomTensor:
+    """A tensor to be drawn; `dtype` is the safetensors name.
+
+    The weights of a norm lie around 1, with `zero_centred` around 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zero_centred: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DiskTensor:
+    """A tensor on disk, put together from random ones; `dtype` is the safetensors name.
+
+    `experts` holds each expert's matrices, joined along their first axis (gate above up) and then,
+    with `transposed`, transposed. If it is `fused`, the experts are stacked; otherwise there is one
+    entry, the tensor itself. `content` says what of the matrix is stored: the "values", the
+    "fp8-values" of its quantized form or that one's "fp8-scales"; `scale_dtype` is theirs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    experts: tuple[tuple[RandomTensor, ...], ...]
+    fused: bool = False
+    transposed: bool = False
+    content: str = "values"
+    scale_dtype: str = ""
+
+
+def disk_tensors(family: Family, settings: Settings) -> list[DiskTensor]:
+    """The tensors on disk of a model with these settings.
+
+    Names and shapes in memory are those of transformers' classes, built without memory on the
+    meta device, its tied head left out.
+    """
+    return [
+        stored
+        for name, shape in _parameters(settings.config)
+        for tensor in _in_layout(family, settings.form, name, shape)
+        for stored in _in_precision(settings.form, tensor)
+    ]
+
+
+def _parameters(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the parameters in memory, those of multi-token prediction included."""
+    tied = config["tie_word_embeddings"]
+    for name, shape in _transformers_parameters(config):
+        if not (tied and name == "lm_head.weight"):
+            yield name, shape
+    text = config["text_config"]
+    layers = text.get("mtp_num_hidden_layers", 0)  # no key of Qwen3-VL, which has none
+    if not layers:
+        return
+    # transformers has no such module. Its layers are ordinary ones with full attention.
+    hidden = text["hidden_size"]
+    yield "mtp.fc.weight", (hidden, 2 * hidden)
+    for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        yield f"mtp.{norm}.weight", (hidden,)
+    one_layer = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    model = {**config, "text_config": {**text, **one_layer}}
+    model["vision_config"] = {**config["vision_config"], "depth": 1}
+    for name, shape in _transformers_parameters(model):
+        if name.startswith(_LAYER):
+            for number in range(layers):
+                yield f"mtp.layers.{number}.{name.removeprefix(_LAYER)}", shape
+
+
+def _transformers_parameters(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    values = copy.deepcopy(dict(config))  # transformers changes what it is given
+    model_config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForImageTextToText.from_config(model_config)
+    return [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+
+
+def _in_layout(
+    family: Family, form: DiskForm, name: str, shape: tuple[int, ...]
+) -> Iterator[DiskTensor]:
+    """One parameter as it is laid out on disk, before quantization."""
+
+    def drawn(name: str, shape: tuple[int, ...]) -> RandomTensor:
+        dtype = form.ssm_dtype if _matches(family.ssm_tensors, name) else form.dtype
+        zero_centred = _matches(family.zero_centred_norms, name)
+        return RandomTensor(name, shape, TORCH_NAMES[dtype], zero_centred)
+
+    def stored(tensor: RandomTensor) -> DiskTensor:
+        return DiskTensor(tensor.name, tensor.shape, tensor.dtype, ((tensor,),))
+
+    match = _EXPERTS.fullmatch(name)
+    if match is None:
+        yield stored(drawn(name, shape))
+        return
+    count, rows, columns = shape
+    gated = match["projection"] == "gate_up_proj"
+    projections = ("gate_proj", "up_proj") if gated else ("down_proj",)
+    matrix = (rows // len(projections), columns)
+    experts = tuple(
+        tuple(
+            drawn(f"{match['module']}.{number}.{projection}.weight", matrix)
+            for projection in projections
+        )
+        for number in range(count)
+    )
+    layout = form.mtp_experts if name.startswith("mtp.") else form.experts
+    if layout == "per-expert":
+        yield from (stored(part) for expert in experts for part in expert)
+        return
+    transposed = layout == "fused-transposed"
+    yield DiskTensor(
+        name,
+        (count, columns, rows) if transposed else shape,
+        experts[0][0].dtype,
+        experts,
+        fused=True,
+        transposed=transposed,
+    )
+
+
+def _in_precision(form: DiskForm, tensor: DiskTensor) -> Iterator[DiskTensor]:
+    """One tensor as it is, or as FP8 values and their scales."""
+    if not form.fp8 or not fp8.is_quantized(tensor.experts[0][0].name):
+        yield tensor
+        return
+    scale_dtype = TORCH_NAMES[form.scale_dtype]
+    leading, matrix = tensor.shape[:-2], tensor.shape[-2:]
+    for content, suffix, shape, dtype in (
+        ("fp8-values", "", matrix, "F8_E4M3"),
+        ("fp8-scales", fp8.SCALE_SUFFIX, fp8.scale_shape(matrix), scale_dtype),
+    ):
+        yield DiskTensor(
+            tensor.name + suffix,
+            (*leading, *shape),
+            dtype,
+            tensor.experts,
+            fused=tensor.fused,
+            transposed=tensor.transposed,
+            content=content,
+            scale_dtype=scale_dtype,
+        )
+
+
+def _matches(pattern: str | None, name: str) -> bool:
+    return pattern is not None and re.search(pattern, name) is not None

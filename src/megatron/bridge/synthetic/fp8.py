@@ -1,0 +1,70 @@
+"""The FP8 form of released models: e4m3 weights with one scale per block of 128 x 128.
+
+A matrix [out, in] gets scales [ceil(out / 128), ceil(in / 128)], named `weight_scale_inv` although
+a weight is its stored value *times* the scale. Blocks at the edge are smaller.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 128
+SCALE_SUFFIX = "_scale_inv"
+_LARGEST = 448.0  # of e4m3
+# Left as they are: head, embeddings, norms, the router, the gate of the shared expert, the small
+# projections, convolution and vectors of the Gated DeltaNet, the vision model, mtp.fc.
+_QUANTIZED = re.compile(
+    r"^(model\.language_model|mtp)\.layers\..*"
+    r"\.([qkvo]_proj|in_proj_qkv|in_proj_z|out_proj|gate_proj|up_proj|down_proj)\.weight$"
+)
+
+
+def is_quantized(matrix: str) -> bool:
+    """Whether the FP8 release quantizes the matrix of this name, an expert's own included."""
+    return _QUANTIZED.match(matrix) is not None
+
+
+def scale_shape(matrix: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of a matrix."""
+    return tuple(-(-size // BLOCK) for size in matrix)
+
+
+def quantize(matrix: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [out, in] as e4m3, and its scales in `scale_dtype`.
+
+    A block's scale is its largest magnitude / 448, rounded first, so that both fit together.
+    """
+    import torch
+
+    rows, columns = matrix.shape
+    row_blocks, column_blocks = scale_shape(matrix.shape)
+    padded = torch.zeros(row_blocks * BLOCK, column_blocks * BLOCK)
+    padded[:rows, :columns] = matrix
+    blocks = padded.view(row_blocks, BLOCK, column_blocks, BLOCK)
+    scales = (blocks.abs().amax(dim=(1, 3)) / _LARGEST).to(scale_dtype)
+    scales[scales == 0] = 1
+    quotients = (blocks / scales.float()[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
+    values = quotients.view(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn)
+    return values, scales
+
+
+def quantization_config(names: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a model with these tensors on disk."""
+    everything = set(names)
+    plain = sorted(
+        name.removesuffix(".weight")
+        for name in everything
+        if name.endswith(".weight") and name + SCALE_SUFFIX not in everything
+    )
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": plain,
+        "quant_method": "fp8",
+        "weight_block_size": [BLOCK, BLOCK],
+    }

@@ -1,0 +1,161 @@
+"""The predictor of the token after the next, against `Predictor`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oracle import tiny
+from oracle.predictor import Predictor
+from oracle.test_gradients import assert_equal_gradients, gradients_in_hf_names, gradients_on_disk
+from oracle.test_gradients import labels_of as all_labels_of
+from oracle.test_logits import image_and_video
+from oracle.test_packed import packed
+
+TOLERANCE = 1e-4
+CASES = ["qwen3_5-3x_value_heads-one_kv_head", "qwen3_5_moe-2x_value_heads"]
+# Large, so that the gradients of the second loss weigh as much as those of the first.
+FACTOR = 40.0
+FIELDS = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": FACTOR, "moe_aux_loss_coeff": 0.0}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(build: Any, request: pytest.FixtureRequest) -> SimpleNamespace:
+    """hf, ours, bridge, and `predictor`, whose weights are in ours too."""
+    predictors: list[Predictor] = []
+
+    def add_predictor(hf: Any, folder: Any) -> None:
+        predictors.append(Predictor(hf))
+        predictors[0].add_to(folder)
+
+    config = {"text_config": {"mtp_num_hidden_layers": 1}}
+    pair = build(config, FIELDS, case=request.param, prepare=add_predictor)
+    pair.predictor = predictors[0]
+    return pair
+
+
+@contextmanager
+def predictions(model: Any) -> Iterator[list[Tensor]]:
+    """Collects what the predictor gives to the output layer, [b, s, h]."""
+    found: list[Tensor] = []
+    hook = model.language_model.mtp.layers[0].register_forward_hook(
+        lambda _module, _args, output: found.append(output[0].transpose(0, 1))
+    )
+    yield found
+    hook.remove()
+
+
+def labels_of(inputs: dict[str, Tensor]) -> Tensor:
+    """As for the first loss; padding has none."""
+    labels = all_labels_of(inputs)
+    labels[inputs["attention_mask"].roll(-1, dims=1) == 0] = -100
+    return labels
+
+
+def assert_equal_predictions(pair: SimpleNamespace, inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad(), predictions(pair.ours) as found:
+        _, expected = pair.predictor(pair.hf, inputs)
+        pair.ours(**inputs, labels=labels_of(inputs))
+    real = inputs["attention_mask"].bool()
+    has_next = real & real.roll(-1, dims=1)
+    has_next[:, -1] = False
+    assert expected[has_next].std() > 0.1
+    assert (found[0] - expected)[has_next].abs().max() <= TOLERANCE
+
+
+def test_predictions_for_text_images_and_video(pair: SimpleNamespace, processor: Any) -> None:
+    assert_equal_predictions(pair, tiny.prompt(processor, "A sentence without a picture."))
+    assert_equal_predictions(pair, image_and_video(processor))
+
+
+def test_pictures_matter_to_the_predictor(
+    pair: SimpleNamespace, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison would notice the embeddings of placeholders in the place of features."""
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import text_model
+
+    following = text_model.FollowingTokens
+    monkeypatch.setattr(
+        text_model,
+        "FollowingTokens",
+        lambda model, _input, padding: following(model, None, padding),
+    )
+    assert_equal_predictions(pair, tiny.prompt(processor, "Only words are not affected."))
+    with pytest.raises(AssertionError):
+        assert_equal_predictions(pair, image_and_video(processor))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch(pair: SimpleNamespace, processor: Any, side: str) -> None:
+    texts = [f"{tiny.IMAGE} A flower?", f"Here {tiny.IMAGE} is a longer question.", "No picture."]
+    inputs = tiny.prompt(
+        processor, texts, images=tiny.photographs(), padding=True, padding_side=side
+    )
+    assert_equal_predictions(pair, inputs)
+
+
+def test_packed_sequences(pair: SimpleNamespace, processor: Any) -> None:
+    prompts = [
+        tiny.prompt(processor, f"{tiny.IMAGE} What is it?", images=tiny.photographs()[:1]),
+        tiny.prompt(processor, "Only words."),
+        tiny.prompt(processor, f"Frames {tiny.VIDEO}", videos=[tiny.video()]),
+    ]
+    inputs = packed(prompts)
+    with torch.no_grad(), predictions(pair.ours) as found:
+        pair.ours(**inputs, labels=inputs["input_ids"])
+        expected = torch.cat([pair.predictor(pair.hf, one)[1] for one in prompts], dim=1)
+    has_next = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    has_next[:, inputs["packed_seq_params"].cu_seqlens_q[1:].long() - 1] = False
+    assert (found[0] - expected)[has_next].abs().max() <= TOLERANCE
+
+
+def test_logits_are_those_without_the_predictor(pair: SimpleNamespace, processor: Any) -> None:
+    inputs = image_and_video(processor)
+    with torch.no_grad(), predictions(pair.ours) as found:
+        expected = pair.hf(**inputs).logits
+        in_use = pair.ours(**inputs, trim_vocab_padding=True)
+        assert not found, "the predictor ran, and nobody needs it"
+        in_training = pair.ours.train()(**inputs, trim_vocab_padding=True)
+        pair.ours.eval()
+        assert found
+    assert (in_use - expected).abs().max() <= TOLERANCE
+    assert (in_training - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_loss_and_every_gradient(pair: SimpleNamespace, processor: Any, training: bool) -> None:
+    inputs = image_and_video(processor)
+    labels = labels_of(inputs)
+    labels[:, :5] = -100
+    expected_loss, expected = expected_gradients(pair, inputs, labels)
+
+    pair.ours.train(training).zero_grad()
+    loss = pair.ours(**inputs, labels=labels)
+    loss.sum().backward()
+    pair.ours.eval()
+    assert (loss - expected_loss).abs().max() <= TOLERANCE, "the first loss is returned alone"
+    assert_equal_gradients(dict(gradients_in_hf_names(pair)), expected)
+
+
+def expected_gradients(
+    pair: SimpleNamespace, inputs: dict[str, Tensor], labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the first loss, and of FACTOR times the mean of the second."""
+    pair.hf.zero_grad(set_to_none=False)
+    pair.predictor.zero_grad()
+    logits, hidden_states = pair.predictor(pair.hf, inputs)
+    loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    second_labels = labels.roll(-1, dims=1)
+    second_labels[:, -1] = -100
+    second_logits = pair.hf.lm_head(hidden_states)
+    second_loss = F.cross_entropy(second_logits.transpose(1, 2), second_labels)
+    (loss.sum() + FACTOR * second_loss).backward()
+    gradients = gradients_on_disk(pair.hf)
+    for name, weight in pair.predictor.named_parameters():
+        gradients[f"mtp.{name}"] = weight.grad
+    return loss.detach(), gradients
