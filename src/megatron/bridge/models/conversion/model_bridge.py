@@ -115,8 +115,9 @@ class MegatronModelBridge(ABC):
         The vocabulary was padded for the parallel layout of that model.
         """
         embedding = tensors.get(self.embedding_key)
-        has_rows = embedding is not None and bool(embedding.shape)
-        return PlanOptions(padded_vocab_size=embedding.shape[0] if has_rows else None)
+        if embedding is None or not embedding.shape:
+            return DEFAULTS  # the plan will say what is missing
+        return PlanOptions(padded_vocab_size=embedding.shape[0])
 
     @abstractmethod
     def provider_settings(

@@ -145,7 +145,7 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
     if not has_experts(text):
         return {DENSE_MLP: layers, SPARSE_MLP: ()}
     step = text.get("decoder_sparse_step", 1)
-    dense = set(text.get("mlp_only_layers", []))
+    dense: set[int] = set(text.get("mlp_only_layers", []))
     if step < 1 or not dense <= set(layers):
         raise ConfigError(
             f"{text.origin}: text_config.decoder_sparse_step {step} and mlp_only_layers "
