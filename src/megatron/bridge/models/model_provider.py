@@ -60,6 +60,7 @@ class ModelProvider(TransformerConfig, ABC):
     transformer_impl: str | None = None
     pipeline_dtype: torch.dtype | None = None
     moe_grouped_gemm: bool | None = None
+    moe_router_pre_softmax: bool = False
 
     def __post_init__(self) -> None:
         """Deferred to `finalize()`."""
