@@ -54,7 +54,7 @@ TEXT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 80,
     "num_hidden_layers": 5,
-    "rms_norm_eps": 1e-4,
+    "rms_norm_eps": 1e-6,
     "max_position_embeddings": 4096,
 }
 QWEN3_ATTENTION = {
@@ -81,8 +81,8 @@ HYBRID_ATTENTION = {
     },
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 26,
-    "linear_value_head_dim": 22,
+    "linear_key_head_dim": 120,
+    "linear_value_head_dim": 104,
 }
 DENSE = {"intermediate_size": 144}
 EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
