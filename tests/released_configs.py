@@ -189,3 +189,21 @@ QWEN3_5_27B = qwen3_5(5120, 64, 24, 4, 17408, 48, VISION_27, tied=False)
 QWEN3_5_35B_A3B = qwen3_5_moe(2048, 40, 16, 2, 512, 256, 8, 32)
 QWEN3_5_122B_A10B = qwen3_5_moe(3072, 48, 32, 2, 1024, 256, 8, 64)
 QWEN3_5_397B_A17B = qwen3_5_moe(4096, 60, 32, 2, 1024, 512, 10, 64)
+
+# Name of a config, tensors on disk, bytes of tensor data where they are known.
+RELEASED: list[tuple[str, int, int | None]] = [
+    ("QWEN3_VL_2B", 625, 4_255_064_064),
+    ("QWEN3_VL_4B", 713, 8_875_631_616),
+    ("QWEN3_VL_8B", 750, None),
+    ("QWEN3_VL_32B", 1058, None),
+    ("QWEN3_VL_30B_A3B", 882, 62_141_508_064),
+    ("QWEN3_VL_235B_A22B", 1388, 471_340_045_792),
+    ("QWEN3_5_0_8B", 488, None),
+    ("QWEN3_5_2B", 632, 4_548_144_832),
+    ("QWEN3_5_4B", 738, None),
+    ("QWEN3_5_9B", 775, 19_306_216_416),
+    ("QWEN3_5_27B", 1199, None),
+    ("QWEN3_5_35B_A3B", 1811, None),
+    ("QWEN3_5_122B_A10B", 1949, 250_173_007_840),
+    ("QWEN3_5_397B_A17B", 2924, 806_795_875_168),
+]

@@ -81,21 +81,7 @@ def tensors_of(config: dict[str, Any], experts: str | None = None) -> dict[str, 
     return bridge_for(view.architecture).expected_tensors(view, "BF16", options)
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "nbytes"),
-    [
-        ("QWEN3_VL_30B_A3B", 882, 62_141_508_064),
-        ("QWEN3_VL_235B_A22B", 1388, 471_340_045_792),
-        ("QWEN3_5_0_8B", 488, None),
-        ("QWEN3_5_2B", 632, 4_548_144_832),
-        ("QWEN3_5_4B", 738, None),
-        ("QWEN3_5_9B", 775, 19_306_216_416),
-        ("QWEN3_5_27B", 1199, None),
-        ("QWEN3_5_35B_A3B", 1811, None),
-        ("QWEN3_5_122B_A10B", 1949, 250_173_007_840),
-        ("QWEN3_5_397B_A17B", 2924, 806_795_875_168),
-    ],
-)
+@pytest.mark.parametrize(("name", "keys", "nbytes"), released.RELEASED)
 def test_released_models(name: str, keys: int, nbytes: int | None) -> None:
     plan = plan_of(getattr(released, name))
     assert len(plan.hf) == keys

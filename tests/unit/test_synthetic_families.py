@@ -346,25 +346,7 @@ def test_fp8(tmp_path: Path, family: str, scale_dtype: str) -> None:
             assert index[f"{module}.up_proj.weight_scale_inv"].shape == (2, 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "keys", "size"),
-    [
-        ("QWEN3_VL_2B", 625, 4_255_064_064),
-        ("QWEN3_VL_4B", 713, 8_875_631_616),
-        ("QWEN3_VL_8B", 750, None),
-        ("QWEN3_VL_32B", 1058, None),
-        ("QWEN3_VL_30B_A3B", 882, 62_141_508_064),
-        ("QWEN3_VL_235B_A22B", 1388, 471_340_045_792),
-        ("QWEN3_5_0_8B", 488, None),
-        ("QWEN3_5_2B", 632, 4_548_144_832),
-        ("QWEN3_5_4B", 738, None),
-        ("QWEN3_5_9B", 775, 19_306_216_416),
-        ("QWEN3_5_27B", 1199, None),
-        ("QWEN3_5_35B_A3B", 1811, None),
-        ("QWEN3_5_122B_A10B", 1949, 250_173_007_840),
-        ("QWEN3_5_397B_A17B", 2924, 806_795_875_168),
-    ],
-)
+@pytest.mark.parametrize(("name", "keys", "size"), released.RELEASED)
 def test_real_sizes(name: str, keys: int, size: int | None) -> None:
     """A real config.json, given as settings, makes the tensors of the released files."""
     config: dict[str, Any] = getattr(released, name)
