@@ -49,8 +49,8 @@ format: $(STAMP) ## let ruff rewrite the code
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
 
-bench: $(STAMP) ## the benchmarks
-	$(PYTHON_BIN) benchmarks/run.py $(ARGS)
+bench: $(STAMP) ## import, export and verify against a plain copy, 5 rounds of 4 GB (35 GB of disk); see docs/benchmarks.md
+	$(RUN) benchmarks $(ARGS)
 
 clean: ## remove caches and build results
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

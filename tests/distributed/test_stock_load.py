@@ -1,7 +1,10 @@
-"""A checkpoint written by `import`, loaded by stock megatron-core in two processes at TP2."""
+"""Two processes convert, and stock megatron-core loads the checkpoint in two processes at TP2."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.bridge.checkpoint.convert import import_checkpoint
+from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.synthetic import make_model
 
@@ -61,17 +65,50 @@ def mapped_one_by_one(bridge: Any, model: Any) -> dict[str, list[str]]:
     return wrong
 
 
+def torchrun(command: str, *args: Path | str) -> dict[str, Any]:
+    """Run a command of the bridge in two processes; what it prints."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    arguments = ["-m", "megatron.bridge", command, *map(str, args), "--json"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tp2")
     settings = {"vision.num_heads": 4, "tie_word_embeddings": False, "text.attention_bias": True}
+    settings |= {"num_shards": 3}
     make_model("qwen3-vl", folder / "hf", settings, seed=7)
-    import_checkpoint(PreTrainedVLM.from_pretrained(folder / "hf"), folder / "megatron")
+    torchrun("import", folder / "hf", folder / "megatron", "--max-shard-size", "400kB")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
     return folder
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
+
+
+def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None:
+    hf = PreTrainedVLM.from_pretrained(folder / "hf")
+    run = Run(max_shard_bytes=400_000)
+    import_checkpoint(hf, tmp_path / "megatron", run=run)
+    assert files_of(tmp_path / "megatron") == files_of(folder / "megatron")
+    assert len([*(folder / "megatron").rglob("*.distcp")]) > 4
+    torchrun("export", folder / "megatron", tmp_path / "two", "--hf", folder / "hf", "--verify")
+    export_checkpoint(folder / "megatron", tmp_path / "one", hf)
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    assert files_of(tmp_path / "two").items() >= files_of(folder / "hf").items()
 
 
 def test_every_shard_is_equal(folder: Path) -> None:

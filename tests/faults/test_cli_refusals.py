@@ -473,7 +473,7 @@ def test_nothing_is_left_half_written(
 ) -> None:
     from megatron.bridge.models.conversion import transfer
 
-    name = "read_megatron" if direction == "import" else "read_hf"
+    name = "fill_megatron" if direction == "import" else "fill_hf"
     monkeypatch.setattr(transfer, name, Fault(happen, getattr(transfer, name)))
     out = tmp_path / "out"
     args = {

@@ -1,15 +1,20 @@
 """Megatron checkpoints that are damaged or hostile: refused by name, and no code of theirs runs."""
 
+import io
+import os
 import pickle
+import re
 import shutil
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.torch_dist_metadata import read_metadata
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.errors import CheckpointError, PlanError
 from megatron.bridge.models.conversion.boxes import full_box
@@ -35,9 +40,11 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[Any], None]) -> None:
-    metadata = read_metadata(folder)
+    """Change the index, which is ours and may be unpickled, as PyTorch's own classes."""
+    index = folder / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
     change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    index.write_bytes(pickle.dumps(metadata))
 
 
 def refusal(folder: Path) -> str:
@@ -80,31 +87,204 @@ def test_code_inside_of_a_real_index_is_refused(folder: Path, tmp_path: Path) ->
     assert not marker.exists()
 
 
-def test_code_inside_of_the_data_does_not_run(folder: Path, tmp_path: Path) -> None:
-    """The objects beside the tensors are pickles too: they are never opened."""
-    import io
+def put(folder: Path, blob: bytes, at: int | None = None, length: int | None = None) -> None:
+    """Append `blob` to the data, and let the index say that KEY's first piece is there.
 
-    import torch
-
-    marker = tmp_path / "ran"
-    buffer = io.BytesIO()
-    torch.save([Runs(marker)], buffer)
+    at, length: what the index says of it instead of the truth; `at` is relative to the blob.
+    """
     data = folder / "__0_0.distcp"
-    checkpoint = TorchDistCheckpoint(folder)
-    end = data.stat().st_size
-    data.write_bytes(data.read_bytes() + buffer.getvalue())
+    begin = data.stat().st_size
+    data.write_bytes(data.read_bytes() + blob)
 
     def redirect(metadata: Any) -> None:
-        for index, info in metadata.storage_data.items():
-            if index.fqn == KEY:
-                info.offset, info.length = end, len(buffer.getvalue())
+        info = next(info for index, info in metadata.storage_data.items() if index.fqn == KEY)
+        info.relative_path = data.name
+        info.offset = begin + (at or 0)
+        info.length = len(blob) if length is None else length
 
     edit(folder, redirect)
-    del checkpoint
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def first_piece(folder: Path) -> torch.Tensor:
+    """Of KEY, as it is stored."""
+    [chunk, *_] = pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata[KEY].chunks
+    box = tuple((a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))
+    return TorchDistCheckpoint(folder).read(KEY, box)
+
+
+def refusal_of_data(folder: Path) -> str:
+    """What `locate` says; `read` refuses as well."""
     checkpoint = TorchDistCheckpoint(folder)
-    with pytest.raises(CheckpointError, match=KEY):
+    with pytest.raises(CheckpointError, match=re.escape(KEY)):
         checkpoint.read(KEY, full_box(checkpoint.tensors[KEY].shape))
+    checkpoint.locate(key for key in checkpoint.tensors if key != KEY)
+    with pytest.raises(CheckpointError, match=re.escape(f"__0_0.distcp: {KEY}")) as error:
+        checkpoint.locate([KEY])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", [Runs, RunsByName])
+def test_code_inside_of_the_data_does_not_run(
+    folder: Path, tmp_path: Path, kind: type[Runs]
+) -> None:
+    marker = tmp_path / "ran"
+    blob = saved([kind(marker), first_piece(folder)])
+    torch.load(io.BytesIO(blob), weights_only=False)
+    assert marker.exists()
+    marker.unlink()
+    put(folder, blob)
+    assert "refused: its pickle" in refusal_of_data(folder)
     assert not marker.exists()
+
+
+def test_objects_are_never_opened(folder: Path, tmp_path: Path) -> None:
+    """Their pickles are anybody's."""
+    marker = tmp_path / "ran"
+    put(folder, saved([Runs(marker), first_piece(folder)]))
+    objects = TorchDistCheckpoint(folder).objects
+
+    def swap(metadata: Any) -> None:
+        infos = {index.fqn: info for index, info in metadata.storage_data.items()}
+        hostile = next(info for index, info in metadata.storage_data.items() if index.fqn == KEY)
+        vars(infos[objects[0]]).update(vars(hostile))
+        for index in [index for index in metadata.storage_data if index.fqn == KEY]:
+            del metadata.storage_data[index]
+        del metadata.state_dict_metadata[KEY]
+
+    edit(folder, swap)
+    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint.locate(checkpoint.tensors)
+    assert not marker.exists()
+
+
+def test_a_plain_tensor_in_its_place_is_read(folder: Path) -> None:
+    """So the refusals here are not of `put`."""
+    tensor = first_piece(folder) + 1
+    put(folder, saved(tensor))
+    assert torch.equal(first_piece(folder), tensor)
+
+
+def test_data_of_another_kind(folder: Path) -> None:
+    put(folder, saved({"a": first_piece(folder)}))
+    assert "refused: its pickle uses" in refusal_of_data(folder)
+
+
+def test_strided_data(folder: Path) -> None:
+    put(folder, saved(first_piece(folder).transpose(-1, -2).contiguous().transpose(-1, -2)))
+    assert "only contiguous tensors are read" in refusal_of_data(folder)
+
+
+def test_compressed_data(folder: Path) -> None:
+    """Though nothing is gained by it, so that they are as long as they should be."""
+    buffer = io.BytesIO()
+    stored = zipfile.ZipFile(io.BytesIO(saved(first_piece(folder))))
+    with stored, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name), compresslevel=0)
+    put(folder, buffer.getvalue())
+    assert "compressed" in refusal_of_data(folder)
+
+
+def test_data_of_another_dtype(folder: Path) -> None:
+    piece = first_piece(folder)
+    put(folder, saved(piece.half()))
+    assert f"should be BF16 of shape {tuple(piece.shape)} by the index" in refusal_of_data(folder)
+
+
+def test_data_of_another_shape(folder: Path) -> None:
+    piece = first_piece(folder)
+    put(folder, saved(piece.flatten()))
+    assert f"the file holds BF16 of shape ({piece.numel()},)" in refusal_of_data(folder)
+
+
+@pytest.mark.parametrize(("at", "longer"), [(1, -1), (0, -1), (0, -300), (-64, 64), (-1, 1)])
+def test_places_that_are_not_those_of_the_data(folder: Path, at: int, longer: int) -> None:
+    blob = saved(first_piece(folder))
+    put(folder, blob, at, len(blob) + longer)
+    if at < 0:  # bytes before a zip file are allowed, as of a program that unpacks itself
+        TorchDistCheckpoint(folder).locate([KEY])
+    else:
+        assert refusal_of_data(folder)
+
+
+def test_data_that_lie_outside_of_their_place(folder: Path) -> None:
+    """The directory of the piece says that its data are in the piece before it."""
+    blob = bytearray(saved(first_piece(folder)))
+    struct.pack_into("<L", blob, blob.rindex(b"archive/data/0") - 4, 0xFFFFF000)
+    put(folder, bytes(blob))
+    assert "lies outside of it" in refusal_of_data(folder)
+
+
+def test_data_that_are_cut_after_the_index_was_read(folder: Path) -> None:
+    checkpoint = TorchDistCheckpoint(folder)
+    for data in checkpoint.data_files:
+        os.truncate(data, 100)
+    with pytest.raises(CheckpointError, match="cut after its index was read"):
+        checkpoint.read(KEY, full_box(checkpoint.tensors[KEY].shape))
+
+
+def test_data_that_are_gone_after_the_index_was_read(folder: Path) -> None:
+    checkpoint = TorchDistCheckpoint(folder)
+    for data in checkpoint.data_files:
+        data.unlink()
+    with pytest.raises(CheckpointError, match="No such file"):
+        checkpoint.read(KEY, full_box(checkpoint.tensors[KEY].shape))
+
+
+def test_links_to_data_are_followed(folder: Path, tmp_path: Path) -> None:
+    data = folder / "__0_0.distcp"
+    data.rename(tmp_path / "blob")
+    data.symlink_to(tmp_path / "blob")
+    checkpoint = TorchDistCheckpoint(folder)
+    checkpoint.locate(checkpoint.tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", None),
+        ("size", ("1", 2)),
+        ("size", (1.5,)),
+        ("size", (1,) * 70),
+        ("properties", None),
+        ("chunks", None),
+        ("chunks", [1]),
+        ("offsets", ("a",)),
+        ("offsets", (0,)),
+        ("sizes", (-1, 2, 3)),
+    ],
+    ids=str,
+)
+def test_a_damaged_entry(folder: Path, name: str, value: object) -> None:
+    def damage(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata[KEY]
+        setattr(entry if hasattr(entry, name) else entry.chunks[0], name, value)
+
+    edit(folder, damage)
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("offset", "0"), ("offset", -5), ("length", 1.5), ("length", None)]
+)
+def test_a_damaged_place(folder: Path, name: str, value: object) -> None:
+    def damage(metadata: Any) -> None:
+        setattr(next(iter(metadata.storage_data.values())), name, value)
+
+    edit(folder, damage)
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("entries", [None, [1], {1: None}, {("a",): None}], ids=str)
+def test_entries_that_are_no_entries(folder: Path, entries: object) -> None:
+    edit(folder, lambda metadata: setattr(metadata, "state_dict_metadata", entries))
+    assert str(folder) in refusal(folder)
 
 
 def test_another_pickle_is_no_index(folder: Path) -> None:

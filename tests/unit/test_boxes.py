@@ -4,6 +4,7 @@ import itertools
 import re
 from math import prod
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from megatron.bridge.models.conversion.boxes import (
     Shape,
     intersect,
     relative,
+    row_blocks,
+    slices,
     tiling_faults,
     volume,
 )
@@ -96,5 +99,91 @@ def test_the_index_finds_what_overlaps(
         assert shared == intersect(boxes[number], query)
 
 
+@st.composite
+def shapes_and_boxes(draw: st.DrawFn) -> tuple[Shape, list[Box]]:
+    """A shape and boxes in it that overlap, repeat and leave gaps as they like."""
+    shape = draw(shapes)
+    spans = [
+        st.tuples(st.integers(0, size - 1), st.integers(1, size)).filter(
+            lambda span: span[0] < span[1]
+        )
+        for size in shape
+    ]
+    return shape, draw(st.lists(st.tuples(*spans), min_size=1, max_size=12))
+
+
+@given(shapes_and_boxes(), st.data())
+def test_the_index_finds_boxes_that_overlap_each_other(
+    drawn: tuple[Shape, list[Box]], data: st.DataObject
+) -> None:
+    _, boxes = drawn
+    query = data.draw(st.sampled_from(boxes))
+    index = BoxIndex([(box, number) for number, box in enumerate(boxes)])
+    expected = {
+        (shared, number)
+        for number, box in enumerate(boxes)
+        if (shared := intersect(box, query)) is not None
+    }
+    assert set(index.overlapping(query)) == expected
+
+
 def test_relative() -> None:
     assert relative(((3, 5), (10, 12)), ((2, 9), (10, 20))) == ((1, 3), (0, 2))
+
+
+@given(st.lists(st.integers(0, 9), max_size=4).map(tuple), st.integers(1, 200))
+def test_row_blocks_tile_a_tensor_in_the_order_of_its_data(shape: Shape, max_bytes: int) -> None:
+    found = list(row_blocks(shape, 2, max_bytes))
+    if 0 in shape:
+        assert found == []
+        return
+    numbered = np.arange(prod(shape)).reshape(shape)
+    position = 0
+    for box in found:
+        block = numbered[slices(box)].ravel()
+        assert block.tolist() == list(range(position, position + block.size))
+        assert block.size * 2 <= max(max_bytes, 2)
+        position += block.size
+    assert position == prod(shape)
+
+
+def test_row_blocks_are_as_long_as_they_may_be() -> None:
+    assert list(row_blocks((), 4, 1)) == [()]
+    assert list(row_blocks((5, 3), 2, 30)) == [((0, 5), (0, 3))]
+    assert list(row_blocks((5, 3), 2, 29)) == [((0, 4), (0, 3)), ((4, 5), (0, 3))]
+    assert list(row_blocks((2, 5, 3), 2, 13)) == [
+        ((e, e + 1), (start, stop), (0, 3))
+        for e in (0, 1)
+        for start, stop in ((0, 2), (2, 4), (4, 5))
+    ]
+    assert list(row_blocks((2, 3), 4, 8)) == [
+        ((0, 1), (0, 2)),
+        ((0, 1), (2, 3)),
+        ((1, 2), (0, 2)),
+        ((1, 2), (2, 3)),
+    ]
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9)),
+    st.integers(1, 300),
+    st.integers(2, 8),
+)
+def test_row_blocks_begin_at_multiples_of_rows(shape: Shape, max_bytes: int, multiple: int) -> None:
+    found = list(row_blocks(shape, 1, max_bytes, multiple))
+    assert list(tiling_faults(shape, found)) == []
+    for _, (start, stop), columns in found:
+        assert start % multiple == 0
+        assert stop % multiple == 0 or stop == shape[1]
+        assert columns == (0, shape[2])
+    for box in found:
+        assert volume(box) <= max(max_bytes, multiple * shape[2])
+
+
+def test_row_blocks_hold_several_whole_multiples_of_rows() -> None:
+    assert [rows for rows, _ in row_blocks((29, 10), 1, 99, 4)] == [
+        (0, 8),
+        (8, 16),
+        (16, 24),
+        (24, 29),
+    ]

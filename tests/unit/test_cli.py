@@ -20,7 +20,7 @@ from megatron.bridge.cli.output import WIDTH
 from megatron.bridge.cli.progress_display import ProgressLines
 from megatron.bridge.cli.units import format_bytes
 
-COMMANDS = ("inspect", "import", "export", "verify", "compare", "make-model")
+COMMANDS = ("inspect", "plan", "import", "export", "verify", "compare", "make-model")
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
@@ -303,13 +303,13 @@ def test_only_the_document_goes_to_stdout(
     """Libraries that print do so on stderr."""
     from megatron.bridge.models.conversion import transfer
 
-    real = transfer.read_megatron
+    real = transfer.fill_megatron
 
     def chatty(*args: Any) -> Any:
         print("a library says hello")
         return real(*args)
 
-    monkeypatch.setattr(transfer, "read_megatron", chatty)
+    monkeypatch.setattr(transfer, "fill_megatron", chatty)
     assert main(["import", str(small_model), str(tmp_path / "out"), "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["command"] == "import"

@@ -88,6 +88,15 @@ def test_released_models(name: str, keys: int, nbytes: int | None) -> None:
     assert nbytes is None or plan.hf_bytes == nbytes
 
 
+def test_a_size_that_rows_need_and_the_config_lacks() -> None:
+    with pytest.raises(ConfigError, match="text_config.intermediate_size"):
+        plan_of(small(released.QWEN3_5_35B_A3B, mlp_only_layers=[1]))
+    config = small(released.QWEN3_5_35B_A3B)
+    del config["text_config"]["shared_expert_intermediate_size"]
+    with pytest.raises(ConfigError, match=r"shape \[Is H\], but nothing in the config gives Is"):
+        plan_of(config)
+
+
 def test_experts_share_a_key_with_two_leading_axes() -> None:
     plan = plan_of(VL_MOE)
     fc1, fc2 = (f"{LAYER}mlp.experts.experts.linear_fc{n}.weight" for n in (1, 2))

@@ -8,10 +8,10 @@ import torch
 
 from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
-from megatron.bridge.checkpoint.torch_dist_writer import write_torch_dist
 from megatron.bridge.models.conversion.boxes import full_box
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.synthetic import make_model
+from torch_dist_folders import write_torch_dist
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "vl-moe": ("qwen3-vl-moe", {}),
@@ -77,13 +77,7 @@ def test_the_mtp_layer_comes_from_the_reference_if_it_was_not_trained(tmp_path: 
     whole = TorchDistCheckpoint(tmp_path / "whole")
     kept = {key: spec for key, spec in whole.tensors.items() if ".mtp." not in key}
     assert len(kept) < len(whole.tensors)
-    (tmp_path / "trained").mkdir()
-    write_torch_dist(
-        tmp_path / "trained",
-        kept,
-        ((key, full_box(spec.shape)) for key, spec in kept.items()),
-        whole.read,
-    )
+    write_torch_dist(tmp_path / "trained", kept, whole.read_into)
     done = export_checkpoint(tmp_path / "trained", tmp_path / "back", hf)
     assert set(done.plan.carried) == {name for name in hf.tensors if name.startswith("mtp.")}
     assert_same_bytes(tmp_path / "hf", tmp_path / "back")

@@ -8,7 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.bridge.folding import fold, fold_words
+from megatron.bridge.folding import fold, fold_numbers, fold_pattern, fold_words
 
 
 def unfold(pattern: str) -> list[str]:
@@ -66,3 +66,24 @@ def test_words() -> None:
     assert fold_words(["one"]) == "one"
     assert fold_words(["one", "two"]) == "one, two"
     assert fold_words(["h.{0,1}.w", "h.{2,3}.w"]) == "h.{0,1}.w, h.{2,3}.w"
+
+
+@given(st.sets(st.tuples(st.integers(0, 4), st.integers(7, 11)), max_size=15))
+def test_a_pattern_stands_for_its_rows(rows: set[tuple[int, int]]) -> None:
+    """Also where a wildcard is a part of a word."""
+    folded = fold_pattern("l.*.e.weight*", [tuple(map(str, row)) for row in rows])
+    names = [f"l.{i}.e.weight{j}" for i, j in rows]
+    assert sorted(itertools.chain.from_iterable(map(unfold, folded))) == sorted(names)
+
+
+def test_a_pattern_with_fewer_wildcards_than_numbers() -> None:
+    rows = [(str(layer), str(expert)) for layer in range(3) for expert in range(4)]
+    assert fold_pattern("l.*.e.weight*", rows) == ["l.{0...2}.e.weight{0...3}"]
+    assert fold_pattern("h.*.experts", rows) == ["h.{0...2}.experts"]
+    assert fold_pattern("norm", [()]) == ["norm"]
+    assert fold_pattern("l.*.w", []) == []
+
+
+def test_numbers() -> None:
+    assert fold_numbers([5, 0, 2, 1, 9, 8]) == "0...2,5,8,9"
+    assert fold_numbers([]) == ""

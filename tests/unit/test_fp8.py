@@ -15,7 +15,10 @@ import torch
 from megatron.bridge.checkpoint.config_record import read_hf_config
 from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.checkpoint.fp8_writer import Requantizer, block_scales, quantize
+from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.conversion.boxes import Box, slices
+from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.fp8 import (
     SCALE_SUFFIX,
     BlockFP8,
@@ -228,33 +231,53 @@ def test_what_is_not_finite_is_not_quantized(number: float) -> None:
         block_scales(weight, BLOCK, torch.float32)
 
 
-class _Release:
+class _Release(dict[str, Any]):
     """As much of DequantizedTensors as a Requantizer needs, from tensors in memory."""
 
     quantization = BLOCK
 
     def __init__(self, stored: torch.Tensor, scales: torch.Tensor, dtype: str) -> None:
         self.stored, self.scales = stored, scales
-        self.quantized: Any = {"w": type("Info", (), {"dtype": dtype})}
+        self["w"] = TensorSpec("w", tuple(stored.shape), "BF16")
+        self.quantized = {"w": TensorSpec("w" + SCALE_SUFFIX, tuple(scales.shape), dtype)}
 
-    def read_scales(self, name: str) -> torch.Tensor:
-        return self.scales
+    def scale_box(self, box: Box) -> Box:
+        return DequantizedTensors.scale_box(self, box)  # type: ignore[arg-type]
+
+    def read_scales(self, name: str, box: Box) -> torch.Tensor:
+        return self.scales[slices(box)]
 
 
 def requantized(
     release: _Release, change: Callable[[torch.Tensor], object]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight and its scales, each made of two boxes."""
     weight = dequantize(release.stored, release.scales, BLOCK)
     change(weight)
-    again = Requantizer(release, lambda name: weight)  # type: ignore[arg-type]
-    return again.read("w"), again.read("w" + SCALE_SUFFIX)
+
+    def fill(name: str, box: Box, out: torch.Tensor) -> None:
+        out.copy_(weight[slices(box)])
+
+    again = Requantizer(release, fill)  # type: ignore[arg-type]
+    assert again.rows_multiple == {"w": BLOCK.rows}
+    scale_dtype = torch_dtype(release.quantized["w"].dtype)
+    results = (
+        ("w", torch.empty_like(release.stored), BLOCK.rows),
+        ("w" + SCALE_SUFFIX, torch.empty_like(release.scales, dtype=scale_dtype), 1),
+    )
+    for name, result, cut in results:
+        rows, columns = result.shape
+        for box in (((0, cut), (0, columns)), ((cut, rows), (0, columns))):
+            again.fill(name, box, result[slices(box)])
+    return results[0][1], results[1][1]
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_quantizing_again_changes_only_what_was_changed(dtype: str) -> None:
     """Also where the release chose other scales than we do, and does not use all of e4m3."""
-    torch_dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[dtype]
-    scales = (torch.rand(3, 2, generator=torch.Generator().manual_seed(7)) + 1e-4).to(torch_dtype)
+    scales = (torch.rand(3, 2, generator=torch.Generator().manual_seed(7)) + 1e-4).to(
+        torch_dtype(dtype)
+    )
     stored = (values(300, 200) * 40).to(torch.float8_e4m3fn)
     release = _Release(stored, scales.float(), dtype)
     found, found_scales = requantized(release, lambda weight: None)

@@ -1,6 +1,8 @@
 """Plans: released models to the byte, and every way in which files can fail to be a model."""
 
 import copy
+import json
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -10,12 +12,10 @@ import pytest
 import released_configs as released
 from megatron.bridge.errors import PlanError
 from megatron.bridge.models.conversion.boxes import full_box
-from megatron.bridge.models.conversion.plan import (
-    ConversionPlan,
-    TensorSpec,
-    build_plan,
-    expected_tensors,
-)
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.param_mapping import AutoMapping
+from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl import Qwen3VLBridge
 
@@ -38,6 +38,7 @@ SMALL["vision_config"] |= {
     "out_hidden_size": 40,
     "deepstack_visual_indexes": [1],
 }
+LAYERS = "language_model.decoder.layers."
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
 
@@ -193,15 +194,12 @@ def test_the_proof_sees_a_copy_too_few_and_one_too_many() -> None:
 def test_the_proof_sees_boxes_of_different_shape() -> None:
     plan = small_plan()
     first = plan.copies[0]
-    turned = replace(first, hf_box=(first.hf_box[1], first.hf_box[0]))
+    turned = first._replace(hf_box=(first.hf_box[1], first.hf_box[0]))
     faults = list(replace(plan, copies=(turned, *plan.copies[1:])).faults())
     assert any("differ in shape" in fault for fault in faults)
 
 
 def test_rows_without_shapes_need_files() -> None:
-    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-    from megatron.bridge.models.conversion.param_mapping import AutoMapping
-
     structure = Qwen3VLBridge().structure(HFConfig.from_dict(SMALL))
     registry = MegatronMappingRegistry(AutoMapping("language_model.a.weight", "a.weight"))
     with pytest.raises(PlanError, match=r"declares no shape for a\.weight"):
@@ -210,13 +208,36 @@ def test_rows_without_shapes_need_files() -> None:
     assert plan.copies[0].megatron_box == full_box((2, 3))
 
 
-def test_planning_needs_neither_torch_nor_megatron_core() -> None:
-    import subprocess
+def test_layers_may_differ_in_shape_where_they_have_keys_of_their_own() -> None:
+    structure = Qwen3VLBridge().structure(HFConfig.from_dict(SMALL))
+    structure = replace(structure, stacked=frozenset())
+    name = f"{LAYERS}*.a.weight"
+    registry = MegatronMappingRegistry(AutoMapping(name, "l.*.a"))
+    shapes = [(5, 3), (7, 2), (3, 5)]
+    tensors = {f"l.{n}.a": TensorSpec(f"l.{n}.a", shape, "BF16") for n, shape in enumerate(shapes)}
+    plan = build_plan(registry, structure, tensors)
+    assert [spec.shape for spec in plan.megatron.values()] == shapes
+    assert [copy.megatron_box for copy in plan.copies] == [full_box(shape) for shape in shapes]
+    assert [(row.numbers, row.count) for row in plan.rows] == [(((0, 1, 2),), 3)]
 
+
+@pytest.mark.parametrize(
+    "name", [f"{LAYERS}2.mlp.linear_fc2.weight", "mtp.layer.mlp.experts.linear_fc2.weight2"]
+)
+def test_a_row_for_one_of_many_that_share_a_key_is_refused(name: str) -> None:
+    structure = Qwen3VLBridge().structure(HFConfig.from_dict(SMALL))
+    with pytest.raises(ValueError, match=f"{name}: layers and experts share a key"):
+        structure.place(name, (3, 5))
+
+
+def test_planning_needs_neither_torch_nor_megatron_core() -> None:
     code = (
-        "import sys; from megatron.bridge.models.qwen_vl import Qwen3VLBridge; "
-        "Qwen3VLBridge().mapping_registry(); "
+        "import json, sys; from megatron.bridge.models.qwen_vl import Qwen3VLBridge; "
+        "from megatron.bridge.models.hf_pretrained.config import HFConfig; "
+        "config = HFConfig.from_dict(json.loads(sys.argv[1])); "
+        "Qwen3VLBridge().plan_from_config(config, 'BF16'); "
         "print([m for m in ('torch', 'megatron.core', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, json.dumps(SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

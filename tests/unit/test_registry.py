@@ -10,6 +10,7 @@ from megatron.bridge.models.conversion.param_mapping import (
     QKVMapping,
     ReplicatedMapping,
 )
+from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.qwen_vl import Qwen3VLBridge
 
 LAYER = "language_model.decoder.layers.11."
@@ -83,6 +84,30 @@ def test_patterns_must_have_the_same_wildcards() -> None:
         AutoMapping("a.*.weight", "b.*.weight").resolve(("1", "2"))
 
 
+def test_the_numbers_of_a_row_are_those_of_its_kind_of_layer() -> None:
+    registry = MegatronMappingRegistry(
+        AutoMapping("layers.*.a", "l.*.a", layers="odd"),
+        AutoMapping("layers.*.b", "l.*.b", layers="none"),
+        AutoMapping("layers.*.c.weight*", "l.*.c.*"),
+        AutoMapping("d", "d"),
+        AutoMapping("e", "e", only="absent"),
+    )
+    structure = ModelStructure(
+        dims={},
+        fields={},
+        indices={"layers.": (0, 1, 2, 3), "layers.*.c.weight": (0, 1)},
+        stacked=frozenset(),
+        features=frozenset(),
+        layer_kinds={"odd": (1, 3), "none": ()},
+    )
+    expanded = {row.megatron_param: ranges for row, ranges in registry.expand(structure)}
+    assert expanded == {
+        "layers.*.a": ((1, 3),),
+        "layers.*.c.weight*": ((0, 1, 2, 3), (0, 1)),
+        "d": (),
+    }
+
+
 def test_resolving_leaves_the_declared_row_as_it_was() -> None:
     row = ReplicatedMapping("a.*.weight", "b.*.weight", "H")
     assert row.resolve(("3",)).hf_param == "b.3.weight"
@@ -91,6 +116,9 @@ def test_resolving_leaves_the_declared_row_as_it_was() -> None:
 
 def test_extra_states_belong_to_linear_layers() -> None:
     assert ColumnParallelMapping("m.fc.weight", "x").extra_state == "m.fc._extra_state"
+    assert ColumnParallelMapping("m.*.weight*", "x.*.*").extra_state == "m.*._extra_state*"
+    assert ColumnParallelMapping("m.*.weight7", "x.*").extra_state == "m.*._extra_state7"
+    assert ColumnParallelMapping("m.*.weights", "x.*").extra_state is None
     assert ColumnParallelMapping("m.fc.bias", "x").extra_state is None
     assert ColumnParallelMapping("m.weight", "x", vocabulary=True).extra_state is None
     assert ReplicatedMapping("m.norm.weight", "x").extra_state is None

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint, plan_of
+from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron.bridge.checkpoint.plans import plan_of
+from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint, iteration_folder
 from megatron.bridge.errors import CheckpointError, InputError, PlanError, TargetExists
 from megatron.bridge.models.conversion.boxes import full_box
@@ -132,10 +134,10 @@ def test_an_existing_target_is_kept_unless_forced(model: Path, tmp_path: Path) -
     with pytest.raises(TargetExists):
         import_checkpoint(hf, tmp_path / "out")
     with pytest.raises(TargetExists, match="neither empty nor a model"):
-        export_checkpoint(model / "megatron", tmp_path / "out", hf, force=True)
+        export_checkpoint(model / "megatron", tmp_path / "out", hf, run=Run(force=True))
     assert files_of(tmp_path / "out") == [Path("mine")]
     make_model("qwen3-vl", tmp_path / "old", {"num_shards": 3})
-    export_checkpoint(model / "megatron", tmp_path / "old", hf, force=True)
+    export_checkpoint(model / "megatron", tmp_path / "old", hf, run=Run(force=True))
     assert_same_bytes(model / "hf", tmp_path / "old")
 
 
@@ -144,9 +146,9 @@ def test_a_target_that_overlaps_with_the_source_is_refused(model: Path, target: 
     hf = PreTrainedVLM.from_pretrained(model / "hf")
     before = files_of(model)
     with pytest.raises(InputError, match="overlap"):
-        import_checkpoint(hf, model / target, force=True)
+        import_checkpoint(hf, model / target, run=Run(force=True))
     with pytest.raises(InputError, match="overlap"):
-        export_checkpoint(model / "megatron", model / target, hf, force=True)
+        export_checkpoint(model / "megatron", model / target, hf, run=Run(force=True))
     assert files_of(model) == before
 
 

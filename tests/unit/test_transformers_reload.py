@@ -16,6 +16,7 @@ from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.synthetic import FAMILIES, make_model
 from megatron.bridge.verification.tensors import verify
+from torch_dist_folders import write_torch_dist
 
 MOE = [family for family in FAMILIES if family.endswith("-moe")]
 READABLE = {
@@ -109,23 +110,21 @@ def test_fp8_without_fp8(family: str, tmp_path: Path) -> None:
 
 def without_mtp(model: Converted, folder: Path) -> Path:
     """The checkpoint that a model trained without its MTP layer leaves."""
-    from megatron.bridge.checkpoint.iterations import write_tracker
-    from megatron.bridge.checkpoint.torch_dist_writer import write_torch_dist
     from megatron.bridge.models.catalog import bridge_for
     from megatron.bridge.models.conversion.model_bridge import PlanOptions
-    from megatron.bridge.models.conversion.transfer import read_megatron
+    from megatron.bridge.models.conversion.transfer import fill_megatron
 
     hf = model.hf
-    folder.mkdir()
     bridge = bridge_for(hf.hf_config.architecture)
     plan = bridge.plan(hf.hf_config, hf.weights, PlanOptions(with_mtp=False))
     write_torch_dist(
-        write_tracker(folder, iteration=3),
+        folder / "iter_0000003",
         plan.megatron,
+        lambda key, box, out: fill_megatron(plan, key, box, out, hf.weights),
         ((parameter.key, parameter.box) for parameter in plan.parameters),
-        lambda key, box: read_megatron(plan, key, box, hf.weights.read),
-        extra_states=plan.extra_states,
+        plan.extra_states,
     )
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
     return folder
 
 

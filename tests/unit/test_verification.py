@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.bridge.dtypes import DTYPE_NAMES, torch_dtype
-from megatron.bridge.models.conversion.boxes import tiling_faults, volume
-from megatron.bridge.verification import difference as difference_module
-from megatron.bridge.verification.difference import Difference, blocks, difference
+from megatron.bridge.verification.difference import Difference, difference
 from megatron.bridge.verification.distance import distance, logits_distance
 from megatron.bridge.verification.tensors import verify
 
@@ -53,20 +51,6 @@ def test_every_dtype(name: str) -> None:
 def test_scalars_and_empty_tensors() -> None:
     assert difference(torch.tensor(1.0), torch.tensor(1.5)) == Difference(1, 0.5)
     assert difference(torch.empty(0, 3), torch.empty(0, 3)) == Difference()
-
-
-@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (3, 5, 7), (1, 1, 90), (2, 0, 3)])
-@pytest.mark.parametrize("limit", [1, 8, 30, 10_000])
-def test_blocks_tile_a_tensor_and_are_small(
-    shape: tuple[int, ...], limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(difference_module, "BLOCK_BYTES", limit)
-    found = list(blocks(shape, "BF16"))
-    if 0 in shape:
-        assert found == []
-        return
-    assert list(tiling_faults(shape, found)) == []
-    assert all(volume(box) * 2 <= max(limit, 2) for box in found)
 
 
 # --- two activations ---

@@ -5,6 +5,7 @@
     │   ├── ReferenceNotFound    no such folder, hub id or revision
     │   ├── ConfigError          a config value is missing, of the wrong type or contradictory
     │   ├── CheckpointError      files that are missing, damaged or unsafe to read
+    │   │   └── SourceChanged    files that changed while they were converted
     │   ├── UnsupportedModel     an architecture or option without a bridge
     │   └── TargetExists         the output is there already
     ├── PlanError                a conversion that is not proven: nothing was written
@@ -37,6 +38,10 @@ class ConfigError(InputError):
 
 class CheckpointError(InputError):
     """Checkpoint files are missing, damaged, contradictory or unsafe to read."""
+
+
+class SourceChanged(CheckpointError):
+    """Files that a conversion reads are not those that it began with."""
 
 
 class UnsupportedModel(InputError):

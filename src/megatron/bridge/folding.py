@@ -24,6 +24,34 @@ def fold(names: Iterable[str]) -> list[str]:
     ]
 
 
+def fold_pattern(pattern: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """A pattern with its wildcards ``*`` replaced by all rows of numbers, folded.
+
+    Unlike in `fold`, a wildcard may be a part of a word: ``weight*`` becomes ``weight{0...7}``.
+    Each row has a number for each wildcard, in order; more are passed over.
+    """
+    first, *rest = pattern.split("*")
+    distinct = list(dict.fromkeys(tuple(row[: len(rest)]) for row in rows))
+    if not distinct or not rest:
+        return [pattern] * bool(distinct)
+    return [
+        first + "".join(number + part for number, part in zip(numbers, rest, strict=True))
+        for numbers in _merge(distinct)
+    ]
+
+
+def fold_numbers(numbers: Iterable[int]) -> str:
+    """``0...2,5`` for 0, 1, 2 and 5, in any order."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = (str(a) if a == b else f"{a},{b}" if b == a + 1 else f"{a}...{b}" for a, b in runs)
+    return ",".join(shown)
+
+
 def template(name: str) -> str:
     """A name with every number that `fold` folds replaced by ``*``."""
     return _NUMBER.sub("*", name)
@@ -67,14 +95,7 @@ def _set_of(values: list[str]) -> str:
     """``["0", "1", "2", "5"]`` as ``{0...2,5}``; a single value as it is."""
     if len(values) == 1:
         return values[0]
-    runs: list[list[int]] = []
-    for number in sorted(map(int, values)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    shown = (str(a) if a == b else f"{a},{b}" if b == a + 1 else f"{a}...{b}" for a, b in runs)
-    return "{" + ",".join(shown) + "}"
+    return "{" + fold_numbers(map(int, values)) + "}"
 
 
 def _fill(pattern: str, numbers: tuple[str, ...]) -> str:

@@ -7,11 +7,12 @@ was not changed since it was read from the reference comes back bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from megatron.bridge.checkpoint.pieces import FillTensor
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError, InputError
+from megatron.bridge.models.conversion.boxes import Box, box_shape, row_blocks, slices
 from megatron.bridge.models.hf_pretrained.fp8 import (
     SCALE_SUFFIX,
     BlockFP8,
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 LARGEST = 448.0
 """The largest number of e4m3."""
+
+_SCALES_AT_ONCE = 256
+"""Scales that are computed together: of 128x128 values each, so of 8 MiB in BF16."""
 
 
 def fp8_reference(reference: PreTrainedVLM) -> DequantizedTensors:
@@ -45,44 +49,71 @@ def fp8_reference(reference: PreTrainedVLM) -> DequantizedTensors:
 
 
 class Requantizer:
-    """Makes the tensors of an FP8 reference from those of the dequantized model.
+    """Makes the tensors of an FP8 reference from those of the dequantized model, box by box.
 
-    Scales are kept, since files hold them before the weights that they belong to. They are small.
+    Files hold scales and weights apart, so a weight is read once for its values and once for its
+    scales.
     """
 
-    def __init__(
-        self, reference: DequantizedTensors, weight: Callable[[str], torch.Tensor]
-    ) -> None:
-        """weight: gives a weight of the dequantized model by its name."""
+    def __init__(self, reference: DequantizedTensors, weight: FillTensor) -> None:
+        """weight: fills memory with a box of the dequantized model's tensor of a name."""
         self._reference = reference
         self._weight = weight
-        self._scales: dict[str, torch.Tensor] = {}
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name as the reference's files have it. Raises CheckpointError."""
-        quantized, block = self._reference.quantized, self._reference.quantization
-        if name in quantized:
-            return quantize(self._weight(name), self._scales_of(name), block)
+    @property
+    def rows_multiple(self) -> dict[str, int]:
+        """The rows of a block, by name of each tensor that is only made in whole blocks of rows."""
+        return dict.fromkeys(self._reference.quantized, self._reference.quantization.rows)
+
+    def fill(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Fill `out` with a box of the tensor of this name as the reference's files have it.
+
+        The box of a quantized weight is made of whole blocks. Raises CheckpointError for values
+        that are not finite.
+        """
+        quantized = self._reference.quantized
         owner = name.removesuffix(SCALE_SUFFIX)
-        if owner != name and owner in quantized:
-            return self._scales_of(owner).to(torch_dtype(quantized[owner].dtype))
-        return self._weight(name)
-
-    def _scales_of(self, name: str) -> torch.Tensor:
-        """Scales in float32, every one a number of the dtype that files hold."""
-        if name not in self._scales:
-            reference, dtype = self._reference, torch_dtype(self._reference.quantized[name].dtype)
-            try:
-                scales = block_scales(
-                    self._weight(name),
-                    reference.quantization,
-                    dtype,
-                    reference.read_scales(name),
+        if name in quantized:
+            weight, scales = self._with_scales(name, box)
+            out.copy_(quantize(weight, scales, self._reference.quantization))
+        elif owner != name and owner in quantized:
+            for part in row_blocks(box_shape(box), 1, _SCALES_AT_ONCE):
+                blocks = tuple(
+                    (start + first, start + last)
+                    for (start, _), (first, last) in zip(box, part, strict=True)
                 )
-            except ValueError as error:
-                raise CheckpointError(f"{name}: cannot be quantized: {error}") from error
-            self._scales[name] = scales
-        return self._scales[name]
+                _, scales = self._with_scales(owner, self._weight_box(owner, blocks))
+                out[slices(part)] = scales.to(out.dtype)
+        else:
+            self._weight(name, box, out)
+
+    def _with_scales(self, name: str, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
+        """A box of whole blocks of a weight, and its scales in float32.
+
+        Every scale is a number of the dtype that files hold.
+        """
+        import torch
+
+        reference = self._reference
+        weight = torch.empty(box_shape(box), dtype=torch_dtype(reference[name].dtype))
+        self._weight(name, box, weight)
+        dtype = torch_dtype(reference.quantized[name].dtype)
+        preferred = reference.read_scales(name, reference.scale_box(box))
+        try:
+            return weight, block_scales(weight, reference.quantization, dtype, preferred)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: cannot be quantized: {error}") from error
+
+    def _weight_box(self, name: str, blocks: Box) -> Box:
+        """The box of a weight that a box of its scales stands for."""
+        *leading, (row, row_end), (column, column_end) = blocks
+        *_, rows, columns = self._reference[name].shape
+        block = self._reference.quantization
+        return (
+            *leading,
+            (row * block.rows, min(row_end * block.rows, rows)),
+            (column * block.columns, min(column_end * block.columns, columns)),
+        )
 
 
 def block_scales(

@@ -1,61 +1,94 @@
-"""Writing a Hugging Face folder laid out like a reference: weights, weight index, side files."""
+"""A Hugging Face folder laid out like a reference: weights, weight index, side files."""
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from megatron.bridge.checkpoint.safetensors_writer import plan_shards, write_index, write_shard
+from megatron.bridge.checkpoint.pieces import PIECE_BYTES, OutputFile
+from megatron.bridge.checkpoint.safetensors_layout import shard_layout
+from megatron.bridge.checkpoint.safetensors_writer import index_text, plan_shards
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
-if TYPE_CHECKING:
-    import torch
-
 MAX_SHARD_BYTES = 5 * 10**9
 """Bytes of tensor data per file where no reference says how to split, as on the Hub."""
 
 
-def write_weights(
-    folder: Path,
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    """The tensors of each file in the order of their data, header metadata, the weight index."""
+
+    files: Mapping[str, Sequence[TensorSpec]]
+    metadata: Mapping[str, Mapping[str, str] | None]
+    index: bytes | None
+
+
+def weight_files(
     tensors: Mapping[str, TensorSpec],
     reference: PreTrainedVLM,
-    read: "Callable[[str], torch.Tensor]",
-) -> None:
-    """Write every tensor, each asked of `read` when it is its turn.
+    *,
+    max_shard_bytes: int | None = None,
+    piece_bytes: int = PIECE_BYTES,
+    rows_multiple: Mapping[str, int] | None = None,
+) -> Iterator[OutputFile]:
+    """The safetensors files, and the weight index where there is more than one.
 
     A reference whose files hold the same tensors decides files, order, header metadata and index,
-    so that equal tensors give equal files. Otherwise files are filled up to MAX_SHARD_BYTES.
+    so that equal tensors give equal files. Otherwise, or if `max_shard_bytes` is given, files are
+    filled up to so many bytes of tensor data. rows_multiple: see `shard_layout`.
     """
+    shards = _shards(tensors, reference, max_shard_bytes)
+    for file_name, specs in shards.files.items():
+        metadata = shards.metadata[file_name]
+        yield shard_layout(file_name, specs, metadata, piece_bytes, rows_multiple)
+    if shards.index is not None:
+        yield OutputFile.of_bytes(INDEX_FILE, shards.index, piece_bytes)
+
+
+def _shards(
+    tensors: Mapping[str, TensorSpec], reference: PreTrainedVLM, max_shard_bytes: int | None
+) -> _Shards:
     size = sum(spec.nbytes for spec in tensors.values())
-    if not reference.has_weights or set(reference.tensors) != set(tensors):
-        shards = plan_shards(tensors.values(), MAX_SHARD_BYTES)
-        for file_name, specs in shards.items():
-            write_shard(folder / file_name, specs, read, {"format": "pt"})
-        if len(shards) > 1:
-            weight_map = {spec.name: file for file, specs in shards.items() for spec in specs}
-            write_index(folder / INDEX_FILE, weight_map, size)
-        return
-    index = reference.tensors
-    for shard in index.shards:
-        specs = [tensors[name] for name in shard.names]
-        write_shard(folder / shard.file_name, specs, read, shard.metadata)
-    if index.index_metadata is None:
-        return
-    if size == index.total_bytes:
+    alike = reference.has_weights and set(reference.tensors) == set(tensors)
+    if max_shard_bytes is not None or not alike:
+        files = plan_shards(tensors.values(), max_shard_bytes or MAX_SHARD_BYTES)
+        index = _index(files, size) if len(files) > 1 else None
+        return _Shards(files, dict.fromkeys(files, {"format": "pt"}), index)
+    known = reference.tensors
+    return _Shards(
+        {shard.file_name: [tensors[name] for name in shard.names] for shard in known.shards},
+        {shard.file_name: shard.metadata for shard in known.shards},
+        _index_like(reference, size),
+    )
+
+
+def _index(
+    files: Mapping[str, Sequence[TensorSpec]],
+    size: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> bytes:
+    weight_map = {spec.name: file_name for file_name, specs in files.items() for spec in specs}
+    return index_text(weight_map, size, metadata).encode()
+
+
+def _index_like(reference: PreTrainedVLM, size: int) -> bytes | None:
+    known = reference.tensors
+    if known.index_metadata is None:
+        return None
+    if size == known.total_bytes:
         # The same names lie in the same files, so the index is the reference's own.
-        shutil.copyfile(index.folder / INDEX_FILE, folder / INDEX_FILE)
-    else:
-        weight_map = {name: shard.file_name for shard in index.shards for name in shard.names}
-        write_index(folder / INDEX_FILE, weight_map, size, index.index_metadata)
+        return (known.folder / INDEX_FILE).read_bytes()
+    weight_map = {name: shard.file_name for shard in known.shards for name in shard.names}
+    return index_text(weight_map, size, known.index_metadata).encode()
 
 
-def write_side_files(folder: Path, reference: PreTrainedVLM, *, quantized: bool = False) -> None:
-    """Copy config, tokenizer, processor, chat template and whatever else is not weights.
+def side_file_copies(reference: PreTrainedVLM, *, quantized: bool = False) -> Iterator[OutputFile]:
+    """Config, tokenizer, processor, chat template and whatever else is not weights.
 
     A reference that is only a config is written as config.json. quantized: whether the weights
     beside them are; if not, config.json does not say so either.
@@ -64,10 +97,7 @@ def write_side_files(folder: Path, reference: PreTrainedVLM, *, quantized: bool 
     if restated or not reference.has_files:
         config = reference.hf_config if quantized else reference.unquantized_config
         text = json.dumps(config.data, indent=2, ensure_ascii=False)
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        yield OutputFile.of_bytes(CONFIG_FILE, f"{text}\n".encode())
     for file in reference.side_files:
-        if restated and file == Path(CONFIG_FILE):
-            continue
-        destination = folder / file
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(reference.folder / file, destination)
+        if not (restated and file == Path(CONFIG_FILE)):
+            yield OutputFile.copy_of(file.as_posix(), reference.folder / file)

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.regular_file import read_regular
+from megatron.bridge.quoting import quoted
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_MAX_TRACKER_BYTES = 100
 METADATA_FILE = ".metadata"
 """The index of a torch_dist checkpoint, in the folder of an iteration."""
 
@@ -17,29 +20,28 @@ def is_megatron_checkpoint(folder: Path) -> bool:
 def iteration_folder(folder: Path) -> Path:
     """The folder of the latest iteration; a folder of one iteration is returned as it is.
 
-    Raises CheckpointError if there is neither, or if the tracker names an iteration that is not
+    Raises CheckpointError if there is neither, or if the tracker does not name an iteration that is
     there.
     """
     if (folder / METADATA_FILE).is_file():
         return folder
     tracker = folder / TRACKER_FILE
     try:
-        word = tracker.read_text().strip()
-    except OSError:
+        word = read_regular(tracker, _MAX_TRACKER_BYTES).decode("ascii", "replace").strip()
+    except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: not a Megatron checkpoint: neither {TRACKER_FILE} nor {METADATA_FILE}"
         ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{tracker}: cannot be read: {error}") from error
     if word != "release" and not (word.isdecimal() and word.isascii()):
-        raise CheckpointError(f"{tracker}: expected a number or 'release', found {word[:40]!r}")
-    found = folder / (word if word == "release" else f"iter_{int(word):07d}")
+        raise CheckpointError(f"{tracker}: expected a number or 'release', found {quoted(word)}")
+    found = folder / (word if word == "release" else folder_name(int(word)))
     if not (found / METADATA_FILE).is_file():
         raise CheckpointError(f"{tracker} names {found.name}, which holds no {METADATA_FILE}")
     return found
 
 
-def write_tracker(folder: Path, iteration: int) -> Path:
-    """Make the folder of an iteration and the file that names it the latest; return the folder."""
-    (folder / TRACKER_FILE).write_text(str(iteration))
-    made = folder / f"iter_{iteration:07d}"
-    made.mkdir()
-    return made
+def folder_name(iteration: int) -> str:
+    """The folder of an iteration, below that of the tracker file."""
+    return f"iter_{iteration:07d}"

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.utils import unwrap_model
 
-from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
+from megatron.bridge.dtypes import safetensors_dtype
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.conversion.boxes import (
     Box,
@@ -29,7 +29,7 @@ from megatron.bridge.models.conversion.boxes import (
     volume,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.conversion.transfer import Read, read_hf, read_megatron
+from megatron.bridge.models.conversion.transfer import Source, read_hf, read_megatron
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -92,12 +92,12 @@ def named_parameters(
 def load_weights(
     model: Sequence[torch.nn.Module],
     plan: ConversionPlan,
-    read: Read,
+    source: Source,
     progress: Progress | None = None,
 ) -> None:
     """Fill this rank's parameters; each rank reads only the boxes that it holds.
 
-    model: the chunks of this rank. read: of Hugging Face tensors. Values are cast to the dtype of
+    model: the chunks of this rank. source: of Hugging Face tensors. Values are cast to the dtype of
     the parameter. Raises PlanError, before anything is written, if the model and the plan do not
     have the same tensors; InputError if a norm's w - 1 does not fit its parameter exactly.
     """
@@ -108,7 +108,7 @@ def load_weights(
     shown.start("load", sum(local.data.nbytes for local in tensors))
     shifted = {copy.megatron_key for copy in plan.copies if copy.offset}
     for local in tensors:
-        tensor = read_megatron(plan, local.key, local.box, read)
+        tensor = read_megatron(plan, local.key, local.box, source)
         if local.key in shifted:  # the file's own values may not survive in a narrower dtype
             tensor = _exactly(tensor, local.data.dtype, local.key)
         local.data.copy_(tensor.view(local.data.shape))
@@ -124,39 +124,47 @@ def export_weights(
     Raises PlanError if the model and the plan do not have the same tensors, InputError if this
     rank does not hold all of the model or if a value does not fit the plan's dtype exactly.
     """
-    read = reader(model, plan)
+    source = LiveTensors(model, plan)
     for name, spec in plan.hf.items():
         if name in plan.carried:
             continue
-        yield name, read_hf(plan, name, full_box(spec.shape), read)
+        yield name, read_hf(plan, name, full_box(spec.shape), source)
 
 
-def reader(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> Read:
-    """Reads boxes of checkpoint tensors from the parameters, in the plan's dtypes."""
-    tensors = local_tensors(model)
-    if problems := list(_mismatches(plan, tensors)):
-        raise PlanError(problems, heading="the model is not the one that the files hold")
-    by_key: dict[str, list[tuple[Box, LocalTensor]]] = defaultdict(list)
-    for local in tensors:
-        by_key[local.key].append((local.box, local))
-    indexes = {key: BoxIndex(items) for key, items in by_key.items()}
+class LiveTensors:
+    """Checkpoint tensors read from the parameters of this rank, in the plan's dtypes: a Source."""
 
-    def read(key: str, box: Box) -> torch.Tensor:
-        parts = list(indexes[key].overlapping(box)) if key in indexes else []
+    def __init__(self, model: Sequence[torch.nn.Module], plan: ConversionPlan) -> None:
+        """Raises PlanError if the model and the plan do not have the same tensors."""
+        tensors = local_tensors(model)
+        if problems := list(_mismatches(plan, tensors)):
+            raise PlanError(problems, heading="the model is not the one that the files hold")
+        by_key: dict[str, list[tuple[Box, LocalTensor]]] = defaultdict(list)
+        for local in tensors:
+            by_key[local.key].append((local.box, local))
+        self._plan = plan
+        self._indexes = {key: BoxIndex(items) for key, items in by_key.items()}
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype that the plan gives a key."""
+        return self._plan.megatron[name].dtype
+
+    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Copy one box of a key. Raises InputError if this rank does not hold all of it.
+
+        Also if a value does not fit the dtype of the plan exactly.
+        """
+        index = self._indexes.get(name)
+        parts = [] if index is None else list(index.overlapping(box))
         if sum(volume(shared) for shared, _ in parts) != volume(box):
             raise InputError(
-                f"{key}: this rank holds only a part of it; exporting from models that are "
+                f"{name}: this rank holds only a part of it; exporting from models that are "
                 f"split over ranks is not supported yet, save a Megatron checkpoint and export that"
             )
-        dtype = torch_dtype(plan.megatron[key].dtype)
-        result = torch.empty(box_shape(box), dtype=dtype, device=parts[0][1].data.device)
         for shared, local in parts:
             whole = local.data.reshape(box_shape(local.box))
-            part = _exactly(whole[slices(relative(shared, local.box))], dtype, key)
-            result[slices(relative(shared, box))] = part
-        return result
-
-    return read
+            part = _exactly(whole[slices(relative(shared, local.box))], out.dtype, name)
+            out[slices(relative(shared, box))] = part
 
 
 def in_dtype(plan: ConversionPlan, dtype: torch.dtype) -> ConversionPlan:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from megatron.bridge.checkpoint.config_record import write_config_record
-from megatron.bridge.checkpoint.iterations import write_tracker
-from megatron.bridge.checkpoint.live_model import LocalTensor, local_tensors, reader
+from megatron.bridge.checkpoint.live_model import LiveTensors, LocalTensor, local_tensors
+from megatron.bridge.checkpoint.megatron_folder import megatron_files
 from megatron.bridge.checkpoint.staging import staged_folder
+from megatron.bridge.checkpoint.stream import write_files
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
-from megatron.bridge.checkpoint.torch_dist_writer import write_torch_dist
 from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
 from megatron.bridge.errors import PlanError
 from megatron.bridge.models.conversion.boxes import (
@@ -46,17 +45,12 @@ def save_checkpoint(
     tensors = {
         key: replace(spec, dtype=dtypes.get(key, spec.dtype)) for key, spec in plan.megatron.items()
     }
-    read = reader(model, replace(plan, megatron=tensors))
+    source = LiveTensors(model, replace(plan, megatron=tensors))
+    files = megatron_files(
+        plan, provider=provider, settings=settings, hf_config=hf_config, tensors=tensors
+    )
     with staged_folder(target, force=force) as staged:
-        folder = write_tracker(staged, iteration=0)
-        write_torch_dist(
-            folder,
-            tensors,
-            ((parameter.key, parameter.box) for parameter in plan.parameters),
-            lambda key, box: read(key, box).cpu(),
-            extra_states=plan.extra_states,
-        )
-        write_config_record(folder, provider, settings, hf_config)
+        write_files(staged, files, source.read_into)
 
 
 @torch.no_grad()

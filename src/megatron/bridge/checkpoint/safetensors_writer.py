@@ -52,7 +52,7 @@ def write_shard(
     Raises TargetExists if `path` exists; CheckpointError for a name given twice, a tensor whose
     dtype or shape is not as specified, or a file that cannot be written.
     """
-    header = _header(path, specs, metadata)
+    header = shard_header(path.name, specs, metadata)
     try:
         file = path.open("xb")
     except FileExistsError:
@@ -109,13 +109,10 @@ def name_shards[Spec: TensorSpec](shards: Sequence[Iterable[Spec]]) -> dict[str,
     }
 
 
-def write_index(
-    path: Path,
-    weight_map: Mapping[str, str],
-    total_size: int,
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Write `model.safetensors.index.json` as transformers formats it.
+def index_text(
+    weight_map: Mapping[str, str], total_size: int, metadata: Mapping[str, Any] | None = None
+) -> str:
+    """The content of `model.safetensors.index.json`, formatted as transformers does.
 
     `weight_map` is tensor name -> file name, `total_size` the bytes of tensor data. `metadata`
     holds further entries of the index's metadata; a `total_size` in it is replaced.
@@ -124,10 +121,14 @@ def write_index(
         "metadata": {**(metadata or {}), "total_size": total_size},
         "weight_map": dict(weight_map),
     }
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write `model.safetensors.index.json`, see `index_text`. Raises TargetExists."""
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(index_text(weight_map, total_size))
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:
@@ -136,12 +137,18 @@ def write_index(
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def _header(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+def shard_header(
+    file_name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None
+) -> bytes:
+    """The header of a file, with its length before it.
+
+    Raises CheckpointError for a name that is given twice.
+    """
     entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     begin = 0
     for spec in specs:
         if spec.name in entries:
-            raise CheckpointError(f"{path.name}: {spec.name} is given twice, or is a reserved name")
+            raise CheckpointError(f"{file_name}: {spec.name} is given twice, or is a reserved name")
         end = begin + tensor_bytes(spec)
         entries[spec.name] = {
             "dtype": spec.dtype,

@@ -15,6 +15,7 @@ from megatron.bridge.cli.commands.compare import compare
 from megatron.bridge.cli.commands.convert import export_command, import_command
 from megatron.bridge.cli.commands.inspect import inspect
 from megatron.bridge.cli.commands.make_model import make_model
+from megatron.bridge.cli.commands.plan import plan
 from megatron.bridge.cli.commands.verify import verify
 from megatron.bridge.cli.outcome import guarded
 from megatron.bridge.cli.output import WIDTH
@@ -80,6 +81,7 @@ def root(
 # Name, command, and what the list of commands says of it.
 _COMMANDS = (
     ("inspect", inspect, "Show what a model or checkpoint holds, and how it converts."),
+    ("plan", plan, "Show what a conversion will do, and what each rank of a cluster will hold."),
     ("import", import_command, "Hugging Face model to Megatron checkpoint."),
     ("export", export_command, "Megatron checkpoint to Hugging Face model."),
     ("verify", verify, "Compare two checkpoints, tensor by tensor, bit by bit."),

@@ -15,7 +15,7 @@ from megatron.bridge.cli.units import gigabytes_per_second
 from megatron.bridge.errors import BridgeError, PlanError
 
 if TYPE_CHECKING:
-    from megatron.bridge.checkpoint.convert import Conversion
+    from megatron.bridge.checkpoint.convert import Converted
     from megatron.bridge.inspection.hf_folder import HFReport
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.summary import FileSummary, TensorSummary
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8
     from megatron.bridge.verification.distance import Distance
     from megatron.bridge.verification.logits import CompareReport
-    from megatron.bridge.verification.tensors import VerifyReport
+    from megatron.bridge.verification.report import FastReport, VerifyReport
 
 type Document = dict[str, Any]
 
@@ -39,7 +39,7 @@ def hf_document(report: HFReport) -> Document:
         "model_type": report.model_type,
         "bridge": report.bridge,
         "origin": report.origin,
-        "hf": None if report.hf is None else _summary(report.hf),
+        "hf": None if report.hf is None else summary_document(report.hf),
         "shards": _files(report.shards),
         "side_files": list(report.side_files),
         "text": dict(report.text),
@@ -77,7 +77,7 @@ def megatron_document(report: MegatronReport) -> Document:
         "iteration": report.iteration,
         "architecture": report.architecture,
         "config_record": report.config_record,
-        "megatron": _summary(report.megatron),
+        "megatron": summary_document(report.megatron),
         "files": [{"name": name, "bytes": size} for name, size in report.files.items()],
         "objects": len(report.objects),
         "tensors": [
@@ -87,7 +87,7 @@ def megatron_document(report: MegatronReport) -> Document:
     }
 
 
-def conversion_document(command: str, source: str, done: Conversion, seconds: float) -> Document:
+def conversion_document(command: str, source: str, done: Converted, seconds: float) -> Document:
     """`import` and `export`; keys and bytes are those of the side that was written."""
     plan = done.plan
     written = plan.megatron if command == "import" else done.hf
@@ -101,6 +101,11 @@ def conversion_document(command: str, source: str, done: Conversion, seconds: fl
         "hf": {"keys": len(done.hf), "bytes": hf_bytes},
         "megatron": {"keys": len(plan.megatron), "bytes": plan.megatron_bytes},
         "quantization": _quantization(done.quantization),
+        "written": {
+            "bytes": done.written.written_bytes,
+            "resumed_bytes": done.written.resumed_bytes,
+            "verified": done.written.checked,
+        },
         "carried": dict(plan.carried),
         "dropped": list(done.dropped),
         "inexact": [{"name": name, "max_abs_error": error} for name, error in done.inexact],
@@ -144,6 +149,35 @@ def verify_document(report: VerifyReport, seconds: float) -> Document:
     }
 
 
+def verify_fast_document(report: FastReport, seconds: float) -> Document:
+    """`verify --fast`; bytes are of files."""
+    source = None
+    if report.source is not None:
+        source = {
+            "source": report.source,
+            "format": report.source_kind,
+            "changes": report.source_changes,
+        }
+    return {
+        "target": {"source": report.target, "format": report.target_kind},
+        "converted_from": source,
+        "identical": report.identical,
+        "files": report.files,
+        "bytes": report.nbytes,
+        "different": [
+            {
+                "file": found.file,
+                "offset": found.offset,
+                "bytes": found.nbytes,
+                "problem": found.problem,
+                "tensors": list(found.tensors),
+            }
+            for found in report.different
+        ],
+        "seconds": seconds,
+    }
+
+
 def compare_document(report: CompareReport) -> Document:
     """`compare`."""
     logits = report.logits
@@ -181,12 +215,13 @@ def made_model_document(family: str, out: Path, seed: int) -> Document:
         "family": family,
         "out": str(out),
         "seed": seed,
-        "hf": _summary(TensorSummary.of(tensors.values())),
+        "hf": summary_document(TensorSummary.of(tensors.values())),
         "files": sorted(path.name for path in out.iterdir()),
     }
 
 
-def _summary(summary: TensorSummary) -> Document:
+def summary_document(summary: TensorSummary) -> Document:
+    """How many tensors and bytes, in which dtypes."""
     return {
         "keys": summary.keys,
         "bytes": summary.bytes,

@@ -28,6 +28,7 @@ from typing import NoReturn
 
 import typer
 
+from megatron.bridge.cli.output import printable_lines
 from megatron.bridge.errors import BridgeError
 
 DIFFERENT = 1
@@ -76,7 +77,7 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
 def _end(status: int, message: str) -> NoReturn:
     if debug.get() or os.environ.get(DEBUG_VARIABLE):
         traceback.print_exc()
-    print(message, file=sys.stderr)  # noqa: T201
+    print(printable_lines(message), file=sys.stderr)  # noqa: T201
     raise typer.Exit(status) from None
 
 

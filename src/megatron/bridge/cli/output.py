@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.quoting import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,12 +41,12 @@ class Output:
     def note(self, message: str) -> None:
         """Say on stderr what is going on; not with --json."""
         if not self.as_json:
-            print(message, file=sys.stderr, flush=True)  # noqa: T201
+            print(printable_lines(message), file=sys.stderr, flush=True)  # noqa: T201
 
     def show(self, document: Mapping[str, Any], render: Callable[[], RenderableType]) -> None:
         """Write the result: the document as JSON, or what `render` makes of it."""
         if self.as_json:
-            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         else:
             text = self._as_text(render())
         self._stdout.write(text)
@@ -55,11 +56,18 @@ class Output:
         """In colours on a terminal. rich itself would end the process on a closed pipe."""
         from rich.console import Console
 
+        from megatron.bridge.cli.render.printable import Printable
+
         width = min(Console(file=self._stdout).width, WIDTH) if self._stdout.isatty() else WIDTH
         console = Console(file=self._stdout, width=width, highlight=False)
         with console.capture() as captured:
-            console.print(renderable)
+            console.print(Printable(renderable))
         return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def printable_lines(message: str) -> str:
+    """The message with nothing in it that a terminal would obey but line feeds."""
+    return "\n".join(map(printable, message.split("\n")))
 
 
 @contextmanager
@@ -81,4 +89,4 @@ def _silence_progress_bars() -> None:
 
 def import_torch() -> None:
     """Import torch now, so that the seconds it takes are not counted as work."""
-    import torch  # noqa: F401
+    import torch.distributed.checkpoint.metadata  # noqa: F401

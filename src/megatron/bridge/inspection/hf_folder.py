@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError
-from megatron.bridge.folding import fold
+from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError, InputError
 from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
+from megatron.bridge.inspection.row_summary import RowSummary, row_summaries
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
-from megatron.bridge.models.conversion.model_bridge import DEFAULTS
-from megatron.bridge.models.conversion.param_mapping import WILDCARD, pattern_regex
-from megatron.bridge.models.conversion.plan import ConversionPlan, RowUse
+from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
 from megatron.bridge.models.hf_pretrained.fp8 import (
     BlockFP8,
@@ -69,16 +67,6 @@ VISION_KEYS = (
 
 
 @dataclass(frozen=True)
-class RowSummary:
-    """One declared row as it is used: folded names, layout, number of Megatron parameters."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    layout: str
-    count: int
-
-
-@dataclass(frozen=True)
 class MTPSummary:
     """Whether the config names a multi-token-prediction layer, and whether its tensors are there.
 
@@ -99,6 +87,7 @@ class HFReport:
     lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
     and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not
     proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized model.
+    settings: fields of the family's provider; None where they are not known to be right.
     """
 
     source: str
@@ -118,6 +107,7 @@ class HFReport:
     experts: DiskLayout
     mtp: MTPSummary
     plan: ConversionPlan | None
+    settings: Mapping[str, Any] | None
     problem: BridgeError | None
 
     @property
@@ -128,26 +118,42 @@ class HFReport:
     @property
     def rows(self) -> list[RowSummary]:
         """The rows of the plan; none without a plan."""
-        return [] if self.plan is None else _rows(self.plan)
+        return [] if self.plan is None else row_summaries(self.plan)
 
 
-def inspect_hf(reference: str | os.PathLike[str], revision: str | None = None) -> HFReport:
-    """Look at a folder, with weights or only a config.json, or at a hub id.
+def inspect_hf(
+    reference: str | os.PathLike[str],
+    revision: str | None = None,
+    options: PlanOptions = DEFAULTS,
+) -> HFReport:
+    """Look at a folder, with weights or only a config.json, at a config.json, or at a hub id.
 
     Of a hub id that is not in the cache only the config, the small files and the headers of the
     weights are fetched. Raises InputError where there is nothing to report on: no such model, an
     unreadable config, damaged weights. A model that cannot be converted is reported.
     """
-    hf = PreTrainedVLM.from_pretrained(reference, revision)
+    path = Path(reference).expanduser()
+    if path.is_file():
+        if revision is not None:
+            raise InputError(f"{reference} is a file: --revision means nothing for it")
+        hf = PreTrainedVLM.from_config(HFConfig.from_file(path))
+    else:
+        hf = PreTrainedVLM.from_pretrained(reference, revision)
+    return inspect_model(hf, os.fspath(reference), options)
+
+
+def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULTS) -> HFReport:
+    """Look at a model; see `inspect_hf`. source: what to call it."""
     config = hf.hf_config
     origin, tensors = _tensors(hf)
     bridge = registered_bridges().get(config.architecture)
-    quantization, plan, experts, problem = _conversion(config, tensors)
+    found = _conversion(config, tensors, options)
     rope, rope_problem = _rope(config)
-    specs = tensors if tensors is not None else (plan.hf if plan is not None else None)
+    expected = None if found.plan is None else found.plan.hf
+    specs = expected if tensors is None else tensors
     return HFReport(
-        source=os.fspath(reference),
-        folder=hf.folder,
+        source=source,
+        folder=hf.folder if hf.has_files else Path(config.origin).absolute().parent,
         architecture=config.architecture,
         model_type=config.model_type,
         bridge=None if bridge is None else bridge.__name__,
@@ -159,11 +165,12 @@ def inspect_hf(reference: str | os.PathLike[str], revision: str | None = None) -
         vision=_stated(config, "vision_config", VISION_KEYS),
         rope=rope,
         tied=config.get("tie_word_embeddings", False),
-        quantization=quantization,
-        experts=experts,
+        quantization=found.quantization,
+        experts=found.experts,
         mtp=_mtp(config, tensors),
-        plan=plan,
-        problem=problem or rope_problem,
+        plan=found.plan,
+        settings=found.settings,
+        problem=found.problem or rope_problem,
     )
 
 
@@ -171,7 +178,7 @@ def _tensors(
     hf: PreTrainedVLM,
 ) -> tuple[Origin, Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None]:
     if not hf.has_weights:
-        if (hf.folder / INDEX_FILE).exists():
+        if hf.has_files and (hf.folder / INDEX_FILE).exists():
             return "files", hf.tensors  # raises: the index names shards that are not there
         return "config", None
     if Path(hf.name_or_path).expanduser().is_dir():
@@ -182,31 +189,42 @@ def _tensors(
         return "hub headers", hub_headers(hf.name_or_path, revision=hf.folder.name)
 
 
-def _conversion(
-    config: HFConfig, tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None
-) -> tuple[BlockFP8 | None, ConversionPlan | None, DiskLayout, BridgeError | None]:
-    """How it is quantized, the plan, the layout of experts, or why there is no plan.
+@dataclass
+class _Conversion:
+    """How a model is quantized, how its experts lie, and its plan or why there is none."""
 
-    Settings of the Megatron model are part of the proof.
-    """
-    quantization, experts = None, DiskLayout()
+    quantization: BlockFP8 | None = None
+    experts: DiskLayout = field(default_factory=DiskLayout)
+    plan: ConversionPlan | None = None
+    settings: Mapping[str, Any] | None = None
+    problem: BridgeError | None = None
+
+
+def _conversion(
+    config: HFConfig,
+    tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None,
+    options: PlanOptions,
+) -> _Conversion:
+    """Settings of the Megatron model are part of the proof."""
+    found = _Conversion()
     try:
-        quantization = quantization_of(config)
+        found.quantization = quantization_of(config)
         bridge = bridge_for(config.architecture)
         view = None
         if tensors is not None:
-            view = dequantized_view(tensors, quantization, config.origin)
+            view = dequantized_view(tensors, found.quantization, config.origin)
         if isinstance(bridge, QwenVLBridge):
-            experts = bridge.disk_layout(config, view, DEFAULTS)
+            found.experts = bridge.disk_layout(config, view, options)
         if view is None:
-            plan = bridge.plan_from_config(config, config.dtype)
+            plan = bridge.plan_from_config(config, config.dtype, options)
         else:
-            plan = bridge.plan(config, view)
+            plan = bridge.plan(config, view, options)
         main_dtype = next(iter(TensorSummary.of(plan.hf.values()).dtypes))
-        bridge.provider_settings(config, main_dtype)
+        found.settings = bridge.provider_settings(config, main_dtype, plan.hf)
+        found.plan = plan
     except BridgeError as error:
-        return quantization, None, experts, error
-    return quantization, plan, experts, None
+        found.problem = error
+    return found
 
 
 def _mtp(
@@ -240,26 +258,3 @@ def _shards(
     for tensor in tensors.values():
         files[tensor.file.name].append(tensor.nbytes)
     return tuple(FileSummary(name, len(sizes), sum(sizes)) for name, sizes in sorted(files.items()))
-
-
-def _rows(plan: ConversionPlan) -> list[RowSummary]:
-    names: dict[str, list[str]] = defaultdict(list)
-    for parameter in plan.parameters:
-        names[parameter.row].append(parameter.name)
-    return [_row(row, names[row.megatron_param]) for row in plan.rows]
-
-
-def _row(row: RowUse, names: list[str]) -> RowSummary:
-    matches = map(pattern_regex(row.megatron_param).fullmatch, names)
-    numbers = [match.groups() for match in matches if match is not None]
-    hf = [_folded(pattern, numbers) for pattern in row.hf_params]
-    return RowSummary(_folded(row.megatron_param, numbers), tuple(hf), row.layout, row.count)
-
-
-def _folded(pattern: str, numbers: list[tuple[str, ...]]) -> str:
-    """A pattern with its wildcards replaced by all the numbers they stand for."""
-    names = []
-    for row in numbers:
-        values = iter(row)
-        names.append(re.sub(re.escape(WILDCARD), lambda _: next(values), pattern))  # noqa: B023
-    return " ".join(fold(dict.fromkeys(names)))

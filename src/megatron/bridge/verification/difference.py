@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf, isfinite, prod
+from math import inf, isfinite
 
+import numpy as np
 import torch
 
-from megatron.bridge.dtypes import itemsize
-from megatron.bridge.models.conversion.boxes import Box, Shape, full_box
+_COUNTED_AT_ONCE = 1 << 16
+"""Elements. Counting takes about 30 bytes for each."""
 
-BLOCK_BYTES = 64 << 20
-"""Tensors are compared in blocks of about this size, so that memory does not grow with them."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,44 +25,33 @@ class Difference:
         return Difference(self.elements + other.elements, max(self.max_abs, other.max_abs))
 
 
-def blocks(shape: Shape, dtype: str) -> Iterator[Box]:
-    """Boxes of at most BLOCK_BYTES that tile a tensor of `dtype` ("BF16"), first axis by first."""
-    if 0 in shape:
-        return
-    limits = full_box(shape)
-    axis, slab = 0, prod(shape) * itemsize(dtype)
-    if not shape or slab <= BLOCK_BYTES:
-        yield limits
-        return
-    while axis < len(shape) - 1 and slab // shape[axis] > BLOCK_BYTES:
-        slab //= shape[axis]
-        axis += 1
-    # Every axis before `axis` is walked through in steps of one, `axis` in the largest steps.
-    step = max(1, BLOCK_BYTES // (slab // shape[axis]))
-    for leading in _indices(shape[:axis]):
-        fixed = tuple((index, index + 1) for index in leading)
-        for start in range(0, shape[axis], step):
-            stop = min(start + step, shape[axis])
-            yield (*fixed, (start, stop), *limits[axis + 1 :])
-
-
-def _indices(shape: Shape) -> Iterator[tuple[int, ...]]:
-    if not shape:
-        yield ()
-        return
-    for index in range(shape[0]):
-        for rest in _indices(shape[1:]):
-            yield (index, *rest)
-
-
 def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
-    """Compare tensors of one shape and dtype as bytes: equal NaNs are equal, -0.0 is not 0.0."""
-    a, b = a.contiguous().reshape(-1), b.contiguous().reshape(-1)
-    a_bytes, b_bytes = a.view(torch.uint8), b.view(torch.uint8)
-    if torch.equal(a_bytes, b_bytes):
-        return Difference()
-    width = a.element_size()
-    unequal = (a_bytes.view(-1, width) != b_bytes.view(-1, width)).any(dim=1)
+    """Compare tensors of one shape and dtype as bytes: equal NaNs are equal, -0.0 is not 0.0.
+
+    Memory beside them is an eighth of one, and 2 MiB where they differ; a tensor that is not
+    contiguous is copied.
+    """
+    total = Difference()
+    a, b = a.contiguous().view(-1), b.contiguous().view(-1)
+    if not _same_bytes(a, b):
+        for part, other in zip(a.split(_COUNTED_AT_ONCE), b.split(_COUNTED_AT_ONCE), strict=True):
+            if not _same_bytes(part, other):
+                total += _counted(part, other)
+    return total
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether contiguous tensors of one length are equal. By words, as fast as memory is read."""
+    here, there = (tensor.view(torch.uint8).numpy() for tensor in (a, b))
+    whole = here.size - here.size % 8
+    return np.array_equal(here[whole:], there[whole:]) and np.array_equal(
+        here[:whole].view(np.uint64), there[:whole].view(np.uint64)
+    )
+
+
+def _counted(a: torch.Tensor, b: torch.Tensor) -> Difference:
+    bits = _INTEGERS[a.element_size()]
+    unequal = a.view(bits) != b.view(bits)
     wide = torch.complex128 if a.is_complex() else torch.float64
     largest = (a[unequal].to(wide) - b[unequal].to(wide)).abs().max().item()
     return Difference(int(unequal.sum()), largest if isfinite(largest) else inf)

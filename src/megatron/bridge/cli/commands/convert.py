@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Force, HFModel, Json, Revision, Target
+from megatron.bridge.cli.options import (
+    Force,
+    HFModel,
+    Json,
+    MaxShardSize,
+    Memory,
+    Resume,
+    Revision,
+    Target,
+    VerifyWritten,
+    size_of,
+)
 from megatron.bridge.cli.output import Output, import_torch, open_output
+from megatron.bridge.progress import Silent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from megatron.bridge.checkpoint.convert import Conversion
+    from megatron.bridge.checkpoint.convert import Converted
+    from megatron.bridge.checkpoint.run import Run
 
 
 _LAYOUTS = "fused, fused-transposed or per-expert"
@@ -33,6 +48,10 @@ def import_command(
             "matrices are square, so that shapes cannot tell.",
         ),
     ] = None,
+    memory: Memory = None,
+    max_shard_size: MaxShardSize = None,
+    verify: VerifyWritten = False,
+    resume: Resume = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -51,9 +70,9 @@ def import_command(
         hf = PreTrainedVLM.from_pretrained(source, revision)
         import_torch()
         begin = time.perf_counter()
-        with output.progress() as progress:
-            done = import_checkpoint(hf, target, experts=experts, force=force, progress=progress)
-        _show(output, "import", source, done, time.perf_counter() - begin)
+        with _run(output, memory, max_shard_size, verify, resume, force) as run:
+            done = import_checkpoint(hf, target, experts=experts, run=run)
+        _show(output, "import", source, run, done, time.perf_counter() - begin)
 
 
 def export_command(
@@ -84,6 +103,10 @@ def export_command(
             "are BF16.",
         ),
     ] = False,
+    memory: Memory = None,
+    max_shard_size: MaxShardSize = None,
+    verify: VerifyWritten = False,
+    resume: Resume = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -102,14 +125,50 @@ def export_command(
         hf = PreTrainedVLM.from_pretrained(reference, revision)
         import_torch()
         begin = time.perf_counter()
-        with output.progress() as progress:
-            done = export_checkpoint(
-                source, target, hf, experts=experts, fp8=fp8, force=force, progress=progress
+        with _run(output, memory, max_shard_size, verify, resume, force) as run:
+            done = export_checkpoint(source, target, hf, experts=experts, fp8=fp8, run=run)
+        _show(output, "export", str(source), run, done, time.perf_counter() - begin)
+
+
+@contextmanager
+def _run(
+    output: Output,
+    memory: str | None,
+    max_shard_size: str | None,
+    verify: bool,
+    resume: bool,
+    force: bool,
+) -> Iterator[Run]:
+    """How the conversion is carried out: alone, or as one of the processes that torchrun started.
+
+    Only the first of them shows how far it is.
+    """
+    from megatron.bridge.checkpoint.processes import Processes
+    from megatron.bridge.checkpoint.run import Run
+    from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
+    from megatron.bridge.verification.written import check_written
+
+    budget = DEFAULT_MEMORY if memory is None else size_of(memory, "--memory")
+    largest = None if max_shard_size is None else size_of(max_shard_size, "--max-shard-size")
+    with Processes.from_environment() as processes:
+        shown = output.progress() if processes.is_first else nullcontext(Silent())
+        with shown as progress:
+            yield Run(
+                memory=budget,
+                max_shard_bytes=largest,
+                force=force,
+                resume=resume,
+                check=check_written if verify else None,
+                processes=processes,
+                progress=progress,
             )
-        _show(output, "export", str(source), done, time.perf_counter() - begin)
 
 
-def _show(output: Output, command: str, source: str, done: Conversion, seconds: float) -> None:
+def _show(
+    output: Output, command: str, source: str, run: Run, done: Converted, seconds: float
+) -> None:
+    if not run.processes.is_first:
+        return
     from megatron.bridge.cli.documents import conversion_document
 
     document = conversion_document(command, source, done, seconds)

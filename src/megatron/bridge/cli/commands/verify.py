@@ -1,4 +1,4 @@
-"""`verify`: two checkpoints, tensor by tensor, bit by bit."""
+"""`verify`: two checkpoints, tensor by tensor, bit by bit; or one against its checksums."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Json
-from megatron.bridge.cli.output import import_torch, open_output
+from megatron.bridge.cli.options import Json, Memory, size_of
+from megatron.bridge.cli.output import Output, import_torch, open_output
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,8 +18,21 @@ _SIDE = "Hugging Face folder, hub id (org/name or org/name@revision), or Megatro
 
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
-    b: Annotated[str, typer.Argument(metavar="B", help=_SIDE)],
+    b: Annotated[
+        str | None,
+        typer.Argument(metavar="B", help="The other side. With --fast it may be left out."),
+    ] = None,
     *,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="Read one side only, which import or export wrote, and compare its files with the "
+            "checksums that were taken then. The other side, if it is given, has to be what was "
+            "converted, not modified since.",
+        ),
+    ] = False,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Compare A and B tensor by tensor, bit by bit; exits with 1 if they differ.
@@ -29,25 +42,71 @@ def verify(
     belongs to no Hugging Face tensor and is not compared.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.cli.documents import verify_document
-        from megatron.bridge.cli.units import count
-        from megatron.bridge.errors import MismatchError
-        from megatron.bridge.verification.tensors import verify as compare_tensors
+        from megatron.bridge.errors import InputError
 
-        import_torch()
-        begin = time.perf_counter()
-        with output.progress() as progress:
-            report = compare_tensors(a, b, progress)
-        seconds = time.perf_counter() - begin
+        size = None if memory is None else size_of(memory, "--memory")
+        if fast:
+            _verify_fast(output, a, b, size)
+        elif b is None:
+            raise InputError(
+                f"B is missing: give what {a} is to be compared with, or --fast to compare it with "
+                "the checksums that were taken when it was written"
+            )
+        else:
+            _verify(output, a, b, size)
 
-        def render() -> RenderableType:
-            from megatron.bridge.cli.render.verification import render_verify
 
-            return render_verify(report, seconds)
+def _verify(output: Output, a: str, b: str, memory: int | None) -> None:
+    from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
+    from megatron.bridge.cli.documents import verify_document
+    from megatron.bridge.cli.units import count
+    from megatron.bridge.errors import MismatchError
+    from megatron.bridge.verification.tensors import verify as compare_tensors
 
-        output.show(verify_document(report, seconds), render)
+    import_torch()
+    begin = time.perf_counter()
+    with output.progress() as progress:
+        report = compare_tensors(a, b, progress, memory=memory or DEFAULT_MEMORY)
+    seconds = time.perf_counter() - begin
+
+    def render() -> RenderableType:
+        from megatron.bridge.cli.render.verification import render_verify
+
+        return render_verify(report, seconds)
+
+    output.show(verify_document(report, seconds), render)
     if not report.identical:
         raise MismatchError(
             f"{a} and {b} differ: {count(len(report.different), 'tensor')} not equal, "
             f"{len(report.only_in_a)} only in A, {len(report.only_in_b)} only in B"
+        )
+
+
+def _verify_fast(output: Output, a: str, b: str | None, memory: int | None) -> None:
+    from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
+    from megatron.bridge.cli.documents import verify_fast_document
+    from megatron.bridge.cli.units import count
+    from megatron.bridge.errors import MismatchError
+    from megatron.bridge.verification.fast import verify_fast
+
+    begin = time.perf_counter()
+    with output.progress() as progress:
+        report = verify_fast(a, b, progress, memory=memory or DEFAULT_MEMORY)
+    seconds = time.perf_counter() - begin
+
+    def render() -> RenderableType:
+        from megatron.bridge.cli.render.verification import render_verify_fast
+
+        return render_verify_fast(report, seconds)
+
+    output.show(verify_fast_document(report, seconds), render)
+    if report.different:
+        raise MismatchError(
+            f"{report.target} is not what was written: {count(len(report.different), 'range')} of "
+            f"{count(len({found.file for found in report.different}), 'file')} changed"
+        )
+    if report.source_changes:
+        raise MismatchError(
+            f"{report.source} is not what {report.target} was converted from, or it was modified "
+            "since: compare their bits without --fast"
         )

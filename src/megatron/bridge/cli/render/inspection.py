@@ -13,8 +13,9 @@ from megatron.bridge.cli.units import count, format_bytes
 from megatron.bridge.folding import fold, fold_words, template
 
 if TYPE_CHECKING:
-    from megatron.bridge.inspection.hf_folder import HFReport, MTPSummary, RowSummary
+    from megatron.bridge.inspection.hf_folder import HFReport, MTPSummary
     from megatron.bridge.inspection.megatron_folder import MegatronReport
+    from megatron.bridge.inspection.row_summary import RowSummary
     from megatron.bridge.inspection.summary import TensorSummary
     from megatron.bridge.models.hf_pretrained.config import Rope
     from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
@@ -34,14 +35,9 @@ def render_hf(report: HFReport) -> RenderableType:
             "Hugging Face model",
             [
                 ("source", report.source),
-                ("architecture", report.architecture),
-                ("bridge", report.bridge or "none"),
-                ("tensors from", _ORIGINS[report.origin]),
+                *identity(report),
                 *_sizes(report.hf),
-                ("dtypes assumed", _assumption(report)),
-                ("quantization", _quantization(report)),
-                ("experts", _experts(report.experts)),
-                ("MTP layer", _mtp(report.mtp)),
+                *peculiarities(report),
                 ("shards", _shards(report)),
                 ("side files", ", ".join(report.side_files) or "none"),
                 ("text", _settings(report.text)),
@@ -53,6 +49,31 @@ def render_hf(report: HFReport) -> RenderableType:
             ],
         )
     ]
+    return Group(*parts, *plan_rows(report))
+
+
+def identity(report: HFReport) -> list[tuple[str, object]]:
+    """What a model is, and where its tensors are known from."""
+    return [
+        ("architecture", report.architecture),
+        ("bridge", report.bridge or "none"),
+        ("tensors from", _ORIGINS[report.origin]),
+    ]
+
+
+def peculiarities(report: HFReport) -> list[tuple[str, object]]:
+    """What not every model has: assumed dtypes, quantization, experts, an MTP layer."""
+    return [
+        ("dtypes assumed", _assumption(report)),
+        ("quantization", _quantization(report)),
+        ("experts", _experts(report.experts)),
+        ("MTP layer", _mtp(report.mtp)),
+    ]
+
+
+def plan_rows(report: HFReport) -> list[RenderableType]:
+    """The rows of a plan, and what it carries over; nothing without a plan."""
+    parts: list[RenderableType] = []
     if rows := report.rows:
         table = listing("Rows of the plan", "count", "Megatron = Hugging Face", right=["count"])
         for row in rows:
@@ -60,7 +81,7 @@ def render_hf(report: HFReport) -> RenderableType:
         parts += ["", table]
     if report.plan is not None and report.plan.carried:
         parts += ["", carried_table(report.plan.carried)]
-    return Group(*parts)
+    return parts
 
 
 def render_megatron(report: MegatronReport) -> RenderableType:

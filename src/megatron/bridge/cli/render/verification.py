@@ -10,11 +10,18 @@ from rich.text import Text
 from megatron.bridge.cli.render.tables import facts, listing, number, verdict
 from megatron.bridge.cli.units import format_bytes, format_rate
 from megatron.bridge.folding import fold
+from megatron.bridge.quoting import printable
 
 if TYPE_CHECKING:
-    from megatron.bridge.verification.tensors import TensorDifference, VerifyReport
+    from megatron.bridge.verification.report import (
+        FastReport,
+        FileDifference,
+        TensorDifference,
+        VerifyReport,
+    )
 
 _SHOWN = 50
+_SHOWN_TENSORS = 4
 _FORMATS = {"huggingface": "Hugging Face", "megatron": "Megatron"}
 
 
@@ -49,6 +56,51 @@ def render_verify(report: VerifyReport, seconds: float) -> RenderableType:
                 table.add_row(Text(name))
             parts += ["", table, *_rest(len(folded))]
     return Group(*parts)
+
+
+def render_verify_fast(report: FastReport, seconds: float) -> RenderableType:
+    """The verdict, and every range of a file that is not as it was written."""
+    size = report.nbytes
+    parts: list[RenderableType] = [
+        facts(
+            "verify --fast",
+            [
+                ("target", f"{report.target} ({_FORMATS[report.target_kind]})"),
+                ("source", _source(report)),
+                ("checked", f"{report.files:,} files, {size:,} bytes ({format_bytes(size)})"),
+                ("seconds", f"{seconds:.2f} ({format_rate(size, seconds)})"),
+                ("result", verdict(report.identical, "as it was written", "not as it was written")),
+            ],
+        )
+    ]
+    if report.different:
+        table = listing("Not as it was written", "file", "bytes", "found", "tensors")
+        for found in report.different[:_SHOWN]:
+            table.add_row(
+                Text(printable(found.file)),
+                f"{found.offset:,} to {found.offset + found.nbytes:,}",
+                Text(found.problem),
+                Text(_tensors(found)),
+            )
+        parts += ["", table, *_rest(len(report.different))]
+    if report.source_changes:
+        table = listing("The source is not as it was read", "file and what is different")
+        for change in report.source_changes[:_SHOWN]:
+            table.add_row(Text(printable(change)))
+        parts += ["", table, *_rest(len(report.source_changes))]
+    return Group(*parts)
+
+
+def _source(report: FastReport) -> str | None:
+    if report.source is None:
+        return None
+    state = "changed" if report.source_changes else "as it was read"
+    return f"{report.source} ({_FORMATS[report.source_kind]}): {state}"
+
+
+def _tensors(found: FileDifference) -> str:
+    folded = fold(found.tensors)
+    return ", ".join(folded[:_SHOWN_TENSORS]) + (", ..." if len(folded) > _SHOWN_TENSORS else "")
 
 
 def _difference(tensor: TensorDifference) -> str:

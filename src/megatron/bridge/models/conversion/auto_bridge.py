@@ -23,12 +23,13 @@ from megatron.bridge.models.conversion.model_bridge import (
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
-from megatron.bridge.progress import Progress
+from megatron.bridge.progress import Progress, Silent
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from megatron.bridge.models.conversion.boxes import Box
     from megatron.bridge.models.model_provider import ModelProvider
 
 type Model = Sequence[torch.nn.Module]
@@ -160,7 +161,7 @@ class AutoBridge:
         if not source.hf_pretrained.has_weights:
             raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
         plan = source.plan(_options_of(model))
-        load_weights(model, plan, source.hf_pretrained.weights.read, progress)
+        load_weights(model, plan, source.hf_pretrained.weights, progress)
 
     def export_hf_weights(
         self, model: Model, *, cpu: bool = True, dtype: "torch.dtype | None" = None
@@ -245,11 +246,11 @@ class AutoBridge:
         experts: see `checkpoint.convert.import_checkpoint`, and there for what is raised.
         """
         from megatron.bridge.checkpoint.convert import import_checkpoint
+        from megatron.bridge.checkpoint.run import Run
 
         source = cls.from_hf_pretrained(hf_path).hf_pretrained
-        import_checkpoint(
-            source, Path(megatron_path), experts=experts, force=force, progress=progress
-        )
+        run = Run(force=force, progress=progress or Silent())
+        import_checkpoint(source, Path(megatron_path), experts=experts, run=run)
 
     def export_ckpt(
         self,
@@ -266,6 +267,7 @@ class AutoBridge:
         experts, fp8: see `checkpoint.convert.export_checkpoint`, and there for what is raised.
         """
         from megatron.bridge.checkpoint.convert import export_checkpoint
+        from megatron.bridge.checkpoint.run import Run
 
         export_checkpoint(
             Path(megatron_path),
@@ -273,8 +275,7 @@ class AutoBridge:
             self.hf_pretrained,
             experts=experts,
             fp8=fp8,
-            force=force,
-            progress=progress,
+            run=Run(force=force, progress=progress or Silent()),
         )
 
     def get_conversion_tasks(self, model: Model) -> list[ConversionTask]:
@@ -308,26 +309,28 @@ class AutoBridge:
         *,
         side_files: bool,
     ) -> None:
-        from megatron.bridge.checkpoint.hf_folder import write_side_files, write_weights
-        from megatron.bridge.checkpoint.live_model import reader
+        from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
+        from megatron.bridge.checkpoint.live_model import LiveTensors
         from megatron.bridge.checkpoint.staging import staged_folder
+        from megatron.bridge.checkpoint.stream import write_files
         from megatron.bridge.checkpoint.targets import check_target
-        from megatron.bridge.models.conversion.boxes import full_box
-        from megatron.bridge.models.conversion.transfer import read_hf
+        from megatron.bridge.models.conversion.transfer import fill_hf
 
         check_target(path, [self.hf_pretrained.name_or_path], force=force)
         plan = self._export_plan(model, dtype)
-        read = reader(model, plan)
+        source = LiveTensors(model, plan)
 
-        def tensor(name: str) -> "torch.Tensor":
+        def fill(name: str, box: "Box", out: "torch.Tensor") -> None:
             if name in plan.carried:
-                return self.hf_pretrained.weights.read(name)
-            return read_hf(plan, name, full_box(plan.hf[name].shape), read)
+                self.hf_pretrained.weights.read_into(name, box, out)
+            else:
+                fill_hf(plan, name, box, out, source)
 
+        files = [*weight_files(plan.hf, self.hf_pretrained)]
+        if side_files:
+            files += side_file_copies(self.hf_pretrained)
         with staged_folder(path, force=force) as staged:
-            write_weights(staged, plan.hf, self.hf_pretrained, tensor)
-            if side_files:
-                write_side_files(staged, self.hf_pretrained)
+            write_files(staged, files, fill)
 
 
 def _options_of(model: Model) -> PlanOptions:

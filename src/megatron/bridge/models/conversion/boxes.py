@@ -5,7 +5,10 @@ A box of a tensor of shape ``(s0, s1, ...)`` is ``((a0, b0), (a1, b1), ...)`` wi
 files or processes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, product
 from math import prod
 
 Shape = tuple[int, ...]
@@ -51,6 +54,36 @@ def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
+def row_blocks(
+    shape: Sequence[int], itemsize: int, max_bytes: int, rows_multiple: int = 1
+) -> Iterator[Box]:
+    """Boxes that tile a tensor in row-major order, each contiguous and at most `max_bytes` long.
+
+    A single element that is longer is a block of its own. rows_multiple: blocks that cut the
+    second to last axis cut it at multiples of this, and none cuts the last axis; then a block of
+    so many rows may be longer than `max_bytes`.
+    """
+    if 0 in shape:
+        return
+    # Every axis before `axis` is walked through in steps of one, `axis` in steps of `step`.
+    axis, step, slab = 0, 1, prod(shape) * itemsize
+    last = len(shape) - 1 if rows_multiple == 1 else len(shape) - 2
+    if not shape or slab <= max_bytes:
+        yield full_box(shape)
+        return
+    while axis < last and slab // shape[axis] > max_bytes:
+        slab //= shape[axis]
+        axis += 1
+    step = max(1, max_bytes // (slab // shape[axis]))
+    if rows_multiple > 1 and axis == last:
+        step = max(rows_multiple, step - step % rows_multiple)
+    rest = full_box(shape[axis + 1 :])
+    for leading in product(*(range(size) for size in shape[:axis])):
+        fixed = tuple((index, index + 1) for index in leading)
+        for start in range(0, shape[axis], step):
+            yield (*fixed, (start, min(start + step, shape[axis])), *rest)
+
+
 def format_box(box: Box) -> str:
     """``[0:4, 8:16]``, as it is written in Python."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
@@ -59,9 +92,8 @@ def format_box(box: Box) -> str:
 def tiling_faults(shape: Shape, boxes: Iterable[Box]) -> Iterator[str]:
     """Why `boxes` do not tile a tensor of `shape` exactly: gaps, overlaps, boxes that stick out.
 
-    Nothing is yielded for an exact tiling. The tensor is cut along its first axis at every bound
-    of every box, and each slab is looked at in the same way along the next axis, so the work is
-    linear in the number of boxes wherever they form a grid.
+    Nothing is yielded for an exact tiling. Of gaps and overlaps the first is named. The work is
+    linear in the number of boxes, however they lie, but for a factor of 2 per axis.
     """
     inside = []
     limits = full_box(shape)
@@ -72,29 +104,41 @@ def tiling_faults(shape: Shape, boxes: Iterable[Box]) -> Iterator[str]:
             yield f"box {format_box(box)} is empty or sticks out of shape {shape}"
         else:
             inside.append(box)
-    yield from _slab_faults(limits, 0, inside)
-
-
-def _slab_faults(limits: Box, axis: int, boxes: list[Box]) -> Iterator[str]:
-    if axis == len(limits):
-        if len(boxes) > 1:
-            yield f"{format_box(limits)} is filled {len(boxes)} times"
-        elif not boxes:
-            yield f"{format_box(limits)} is not filled"
+    if inside == [limits]:
         return
-    start, stop = limits[axis]
-    cuts = sorted({start, stop, *(bound for box in boxes for bound in box[axis])})
-    slab_of = {cut: index for index, cut in enumerate(cuts)}
-    slabs: list[list[Box]] = [[] for _ in cuts[:-1]]
-    for box in boxes:
-        for slab in range(slab_of[box[axis][0]], slab_of[box[axis][1]]):
-            slabs[slab].append(box)
-    for low, high, members in zip(cuts[:-1], cuts[1:], slabs, strict=True):
-        slab_limits = (*limits[:axis], (low, high), *limits[axis + 1 :])
-        if not members:
-            yield f"{format_box(slab_limits)} is not filled"
-        elif len(members) > 1 or members[0][axis + 1 :] != slab_limits[axis + 1 :]:
-            yield from _slab_faults(slab_limits, axis + 1, members)
+    # The boxes tile the tensor if the sum of what they cover, less the tensor itself, is 0.
+    covered = Counter(inside)
+    covered[limits] -= 1
+    if (found := _first_excess(covered)) is not None:
+        corner, excess = found
+        cell = []
+        for axis, start in enumerate(corner):
+            bounds = {shape[axis], *(bound for box in inside for bound in box[axis])}
+            cell.append((start, min(bound for bound in bounds if bound > start)))
+        fault = f"is filled {excess + 1} times" if excess > 0 else "is not filled"
+        yield f"{format_box(tuple(cell))} {fault}"
+
+
+def _first_excess(covered: Mapping[Box, int]) -> tuple[tuple[int, ...], int] | None:
+    """The first point, in row-major order, where the weights of the boxes do not add up to 0.
+
+    They add up to 0 everywhere if they do so, one axis less, in what begins and ends at each bound
+    of the first axis. Neighbours of a grid end where others begin: there nothing is left to do.
+    """
+    covered = {box: weight for box, weight in covered.items() if weight}
+    if not covered:
+        return None
+    if () in covered:
+        return (), covered[()]
+    changes: defaultdict[int, Counter[Box]] = defaultdict(Counter)
+    for ((start, stop), *rest), weight in covered.items():
+        changes[start][tuple(rest)] += weight
+        changes[stop][tuple(rest)] -= weight
+    for bound in sorted(changes):
+        if (found := _first_excess(changes[bound])) is not None:
+            corner, excess = found
+            return (bound, *corner), excess
+    return None
 
 
 class BoxIndex[Item]:
@@ -115,23 +159,41 @@ class BoxIndex[Item]:
 
 
 type _Leaf[Item] = list[tuple[Box, Item]]
-type _Level[Item] = _Leaf[Item] | dict[Interval, _Level[Item]]
+type _Level[Item] = _Leaf[Item] | _Branch[Item]
+
+
+class _Branch[Item]:
+    """Items by their intervals along one axis, in the order of their starts.
+
+    reach: the greatest stop up to each interval, which is its own where intervals do not overlap.
+    """
+
+    __slots__ = ("below", "reach", "starts")
+
+    def __init__(self, items: _Leaf[Item], axis: int) -> None:
+        groups: defaultdict[Interval, _Leaf[Item]] = defaultdict(list)
+        for item in items:
+            groups[item[0][axis]].append(item)
+        intervals = sorted(groups)
+        self.starts = [start for start, _ in intervals]
+        self.reach = list(accumulate((stop for _, stop in intervals), max))
+        self.below = [_level(groups[interval], axis + 1) for interval in intervals]
+
+    def near(self, start: int, stop: int) -> list[_Level[Item]]:
+        """All groups whose intervals overlap this one; others only if intervals overlap."""
+        first, last = bisect_right(self.reach, start), bisect_left(self.starts, stop)
+        return self.below[first:last]
 
 
 def _level[Item](items: _Leaf[Item], axis: int) -> _Level[Item]:
     if len(items) < 2 or axis == len(items[0][0]):
         return items
-    groups: dict[Interval, _Leaf[Item]] = {}
-    for box, item in items:
-        groups.setdefault(box[axis], []).append((box, item))
-    return {interval: _level(group, axis + 1) for interval, group in groups.items()}
+    return _Branch(items, axis)
 
 
 def _descend[Item](level: _Level[Item], box: Box, axis: int) -> Iterator[tuple[Box, Item]]:
     if isinstance(level, list):
         yield from level
         return
-    start, stop = box[axis]
-    for (low, high), below in level.items():
-        if low < stop and start < high:
-            yield from _descend(below, box, axis + 1)
+    for below in level.near(*box[axis]):
+        yield from _descend(below, box, axis + 1)

@@ -1,15 +1,13 @@
 """The rows of one model family, and look-ups by either name."""
 
-import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.models.conversion.param_mapping import (
-    WILDCARD,
-    ParamMapping,
-    pattern_regex,
-)
+from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.conversion.patterns import WILDCARD, pattern_regex
 from megatron.bridge.models.conversion.structure import ModelStructure
 
 _SEPARATE_NORMS = (
@@ -17,6 +15,8 @@ _SEPARATE_NORMS = (
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
 )
 """Names of norms in layer specs that do not fuse them, and the fused names that rows declare."""
+
+type Ranges = tuple[tuple[int, ...], ...]
 
 _SEQUENTIAL_EXPERT = re.compile(r"local_experts\.(?P<expert>\d+)\.(?P<linear>\w+\.weight)$")
 """One expert as a module of its own; rows declare grouped experts, ``linear_fc1.weight7``."""
@@ -27,22 +27,28 @@ class MegatronMappingRegistry:
 
     def __init__(self, *mappings: ParamMapping) -> None:
         self._mappings = mappings
-        self._by_megatron = [(pattern_regex(row.megatron_param), row) for row in mappings]
-        self._by_hf = [
-            (pattern_regex(name), row) for row in mappings for name in row.hf_params.values()
-        ]
-        names = [row.megatron_param for row in mappings]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"Megatron parameter mapped by more than one row: {sorted(twice)}")
+        names = Counter(row.megatron_param for row in mappings)
+        if twice := sorted(name for name, count in names.items() if count > 1):
+            raise ValueError(f"Megatron parameter mapped by more than one row: {twice}")
         # One expert of a fused tensor is a part of it; kinds of layers share names, not numbers.
-        whole = [
+        whole = Counter(
             (name, row.layers)
             for row in mappings
             for name in row.hf_params.values()
             if name.count(WILDCARD) == row.megatron_param.count(WILDCARD)
+        )
+        if doubled := sorted({name for (name, _), count in whole.items() if count > 1}):
+            raise ValueError(f"Hugging Face name mapped by more than one row: {doubled}")
+
+    @cached_property
+    def _by_megatron(self) -> list[tuple[re.Pattern[str], ParamMapping]]:
+        return [(pattern_regex(row.megatron_param), row) for row in self._mappings]
+
+    @cached_property
+    def _by_hf(self) -> list[tuple[re.Pattern[str], ParamMapping]]:
+        return [
+            (pattern_regex(name), row) for row in self._mappings for name in row.hf_params.values()
         ]
-        if doubled := {name for name, layers in whole if whole.count((name, layers)) > 1}:
-            raise ValueError(f"Hugging Face name mapped by more than one row: {sorted(doubled)}")
 
     def __len__(self) -> int:
         return len(self._mappings)
@@ -94,16 +100,17 @@ class MegatronMappingRegistry:
             )
         return found[0] if found else None
 
-    def expand(self, structure: ModelStructure) -> Iterator[tuple[ParamMapping, ParamMapping]]:
-        """(row as declared, row of one parameter) for every parameter of a model.
+    def expand(self, structure: ModelStructure) -> Iterator[tuple[ParamMapping, Ranges]]:
+        """(row, what each of its wildcards stands for) for every row of a model.
 
-        Raises KeyError if a wildcard's numbers are not in `structure`.
+        Each combination of numbers is a parameter. Raises KeyError if a wildcard's numbers are not
+        in `structure`.
         """
         for row in self._mappings:
-            if row.only is not None and row.only not in structure.features:
-                continue
-            for numbers in _numbers(row, structure):
-                yield row, row.resolve(numbers)
+            if row.only is None or row.only in structure.features:
+                ranges = _ranges(row, structure)
+                if all(ranges):
+                    yield row, ranges
 
 
 def _exists(row: ParamMapping, numbers: tuple[str, ...], structure: ModelStructure) -> bool:
@@ -114,13 +121,11 @@ def _exists(row: ParamMapping, numbers: tuple[str, ...], structure: ModelStructu
     return not wildcard or int(numbers[0]) in structure.numbers(path, row.layers)
 
 
-def _numbers(row: ParamMapping, structure: ModelStructure) -> Iterator[tuple[str, ...]]:
+def _ranges(row: ParamMapping, structure: ModelStructure) -> Ranges:
     """What the wildcards of a row stand for in a model, in order; the first is the layer."""
     parts = row.megatron_param.split(WILDCARD)
     paths = [WILDCARD.join(parts[: axis + 1]) for axis in range(len(parts) - 1)]
-    ranges = [
+    return tuple(
         structure.numbers(path, row.layers if axis == 0 else None)
         for axis, path in enumerate(paths)
-    ]
-    for numbers in itertools.product(*ranges):
-        yield tuple(str(number) for number in numbers)
+    )

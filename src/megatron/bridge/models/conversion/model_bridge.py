@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.plan import (
-    ConversionPlan,
-    TensorLike,
-    TensorSpec,
-    build_plan,
-    expected_tensors,
-)
+from megatron.bridge.models.conversion.plan import ConversionPlan, TensorLike, TensorSpec
+from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 

@@ -13,7 +13,6 @@ to single tensors and the shard that a module holds.
     GatedMLPMapping             gate and up, each split over ranks
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
@@ -31,6 +30,7 @@ from megatron.bridge.models.conversion.layout import (
     packed_qkv,
     qkv,
 )
+from megatron.bridge.models.conversion.patterns import WILDCARD, fill
 from megatron.bridge.models.conversion.structure import (
     LayoutFields,
     RankSection,
@@ -39,8 +39,6 @@ from megatron.bridge.models.conversion.structure import (
 
 if TYPE_CHECKING:
     import torch
-
-WILDCARD = "*"
 
 
 class ParamMapping(ABC):
@@ -92,21 +90,22 @@ class ParamMapping(ABC):
         """The parts of the parameter's `rows` rows that tensor parallelism splits one by one."""
         return (RankSection(rows),)
 
-    def resolve(self, numbers: tuple[str, ...]) -> Self:
-        """The row with its wildcards replaced by `numbers`, in order."""
+    @property
+    def hf_wildcards(self) -> int:
+        """How many of a parameter's numbers are in its Hugging Face names, the first of them.
+
+        Any others pick a part of the tensors.
+        """
+        return next(iter(self.hf_params.values())).count(WILDCARD)
+
+    def resolve(self, numbers: tuple[int | str, ...]) -> Self:
+        """The row with its wildcards replaced by `numbers`, in order. Raises ValueError."""
         row = object.__new__(type(self))
         row.__dict__.update(self.__dict__)
-        row.megatron_param = self._filled(self.megatron_param, numbers)
-        row.hf_params = {role: self._filled(name, numbers) for role, name in self.hf_params.items()}
+        row.megatron_param = fill(self.megatron_param, numbers)
+        in_names = numbers[: self.hf_wildcards]
+        row.hf_params = {role: fill(name, in_names) for role, name in self.hf_params.items()}
         return row
-
-    @staticmethod
-    def _filled(pattern: str, numbers: tuple[str, ...]) -> str:
-        """`pattern` with its wildcards replaced, in order."""
-        parts = pattern.split(WILDCARD)
-        if len(parts) != len(numbers) + 1:
-            raise ValueError(f"{pattern} has {len(parts) - 1} wildcards, not {len(numbers)}")
-        return parts[0] + "".join(n + part for n, part in zip(numbers, parts[1:], strict=True))
 
     def hf_to_megatron(
         self,
@@ -178,11 +177,14 @@ class ParamMapping(ABC):
     def extra_state(self) -> str | None:
         """Name of the state that a tensor-parallel linear layer saves beside its weight, if any.
 
-        megatron-core's own layers save an empty one, which its loader then asks for.
+        megatron-core's own layers save an empty one, which its loader then asks for. It has the
+        wildcards of the row.
         """
         module, _, parameter = self.megatron_param.rpartition(".")
         expert = parameter.removeprefix("weight")  # "" but for one of several experts
-        is_weight = parameter == f"weight{expert}" and (not expert or expert.isdecimal())
+        is_weight = parameter == f"weight{expert}" and (
+            expert in ("", WILDCARD) or expert.isdecimal()
+        )
         if self.expected_axis is None or not is_weight:
             return None
         return f"{module}._extra_state{expert}"
@@ -352,8 +354,3 @@ def split_axis(parameter: "torch.nn.Parameter") -> int | None:
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return int(parameter.partition_dim)  # type: ignore[attr-defined]
-
-
-def pattern_regex(pattern: str) -> re.Pattern[str]:
-    """Matches the names that `pattern` stands for; groups are the numbers."""
-    return re.compile(r"(\d+)".join(re.escape(part) for part in pattern.split(WILDCARD)))

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from megatron.bridge.models.conversion.boxes import Box, Shape, full_box, relative
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.boxes import Box, Shape, full_box
+from megatron.bridge.models.conversion.patterns import WILDCARD, fill
 
 _RENAMED = ((".mtp_model_layer.", ".transformer_layer."),)
 """Parts of parameter names for which megatron-core keeps an older checkpoint key."""
 
-_EXPERT = re.compile(r"(?P<path>.*\.experts\.)(?P<name>\w+\.\w+?)(?P<expert>\d+)")
+_EXPERT = re.compile(r"(?P<path>.*\.experts\.)(?P<name>\w+\.\w+?)(?P<expert>\*|\d+)")
 
 
 class RankSection(NamedTuple):
@@ -67,32 +69,37 @@ class LanguageFields(AttentionFields):
     padded_vocab_size: int
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where a parameter, or a part of it, lies in the checkpoint.
+class Placement(NamedTuple):
+    """Where the parameters of a row, or a part of each, lie in the checkpoint.
 
-    part: the box of the parameter that the key holds. leading: indexes on the key's first axes,
-    which stand for the layer and the expert.
+    key: pattern of the keys. indexed: which of the row's wildcards, counted from 0, are not in the
+    key: their numbers, the layer and the expert, are indexes on the first axes of `key_shape`.
+    part: the box of each parameter that the key holds.
     """
 
     key: str
     key_shape: Shape
-    leading: Box
+    indexed: tuple[int, ...]
     part: Box
 
-    def key_box(self, box: Box) -> Box:
-        """A box of the parameter, inside of `part`, as a box of the key."""
-        return self.leading + relative(box, self.part)
+    def leading(self, numbers: tuple[int, ...]) -> Box:
+        """The box of the parameter with these numbers, along the axes of layer and expert."""
+        return tuple([(numbers[axis], numbers[axis] + 1) for axis in self.indexed])
 
-    @property
-    def object_key(self) -> str:
+    def key_of(self, numbers: tuple[int, ...]) -> str:
+        """The key of the parameter with these numbers."""
+        if not self.indexed:
+            return fill(self.key, numbers)
+        return fill(self.key, [n for axis, n in enumerate(numbers) if axis not in self.indexed])
+
+    def object_key(self, numbers: tuple[int, ...]) -> str:
         """The name under which torch_dist files an object that is not a tensor.
 
         megatron-core's ShardedObject.unique_key: one entry per layer, offsets then shape.
         """
-        shape = self.key_shape or (1,)
-        offsets = [start for start, _ in self.leading] or [0]
-        return f"{self.key}/shard_{'.'.join(map(str, offsets))}_{'.'.join(map(str, shape))}"
+        offsets = ".".join([str(numbers[axis]) for axis in self.indexed]) or "0"
+        sizes = ".".join(map(str, self.key_shape)) or "1"
+        return f"{self.key_of(numbers)}/shard_{offsets}_{sizes}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,15 @@ class ModelStructure:
         raise KeyError(f"{megatron_param}: no part of the model has this prefix")
 
     def shape(self, symbols: str) -> Shape:
-        """``"3 H"`` as numbers; a word is a symbol of `dims` or a number."""
+        """``"3 H"`` as numbers; a word is a symbol of `dims` or a number.
+
+        Raises ConfigError for a symbol that the config has no size for.
+        """
+        if unknown := [w for w in symbols.split() if not w.isdecimal() and w not in self.dims]:
+            raise ConfigError(
+                f"rows of this family ask for shape [{symbols}], but nothing in the config gives "
+                f"{' and '.join(unknown)}"
+            )
         return tuple(int(word) if word.isdecimal() else self.dims[word] for word in symbols.split())
 
     def numbers(self, path: str, layers: str | None) -> tuple[int, ...]:
@@ -138,34 +153,43 @@ class ModelStructure:
     def place(
         self, megatron_param: str, shape: Shape, sections: Sequence[RankSection] = ()
     ) -> tuple[Placement, ...]:
-        """Checkpoint keys of a parameter, as megatron-core's sharded_state_dict names them.
+        """Checkpoint keys of a row's parameters, as megatron-core's sharded_state_dict names them.
 
+        megatron_param: the pattern of their names. shape: that of each of them.
         Layers that are all alike share one key, whose first axis is the layer:
         ``decoder.layers.7.mlp.linear_fc2.weight`` of 28 layers is row 7 of
         ``decoder.layers.mlp.linear_fc2.weight``. The experts of a layer share one in the same
-        way. Sections with a suffix have keys of their own.
+        way. Sections with a suffix have keys of their own. Raises ValueError where the number of
+        such a layer or expert is written out.
         """
-        key, leading, sizes = megatron_param, full_box(()), full_box(())
+        key = megatron_param
+        indexed: tuple[int, ...] = ()
+        first: Shape = ()
         for path in self.stacked:
             if key.startswith(path):
-                number, _, rest = key.removeprefix(path).partition(".")
-                key = path + rest
-                leading += ((int(number), int(number) + 1),)
-                sizes += ((0, len(self.indices[path])),)
+                layer, _, rest = key.removeprefix(path).partition(".")
+                _check_wildcard(layer, megatron_param)
+                key, indexed, first = path + rest, (0,), (len(self.indices[path]),)
         for name, stored in _RENAMED:
             key = key.replace(name, stored)
         if match := _EXPERT.fullmatch(key):
-            expert = int(match["expert"])
+            _check_wildcard(match["expert"], megatron_param)
             key = f"{match['path']}experts.{match['name']}"
-            leading += ((expert, expert + 1),)
-            sizes += ((0, self.experts),)
-        first = tuple(stop for _, stop in sizes)
+            indexed += (megatron_param.count(WILDCARD) - 1,)
+            first += (self.experts,)
         if not any(section.key_suffix for section in sections):
-            return (Placement(key, first + shape, leading, full_box(shape)),)
+            return (Placement(key, first + shape, indexed, full_box(shape)),)
         placements, start = [], 0
         for section in sections:
             part = ((start, start + section.rows), *full_box(shape[1:]))
             key_shape = (*first, section.rows, *shape[1:])
-            placements.append(Placement(f"{key}.{section.key_suffix}", key_shape, leading, part))
+            placements.append(Placement(f"{key}.{section.key_suffix}", key_shape, indexed, part))
             start += section.rows
         return tuple(placements)
+
+
+def _check_wildcard(number: str, megatron_param: str) -> None:
+    if number != WILDCARD:
+        raise ValueError(
+            f"{megatron_param}: layers and experts share a key; declare one row for all"
+        )

@@ -4,7 +4,8 @@ Everything is built on two functions of a pair of boxes, whichever side is read:
 one box lies on the other side, and how the elements are arranged there.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 
@@ -15,8 +16,15 @@ from megatron.bridge.models.conversion.boxes import Box, box_shape, relative, sl
 from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
 
-type Read = Callable[[str, Box], torch.Tensor]
-"""Reads one box of a named tensor: ``read(name, box)`` of shape ``box_shape(box)``."""
+
+class Source(Protocol):
+    """Named tensors that are read by box: files, a checkpoint, a live model."""
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype ("BF16") in which a tensor is read."""
+
+    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Fill `out`, a view of any strides of shape ``box_shape(box)`` and the tensor's dtype."""
 
 
 def to_megatron(
@@ -48,42 +56,81 @@ def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype)
 
 
-def read_megatron(plan: ConversionPlan, key: str, box: Box, read: Read) -> torch.Tensor:
-    """One box of a Megatron tensor, from Hugging Face tensors; padding is zero.
+def fill_megatron(
+    plan: ConversionPlan, key: str, box: Box, out: torch.Tensor, source: Source
+) -> None:
+    """Fill `out` with one box of a Megatron tensor, from Hugging Face tensors; padding is zero.
 
-    Returns a new tensor of shape ``box_shape(box)`` in the dtype that the plan gives the key.
+    out: of shape ``box_shape(box)`` in the dtype that the plan gives the key; any strides.
     """
-    dtype = torch_dtype(plan.megatron[key].dtype)
-    tensor = torch.empty(box_shape(box), dtype=dtype)
     for shared in plan.padding_in(key, box):
-        tensor[slices(relative(shared, box))] = 0
+        out[slices(relative(shared, box))] = 0
     for shared, copy in plan.copies_to(key, box):
-        part = read(copy.hf_name, hf_part(copy, shared))
-        target = relative(shared, box)
-        tensor[slices(target)] = to_megatron(part, copy, box_shape(target), dtype)
-    return tensor
+        part, hf_box = out[slices(relative(shared, box))], hf_part(copy, shared)
+        stored = torch_dtype(source.dtype_of(copy.hf_name))
+        if stored == out.dtype and not copy.offset:
+            source.read_into(copy.hf_name, hf_box, _seen_from_hf(part, copy, hf_box))
+        else:
+            tensor = torch.empty(box_shape(hf_box), dtype=stored)
+            source.read_into(copy.hf_name, hf_box, tensor)
+            part.copy_(to_megatron(tensor, copy, tuple(part.shape), out.dtype))
 
 
-def read_hf(plan: ConversionPlan, name: str, box: Box, read: Read) -> torch.Tensor:
-    """One box of a Hugging Face tensor, from Megatron tensors, in the dtype of the plan."""
-    dtype = torch_dtype(plan.hf[name].dtype)
-    tensor = torch.empty(box_shape(box), dtype=dtype)
+def fill_hf(plan: ConversionPlan, name: str, box: Box, out: torch.Tensor, source: Source) -> None:
+    """Fill `out` with one box of a Hugging Face tensor, from Megatron tensors.
+
+    out: of shape ``box_shape(box)`` in the dtype that the plan gives the tensor; any strides.
+    """
     for shared, copy in plan.copies_from(name, box):
-        part = read(copy.megatron_key, megatron_part(copy, shared))
-        target = relative(shared, box)
-        tensor[slices(target)] = to_hf(part, copy, box_shape(target), dtype)
+        part, megatron_box = out[slices(relative(shared, box))], megatron_part(copy, shared)
+        stored = torch_dtype(source.dtype_of(copy.megatron_key))
+        if stored == out.dtype and not copy.offset:
+            view = _seen_from_megatron(part, copy, megatron_box)
+            source.read_into(copy.megatron_key, megatron_box, view)
+        else:
+            tensor = torch.empty(box_shape(megatron_box), dtype=stored, device=out.device)
+            source.read_into(copy.megatron_key, megatron_box, tensor)
+            part.copy_(to_hf(tensor, copy, tuple(part.shape), out.dtype))
+
+
+def _seen_from_hf(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tensor:
+    """A part of a Megatron tensor, its axes in the order of the Hugging Face box it stands for."""
+    shape = box_shape(hf_box)
+    if pair.transpose:
+        return part.view(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+    return part.view(shape)
+
+
+def _seen_from_megatron(part: torch.Tensor, pair: BoxPair, megatron_box: Box) -> torch.Tensor:
+    """A part of a Hugging Face tensor, its axes in the order of the Megatron box it stands for."""
+    return (part.transpose(-1, -2) if pair.transpose else part).view(box_shape(megatron_box))
+
+
+def read_megatron(plan: ConversionPlan, key: str, box: Box, source: Source) -> torch.Tensor:
+    """One box of a Megatron tensor in new memory; see `fill_megatron`."""
+    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.megatron[key].dtype))
+    fill_megatron(plan, key, box, tensor, source)
     return tensor
 
 
-def inexact_offsets(plan: ConversionPlan, read: Read) -> Iterator[tuple[str, float]]:
+def read_hf(plan: ConversionPlan, name: str, box: Box, source: Source) -> torch.Tensor:
+    """One box of a Hugging Face tensor in new memory; see `fill_hf`."""
+    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.hf[name].dtype))
+    fill_hf(plan, name, box, tensor, source)
+    return tensor
+
+
+def inexact_offsets(plan: ConversionPlan, source: Source) -> Iterator[tuple[str, float]]:
     """(Hugging Face name, largest error) of tensors that do not survive their offset.
 
-    Adding a constant rounds where the result needs more bits than it has. `read` is of Hugging
+    Adding a constant rounds where the result needs more bits than it has. `source` is of Hugging
     Face tensors.
     """
     for copy in plan.copies:
         if copy.offset:
-            tensor = read(copy.hf_name, copy.hf_box)
+            stored = torch_dtype(source.dtype_of(copy.hf_name))
+            tensor = torch.empty(box_shape(copy.hf_box), dtype=stored)
+            source.read_into(copy.hf_name, copy.hf_box, tensor)
             dtype = torch_dtype(plan.megatron[copy.megatron_key].dtype)
             shifted = to_megatron(tensor, copy, box_shape(copy.megatron_box), dtype)
             back = to_hf(shifted, copy, tuple(tensor.shape), tensor.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
+from megatron.bridge.quoting import is_name, quoted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG_FILE = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
+MAX_COUNT = (1 << 31) - 1
 
 # These formats rotate the whole head and have no key to say otherwise.
 _FULL_ROTARY_MODEL_TYPES = frozenset({"qwen3_vl", "qwen3_vl_moe"})
@@ -57,7 +62,7 @@ class HFConfig:
         if path.is_dir():
             path = path / CONFIG_FILE
         try:
-            return cls(parse_object(path.read_bytes()), str(path))
+            return cls(parse_object(read_regular(path, MAX_CONFIG_BYTES)), str(path))
         except FileNotFoundError:
             raise ConfigError(f"{path}: there is no such file; is this a model folder?") from None
         except (OSError, ValueError) as error:
@@ -95,12 +100,12 @@ class HFConfig:
     def architecture(self) -> str:
         """The model class to load, the first of `architectures`."""
         names = self.require("architectures", list)
-        if not names or not isinstance(names[0], str):
+        if not names or not is_name(names[0]):
             raise ConfigError(
                 f"{self.origin}: {self._dotted('architectures')} must be a list of class names, "
-                f"found {names!r}"
+                f"found {quoted(names)}"
             )
-        return names[0]
+        return str(names[0])
 
     @property
     def model_type(self) -> str:
@@ -123,7 +128,9 @@ class HFConfig:
             raise ConfigError(f"{self.origin}: contradictory dtypes: {stated}")
         key, name = next(iter(stated.items()))
         if name not in TORCH_NAMES:
-            raise ConfigError(f"{self.origin}: {key} is {name!r}, which is no dtype of tensors")
+            raise ConfigError(
+                f"{self.origin}: {key} is {quoted(name)}, which is no dtype of tensors"
+            )
         return TORCH_NAMES[name]
 
     @property
@@ -156,14 +163,40 @@ class HFConfig:
                 f"{self.origin}: {self._dotted(path)} is missing; expected a value of type "
                 f"{kind.__name__}"
             )
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind:
             raise ConfigError(
                 f"{self.origin}: {self._dotted(path)} must be of type {kind.__name__}, "
-                f"found {value!r}"
+                f"found {quoted(value)}"
             )
         return copy.deepcopy(value)
+
+    def count(self, path: str) -> int:
+        """The number of something, or its size: a whole number that is not 0 nor over MAX_COUNT.
+
+        Raises ConfigError for any other value, and if it is missing or null.
+        """
+        value = self.require(path, int)
+        if not 0 < value <= MAX_COUNT:
+            raise ConfigError(
+                f"{self.origin}: {self._dotted(path)} must be a number from 1 to {MAX_COUNT}, "
+                f"found {quoted(value)}"
+            )
+        return value
+
+    def list_of[T](self, path: str, kind: type[T], default: list[T] | None = None) -> list[T]:
+        """The list at `path`, all of one JSON type, or `default` where there is one and no list.
+
+        Raises ConfigError.
+        """
+        values = self.require(path, list) if default is None else self.get(path, list(default))
+        if not all(type(value) is kind for value in values):
+            raise ConfigError(
+                f"{self.origin}: {self._dotted(path)} must be a list of {kind.__name__}, "
+                f"found {quoted(values)}"
+            )
+        return values
 
     def get[T](self, path: str, default: T) -> T:
         """The value at `path`, of the type of `default`, or `default` where the key is absent.
@@ -190,7 +223,7 @@ class HFConfig:
         if not section or not all(type(size) is int and size >= 0 for size in section):
             raise ConfigError(
                 f"{self.origin}: {text._dotted(forms[0])}.mrope_section must be a list of counts, "
-                f"found {section!r}"
+                f"found {quoted(section)}"
             )
         anywhere = [*forms, ""]
         full_rotary = self.model_type in _FULL_ROTARY_MODEL_TYPES and not any(
@@ -214,7 +247,7 @@ class HFConfig:
             return self.require(paths[0], kind)  # raises, naming the first place
         first, *others = stated.values()
         if any(value != first for value in others):
-            values = ", ".join(f"{self._dotted(path)} = {v!r}" for path, v in stated.items())
+            values = ", ".join(f"{self._dotted(path)} = {quoted(v)}" for path, v in stated.items())
             raise ConfigError(f"{self.origin}: contradictory values: {values}")
         return first
 

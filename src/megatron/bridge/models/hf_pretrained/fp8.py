@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
-from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, HFConfig
 from megatron.bridge.models.hf_pretrained.slice_reader import Box
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
+from megatron.bridge.quoting import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -92,20 +93,20 @@ def quantization_of(config: HFConfig) -> BlockFP8 | None:
     method = section.require("quant_method", str)
     if method != "fp8":
         raise UnsupportedModel(
-            f"{config.origin}: the weights are quantized by {method!r}; supported is 'fp8' with "
+            f"{config.origin}: the weights are quantized by {quoted(method)}; supported is 'fp8' with "
             f"blocks (weight_block_size). Use the release in BF16 or FP8"
         )
     for key, only in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
         if section.has(key) and section.require(key, str) != only:
             raise UnsupportedModel(
-                f"{config.origin}: {CONFIG_KEY}.{key} is {section.require(key, str)!r}; supported "
-                f"is {only!r}"
+                f"{config.origin}: {CONFIG_KEY}.{key} is {quoted(section.require(key, str))}; "
+                f"supported is {only!r}"
             )
-    block = section.require("weight_block_size", list)
-    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+    block = section.list_of("weight_block_size", int)
+    if len(block) != 2 or not all(0 < size <= MAX_COUNT for size in block):
         raise ConfigError(
             f"{config.origin}: {CONFIG_KEY}.weight_block_size must be two counts, as in "
-            f"[128, 128]; found {block!r}"
+            f"[128, 128]; found {quoted(block)}"
         )
     return BlockFP8(*block)
 
@@ -215,10 +216,24 @@ class DequantizedTensors(Mapping[str, TensorView]):
         stored = self.index.read(name, box)
         if not stored.numel():
             return stored.bfloat16()
-        scales = self.read_scales(name, self._scale_box(box))
+        scales = self.read_scales(name, self.scale_box(box))
         (row, _), (column, _) = box[-2:]
         first = row % self.quantization.rows, column % self.quantization.columns
         return dequantize(stored, scales, self.quantization, first)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype ("BF16") in which a tensor is read. Raises CheckpointError if unknown."""
+        return DEQUANTIZED_DTYPE if name in self.quantized else self.index.dtype_of(name)
+
+    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Read the part of a tensor inside `box` into `out`; see TensorIndex.read_into.
+
+        Memory beside `out` is about that of the box, in blocks of rows in float32.
+        """
+        if name in self.quantized:
+            out.copy_(self.read(name, box))
+        else:
+            self.index.read_into(name, box, out)
 
     def read_scales(self, name: str, box: Box | None = None) -> torch.Tensor:
         """The scales of a quantized weight, float32. Raises CheckpointError for an unusable one."""
@@ -234,7 +249,8 @@ class DequantizedTensors(Mapping[str, TensorView]):
             )
         return scales
 
-    def _scale_box(self, box: Box) -> Box:
+    def scale_box(self, box: Box) -> Box:
+        """The box of the scales of all blocks that a box of a weight touches."""
         *leading, (row, row_end), (column, column_end) = box
         rows, columns = self.quantization.rows, self.quantization.columns
         return (

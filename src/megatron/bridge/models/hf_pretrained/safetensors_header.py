@@ -9,7 +9,6 @@ overlap.
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,12 +16,18 @@ from typing import Any
 
 from megatron.bridge.dtypes import DTYPE_NAMES, itemsize
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.regular_file import open_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
+from megatron.bridge.quoting import is_name, printable, quoted
 
 METADATA_KEY = "__metadata__"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit: no honest header is longer."""
+
+MAX_AXES = 64
+MAX_SIZE = (1 << 63) - 1
+"""Limits of torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ def read_header(path: Path) -> Header:
     try:
         return _parse(path)
     except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"{path.name}: {_reason(error)}") from error
+        raise CheckpointError(f"{printable(path.name)}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -64,11 +69,7 @@ def _reason(error: Exception) -> str:
 
 
 def _parse(path: Path) -> Header:
-    # Checked before opening: opening a pipe would wait for a writer.
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError("is not a regular file")
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(LENGTH_BYTES)
         if len(prefix) < LENGTH_BYTES:
@@ -97,20 +98,28 @@ def _metadata(value: Any) -> dict[str, str]:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= MAX_SIZE
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_AXES and all(map(_is_size, value))
 
 
 def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+    if not is_name(name):
+        raise ValueError(f"{quoted(name)} is no name of a tensor: too long, or not printable")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_NAMES:
         supported = ", ".join(DTYPE_NAMES)
-        raise CheckpointError(f"{name}: dtype {dtype!r} is not supported; supported: {supported}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise ValueError(f"{name}: shape must be a list of sizes, found {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ValueError(f"{name}: data_offsets must be [begin, end], found {offsets!r}")
+        raise CheckpointError(
+            f"{name}: dtype {quoted(dtype)} is not supported; supported: {supported}"
+        )
+    if not _is_shape(shape):
+        raise ValueError(f"{name}: shape must be a list of sizes, found {quoted(shape)}")
+    if not _is_shape(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name}: data_offsets must be [begin, end], found {quoted(offsets)}")
     nbytes = prod(shape) * itemsize(dtype)
     begin, end = offsets
     if end - begin != nbytes:

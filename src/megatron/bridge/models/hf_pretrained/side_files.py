@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.quoting import printable
 
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 )
 
 
-def _is_weights(name: str) -> bool:
-    path = Path(name.removesuffix(".index.json"))
-    return path.suffix.lower() in _WEIGHT_SUFFIXES
-
-
 def side_files(folder: Path) -> tuple[Path, ...]:
     """Every file below `folder` that is neither weights, an index of weights, nor hidden.
 
-    Sorted, relative to `folder`. A file may be a symlink, as in the hub's cache.
+    Sorted, relative to `folder`. A file may be a symlink, as in the hub's cache. Raises
+    CheckpointError for what cannot be copied as a file: a link that leads nowhere or to a folder,
+    a pipe, a device; or if a folder cannot be read.
     """
-    relative = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return tuple(
-        path
-        for path in relative
-        if not _is_weights(path.name) and not any(part.startswith(".") for part in path.parts)
+    try:
+        return tuple(sorted(_walk(folder)))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        here = Path(parent)
+        for name in folders:
+            if (here / name).is_symlink():
+                raise _unusable(here / name, "a link to a folder")
+        for name in files:
+            if _is_hidden(name) or _is_weights(name):
+                continue
+            if not (here / name).is_file():
+                raise _unusable(here / name, "a pipe, a device, or a link that leads nowhere")
+            yield (here / name).relative_to(folder)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _unusable(path: Path, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{printable(str(path))}: it should be a file that accompanies the weights, but is {kind}; "
+        "put the real thing in its place, or remove it"
     )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _is_weights(name: str) -> bool:
+    path = Path(name.removesuffix(".index.json"))
+    return path.suffix.lower() in _WEIGHT_SUFFIXES

@@ -1,4 +1,4 @@
-"""Reading boxes of tensors from files, each into new memory.
+"""Reading boxes of tensors from files, into memory of the caller's or into new memory.
 
 Reads with `pread` and not through a memory map: tensors of a map share its pages, so a change made
 to one would show in the next read, and a file truncated meanwhile would kill the process instead
@@ -14,17 +14,37 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron.bridge.dtypes import itemsize, torch_dtype
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 Box = tuple[tuple[int, int], ...]
 """One half-open index range (start, stop) per axis."""
+
+SCRATCH_BYTES = 4 << 20
+"""Per thread: where elements lie that cannot be read straight to their place."""
+
+_LONG_RUN = 32 << 10
+"""Bytes above which reading a strided box run by run costs less than reading what lies between."""
+
+
+class StoredTensor(Protocol):
+    """Where a dense row-major tensor lies; `dtype` is the safetensors name. TensorInfo is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def offset(self) -> int: ...
 
 
 class SliceReader:
@@ -43,23 +63,40 @@ class SliceReader:
         with self._lock:
             _close_all(self._descriptors)
 
-    def read(self, info: TensorInfo, box: Box | None) -> torch.Tensor:
+    def read(self, info: StoredTensor, box: Box | None) -> torch.Tensor:
         """See TensorIndex.read."""
         import torch
 
         box = tuple((0, size) for size in info.shape) if box is None else tuple(box)
-        _check_box(info, box)
         shape = tuple(stop - start for start, stop in box)
+        _check_box(info, box)
         result = torch.empty(shape, dtype=torch_dtype(info.dtype))
-        if result.numel() == 0:
-            return result
-        buffer = memoryview(result.view(-1).view(torch.uint8).numpy())
-        descriptor = self._open(info.file)
-        position = 0
-        for offset, length in _runs(info, box):
-            _read_exactly(descriptor, buffer[position : position + length], offset, info)
-            position += length
+        self.read_into(info, box, result)
         return result
+
+    def read_into(self, info: StoredTensor, box: Box, out: torch.Tensor) -> None:
+        """Read one box into `out`, a view of any strides on the CPU, in the dtype of the file.
+
+        Memory beside `out` is at most SCRATCH_BYTES for each thread that reads. Raises
+        CheckpointError, also if the shape or dtype of `out` is not that of the box.
+        """
+        _check_box(info, box)
+        if tuple(out.shape) != tuple(stop - start for start, stop in box):
+            raise CheckpointError(f"{info.name}: box {box} does not fill shape {tuple(out.shape)}")
+        if out.dtype != torch_dtype(info.dtype):
+            raise CheckpointError(f"{info.name}: it is {info.dtype}, not {out.dtype}")
+        if out.numel() == 0:
+            return
+        descriptor = self._open(info.file)
+        runs = _Runs(info, box)
+        if out.is_contiguous() and (runs.length >= _LONG_RUN or runs.count == 1):
+            buffer = _bytes_of(out)
+            position = 0
+            for offset in runs.offsets():
+                _read_exactly(descriptor, buffer[position : position + runs.length], offset, info)
+                position += runs.length
+        else:
+            _read_bands(descriptor, info, box, out, 0, info.offset)
 
     def _open(self, path: Path) -> int:
         with self._lock:
@@ -76,7 +113,7 @@ def _close_all(descriptors: dict[Path, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-def _check_box(info: TensorInfo, box: Box) -> None:
+def _check_box(info: StoredTensor, box: Box) -> None:
     fits = len(box) == len(info.shape) and all(
         0 <= start <= stop <= size for (start, stop), size in zip(box, info.shape, strict=True)
     )
@@ -84,23 +121,79 @@ def _check_box(info: TensorInfo, box: Box) -> None:
         raise CheckpointError(f"{info.name}: box {box} does not fit into shape {info.shape}")
 
 
-def _runs(info: TensorInfo, box: Box) -> Iterator[tuple[int, int]]:
-    """(file offset, bytes) of each contiguous piece of a non-empty box, in row-major order."""
-    strides = [prod(info.shape[axis + 1 :]) * itemsize(info.dtype) for axis in range(len(box))]
-    restricted = [axis for axis, size in enumerate(info.shape) if box[axis] != (0, size)]
-    if not restricted:
-        yield info.offset, info.nbytes
+class _Runs:
+    """The contiguous pieces of a non-empty box in a file, in row-major order, all of one length."""
+
+    def __init__(self, info: StoredTensor, box: Box) -> None:
+        strides = [prod(info.shape[axis + 1 :]) * itemsize(info.dtype) for axis in range(len(box))]
+        restricted = [axis for axis, size in enumerate(info.shape) if box[axis] != (0, size)]
+        self._base = info.offset
+        self._outer: list[tuple[range, int]] = []
+        self.length = prod(info.shape) * itemsize(info.dtype)
+        if restricted:
+            # Below the last restricted axis everything is taken, so a run spans that axis's range.
+            last = restricted[-1]
+            start, stop = box[last]
+            self._base += start * strides[last]
+            self.length = (stop - start) * strides[last]
+            self._outer = [(range(*box[axis]), strides[axis]) for axis in range(last)]
+        self.count = prod(len(indexes) for indexes, _ in self._outer)
+
+    def offsets(self) -> Iterator[int]:
+        """Where in the file each begins."""
+        for outer in product(*(indexes for indexes, _ in self._outer)):
+            steps = zip(outer, self._outer, strict=True)
+            yield self._base + sum(index * stride for index, (_, stride) in steps)
+
+
+def _read_bands(
+    descriptor: int, info: StoredTensor, box: Box, out: torch.Tensor, axis: int, offset: int
+) -> None:
+    """Read bands of whole rows through scratch memory; of each, copy what the box takes to `out`.
+
+    offset: where in the file the row-major block begins that spans `axis` and all axes behind it.
+    """
+    rest = info.shape[axis + 1 :]
+    stride = prod(rest) * itemsize(info.dtype)
+    start, stop = box[axis]
+    if stride > SCRATCH_BYTES and rest:
+        for index in range(start, stop):
+            begin = offset + index * stride
+            _read_bands(descriptor, info, box, out[index - start], axis + 1, begin)
         return
-    # Below the last restricted axis everything is taken, so a piece spans that axis's range.
-    last = restricted[-1]
-    start, stop = box[last]
-    base = info.offset + start * strides[last]
-    length = (stop - start) * strides[last]
-    for outer in product(*(range(*ranges) for ranges in box[:last])):
-        yield base + sum(i * stride for i, stride in zip(outer, strides, strict=False)), length
+    scratch = _scratch()
+    inner = tuple(slice(*bounds) for bounds in box[axis + 1 :])
+    rows = max(1, SCRATCH_BYTES // stride)
+    for first in range(start, stop, rows):
+        last = min(first + rows, stop)
+        band = scratch[: (last - first) * stride]
+        _read_exactly(descriptor, _bytes_of(band), offset + first * stride, info)
+        whole = band.view(out.dtype).view(last - first, *rest)
+        out[first - start : last - start].copy_(whole[:, *inner])
 
 
-def _read_exactly(descriptor: int, buffer: memoryview[Any], offset: int, info: TensorInfo) -> None:
+_local = threading.local()
+
+
+def _scratch() -> torch.Tensor:
+    import torch
+
+    if not hasattr(_local, "scratch"):
+        _local.scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
+    scratch: torch.Tensor = _local.scratch
+    return scratch
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview[Any]:
+    """The memory of a contiguous tensor."""
+    import torch
+
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _read_exactly(
+    descriptor: int, buffer: memoryview[Any], offset: int, info: StoredTensor
+) -> None:
     # The kernel returns at most 2 GiB per call.
     while buffer:
         count = os.preadv(descriptor, [buffer], offset)

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.safetensors_header import (
+    MAX_HEADER_BYTES,
     Header,
     TensorInfo,
     read_header,
 )
 from megatron.bridge.models.hf_pretrained.slice_reader import Box, SliceReader
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
+from megatron.bridge.quoting import is_name, printable, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,9 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "Shard", "TensorIndex", "TensorInfo"]
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
+
+_MAX_FILE_NAME = 255
+_SHOWN_PROBLEMS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +124,25 @@ class TensorIndex(Mapping[str, TensorInfo]):
         Raises CheckpointError for an unknown name, a box outside the tensor, or a file that
         changed since it was indexed.
         """
+        return self._reader.read(self._known(name), box)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype ("BF16") of a tensor. Raises CheckpointError for an unknown name."""
+        return self._known(name).dtype
+
+    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Read the part of a tensor inside `box` into `out`, a view of its shape and dtype.
+
+        `out` may have any strides. Safe to call from several threads. Raises CheckpointError as
+        `read` does.
+        """
+        self._reader.read_into(self._known(name), box, out)
+
+    def _known(self, name: str) -> TensorInfo:
         info = self._tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}")
-        return self._reader.read(info, box)
+        return info
 
     def close(self) -> None:
         """Close the file handles; a later read opens them again."""
@@ -136,7 +157,9 @@ class TensorIndex(Mapping[str, TensorInfo]):
 
 def _raise_if_any(folder: Path, problems: list[str]) -> None:
     if problems:
-        listing = "".join(f"\n  - {problem}" for problem in problems)
+        listing = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+        if more := len(problems[_SHOWN_PROBLEMS:]):
+            listing += f"\n  and {more} more"
         raise CheckpointError(f"{folder}: the weights cannot be used:{listing}")
 
 
@@ -154,7 +177,7 @@ def _single_file(folder: Path) -> str:
         )
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder}: {len(found)} safetensors files ({', '.join(found[:3])}, ...) "
+            f"{folder}: {len(found)} safetensors files ({printable(', '.join(found[:3]))}, ...) "
             f"and no {INDEX_FILE} that says which belong to the model; fetch the index as well"
         )
     return found[0]
@@ -162,7 +185,7 @@ def _single_file(folder: Path) -> str:
 
 def _read_weight_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
-        content = parse_object(path.read_bytes())
+        content = parse_object(read_regular(path, MAX_HEADER_BYTES))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: the weight index cannot be read: {error}") from error
     weight_map = content.get("weight_map")
@@ -179,12 +202,22 @@ def _read_weight_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _is_plain(file_name: str) -> bool:
-    return file_name.endswith(SUFFIX) and not any(mark in file_name for mark in "/\\\0")
+    return (
+        file_name.endswith(SUFFIX)
+        and file_name.isprintable()
+        and len(file_name) <= _MAX_FILE_NAME
+        and not any(mark in file_name for mark in "/\\")
+    )
 
 
 def _unsafe_names(weight_map: Mapping[str, str]) -> list[str]:
+    if unusable := [name for name in weight_map if not is_name(name)]:
+        return [
+            f"{INDEX_FILE}: {quoted(name)} is no name of a tensor: too long, or not printable"
+            for name in unusable
+        ]
     return [
-        f"{INDEX_FILE}: {name} points to {file_name!r}, "
+        f"{INDEX_FILE}: {name} points to {quoted(file_name)}, "
         f"which is not a plain *{SUFFIX} file name inside the folder"
         for name, file_name in weight_map.items()
         if not _is_plain(file_name)
@@ -226,7 +259,7 @@ def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Header])
 
 def _files_not_indexed(folder: Path, indexed: set[str]) -> list[str]:
     return [
-        f"{file_name}: {INDEX_FILE} does not mention this file; remove one or the other"
+        f"{printable(file_name)}: {INDEX_FILE} does not mention this file; remove one or the other"
         for file_name in _safetensors_files(folder)
         if file_name not in indexed
     ]
@@ -239,4 +272,4 @@ def _wrong_total(metadata: Mapping[str, Any], headers: Mapping[str, Header]) -> 
     stated = metadata["total_size"]
     if stated == found:
         return []
-    return [f"{INDEX_FILE}: metadata.total_size is {stated!r}, the shards hold {found} bytes"]
+    return [f"{INDEX_FILE}: metadata.total_size is {quoted(stated)}, the shards hold {found} bytes"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.layout import HF, Layout, PickExpert, Same, Transposed
-from megatron.bridge.models.conversion.param_mapping import WILDCARD, AutoMapping
+from megatron.bridge.models.conversion.param_mapping import AutoMapping
+from megatron.bridge.models.conversion.patterns import WILDCARD
 from megatron.bridge.models.conversion.structure import LayoutFields, RankSection
 
 if TYPE_CHECKING:
@@ -55,13 +56,9 @@ class _FusedExpertMapping(AutoMapping):
                 f"for the expert"
             )
 
-    def resolve(self, numbers: tuple[str, ...]) -> Self:
+    def resolve(self, numbers: tuple[int | str, ...]) -> Self:
         """The row of one layer and, by the last number, of one expert."""
-        megatron_param = self._filled(self.megatron_param, numbers)
-        row = object.__new__(type(self))
-        row.__dict__.update(self.__dict__)
-        row.megatron_param = megatron_param
-        row.hf_params = {HF: self._filled(self.hf_params[HF], numbers[:-1])}
+        row = super().resolve(numbers)
         row.expert = int(numbers[-1])
         return row
 

@@ -8,6 +8,8 @@ from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.rows import LINEAR_ATTENTION, SPARSE_MLP
 from megatron.bridge.models.qwen_vl.structure import (
     attention_kinds,
+    decoder_layers,
+    deepstack_layers,
     expert_sizes,
     has_delta_net,
     has_experts,
@@ -77,7 +79,7 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         "vision": {
             **{field: vision.require(field, int) for field in _VISION_FIELDS},
             "hidden_act": vision.require("hidden_act", str),
-            "deepstack_visual_indexes": vision.get("deepstack_visual_indexes", []),
+            "deepstack_visual_indexes": deepstack_layers(vision),
         },
     }
 
@@ -86,16 +88,16 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
     """Sizes of the MLPs, and of the experts where there are any."""
     if not has_experts(text):
         return {"ffn_hidden_size": text.require("intermediate_size", int)}
-    layers = text.require("num_hidden_layers", int)
-    sparse = mlp_kinds(text, tuple(range(layers)))[SPARSE_MLP]
+    layers = decoder_layers(text)
+    sparse = mlp_kinds(text, layers)[SPARSE_MLP]
     settings: dict[str, Any] = {
         "num_moe_experts": expert_sizes(text).experts,
         "moe_ffn_hidden_size": text.require("moe_intermediate_size", int),
         "moe_router_topk": text.require("num_experts_per_tok", int),
         "moe_layer_freq": 1,
     }
-    if len(sparse) < layers:
-        settings["moe_layer_freq"] = [int(layer in sparse) for layer in range(layers)]
+    if len(sparse) < len(layers):
+        settings["moe_layer_freq"] = [int(layer in sparse) for layer in layers]
         settings["ffn_hidden_size"] = text.require("intermediate_size", int)
     elif text.has("intermediate_size"):
         settings["ffn_hidden_size"] = text.require("intermediate_size", int)  # used by no layer
@@ -110,7 +112,7 @@ def _delta_net_settings(text: HFConfig) -> dict[str, Any]:
     """Sizes of the Gated DeltaNet, and which layers have it: 1 in `linear_attention_freq`."""
     if not has_delta_net(text):
         return {}
-    layers = tuple(range(text.require("num_hidden_layers", int)))
+    layers = decoder_layers(text)
     linear = attention_kinds(text, layers)[LINEAR_ATTENTION]
     return {
         "linear_attention_freq": [int(layer in linear) for layer in layers],

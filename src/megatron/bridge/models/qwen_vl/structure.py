@@ -29,6 +29,10 @@ from megatron.bridge.models.qwen_vl.rows import (
     VISION_LAYERS,
     WITH_MTP,
 )
+from megatron.bridge.quoting import quoted
+
+MAX_PARTS = 1 << 18
+"""Heads or experts of all layers together: far more than any model has, and soon gone through."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ def qwen_vl_structure(
     """
     text, vision = config.text, config.vision
     fields = _language_fields(config, padded_vocab_size)
-    vision_hidden = vision.require("hidden_size", int)
-    vision_heads = vision.require("num_heads", int)
+    vision_hidden = vision.count("hidden_size")
+    vision_heads = vision.count("num_heads")
     vision_fields = AttentionFields(vision_heads, vision_heads, vision_hidden // vision_heads)
     features = set()
     if text.get("attention_bias", False):
@@ -66,19 +70,19 @@ def qwen_vl_structure(
         features.add(UNTIED_OUTPUT)
     if with_mtp:
         features.add(WITH_MTP)
-    layers = tuple(range(text.require("num_hidden_layers", int)))
+    layers = decoder_layers(text)
     kinds = {**attention_kinds(text, layers), **mlp_kinds(text, layers)}
     alike = all(kind in ((), layers) for kind in kinds.values())
     experts = tuple(range(fields.num_moe_experts))
     indices = {
         DECODER_LAYERS: layers,
-        VISION_LAYERS: tuple(range(vision.require("depth", int))),
-        DEEPSTACK_MERGERS: tuple(range(len(vision.get("deepstack_visual_indexes", [])))),
+        VISION_LAYERS: _layers(vision, "depth", vision_heads),
+        DEEPSTACK_MERGERS: tuple(range(len(deepstack_layers(vision)))),
     }
     for layer in (DECODER_LAYER, MTP_MODEL_LAYER):
         indices |= {f"{layer.megatron}mlp.experts.linear_fc{n}.weight": experts for n in (1, 2)}
     return ModelStructure(
-        dims=_language_dims(text, fields) | _vision_dims(vision),
+        dims=_language_dims(text, fields, kinds) | _vision_dims(vision),
         fields={LANGUAGE: fields, VISION: vision_fields},
         indices=indices,
         stacked=frozenset({DECODER_LAYERS, VISION_LAYERS} if alike else {VISION_LAYERS}),
@@ -101,7 +105,7 @@ def has_delta_net(text: HFConfig) -> bool:
 def expert_sizes(text: HFConfig) -> ExpertSizes:
     """What tells the disk layouts of experts apart."""
     return ExpertSizes(
-        _experts(text), text.require("hidden_size", int), text.require("moe_intermediate_size", int)
+        _experts(text), text.count("hidden_size"), text.count("moe_intermediate_size")
     )
 
 
@@ -113,23 +117,58 @@ def has_mtp(config: HFConfig, tensors: Mapping[str, TensorLike] | None) -> bool:
     layers = config.text.get("mtp_num_hidden_layers", 0)
     if layers not in (0, 1):
         raise ConfigError(
-            f"{config.origin}: text_config.mtp_num_hidden_layers is {layers}; 0 or 1 is supported"
+            f"{config.origin}: text_config.mtp_num_hidden_layers is {quoted(layers)}; 0 or 1 is "
+            "supported"
         )
     if tensors is None:
         return bool(layers)
     return any(name.startswith(HF_MTP) for name in tensors)
 
 
+def decoder_layers(text: HFConfig) -> tuple[int, ...]:
+    """The numbers of the text model's layers."""
+    parts = [text.count("num_key_value_heads")]
+    if has_experts(text):
+        parts.append(_experts(text))
+    if has_delta_net(text):
+        parts.append(text.count("linear_num_key_heads"))
+    return _layers(text, "num_hidden_layers", max(parts))
+
+
+def deepstack_layers(vision: HFConfig) -> list[int]:
+    """The vision layers that hand features to the text model; one merger each."""
+    layers = vision.list_of("deepstack_visual_indexes", int, default=[])
+    depth = vision.count("depth")
+    if len(set(layers)) < len(layers) or not all(0 <= layer < depth for layer in layers):
+        raise ConfigError(
+            f"{vision.origin}: vision_config.deepstack_visual_indexes should name some of "
+            f"{depth} layers, found {quoted(layers)}"
+        )
+    return layers
+
+
+def _layers(config: HFConfig, key: str, parts: int) -> tuple[int, ...]:
+    """The numbers of layers that are made of so many parts each; a plan goes through all."""
+    layers = config.count(key)
+    if layers * parts > MAX_PARTS:
+        raise ConfigError(
+            f"{config.origin}: {layers} layers ({key}) of {parts} heads or experts are more than "
+            f"the {MAX_PARTS} that are supported"
+        )
+    return tuple(range(layers))
+
+
 def attention_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Which layers have full attention and which Gated DeltaNet, from `layer_types`."""
     if not has_delta_net(text):
         return {FULL_ATTENTION: layers, LINEAR_ATTENTION: ()}
-    types = text.require("layer_types", list)
+    types = text.list_of("layer_types", str)
     unknown = set(types) - {FULL_ATTENTION, LINEAR_ATTENTION}
     if len(types) != len(layers) or unknown:
         raise ConfigError(
             f"{text.origin}: text_config.layer_types should name {len(layers)} layers, each "
-            f"{FULL_ATTENTION} or {LINEAR_ATTENTION}; found {len(types)}, {sorted(set(types))}"
+            f"{FULL_ATTENTION} or {LINEAR_ATTENTION}; found {len(types)}, "
+            f"{quoted(sorted(set(types)))}"
         )
     return {
         kind: tuple(layer for layer in layers if types[layer] == kind)
@@ -145,11 +184,11 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
     if not has_experts(text):
         return {DENSE_MLP: layers, SPARSE_MLP: ()}
     step = text.get("decoder_sparse_step", 1)
-    dense: set[int] = set(text.get("mlp_only_layers", []))
+    dense = set(text.list_of("mlp_only_layers", int, default=[]))
     if step < 1 or not dense <= set(layers):
         raise ConfigError(
-            f"{text.origin}: text_config.decoder_sparse_step {step} and mlp_only_layers "
-            f"{sorted(dense)} do not fit {len(layers)} layers"
+            f"{text.origin}: text_config.decoder_sparse_step {quoted(step)} and mlp_only_layers "
+            f"{quoted(sorted(dense))} do not fit {len(layers)} layers"
         )
     sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
     return {SPARSE_MLP: sparse, DENSE_MLP: tuple(sorted(set(layers) - set(sparse)))}
@@ -163,12 +202,12 @@ def padded_vocabulary(vocab_size: int, divisible_by: int = 128) -> int:
 def _experts(text: HFConfig) -> int:
     # Qwen3-VL-MoE files name it in either way, by the version that saved them.
     key = "num_local_experts" if text.has("num_local_experts") else "num_experts"
-    return text.require(key, int)
+    return text.count(key)
 
 
 def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields:
     text = config.text
-    vocab_size = text.require("vocab_size", int)
+    vocab_size = text.count("vocab_size")
     if padded_vocab_size is None:
         padded_vocab_size = padded_vocabulary(vocab_size)
     if padded_vocab_size < vocab_size:
@@ -183,18 +222,20 @@ def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLan
         "linear_value_head_dim",
     )
     return QwenLanguageFields(
-        num_attention_heads=text.require("num_attention_heads", int),
-        num_query_groups=text.require("num_key_value_heads", int),
-        kv_channels=text.require("head_dim", int),
+        num_attention_heads=text.count("num_attention_heads"),
+        num_query_groups=text.count("num_key_value_heads"),
+        kv_channels=text.count("head_dim"),
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
         num_moe_experts=_experts(text) if has_experts(text) else 0,
-        **({name: text.require(name, int) for name in delta} if has_delta_net(text) else {}),
+        **({name: text.count(name) for name in delta} if has_delta_net(text) else {}),
     )
 
 
-def _language_dims(text: HFConfig, fields: QwenLanguageFields) -> dict[str, int]:
-    hidden = text.require("hidden_size", int)
+def _language_dims(
+    text: HFConfig, fields: QwenLanguageFields, kinds: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    hidden = text.count("hidden_size")
     queries = fields.num_attention_heads * fields.kv_channels
     dims = {
         "V": fields.vocab_size,
@@ -205,13 +246,13 @@ def _language_dims(text: HFConfig, fields: QwenLanguageFields) -> dict[str, int]
         "K": fields.num_query_groups * fields.kv_channels,
         "d": fields.kv_channels,
     }
-    if text.has("intermediate_size"):
-        dims["I"] = text.require("intermediate_size", int)
+    if kinds[DENSE_MLP]:
+        dims["I"] = text.count("intermediate_size")
     if has_experts(text):
-        intermediate = text.require("moe_intermediate_size", int)
+        intermediate = text.count("moe_intermediate_size")
         dims |= {"E": fields.num_moe_experts, "Ie": intermediate, "2Ie": 2 * intermediate}
     if text.has("shared_expert_intermediate_size"):
-        dims["Is"] = text.require("shared_expert_intermediate_size", int)
+        dims["Is"] = text.count("shared_expert_intermediate_size")
     if has_delta_net(text):
         keys = fields.linear_num_key_heads * fields.linear_key_head_dim
         values = fields.linear_num_value_heads * fields.linear_value_head_dim
@@ -220,21 +261,21 @@ def _language_dims(text: HFConfig, fields: QwenLanguageFields) -> dict[str, int]
             "Z": values,
             "nv": fields.linear_num_value_heads,
             "dv": fields.linear_value_head_dim,
-            "w": text.require("linear_conv_kernel_dim", int),
+            "w": text.count("linear_conv_kernel_dim"),
         }
     return dims
 
 
 def _vision_dims(vision: HFConfig) -> dict[str, int]:
-    hidden = vision.require("hidden_size", int)
+    hidden = vision.count("hidden_size")
     return {
         "h": hidden,
         "3h": 3 * hidden,
-        "i": vision.require("intermediate_size", int),
-        "D": hidden * vision.require("spatial_merge_size", int) ** 2,
-        "O": vision.require("out_hidden_size", int),
-        "P": vision.require("num_position_embeddings", int),
-        "c": vision.require("in_channels", int),
-        "t": vision.require("temporal_patch_size", int),
-        "p": vision.require("patch_size", int),
+        "i": vision.count("intermediate_size"),
+        "D": hidden * vision.count("spatial_merge_size") ** 2,
+        "O": vision.count("out_hidden_size"),
+        "P": vision.count("num_position_embeddings"),
+        "c": vision.count("in_channels"),
+        "t": vision.count("temporal_patch_size"),
+        "p": vision.count("patch_size"),
     }

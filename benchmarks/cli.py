@@ -1,0 +1,144 @@
+"""Options, and the order of everything."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.cases import CASES, MEMORY, reduced
+from benchmarks.figures import CaseResult, Results, join_runs
+from benchmarks.host import describe
+from benchmarks.model_files import ModelFiles
+from benchmarks.page import read_results, tables, write_documents
+from benchmarks.processes import BenchmarkError
+from benchmarks.rounds import Bench
+
+_ROUNDS = 5
+_DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the tables, write the documents; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    out: Path | None = options.out
+    if options.render:
+        write_documents(out or _DOCS, read_results(out or _DOCS))
+        return 0
+    whole = options.layers is None and not options.tiny and options.case is None
+    try:
+        with tempfile.TemporaryDirectory(prefix="megatron-bridge-bench-") as temporary:
+            results = _measure(options, options.folder or Path(temporary))
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(tables(results))
+    if out is not None or whole:
+        write_documents(out or _DOCS, results)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = [case.name for case in CASES]
+    add = parser.add_argument
+    add(
+        "--rounds",
+        type=int,
+        default=_ROUNDS,
+        help=f"rounds that count, behind one that does not ({_ROUNDS})",
+    )
+    add("--case", action="append", choices=names, help="only this model; may be repeated")
+    add("--folder", type=Path, help="where the files go; a temporary folder if not given")
+    add(
+        "--keep",
+        action="store_true",
+        help="leave models measured for speed in --folder for next time",
+    )
+    add("--layers", type=int, help="decoder layers instead of the model's, to try it out")
+    add("--tiny", action="store_true", help="the widths of the tests, to try it out")
+    add(
+        "--out",
+        type=Path,
+        help="where benchmarks.json, .svg and .md go: docs/; if --case, --layers or --tiny is "
+        "given, nowhere",
+    )
+    add("--render", action="store_true", help="measure nothing: make .svg and tables of .json anew")
+    return parser
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> Results:
+    if options.rounds < 1:
+        raise BenchmarkError("--rounds must be at least 1")
+    if options.keep and options.folder is None:
+        raise BenchmarkError("--keep needs a --folder")
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [
+        reduced(case, options.layers, tiny=options.tiny)
+        for case in CASES
+        if options.case is None or case.name in options.case
+    ]
+    files = [ModelFiles(case, folder) for case in cases]
+    _check_space(folder, files, keep=options.keep)
+    measured = [_measure_case(one, options.rounds, keep=options.keep) for one in files]
+    return Results(
+        command=_command(options),
+        measured=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        rounds=options.rounds,
+        host=describe(folder),
+        cases=measured,
+    )
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that measures the same; where its files lie does not matter."""
+    arguments = [] if options.rounds == _ROUNDS else [f"--rounds={options.rounds}"]
+    arguments += [f"--case={name}" for name in options.case or ()]
+    arguments += [] if options.layers is None else [f"--layers={options.layers}"]
+    arguments += ["--tiny"] * options.tiny
+    return f'make bench ARGS="{" ".join(arguments)}"' if arguments else "make bench"
+
+
+def _check_space(folder: Path, files: Sequence[ModelFiles], *, keep: bool) -> None:
+    """Three times the largest model, and what lies there besides."""
+    left_over = sum(one.nbytes for one in files if keep and one.case.role != MEMORY)
+    largest = max(one.nbytes for one in files)
+    there = sum(one.nbytes for one in files if one.ready())
+    needed = int(1.05 * (3 * largest + left_over)) - there
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BenchmarkError(
+            f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; choose "
+            "another --folder, or single models with --case"
+        )
+
+
+def _measure_case(files: ModelFiles, rounds: int, *, keep: bool) -> CaseResult:
+    case = files.case
+    bench = Bench(files, lambda line: print(f"{case.title}: {line}", file=sys.stderr, flush=True))
+    try:
+        files.make()
+        warm_up = bench.warm_up()
+        if case.role == MEMORY:
+            runs = warm_up
+        else:
+            runs = join_runs([bench.round(number) for number in range(rounds)])
+        return CaseResult(
+            name=case.name,
+            title=case.title,
+            role=case.role,
+            base=case.base,
+            goal=case.goal,
+            hf_bytes=files.file_bytes(),
+            megatron_bytes=bench.megatron_bytes(),
+            runs=runs,
+        )
+    finally:
+        bench.remove()
+        if not keep or case.role == MEMORY:
+            files.remove()

@@ -1,0 +1,150 @@
+"""The steps of a model: one warm-up, then rounds in which every step runs once.
+
+The order is turned by one step from round to round. Each step is a process of its own; what it
+wrote is removed, and the disk is left to finish its work, before the next one and outside of its
+time. Caches are not dropped: everything reads what the memory still holds.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plain_copy
+from benchmarks.cases import SPEED
+from benchmarks.model_files import ModelFiles
+from benchmarks.processes import BenchmarkError, Measurement, run
+
+COPY_HF, COPY_MEGATRON = "copy of the Hugging Face files", "copy of the Megatron files"
+IMPORT, EXPORT, VERIFY = "import", "export", "verify"
+COPY_OF = {IMPORT: COPY_HF, EXPORT: COPY_MEGATRON, VERIFY: COPY_HF}
+"""Step -> the copy that it is compared with: of the same bytes."""
+
+type Runs = dict[str, list[Measurement]]
+"""Step -> its measurements, one per round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command, and the folder that it makes, if it makes one."""
+
+    name: str
+    command: Sequence[str]
+    made: Path | None = None
+
+
+class Bench:
+    """The steps of one model. `say` is told of each that is done."""
+
+    def __init__(self, files: ModelFiles, say: Callable[[str], None]) -> None:
+        self._files = files
+        self._say = say
+        root, name = files.root, files.case.name
+        self._hf, self._megatron = files.folder, root / f"{name}-megatron"
+        self._copy, self._imported, self._exported = (
+            root / f"{name}-{made}" for made in ("copy", "imported", "exported")
+        )
+
+    def warm_up(self) -> Runs:
+        """Every step once, in the order of the data: import, export, verify.
+
+        The Megatron checkpoint stays. Raises BenchmarkError if one fails, or if what comes back
+        from export is not, byte for byte, what was imported.
+        """
+        self.remove()
+        first = self._run([self._import(self._megatron)], keep=True)
+        steps = self._steps()
+        export = next(step for step in steps if step.name == EXPORT)
+        first |= self._run([export], keep=True)
+        self._check(self._exported)
+        self._tidy(export)
+        return first | self._run([s for s in steps if s.name not in (IMPORT, EXPORT)])
+
+    def round(self, number: int) -> Runs:
+        """Every step once, the order turned `number` times. After `warm_up`."""
+        steps = self._steps()
+        turn = number % len(steps)
+        return self._run([*steps[turn:], *steps[:turn]])
+
+    def megatron_bytes(self) -> int:
+        """Bytes of the files of the Megatron checkpoint."""
+        return sum((self._megatron / name).stat().st_size for name in self._megatron_files())
+
+    def remove(self) -> None:
+        """Remove everything but the model's own files."""
+        for folder in (self._megatron, self._copy, self._imported, self._exported):
+            _remove(folder)
+            _remove(folder.with_name(f"{folder.name}.partial"))  # of a command that failed
+
+    def _steps(self) -> list[Step]:
+        hf, megatron = str(self._hf), str(self._megatron)
+        steps = [
+            self._import(self._imported),
+            Step(
+                EXPORT,
+                _bridge(EXPORT, megatron, str(self._exported), "--hf", hf),
+                self._exported,
+            ),
+            Step(VERIFY, _bridge(VERIFY, hf, megatron)),
+        ]
+        if self._files.case.role == SPEED:
+            steps += [
+                Step(COPY_HF, self._copying(hf, self._files.weights), self._copy),
+                Step(COPY_MEGATRON, self._copying(megatron, self._megatron_files()), self._copy),
+            ]
+        return steps
+
+    def _import(self, target: Path) -> Step:
+        return Step(IMPORT, _bridge(IMPORT, str(self._hf), str(target)), target)
+
+    def _copying(self, source: str, names: list[str]) -> list[str]:
+        # -P: what lies beside the script is not on the path.
+        return [sys.executable, "-P", plain_copy.__file__, source, str(self._copy), *names]
+
+    def _megatron_files(self) -> list[str]:
+        files = (path for path in self._megatron.rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self._megatron)) for path in files)
+
+    def _run(self, steps: Sequence[Step], *, keep: bool = False) -> Runs:
+        runs: Runs = {}
+        for step in steps:
+            os.sync()
+            measurement, document = run(step.command)
+            _check_document(step, document)
+            runs[step.name] = [measurement]
+            self._say(
+                f"{step.name}: {measurement.seconds:.2f} s, "
+                f"{measurement.peak_bytes / 2**20:.0f} MiB at most"
+            )
+            if not keep:
+                self._tidy(step)
+        return runs
+
+    def _tidy(self, step: Step) -> None:
+        if step.made is not None:
+            _remove(step.made)
+
+    def _check(self, exported: Path) -> None:
+        for name in self._files.weights:
+            if not filecmp.cmp(self._hf / name, exported / name, shallow=False):
+                raise BenchmarkError(f"{name}: export does not give back what was imported")
+
+
+def _bridge(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "megatron.bridge", *arguments, "--json"]
+
+
+def _check_document(step: Step, document: dict[str, Any]) -> None:
+    if step.name == VERIFY and not document["identical"]:
+        raise BenchmarkError("verify found the two sides to differ")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,116 @@
+"""`plan`: what a conversion will do, and what each rank of a cluster will hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron.bridge.cli.options import Json, Revision
+from megatron.bridge.cli.output import Output, open_output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from megatron.bridge.errors import PlanError
+    from megatron.bridge.inspection.parallel_layout import ParallelLayout
+    from megatron.bridge.inspection.parallel_request import ParallelRequest
+    from megatron.bridge.inspection.plan_report import PlanReport
+
+
+def plan(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Hugging Face model: a folder, a config.json alone, or a hub id; or a Megatron "
+            "checkpoint.",
+        ),
+    ],
+    *,
+    revision: Revision = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="How the routed experts of SRC lie: fused, fused-transposed or per-expert; see "
+            "import and export.",
+        ),
+    ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel size.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages.")] = None,
+    vpp: Annotated[
+        int | None, typer.Option(min=1, help="Chunks of each pipeline stage, interleaved.")
+    ] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Expert-parallel size.")] = None,
+    etp: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tensor-parallel size of routed experts; --tp if not given."),
+    ] = None,
+    cp: Annotated[int | None, typer.Option(min=1, help="Context-parallel size.")] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of ranks; as few as possible if not given."),
+    ] = None,
+    no_mtp: Annotated[
+        bool, typer.Option("--no-mtp", help="Lay out the model without its MTP layer.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what import would do with SRC (export, for a checkpoint), without doing it.
+
+    Reads headers and configs only. With a size of parallelism, also what each rank holds in
+    training, as megatron-core itself declares it. Exits with 2 if the model cannot be converted or
+    laid out so, after showing what is known of it.
+    """
+    with open_output(as_json=as_json) as output:
+        from megatron.bridge.inspection.plan_report import plan_source
+
+        request = _request(
+            no_mtp, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, world_size=world_size
+        )
+        report = plan_source(source, revision, experts)
+        layout, illegal = _layout(report, request, output, with_mtp=not no_mtp)
+        _show(report, request, layout, illegal, output)
+        if problem := report.model.problem or illegal:
+            raise problem
+
+
+def _request(wanted: bool, **sizes: int | None) -> ParallelRequest | None:
+    """The parallel layout that the options ask for; None if none of them was given."""
+    from megatron.bridge.inspection.parallel_request import ParallelRequest
+
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return ParallelRequest(**given) if given or wanted else None
+
+
+def _layout(
+    report: PlanReport, request: ParallelRequest | None, output: Output, *, with_mtp: bool
+) -> tuple[ParallelLayout | None, PlanError | None]:
+    if request is None or report.model.problem is not None:
+        return None, None
+    output.note("plan: asking megatron-core what each rank holds")
+    from megatron.bridge.errors import PlanError
+    from megatron.bridge.inspection.parallel_plan import plan_layout
+
+    try:
+        return plan_layout(report.model, request, with_mtp=with_mtp), None
+    except PlanError as error:
+        return None, error
+
+
+def _show(
+    report: PlanReport,
+    request: ParallelRequest | None,
+    layout: ParallelLayout | None,
+    illegal: PlanError | None,
+    output: Output,
+) -> None:
+    from megatron.bridge.cli.plan_document import plan_document
+
+    def render() -> RenderableType:
+        from megatron.bridge.cli.render.plan import render_plan
+
+        return render_plan(report, layout)
+
+    output.show(plan_document(report, request, layout, illegal), render)

@@ -1,0 +1,106 @@
+"""A model laid out over a cluster: what every rank holds, without a cluster.
+
+The real model is built on the meta device, as a rank of torch's fake process group. megatron-core
+splits tensors into equal parts only, so ranks of one pipeline stage hold tensors of the same
+shapes: one rank of each stage is built.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from megatron.bridge.inspection.parallel_request import OPTIONS, ParallelRequest
+from megatron.bridge.inspection.rank_grid import RankPosition, rank_positions
+from megatron.bridge.inspection.rank_share import RankShare, share_of
+from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
+
+type MakeProvider = Callable[[], ModelProvider]
+
+_ADVICE = (
+    "Using a large number of experts .* without fp32 routing",
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+)
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """What every rank of a cluster holds.
+
+    stages: the share of every rank of a pipeline stage. positions: of every rank; its `pp` is the
+    index of its stage.
+    """
+
+    request: ParallelRequest
+    stages: tuple[RankShare, ...]
+    positions: tuple[RankPosition, ...]
+
+    def ranks_of(self, stage: int) -> list[int]:
+        """The ranks of a pipeline stage."""
+        return [position.rank for position in self.positions if position.pp == stage]
+
+
+def provider_maker(provider: str, settings: Mapping[str, Any], *, with_mtp: bool) -> MakeProvider:
+    """Makes providers of one model that has no parallel layout yet.
+
+    provider: dotted path of the class. settings: its fields. with_mtp: build the MTP layer too.
+    """
+    module, _, name = provider.rpartition(".")
+    family = getattr(import_module(module), name)
+    fields = {**settings, **({"mtp_num_layers": 1} if with_mtp else {})}
+    return lambda: family.from_settings(fields)
+
+
+def configured(make: MakeProvider, request: ParallelRequest) -> ModelProvider:
+    """A provider with the sizes of `request`, set as training scripts of Megatron-LM set them."""
+    provider = make()
+    for option, field in OPTIONS.items():
+        setattr(provider, field, getattr(request, option))
+    if request.vpp is not None:
+        provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
+    if provider.num_moe_experts:
+        provider.sequence_parallel = request.tp > 1
+    provider.perform_initialization = False  # there are no values
+    return provider
+
+
+@contextmanager
+def on_rank(rank: int, request: ParallelRequest) -> Iterator[None]:
+    """Be a rank of the cluster, on the meta device."""
+    sizes = ParallelSizes(**{field: getattr(request, name) for name, field in OPTIONS.items()})
+    with fake_cluster(rank, request.ranks, sizes), torch.device("meta"):
+        yield
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Silence what megatron-core advises for training with such sizes: nobody trains here."""
+    with warnings.catch_warnings():
+        for message in _ADVICE:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def build_rank(make: MakeProvider, request: ParallelRequest, rank: int) -> RankShare:
+    """Build the model of one rank and measure it."""
+    provider = configured(make, request)
+    with on_rank(rank, request):
+        stages = [None] if request.vpp is None else list(range(request.vpp))
+        return share_of([provider.provide(vp_stage=stage) for stage in stages])
+
+
+def lay_out(make: MakeProvider, request: ParallelRequest) -> ParallelLayout:
+    """What every rank holds. Raises whatever megatron-core raises for sizes that it refuses."""
+    with without_advice():
+        with on_rank(0, request):  # only of a cluster that it accepts are the positions right
+            positions = rank_positions(request)
+        first = {position.pp: position.rank for position in reversed(positions)}
+        stages = [build_rank(make, request, first[stage]) for stage in range(request.pp)]
+    return ParallelLayout(request, tuple(stages), tuple(positions))

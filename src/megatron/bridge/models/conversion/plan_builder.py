@@ -1,0 +1,233 @@
+"""Building plans: every parameter of a model is looked up, checked and placed.
+
+`build_plan` gathers all problems into one PlanError, before anything was written.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import NamedTuple
+
+from megatron.bridge.errors import PlanError
+from megatron.bridge.models.conversion.boxes import Box, Shape
+from megatron.bridge.models.conversion.layout import LayoutError
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry, Ranges
+from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.conversion.patterns import fill
+from megatron.bridge.models.conversion.plan import (
+    ConversionPlan,
+    Copy,
+    Parameter,
+    RowUse,
+    TensorLike,
+    TensorSpec,
+)
+from megatron.bridge.models.conversion.recipe import Recipe, RecipeBook
+from megatron.bridge.models.conversion.structure import ModelStructure
+
+
+def expected_tensors(
+    registry: MegatronMappingRegistry, structure: ModelStructure, dtype: Callable[[str], str]
+) -> dict[str, TensorSpec]:
+    """The Hugging Face tensors that a config asks for; `dtype` gives each one's by its name.
+
+    Raises PlanError for rows that do not declare shapes.
+    """
+    specs: dict[str, TensorSpec] = {}
+    for row, ranges in registry.expand(structure):
+        for numbers in product(*ranges[: row.hf_wildcards]):
+            for role, pattern in row.hf_params.items():
+                name = fill(pattern, numbers)
+                if role not in row.hf_symbols:
+                    raise PlanError([f"{row.megatron_param}: the row declares no shape for {name}"])
+                specs[name] = TensorSpec(name, structure.shape(row.hf_symbols[role]), dtype(name))
+    return specs
+
+
+def build_plan(
+    registry: MegatronMappingRegistry,
+    structure: ModelStructure,
+    tensors: Mapping[str, TensorLike],
+    carried: Mapping[str, str] | None = None,
+) -> ConversionPlan:
+    """The proven plan between `tensors` and the Megatron model of the same structure.
+
+    tensors: what the Hugging Face side holds, by name; a TensorIndex or `expected_tensors`.
+    carried: those of them that the Megatron model has no place for, with the reason.
+    Raises PlanError with every missing, unexpected, misshapen or mixed-dtype tensor.
+    """
+    return _Builder(registry, structure, tensors, carried or {}).build()
+
+
+class _Tensors(NamedTuple):
+    """The tensors that make one parameter, or the same part of all experts of a layer.
+
+    names and shapes are by role, dtypes sorted and distinct.
+    """
+
+    names: dict[str, str]
+    shapes: dict[str, Shape]
+    dtypes: list[str]
+
+
+class _Builder:
+    def __init__(
+        self,
+        registry: MegatronMappingRegistry,
+        structure: ModelStructure,
+        tensors: Mapping[str, TensorLike],
+        carried: Mapping[str, str],
+    ) -> None:
+        self.carried = carried
+        self.registry = registry
+        self.structure = structure
+        self.hf = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()}
+        self.problems: list[str] = []
+        self.missing: dict[str, str] = {}
+        self.used: set[str] = set()
+        self.megatron: dict[str, TensorSpec] = {}
+        self.parameters: list[Parameter] = []
+        self.copies: list[Copy] = []
+        self.padding: list[tuple[str, Box]] = []
+        self.extra_states: list[str] = []
+        self.rows: list[RowUse] = []
+
+    def build(self) -> ConversionPlan:
+        for row, ranges in self.registry.expand(self.structure):
+            self._add(row, ranges)
+        self._report_names()
+        if self.problems:
+            # All experts of a layer find the same fault in the tensor that they share.
+            raise PlanError(dict.fromkeys(self.problems))
+        plan = ConversionPlan(
+            hf=self.hf,
+            megatron=self.megatron,
+            parameters=tuple(self.parameters),
+            copies=tuple(self.copies),
+            padding=tuple(self.padding),
+            extra_states=tuple(self.extra_states),
+            carried=self.carried,
+            rows=tuple(self.rows),
+        )
+        if faults := list(plan.faults()):
+            raise PlanError(faults)
+        return plan
+
+    def _add(self, row: ParamMapping, ranges: Ranges) -> None:
+        """All parameters of a row."""
+        recipes = RecipeBook(row, self.structure)
+        in_names, others = ranges[: row.hf_wildcards], ranges[row.hf_wildcards :]
+        recipe = None
+        for named in product(*in_names):
+            tensors = self._look_up(row, named, others)
+            if tensors is None:
+                continue
+            for other in product(*others):
+                numbers = named + other
+                try:
+                    recipe = recipes.find(numbers, tensors.shapes)
+                except LayoutError as error:
+                    parameter = fill(row.megatron_param, numbers)
+                    self.problems.append(f"{parameter} from {_names(tensors)}: {error}")
+                else:
+                    self._place(row, numbers, tensors, recipe)
+        if recipe is not None:
+            names = tuple(row.hf_params.values())
+            self.rows.append(RowUse(row.megatron_param, names, recipe.layout, ranges))
+
+    def _look_up(
+        self, row: ParamMapping, named: tuple[int, ...], others: Ranges
+    ) -> _Tensors | None:
+        """The tensors with these numbers in their names, if they are there and as declared."""
+        names = {role: fill(pattern, named) for role, pattern in row.hf_params.items()}
+        self.used.update(names.values())
+        found = {role: self.hf[name] for role, name in names.items() if name in self.hf}
+        good = len(found) == len(names)
+        if not good:
+            last = tuple(numbers[-1] for numbers in others)
+            parameter = fill(row.megatron_param, named + last)
+            absent = (name for role, name in names.items() if role not in found)
+            self.missing.update(dict.fromkeys(absent, parameter))
+        for role, symbols in row.hf_symbols.items():
+            if role in found and self.structure.shape(symbols) != found[role].shape:
+                good = False
+                self.problems.append(
+                    f"{names[role]}: the config asks for shape {self.structure.shape(symbols)} "
+                    f"[{symbols}], found {found[role].shape}; check that config.json belongs to "
+                    f"these files"
+                )
+        if not good:
+            return None
+        return _Tensors(
+            names,
+            {role: spec.shape for role, spec in found.items()},
+            sorted({spec.dtype for spec in found.values()}),
+        )
+
+    def _place(
+        self, row: ParamMapping, numbers: tuple[int, ...], tensors: _Tensors, recipe: Recipe
+    ) -> None:
+        """The copies of one parameter into each of its checkpoint keys."""
+        name = fill(row.megatron_param, numbers)
+        keys = self._keys(name, numbers, tensors, recipe)
+        if keys is None:
+            return
+        for key, part in zip(keys, recipe.parts, strict=True):
+            leading = part.placement.leading(numbers)
+            self.parameters.append(Parameter(name, key, leading + part.box, row.megatron_param))
+            for piece in part.pieces:
+                hf_name, megatron_box = tensors.names[piece.role], leading + piece.megatron_box
+                self.copies.append(
+                    Copy(hf_name, piece.hf_box, key, megatron_box, piece.transpose, piece.offset)
+                )
+            if part.padding is not None:
+                self.padding.append((key, leading + part.padding))
+        if recipe.extra_state is not None:
+            self.extra_states.append(recipe.extra_state.object_key(numbers))
+
+    def _keys(
+        self, name: str, numbers: tuple[int, ...], tensors: _Tensors, recipe: Recipe
+    ) -> list[str] | None:
+        """The checkpoint keys of one parameter, if its tensors and the other layers agree."""
+        if len(tensors.dtypes) > 1:
+            self.problems.append(
+                f"{name}: {_names(tensors)} should have one dtype, found {tensors.dtypes}; "
+                f"convert the files to one dtype first"
+            )
+            return None
+        # A constant added in BF16 would lose bits of the result: such parameters are kept in F32.
+        dtype = "F32" if recipe.shifted else tensors.dtypes[0]
+        keys = []
+        for placement, *_ in recipe.parts:
+            key, shape = placement.key_of(numbers), placement.key_shape
+            known = self.megatron.get(key)
+            if known is None:
+                known = self.megatron[key] = TensorSpec(key, shape, dtype)
+            elif known.shape != shape or known.dtype != dtype:
+                self.problems.append(
+                    f"{name} from {_names(tensors)}: layers share the checkpoint tensor {key} of "
+                    f"shape {known.shape} and dtype {known.dtype}, but this one needs shape "
+                    f"{shape} and dtype {dtype}"
+                )
+                return None
+            keys.append(known.name)
+        return keys
+
+    def _report_names(self) -> None:
+        known = self.used | set(self.carried)
+        unexpected = [name for name in self.hf if name not in known]
+        for name, parameter in self.missing.items():
+            hint = difflib.get_close_matches(name, unexpected, n=1, cutoff=0.8)
+            like = f"; was it renamed to {hint[0]}?" if hint else ""
+            self.problems.append(f"{name}: missing, needed for {parameter}{like}")
+        for name in unexpected:
+            tensor = self.hf[name]
+            why = ", tied to the embedding by the config" if name == "lm_head.weight" else ""
+            self.problems.append(
+                f"{name}: no row maps it{why} (shape {tensor.shape}, dtype {tensor.dtype}); "
+                f"converting would lose it"
+            )
+
+
+def _names(tensors: _Tensors) -> str:
+    return ", ".join(tensors.names.values())

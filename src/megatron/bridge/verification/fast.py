@@ -1,0 +1,150 @@
+"""A target of `import` or `export` against its manifest: what was written is there, unchanged.
+
+Only the target is read, and of the source no more than tells that it is the one that the manifest
+records. That what was written is what should have been is not looked at again.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.bridge.checkpoint.checksums import check_files
+from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.checkpoint.iterations import (
+    METADATA_FILE,
+    is_megatron_checkpoint,
+    iteration_folder,
+)
+from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
+from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY, Budget
+from megatron.bridge.errors import CheckpointError, InputError
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.progress import Progress
+from megatron.bridge.verification.file_ranges import TensorPlaces
+from megatron.bridge.verification.report import FastReport, FileDifference, Kind
+
+_KINDS: dict[str, tuple[Kind, Kind]] = {
+    "import": ("huggingface", "megatron"),
+    "export": ("megatron", "huggingface"),
+}
+"""What a command reads and what it writes."""
+
+_SOURCE = "source"
+"""The name that manifests give to what was converted."""
+
+
+def verify_fast(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    *,
+    memory: int = DEFAULT_MEMORY,
+) -> FastReport:
+    """Read the files of a target again and compare them with the checksums in its manifest.
+
+    a, b: the target, and what it was converted from, in either order; without `b` no source is
+    looked at. A file of the source that was modified since counts as a difference, even if it
+    holds the same bytes. memory: as in `verify`.
+    Raises InputError if no side is a target with a manifest, or for a source that cannot be found;
+    CheckpointError for a manifest that cannot be read. Differences are in the report.
+    """
+    budget = Budget.of(memory)
+    target, source, changes = _assigned(a, b)
+    reads, writes = _KINDS[target.manifest.job.command]
+    faults = check_files(target.folder, target.manifest, progress, budget.threads)
+    places = TensorPlaces(target.folder)
+    return FastReport(
+        target=target.name,
+        target_kind=writes,
+        source=source,
+        source_kind=reads,
+        files=len(target.manifest.files),
+        nbytes=target.manifest.nbytes,
+        different=[
+            FileDifference(file, offset, nbytes, problem, places.tensors_in(file, offset, nbytes))
+            for file, offset, nbytes, problem in faults
+        ],
+        source_changes=changes,
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    name: str
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def recorded(self) -> Fingerprint:
+        """Of what it was converted from."""
+        return self.manifest.job.sources[_SOURCE]
+
+
+def _assigned(
+    a: str | os.PathLike[str], b: str | os.PathLike[str] | None
+) -> tuple[_Target, str | None, list[str]]:
+    """The target, its source, and how that is not the one that is recorded."""
+    if b is None:
+        if target := _target(a):
+            return target, None, []
+        raise _no_manifest(os.fspath(a))
+    found = [
+        (target, os.fspath(source), _changes(target, source))
+        for side, source in ((b, a), (a, b))
+        if (target := _target(side))
+    ]
+    if not found:
+        raise _no_manifest(f"{os.fspath(a)}, {os.fspath(b)}")
+    # A checkpoint that was imported and then exported has a manifest, and so has what came of it.
+    return min(found, key=lambda assigned: bool(assigned[2]))
+
+
+def _no_manifest(where: str) -> InputError:
+    return InputError(
+        f"{where}: there is no {MANIFEST_FILE}, as import and export leave it, so no checksums to "
+        "compare with; verify against the source without --fast"
+    )
+
+
+def _target(reference: str | os.PathLike[str]) -> _Target | None:
+    """A folder with a manifest; of a Megatron checkpoint also the folder of an iteration."""
+    folder = Path(reference).expanduser()
+    for candidate in (folder, folder.absolute().parent):
+        if manifest := read_manifest(candidate):
+            command, sources = manifest.job.command, manifest.job.sources
+            if command not in _KINDS or _SOURCE not in sources:
+                raise CheckpointError(
+                    f"{candidate / MANIFEST_FILE}: it is of {command!r}, which this version does "
+                    "not know; verify without --fast"
+                )
+            return _Target(os.fspath(reference), candidate, manifest)
+        if not (folder / METADATA_FILE).is_file():
+            break
+    return None
+
+
+def _changes(target: _Target, source: str | os.PathLike[str]) -> list[str]:
+    """How a source differs from the one that is recorded, file by file."""
+    reads, _ = _KINDS[target.manifest.job.command]
+    folder = Path(source).expanduser()
+    if is_megatron_checkpoint(folder) != (reads == "megatron"):
+        return [
+            f"it is no {'Megatron checkpoint' if reads == 'megatron' else 'Hugging Face model'}"
+        ]
+    if reads == "megatron":
+        return _differences(target.recorded, iteration_folder(folder))
+    return _differences(target.recorded, PreTrainedVLM.from_pretrained(source).weights_folder)
+
+
+def _differences(recorded: Fingerprint, folder: Path) -> list[str]:
+    seen = []
+    for file in recorded.files:
+        try:
+            seen.append(SourceFile.of(folder, file.name))
+        except FileNotFoundError:
+            continue  # reported as missing
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return Fingerprint(tuple(seen)).changed_since(recorded)

@@ -1,0 +1,25 @@
+"""Making torch_dist checkpoints of any tensors."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron.bridge.checkpoint.pieces import FillTensor
+from megatron.bridge.checkpoint.stream import write_files
+from megatron.bridge.checkpoint.torch_dist_layout import torch_dist_files
+from megatron.bridge.models.conversion.boxes import Box, full_box
+from megatron.bridge.models.conversion.plan import TensorSpec
+
+
+def write_torch_dist(
+    folder: Path,
+    tensors: Mapping[str, TensorSpec],
+    fill: FillTensor,
+    chunks: Iterable[tuple[str, Box]] | None = None,
+    extra_states: Iterable[str] = (),
+) -> None:
+    """Write the folder of one iteration. chunks: boxes that tile the tensors, or whole ones."""
+    if chunks is None:
+        chunks = ((key, full_box(spec.shape)) for key, spec in tensors.items())
+    layout = torch_dist_files(tensors, chunks, extra_states=extra_states, max_file_bytes=1 << 29)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(folder, layout.files, fill)

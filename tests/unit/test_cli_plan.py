@@ -1,0 +1,319 @@
+"""`plan`: what it says of both sides, of the cost, of each rank, and of what cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_documentation import documented_keys
+from megatron.bridge.cli import main
+from megatron.bridge.cli.output import WIDTH
+from megatron.bridge.cli.plan_document import plan_document
+from megatron.bridge.inspection.hf_folder import inspect_hf
+from megatron.bridge.inspection.plan_report import plan_model
+from megatron.bridge.synthetic import FAMILIES, make_model
+
+SIZES = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr."""
+    status = main(["plan", *map(str, args)])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    assert max(map(len, printed.out.splitlines()), default=0) <= WIDTH
+    return status, printed.out, printed.err
+
+
+def document(
+    capsys: pytest.CaptureFixture[str], *args: str | Path, status: int = 0
+) -> dict[str, Any]:
+    assert main(["plan", *map(str, args), "--json"]) == status
+    printed = capsys.readouterr()
+    assert bool(printed.err) == bool(status)
+    return json.loads(printed.out)
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        "qwen3.5-moe", tmp_path_factory.mktemp("models") / "moe", {"text.num_hidden_layers": 8}
+    )
+
+
+# --- the conversion ---
+
+
+def test_a_folder(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, small_model)
+    assert main(["inspect", str(small_model), "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    dtypes = found["megatron"].pop("dtypes")
+    assert {key: found[key] for key in inspected} == inspected
+    size = found["megatron"]["bytes"]
+    assert dtypes == {"BF16": {"keys": 44, "bytes": size}}
+    assert found["conversion"] == {
+        "command": "import",
+        "read_bytes": found["hf"]["bytes"],
+        "written_bytes": size,
+        "download_bytes": 0,
+        "disk_bytes": size,
+        "memory_bytes": 2**30,
+        "seconds": size / 1e9,
+        "assumed_bytes_per_second": 1_000_000_000,
+    }
+    assert (found["parallel"], found["ranks"], found["dropped"]) == (None, [], [])
+    status, out, err = run(capsys, small_model)
+    assert (status, err) == (0, "")
+    assert f"Megatron 44 {size:,} BF16" in words(out)
+    assert f"reads {found['hf']['bytes']:,} bytes" in words(out)
+    assert "28...}" not in out
+    assert "layers.{0...4}.self_attn.{q,k,v}_proj.weight" in out
+    assert "7 side files, which export takes from its --hf REF" in out
+    assert "Parallel" not in out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_alone(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(family, tmp_path / "model")
+    (tmp_path / "config").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "config")
+    whole, folder, file = (
+        document(capsys, path)
+        for path in (model, tmp_path / "config", tmp_path / "config" / "config.json")
+    )
+    for same in ("hf", "megatron", "rows", "experts", "carried", "architecture"):
+        assert folder[same] == file[same] == whole[same]
+    assert folder["conversion"] == file["conversion"] == whole["conversion"]
+    assert folder["origin"] == file["origin"] == "config"
+    assert (folder["side_files"], file["side_files"]) == (["config.json"], [])
+    # A weights folder's own config.json stands for the config alone, too.
+    assert document(capsys, model / "config.json")["origin"] == "config"
+
+
+def test_experts_are_one_row(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["megatron"]: row for row in document(capsys, moe)["rows"]}
+    path = "language_model.decoder.layers.{0...7}.mlp.experts.linear_fc1.weight{0...5}"
+    assert rows[path]["count"] == 8 * 6
+    assert rows[path]["hf"] == ["model.language_model.layers.{0...7}.mlp.experts.gate_up_proj"]
+    status, out, _ = run(capsys, moe)
+    assert status == 0
+    assert out.count(".mlp.experts.linear_fc1.weight") == 2  # the decoder's and the MTP layer's
+
+
+def test_another_layout_of_experts(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = moe / "config.json"
+    released, single = document(capsys, config), document(capsys, config, "--experts", "per-expert")
+    assert single["experts"] == {"decoder": "per-expert", "mtp": "per-expert"}
+    assert single["hf"]["keys"] > released["hf"]["keys"]
+    assert single["megatron"] == released["megatron"]
+    status, _, err = run(capsys, moe, "--experts", "fused-transposed")
+    assert status == 2
+    assert "fused" in err
+
+
+def test_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, make_model("qwen3-vl", tmp_path / "model", {"fp8": True}))
+    assert found["quantization"] == {"method": "fp8", "block": [128, 128]}
+    cost = found["conversion"]
+    assert cost["read_bytes"] == found["hf"]["bytes"] < found["megatron"]["bytes"]
+    assert cost["disk_bytes"] == cost["written_bytes"] == found["megatron"]["bytes"]
+    assert cost["seconds"] == cost["written_bytes"] / 1e9
+
+
+def test_what_is_not_in_the_cache_is_downloaded(small_model: Path) -> None:
+    model = replace(inspect_hf(small_model), origin="hub headers")
+    found = plan_document(plan_model(model), None, None, None)
+    cost = found["conversion"]
+    assert cost["download_bytes"] == found["hf"]["bytes"]
+    assert cost["disk_bytes"] == found["hf"]["bytes"] + found["megatron"]["bytes"]
+
+
+def test_a_checkpoint(
+    small_model: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other way round, as far as its own record tells."""
+    there, back = document(capsys, small_model), document(capsys, small_checkpoint)
+    assert (there["format"], back["format"]) == ("huggingface", "megatron")
+    for same in ("hf", "megatron", "rows", "architecture"):
+        assert back[same] == there[same]
+    cost = back["conversion"]
+    assert cost["command"] == "export"
+    assert (cost["read_bytes"], cost["written_bytes"]) == (
+        there["conversion"]["written_bytes"],
+        there["conversion"]["read_bytes"],
+    )
+    status, out, _ = run(capsys, small_checkpoint / "iter_0000000")
+    assert status == 0
+    assert "Conversion (export)" in out
+    assert "left behind nothing" in words(out)
+
+
+def test_a_checkpoint_that_does_not_describe_itself(
+    small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(small_checkpoint, folder)
+    (folder / "iter_0000000" / "run_config.yaml").unlink()
+    status, out, err = run(capsys, folder)
+    assert (status, out) == (2, "")
+    assert "no run_config.yaml, so the model is unknown" in err
+
+
+@pytest.mark.parametrize("sizes", [[], ["--tp", "3"]], ids=str)
+def test_a_model_that_does_not_convert(
+    sizes: list[str], small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is shown as far as it is known, and not laid out."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] -= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    found = document(capsys, folder, *sizes, status=2)
+    assert found["hf"]["keys"] == 115
+    assert (found["megatron"], found["conversion"], found["ranks"]) == (None, None, [])
+    assert len(found["problems"]) == 15
+    status, out, err = run(capsys, folder, *sizes)
+    assert status == 2
+    assert "not proven" in out
+    assert "the conversion is not proven: 15 problems" in err
+
+
+# --- the parallel layout ---
+
+
+def test_each_rank(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [moe, "--tp", "2", "--pp", "2", "--ep", "3", "--etp", "1", "--world-size", "24"]
+    found = document(capsys, *args)
+    assert found["parallel"] == {
+        "tp": 2, "pp": 2, "vpp": None, "cp": 1, "ep": 3, "etp": 1, "world_size": 24, "legal": True,
+    }  # fmt: skip
+    ranks = found["ranks"]
+    assert [rank["rank"] for rank in ranks] == list(range(24))
+    assert [(rank["pp"], rank["layers"]) for rank in (ranks[11], ranks[12])] == [
+        (0, [[0, 1, 2, 3]]),
+        (1, [[4, 5, 6, 7]]),
+    ]
+    assert ranks[0]["parts"] == ["vision", "embedding"]
+    assert ranks[23]["parts"] == ["embedding", "output", "MTP"]
+    for rank in ranks:
+        assert rank["weight_bytes"] > 2 * rank["parameters"] * 0.999
+        assert rank["gradient_bytes"] >= 4 * rank["parameters"]
+        assert rank["optimizer_bytes"] * 6 >= 12 * rank["parameters"]  # of at most 6 shards
+        assert rank["largest"]["bytes"] == 2 * _product(rank["largest"]["shape"])
+    status, out, err = run(capsys, *args)
+    assert status == 0
+    assert err == "plan: asking megatron-core what each rank holds\n"
+    assert "Parallel layout: 24 ranks" in out
+    assert "0 0...11 layers 0...3" in words(out)
+    assert all(f" {ranks[rank]['parameters']:,} " in out for rank in (0, 23))
+    assert "data parallel 6, experts 4" in words(out)
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def test_chunks_of_a_stage(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = document(capsys, moe / "config.json", "--pp", "2", "--vpp", "2")["ranks"]
+    assert [rank["layers"] for rank in ranks] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+def test_more_ranks_share_the_optimizer(
+    small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, four = (
+        document(capsys, small_checkpoint, "--world-size", size)["ranks"][0] for size in "14"
+    )
+    assert one["parameters"] == four["parameters"]
+    assert [one[size] for size in SIZES[:2]] == [four[size] for size in SIZES[:2]]
+    assert one["optimizer_bytes"] == 4 * four["optimizer_bytes"]
+
+
+def test_without_the_mtp_layer(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [with_it], [without] = (
+        document(capsys, moe, "--tp", "1", *more)["ranks"] for more in ([], ["--no-mtp"])
+    )
+    assert "MTP" in with_it["parts"]
+    assert "MTP" not in without["parts"]
+    assert with_it["parameters"] > without["parameters"]
+
+
+def test_an_illegal_layout(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [moe, "--tp", "3", "--pp", "5", "--ep", "4"]
+    found = document(capsys, *args, status=2)
+    assert (found["ranks"], found["parallel"]["legal"], found["proven"]) == ([], False, True)
+    assert [problem.partition(":")[0] for problem in found["problems"]] == [
+        "--tp 3",
+        "--pp 5",
+        "--ep 4",
+    ]
+    status, out, err = run(capsys, *args)
+    assert status == 2
+    assert "Conversion (import)" in out
+    assert "the model cannot be laid out by --tp 3 --pp 5 --ep 4: 3 problems" in err
+    assert "num_layers=8 should be divisible" in err
+    assert "(the nearest legal: 4 or 8)" in err
+
+
+@pytest.mark.parametrize("option", ["--tp", "--pp", "--vpp", "--cp", "--ep", "--etp"])
+def test_a_size_of_zero_is_wrong_usage(
+    option: str, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, small_model, option, "0")
+    assert (status, out) == (2, "")
+    assert option in err
+
+
+# --- what it takes, and how it is described ---
+
+
+def test_without_parallel_sizes_nothing_heavy_is_imported(
+    moe: Path, small_checkpoint: Path
+) -> None:
+    program = """if True:
+        import json, sys
+        from megatron.bridge.cli import main
+        model, checkpoint = sys.argv[1:]
+        def heavy():
+            return sorted({"torch", "transformers", "megatron.core"} & set(sys.modules))
+        assert main(["plan", model]) == 0
+        assert main(["plan", model + "/config.json", "--json"]) == 0
+        seen = [heavy()]
+        assert main(["plan", checkpoint]) == 0
+        print(json.dumps([*seen, heavy()]), file=sys.stderr)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(moe), str(small_checkpoint)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == [[], ["torch"]]
+
+
+def test_the_document_is_described(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, small_model, "--tp", "2")
+    inspected = documented_keys("JSON of a Hugging Face model:")
+    assert set(found) == inspected | documented_keys(
+        "JSON of `plan`, beside the keys of `inspect`:"
+    )
+    assert set(found["conversion"]) == documented_keys("`conversion`:")
+    assert set(found["parallel"]) == documented_keys("`parallel`:")
+    ranks = documented_keys("An entry of `ranks`:")
+    assert [set(rank) for rank in found["ranks"]] == [ranks, ranks]

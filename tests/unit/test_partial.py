@@ -1,0 +1,517 @@
+"""An unfinished target: however a run ends, it leaves nothing, what can be resumed, or the target."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron.bridge.checkpoint import journal
+from megatron.bridge.checkpoint.checksums import check_files
+from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.checkpoint.job import Job
+from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, PieceKey, read_manifest
+from megatron.bridge.checkpoint.partial import PartialFolder
+from megatron.bridge.checkpoint.targets import check_target, partial_of
+from megatron.bridge.errors import (
+    CheckpointError,
+    InputError,
+    MismatchError,
+    SourceChanged,
+    TargetExists,
+)
+
+SIZES = {"config.json": 11, "iter_1/a.bin": 70, "iter_1/b.bin": 64, "empty": 0}
+PIECES = [
+    PieceKey(name, offset, min(32, size - offset))
+    for name, size in SIZES.items()
+    for offset in range(0, size, 32)
+]
+SOURCE = Fingerprint((SourceFile("a.safetensors", 120, 34, "ab"),))
+JOB = Job("import", {"experts": None}, {"source": SOURCE}, "00ff")
+
+
+def content(piece: PieceKey) -> bytes:
+    return bytes((7 * piece.offset + at + len(piece.file)) % 251 for at in range(piece.nbytes))
+
+
+def write(partial: PartialFolder, count: int | None = None) -> list[PieceKey]:
+    """Write the first `count` pieces that are missing; those that were written."""
+    todo = list(partial.unfinished(PIECES))[:count]
+    for piece in todo:
+        path = partial.path / piece.file
+        path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(descriptor, SIZES[piece.file])
+        os.pwrite(descriptor, content(piece), piece.offset)
+        os.close(descriptor)
+        partial.record(piece, zlib.crc32(content(piece)))
+    return todo
+
+
+def convert(target: Path, job: Job = JOB, *, resume: bool = False, force: bool = False) -> int:
+    """A whole run; bytes that were taken over."""
+    with PartialFolder(target, job, SIZES, resume=resume, force=force) as partial:
+        write(partial)
+        partial.commit()
+    return partial.resumed_bytes
+
+
+def fail(
+    target: Path, error: BaseException, count: int | None = 3, *, resume: bool = False
+) -> None:
+    """A run that writes `count` pieces and raises."""
+    with (
+        pytest.raises(type(error)),
+        PartialFolder(target, JOB, SIZES, resume=resume) as partial,
+    ):
+        write(partial, count)
+        raise error
+
+
+def killed(target: Path, count: int = 3) -> None:
+    """A run in a process of its own, killed after `count` pieces."""
+    child = os.fork()
+    if not child:
+        try:
+            with PartialFolder(target, JOB, SIZES) as partial:
+                write(partial, count)
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The target of a run that nothing happened to."""
+    target = tmp_path_factory.mktemp("expected") / "out"
+    convert(target)
+    return tree(target)
+
+
+# --- a run that nothing happens to ---
+
+
+def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with PartialFolder(target, JOB, SIZES) as partial:
+        assert partial.path == tmp_path / "new" / "out.partial"
+        assert (partial.finished, partial.resumed_bytes) == ({}, 0)
+        assert write(partial) == PIECES
+        assert names(target.parent) == ["out.partial"]
+        partial.commit()
+    assert names(target.parent) == ["out"]
+    assert set(tree(target)) == {*SIZES, MANIFEST_FILE}
+    manifest = read_manifest(target)
+    assert manifest is not None
+    assert manifest.job == JOB
+    assert [key for key, _ in manifest.pieces()] == sorted(PIECES)
+    assert check_files(target, manifest) == []
+
+
+def test_force_replaces_a_model_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    with pytest.raises(TargetExists, match="exists already"):
+        convert(target)
+    fail_with_force = PartialFolder(target, JOB, SIZES, force=True)
+    with pytest.raises(OSError, match="disk"), fail_with_force as partial:
+        write(partial, 2)
+        raise OSError("disk")
+    assert (target / "config.json").read_text() == "old"
+    convert(target, force=True)
+    assert names(tmp_path) == ["out"]
+    assert set(tree(target)) == {*SIZES, MANIFEST_FILE}
+
+
+def test_the_old_target_comes_back_if_the_renaming_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    convert(target)
+    before = tree(target)
+    rename = Path.rename
+
+    def failing(path: Path, to: Path) -> Path:
+        if path.name == "out.partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        convert(target, force=True)
+    assert names(tmp_path) == ["out", "out.partial"]
+    assert tree(target) == before
+    monkeypatch.undo()
+    assert convert(target, resume=True, force=True) == sum(SIZES.values())
+
+
+def test_a_target_that_appears_meanwhile(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    target = tmp_path / "out"
+    with (
+        pytest.raises(TargetExists, match="exists already") as raised,
+        PartialFolder(target, JOB, SIZES) as partial,
+    ):
+        write(partial)
+        target.mkdir()
+        partial.commit()
+    assert "--resume" in raised.value.__notes__[0]
+    assert names(tmp_path) == ["out", "out.partial"]
+    assert convert(target, resume=True, force=True) == sum(SIZES.values())
+    assert tree(target) == expected
+
+
+# --- what a failed run leaves ---
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left"), SystemExit(3)]
+)
+def test_what_is_finished_is_kept_and_said(tmp_path: Path, error: BaseException) -> None:
+    fail(tmp_path / "out", error)
+    [note] = error.__notes__
+    assert f"{tmp_path / 'out.partial'}; go on with --resume" in note
+    assert names(tmp_path) == ["out.partial"]
+    assert convert(tmp_path / "out", resume=True) == sum(key.nbytes for key in PIECES[:3])
+
+
+def test_nothing_finished_leaves_nothing(tmp_path: Path) -> None:
+    fail(tmp_path / "out", KeyboardInterrupt(), 0)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [SourceChanged("changed"), MismatchError("differs")])
+def test_what_is_no_part_of_a_right_target_is_removed(tmp_path: Path, error: Exception) -> None:
+    fail(tmp_path / "out", error)
+    assert names(tmp_path) == []
+    fail(tmp_path / "out", KeyboardInterrupt())
+    fail(tmp_path / "out", error, resume=True)
+    assert names(tmp_path) == []
+
+
+def test_a_check_before_the_end(tmp_path: Path) -> None:
+    def check() -> None:
+        assert set(tree(tmp_path / "out.partial")) > set(SIZES) - {"empty"}
+        raise SourceChanged("changed")
+
+    with (
+        pytest.raises(SourceChanged),
+        PartialFolder(tmp_path / "out", JOB, SIZES) as partial,
+    ):
+        write(partial)
+        partial.commit(check)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", ["a piece missing", "a file cut", "a file too many"])
+def test_what_is_not_complete_is_not_committed(tmp_path: Path, fault: str) -> None:
+    messages = {
+        "a piece missing": "not complete: iter_1/b",
+        "a file cut": "has 11 bytes|should have 11 bytes and has 3",
+        "a file too many": "note.txt: this is no file of the target",
+    }
+    with (
+        pytest.raises(CheckpointError, match=messages[fault]),
+        PartialFolder(tmp_path / "out", JOB, SIZES) as partial,
+    ):
+        write(partial, -1 if fault == "a piece missing" else None)
+        if fault == "a file cut":
+            os.truncate(partial.path / "config.json", 3)
+        if fault == "a file too many":
+            (partial.path / "note.txt").touch()
+        partial.commit()
+    assert names(tmp_path) == ["out.partial"]
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("count", [1, 3, len(PIECES)])
+def test_a_killed_run_is_resumed(tmp_path: Path, expected: dict[str, bytes], count: int) -> None:
+    target = tmp_path / "out"
+    killed(target, count)
+    assert names(tmp_path) == ["out.partial"]
+    with PartialFolder(target, JOB, SIZES, resume=True) as partial:
+        assert list(partial.finished) == PIECES[:count]
+        assert write(partial, 1) == PIECES[count : count + 1]
+    assert convert(target, resume=True) == sum(key.nbytes for key in PIECES[: count + 1])
+    assert tree(target) == expected
+
+
+def test_resume_without_anything_to_resume(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    assert convert(tmp_path / "out", resume=True) == 0
+    assert tree(tmp_path / "out") == expected
+
+
+def test_without_resume_it_is_refused_and_with_force_done_again(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    killed(target)
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=r"go on with --resume .* or start again with --force"):
+        convert(target)
+    assert tree(tmp_path) == before
+    assert convert(target, force=True) == 0
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("job", "difference"),
+    [
+        (replace(JOB, options={"experts": "fused"}), 'option experts: was not given, now "fused"'),
+        (replace(JOB, package="9.9"), "now 9.9"),
+        (replace(JOB, layout="01"), "the layout of the output files"),
+        (
+            replace(
+                JOB, sources={"source": Fingerprint((SourceFile("a.safetensors", 9, 34, "ab"),))}
+            ),
+            "source: a.safetensors: size 120 -> 9",
+        ),
+    ],
+)
+def test_another_job_is_refused(tmp_path: Path, job: Job, difference: str) -> None:
+    target = tmp_path / "out"
+    killed(target)
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="was begun as another conversion") as raised:
+        convert(target, job, resume=True)
+    assert f"  - {difference}" in str(raised.value).replace("megatron-bridge: was 0.1.0.dev0, ", "")
+    assert "--force" in str(raised.value)
+    assert tree(tmp_path) == before
+    assert convert(target, resume=True) > 0
+
+
+def test_a_torn_line_is_a_piece_to_be_done(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    target = tmp_path / "out"
+    killed(target)
+    path = tmp_path / "out.partial/.megatron-bridge/process-00000.jsonl"
+    os.truncate(path, path.stat().st_size - 4)
+    assert convert(target, resume=True) == sum(key.nbytes for key in PIECES[:2])
+    assert tree(target) == expected
+
+
+def test_a_file_that_was_cut_is_done_again(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    target = tmp_path / "out"
+    killed(target, 4)  # config.json, and a.bin of three pieces
+    os.truncate(tmp_path / "out.partial/iter_1/a.bin", 63)
+    assert convert(target, resume=True) == 11 + 32
+    assert tree(target) == expected
+
+
+@pytest.mark.parametrize("boot", ["another", None])
+def test_after_a_restart_pieces_are_read_back(
+    tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, boot: str | None
+) -> None:
+    """As after a power cut: the journal got to the disk, a page of a file did not."""
+    target = tmp_path / "out"
+    killed(target, 5)
+    path = tmp_path / "out.partial/iter_1/a.bin"
+    damaged = bytearray(path.read_bytes())
+    damaged[40] ^= 1
+    path.write_bytes(damaged)
+    name = tmp_path / "boot_id"
+    if boot:
+        name.write_text(boot)
+    monkeypatch.setattr(journal, "_BOOT_ID", name)
+    with PartialFolder(target, JOB, SIZES, resume=True) as partial:
+        assert list(partial.finished) == [*PIECES[:2], *PIECES[3:5]]
+    assert convert(target, resume=True) == 11 + 32 + 6 + 32
+    assert tree(target) == expected
+
+
+def test_a_journal_without_a_first_line_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    killed(target)
+    for path in (tmp_path / "out.partial/.megatron-bridge").glob("*.jsonl"):
+        path.write_bytes(b"\0" * 50)
+    with pytest.raises(CheckpointError, match="cannot be read; start again with --force"):
+        convert(target, resume=True)
+    convert(target, force=True)
+
+
+# --- one run at a time; nothing of others is touched ---
+
+
+@contextmanager
+def another_run(target: Path) -> Iterator[None]:
+    """A run of another process that stays in the middle of its work."""
+    ready, child_ready = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with PartialFolder(target, JOB, SIZES) as partial:
+                write(partial, 2)
+                os.write(child_ready, b"!")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.read(ready, 1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(child_ready)
+
+
+def test_two_runs_never_write_into_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with another_run(target):
+        before = tree(tmp_path)
+        for options in ({}, {"resume": True}, {"force": True}):
+            with pytest.raises(InputError, match="in use by another run"):
+                convert(target, **options)
+        assert tree(tmp_path) == before
+    assert convert(target, resume=True) > 0  # the lock went with the process
+
+
+@pytest.mark.parametrize("inside", [None, "notes.txt", ".megatron-bridge.txt"])
+def test_a_folder_of_somebody_else_is_never_touched(tmp_path: Path, inside: str | None) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    if inside:
+        (partial / inside).write_text("mine")
+    before = tree(tmp_path)
+    for options in ({}, {"resume": True}, {"force": True}):
+        with pytest.raises(InputError, match="is in the way"):
+            convert(tmp_path / "out", **options)
+    assert tree(tmp_path) == before
+    assert partial.is_dir()
+
+
+def test_a_complete_target_of_that_name_is_not_removed(tmp_path: Path) -> None:
+    convert(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / "out.partial")
+    with pytest.raises(InputError, match="is complete"):
+        convert(tmp_path / "out", force=True)
+    with pytest.raises(InputError, match="another conversion"):
+        convert(tmp_path / "out", replace(JOB, layout="01"), resume=True)
+    assert set(tree(tmp_path / "out.partial")) == {*SIZES, MANIFEST_FILE}
+
+
+def test_names_of_unfinished_targets_are_refused(tmp_path: Path) -> None:
+    for target in (tmp_path / "x.partial", Path("/"), tmp_path / ".."):
+        with pytest.raises(InputError, match=r"unfinished targets|cannot be a target"):
+            partial_of(target)
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(InputError, match="overlap"):
+        check_target(tmp_path / "out", [tmp_path / "out.partial"], force=True)
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
+    sizes = {"a": 10**18, "b": 5}
+    with (
+        pytest.raises(
+            InputError, match=r"1,000,000,000,000,000,005 bytes are to be written, [\d,]+"
+        ),
+        PartialFolder(tmp_path / "out", JOB, sizes),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+# --- killed at every change of the file system ---
+
+_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
+
+_KILLED_EVERYWHERE = """
+import os, signal, sys, shutil, json
+from pathlib import Path
+import test_partial as t
+
+home, begin = Path(sys.argv[1]), sys.argv[2]
+os.fsync = lambda descriptor: None  # a kill loses nothing that the kernel has
+outcome = []
+
+def killed_at(step, target):
+    child = os.fork()
+    if not child:
+        seen = 0
+        def hook(event, args):
+            nonlocal seen
+            if event in t._CHANGES or event == "open" and args[2] & (os.O_WRONLY | os.O_CREAT):
+                seen += 1
+                if seen == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        try:
+            t.convert(target, resume=begin == "resume", force=begin == "force")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status != 0
+
+for step in range(1, 200):
+    target = home / f"{step}" / "out"
+    target.parent.mkdir()
+    if begin == "resume":
+        t.killed(target, 3)
+    if begin == "force":
+        t.convert(target)
+    was_killed = killed_at(step, target)
+    left = t.names(target.parent)
+    try:
+        again = t.convert(target, resume=True, force=begin == "force")
+    except Exception as error:
+        again = f"{type(error).__name__}: {error}"
+    same = target.is_dir() and t.tree(target) == t.tree(home / "expected")
+    outcome.append([was_killed, left, again, same, t.names(target.parent)])
+    if not was_killed:
+        break
+print(json.dumps(outcome))
+"""
+
+
+@pytest.mark.parametrize("begin", ["fresh", "resume", "force"])
+def test_killed_at_every_step(tmp_path: Path, begin: str) -> None:
+    """Before every change that a run makes: the next run always comes to the same target."""
+    convert(tmp_path / "expected")
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED_EVERYWHERE, str(tmp_path), begin],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    *steps, last = json.loads(done.stdout)
+    assert len(steps) > 20
+    assert not last[0]
+    total = sum(SIZES.values())
+    for number, (was_killed, left, again, same, after) in enumerate(steps, 1):
+        assert was_killed
+        if left == ["out"] and begin != "force":
+            assert again == f"TargetExists: {again.partition(': ')[2]}", number
+        else:
+            assert isinstance(again, int), (number, again)
+        assert same, (number, left, again)
+        hidden = [name for name in after if name != "out"]
+        assert all(name.startswith(".out.") for name in hidden), (number, after)
+        assert len(hidden) <= 1, (number, after)
+    taken = [again for _, left, again, _, _ in steps if "out.partial" in left]
+    assert taken == sorted(taken)
+    assert taken[-1] == total
