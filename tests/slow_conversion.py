@@ -1,6 +1,8 @@
 """Conversions of many small pieces that take their time, for tests that end them early."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed.checkpoint.metadata  # noqa: F401 - so that a process started has it
@@ -10,31 +12,44 @@ from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 MEMORY = 4500 << 10
-"""So small that pieces are, and that there are many of them."""
+"""So small that there is one thread, and many small pieces."""
 
 SHARD_BYTES = 1 << 20
 
 
 def convert(
-    direction: str, folder: Path, out: Path, *, resume: bool = False, seconds: float = 0
+    direction: str,
+    folder: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    after_piece: Callable[[], object] = lambda: None,
 ) -> Converted:
-    """Convert `folder`/hf or `folder`/megatron to `out`; wait `seconds` after every piece."""
+    """Convert `folder`/hf or `folder`/megatron to `out`, by one thread.
+
+    after_piece: called when a piece was written.
+    """
     hf = PreTrainedVLM.from_pretrained(folder / "hf")
-    run = Run(memory=MEMORY, max_shard_bytes=SHARD_BYTES, resume=resume, progress=Slow(seconds))
+    run = Run(MEMORY, SHARD_BYTES, resume=resume, progress=Hook(after_piece))
     if direction == "import":
         return import_checkpoint(hf, out, run=run)
     return export_checkpoint(folder / "megatron", out, hf, run=run)
 
 
-class Slow:
-    """A Progress that waits."""
+def convert_slowly(direction: str, folder: Path, out: Path) -> None:
+    """Wait for 3 ms after every piece."""
+    convert(direction, folder, out, after_piece=partial(time.sleep, 0.003))
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+
+class Hook:
+    """A Progress that calls a function."""
+
+    def __init__(self, after_piece: Callable[[], object]) -> None:
+        self._after_piece = after_piece
 
     def start(self, task: str, total_bytes: int) -> None:
-        """Nothing to wait for."""
+        """Nothing to call."""
 
     def advance(self, done_bytes: int) -> None:
         """A piece is done."""
-        time.sleep(self._seconds)
+        self._after_piece()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.synthetic import make_model
-from slow_conversion import convert
+from slow_conversion import convert, convert_slowly
 
 SETTINGS = {"num_shards": 3, "text.num_hidden_layers": 7, "text.vocab_size": 4001}
 
@@ -77,9 +77,7 @@ def test_killed_ten_times(direction: str, folder: Path, tmp_path: Path) -> None:
 def kill(direction: str, folder: Path, out: Path, pieces: int) -> int:
     """Kill a run that has recorded so many pieces; the bytes that they have."""
     partial = out.with_name(out.name + ".partial")
-    process = processes.Process(
-        target=convert, args=(direction, folder, out), kwargs={"seconds": 0.003}
-    )
+    process = processes.Process(target=convert_slowly, args=(direction, folder, out))
     process.start()
     assert process.pid is not None
     while process.is_alive():

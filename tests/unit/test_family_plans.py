@@ -89,7 +89,7 @@ def test_released_models(name: str, keys: int, nbytes: int | None) -> None:
 
 
 def test_a_size_that_rows_need_and_the_config_lacks() -> None:
-    with pytest.raises(ConfigError, match="text_config.intermediate_size"):
+    with pytest.raises(ConfigError, match=r"text_config\.intermediate_size"):
         plan_of(small(released.QWEN3_5_35B_A3B, mlp_only_layers=[1]))
     config = small(released.QWEN3_5_35B_A3B)
     del config["text_config"]["shared_expert_intermediate_size"]

@@ -131,20 +131,28 @@ def test_found_whoever_wrote_it_and_whatever_was_expected(
 
 
 def test_found_without_parsing_if_it_is_as_expected() -> None:
-    """The fast way compares all bytes around the data: their CRC-32 must be the same twice."""
-    blob = bytearray(our_saved(tensor_of("BF16", (2, 3)), "BF16"))
-    reads: list[int] = []
+    """The fast way compares all bytes around the data, and the CRC-32 must be the same twice."""
+    blob = our_saved(tensor_of("BF16", (2, 3)), "BF16")
+    data = find(blob)
 
-    def read_at(at: int, count: int) -> bytes:
-        reads.append(count)
-        return bytes(blob[at : at + count])
+    def reads_of(blob: bytes) -> list[int]:
+        reads: list[int] = []
 
-    find_saved_tensor(read_at, len(blob), "BF16", (2, 3))
-    assert len(reads) == 2
-    assert sum(reads) == len(blob) - 12
-    blob[blob.index(b"archive/data/0") + 70] ^= 1  # in the padding before the data
-    find_saved_tensor(read_at, len(blob), "BF16", (2, 3))
-    assert len(reads) > 4
+        def read_at(at: int, count: int) -> bytes:
+            reads.append(count)
+            return blob[at : at + count]
+
+        assert find_saved_tensor(read_at, len(blob), "BF16", (2, 3)) == data
+        return reads
+
+    assert len(reads_of(blob)) == 2
+    assert sum(reads_of(blob)) == len(blob) - 12
+    padding = data.offset - 1
+    crc = data.offset + 12 + 4
+    crc_of_version = blob.index(b"3\nPK") + 2 + 4
+    crc_in_directory = blob.rindex(b"archive/data/0") - 46 + 16
+    for place in (padding, crc, crc_of_version, crc_in_directory):
+        assert len(reads_of(blob[:place] + b"\0" + blob[place + 1 :])) > 4, place
 
 
 def test_a_part_of_a_longer_storage() -> None:

@@ -5,12 +5,12 @@ budget. Nothing is written before the plan is proven, and a target appears compl
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
 from megatron.bridge.checkpoint.fingerprint import hf_fingerprint, megatron_fingerprint
+from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
 from megatron.bridge.checkpoint.plans import main_dtype, plan_export, plan_of
 from megatron.bridge.checkpoint.run import Conversion, Run, Written
 from megatron.bridge.checkpoint.targets import check_target
@@ -19,7 +19,7 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
-from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8
+from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8, check_scales
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -70,6 +70,7 @@ def import_checkpoint(
     bridge = bridge_for(source.hf_config.architecture)
     plan = plan_of(source, PlanOptions(experts=experts))
     weights = source.weights
+    check_scales(weights)
     files = megatron_files(
         plan,
         provider=bridge.provider,
@@ -142,6 +143,8 @@ def export_checkpoint(
     checkpoint = TorchDistCheckpoint(source)
     plan, dropped = plan_export(checkpoint, reference, experts)
     checkpoint.locate(plan.megatron)
+    if fp8 or plan.carried:
+        check_scales(reference.weights)
 
     def fill_weight(name: str, box: Box, out: "torch.Tensor") -> None:
         if name in plan.carried:

@@ -58,7 +58,7 @@ def _shards(
     if max_shard_bytes is not None or not alike:
         files = plan_shards(tensors.values(), max_shard_bytes or MAX_SHARD_BYTES)
         index = _index(files, size) if len(files) > 1 else None
-        return _Shards(files, dict.fromkeys(files, {"format": "pt"}), index)
+        return _Shards(files, {key: {"format": "pt"} for key in files}, index)
     known = reference.tensors
     return _Shards(
         {shard.file_name: [tensors[name] for name in shard.names] for shard in known.shards},

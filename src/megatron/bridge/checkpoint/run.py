@@ -99,9 +99,7 @@ class Run:
         """
         sizes = {file.name: file.nbytes for file in conversion.files}
         pieces = [p for file in conversion.files for p in pieces_of(file, self.budget.piece_bytes)]
-        job = Job(
-            conversion.command, conversion.options, conversion.sources, layout_digest(pieces)
-        )
+        job = Job(conversion.command, conversion.options, conversion.sources, layout_digest(pieces))
         mine = set(self.processes.share(sizes))
         with PartialFolder(
             target,

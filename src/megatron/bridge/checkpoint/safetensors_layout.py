@@ -23,7 +23,6 @@ def shard_layout(
     metadata: of the header, left out if None. rows_multiple: tensors whose blocks must begin at
     such a multiple of rows, by name (see `row_blocks`).
     """
-    multiples = rows_multiple or {}
     header = shard_header(file_name, specs, metadata)
     head = OutputFile.of_bytes(file_name, header, piece_bytes)
     return OutputFile(file_name, (*head.parts, *_data(specs, piece_bytes, rows_multiple or {})))

@@ -47,7 +47,9 @@ class Budget:
         """
         least = SCRATCH_BYTES + _BUFFERS * _SMALLEST_PIECE
         if memory < least:
-            raise InputError(f"a memory budget of {memory} bytes is too small; give {least} or more")
+            raise InputError(
+                f"a memory budget of {memory} bytes is too small; give {least} or more"
+            )
         wanted = min(_MOST_THREADS, max(2, os.cpu_count() or 1))
         threads = min(wanted, max(1, memory // (SCRATCH_BYTES + _BUFFERS * PIECE_BYTES)))
         piece_bytes = min(PIECE_BYTES, (memory // threads - SCRATCH_BYTES) // _BUFFERS)
@@ -97,9 +99,11 @@ def write_files(folder: Path, files: Sequence[OutputFile], fill: FillTensor) -> 
     """Write all of some files into an existing folder, with the default budget and no record."""
     budget = Budget.of()
     pieces = (piece for file in files for piece in pieces_of(file, budget.piece_bytes))
-    write_pieces(
-        folder, files, pieces, fill, budget, record=lambda *_: None, progress=Silent()
-    )
+    write_pieces(folder, files, pieces, fill, budget, record=lambda *_: None, progress=Silent())
+    for file in files:
+        if not file.parts:
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).touch()
 
 
 class _Writer:

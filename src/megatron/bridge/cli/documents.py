@@ -149,7 +149,7 @@ def verify_document(report: VerifyReport, seconds: float) -> Document:
     }
 
 
-def verify_fast_document(report: FastReport, seconds: float) -> Document:
+def verify_fast_document(report: FastReport) -> Document:
     """`verify --fast`; bytes are of files."""
     source = None
     if report.source is not None:
@@ -174,7 +174,7 @@ def verify_fast_document(report: FastReport, seconds: float) -> Document:
             }
             for found in report.different
         ],
-        "seconds": seconds,
+        "seconds": report.seconds,
     }
 
 
@@ -262,6 +262,7 @@ def _distance(distance: Distance) -> Document:
         "max_abs_diff": _finite(distance.max_abs),
         "mean_abs_diff": _finite(distance.mean_abs),
         "largest": _finite(distance.largest),
+        "relative_rms_diff": _finite(distance.relative_rms),
         "cosine": _finite(distance.cosine),
     }
 

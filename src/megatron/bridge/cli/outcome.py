@@ -52,22 +52,22 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except BridgeError as error:
-            _end(error.exit_status, f"error: {error}")
-        except KeyboardInterrupt:
-            _end(INTERRUPTED, "interrupted; nothing was left half-written")
+            _end(error.exit_status, _noted(f"error: {error}", error))
+        except KeyboardInterrupt as error:
+            _end(INTERRUPTED, _noted("interrupted", error))
         except BrokenPipeError:
             # What Python flushes at exit must not meet the broken pipe again.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
             raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
-            _end(BAD_INPUT, f"error: {_describe(error)}")
+            _end(BAD_INPUT, _noted(f"error: {_describe(error)}", error))
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:  # noqa: BLE001  (the last resort: said, and status 70)
             summary = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
             _end(
                 INTERNAL_ERROR,
-                f"internal error: {summary}\n"
+                f"{_noted(f'internal error: {summary}', error)}\n"
                 "This is a fault of megatron-bridge; --debug shows where it happened.",
             )
 
@@ -81,12 +81,17 @@ def _end(status: int, message: str) -> NoReturn:
     raise typer.Exit(status) from None
 
 
+def _noted(message: str, error: BaseException) -> str:
+    """The message, and what was noted of the error on its way: what is left, how to go on."""
+    return "\n".join([message, *getattr(error, "__notes__", ())])
+
+
 def _describe(error: OSError) -> str:
     """The system's own words, with the file; for a full disk, what to do."""
     reason = error.strerror or str(error) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}{reason}; nothing was left half-written, make room and run it again"
+        return f"{where}{reason}; make room and run it again"
     return f"{where}{reason}"
 
 

@@ -85,10 +85,11 @@ _HYBRID_ATTENTION = {
     # Follows the number of layers and the interval, unless it is set.
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
     "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 22,
+    # About as large as released ones: much smaller heads amplify rounding (docs/design).
+    "linear_key_head_dim": 118,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
-    "linear_value_head_dim": 36,
+    "linear_value_head_dim": 102,
     "mamba_ssm_dtype": "float32",
     "mtp_num_hidden_layers": 1,
     "mtp_use_dedicated_embeddings": False,

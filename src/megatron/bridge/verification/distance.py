@@ -15,13 +15,16 @@ class Distance:
     """How far activations are from those expected.
 
     max_abs: largest difference, infinite if a value is not finite. largest: absolute value of the
-    expected ones. cosine: of the angle between the two, all values as one vector.
+    expected ones. cosine: of the angle between the two, all values as one vector. relative_rms:
+    root mean square of the differences, as a part of that of the expected values. Unlike max_abs it
+    depends neither on the scale of the values nor on how many there are.
     """
 
     max_abs: float
     mean_abs: float
     largest: float
     cosine: float
+    relative_rms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def distance(expected: torch.Tensor, found: torch.Tensor) -> Distance:
         found.reshape(-1, width).split(_BLOCK),
         strict=True,
     )
-    max_abs = total = largest = dot = expected_square = found_square = 0.0
+    max_abs = total = largest = dot = apart_square = expected_square = found_square = 0.0
     for block, other in pairs:
         a, b = block.double(), other.double()
         apart = (a - b).abs()
@@ -55,10 +58,17 @@ def distance(expected: torch.Tensor, found: torch.Tensor) -> Distance:
         total += float(apart.sum())
         largest = max(largest, float(a.abs().max()))
         dot += float((a * b).sum())
+        apart_square += float((apart * apart).sum())
         expected_square += float((a * a).sum())
         found_square += float((b * b).sum())
     norms = (expected_square * found_square) ** 0.5
-    return Distance(max_abs, total / expected.numel(), largest, dot / norms if norms else nan)
+    return Distance(
+        max_abs,
+        total / expected.numel(),
+        largest,
+        cosine=dot / norms if norms else nan,
+        relative_rms=(apart_square / expected_square) ** 0.5 if expected_square else nan,
+    )
 
 
 def logits_distance(expected: torch.Tensor, found: torch.Tensor) -> LogitsDistance:
@@ -76,6 +86,7 @@ def logits_distance(expected: torch.Tensor, found: torch.Tensor) -> LogitsDistan
         base.mean_abs,
         base.largest,
         base.cosine,
+        base.relative_rms,
         divergence / tokens,
         same / tokens,
     )

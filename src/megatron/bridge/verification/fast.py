@@ -7,6 +7,7 @@ records. That what was written is what should have been is not looked at again.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY, Budget
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
+from megatron.bridge.quoting import quoted
 from megatron.bridge.verification.file_ranges import TensorPlaces
 from megatron.bridge.verification.report import FastReport, FileDifference, Kind
 
@@ -50,10 +52,12 @@ def verify_fast(
     Raises InputError if no side is a target with a manifest, or for a source that cannot be found;
     CheckpointError for a manifest that cannot be read. Differences are in the report.
     """
+    begin = time.perf_counter()
     budget = Budget.of(memory)
     target, source, changes = _assigned(a, b)
     reads, writes = _KINDS[target.manifest.job.command]
     faults = check_files(target.folder, target.manifest, progress, budget.threads)
+    seconds = time.perf_counter() - begin
     places = TensorPlaces(target.folder)
     return FastReport(
         target=target.name,
@@ -67,6 +71,7 @@ def verify_fast(
             for file, offset, nbytes, problem in faults
         ],
         source_changes=changes,
+        seconds=seconds,
     )
 
 
@@ -80,6 +85,11 @@ class _Target:
     def recorded(self) -> Fingerprint:
         """Of what it was converted from."""
         return self.manifest.job.sources[_SOURCE]
+
+    def reads(self, source: str | os.PathLike[str]) -> bool:
+        """Whether it was converted from something of this kind."""
+        megatron = is_megatron_checkpoint(Path(source).expanduser())
+        return _KINDS[self.manifest.job.command][0] == ("megatron" if megatron else "huggingface")
 
 
 def _assigned(
@@ -98,7 +108,7 @@ def _assigned(
     if not found:
         raise _no_manifest(f"{os.fspath(a)}, {os.fspath(b)}")
     # A checkpoint that was imported and then exported has a manifest, and so has what came of it.
-    return min(found, key=lambda assigned: bool(assigned[2]))
+    return min(found, key=lambda one: (not one[0].reads(one[1]), len(one[2])))
 
 
 def _no_manifest(where: str) -> InputError:
@@ -116,8 +126,8 @@ def _target(reference: str | os.PathLike[str]) -> _Target | None:
             command, sources = manifest.job.command, manifest.job.sources
             if command not in _KINDS or _SOURCE not in sources:
                 raise CheckpointError(
-                    f"{candidate / MANIFEST_FILE}: it is of {command!r}, which this version does "
-                    "not know; verify without --fast"
+                    f"{candidate / MANIFEST_FILE}: it is of {quoted(command)}, which this version "
+                    "does not know; verify without --fast"
                 )
             return _Target(os.fspath(reference), candidate, manifest)
         if not (folder / METADATA_FILE).is_file():
@@ -127,13 +137,10 @@ def _target(reference: str | os.PathLike[str]) -> _Target | None:
 
 def _changes(target: _Target, source: str | os.PathLike[str]) -> list[str]:
     """How a source differs from the one that is recorded, file by file."""
-    reads, _ = _KINDS[target.manifest.job.command]
-    folder = Path(source).expanduser()
-    if is_megatron_checkpoint(folder) != (reads == "megatron"):
-        return [
-            f"it is no {'Megatron checkpoint' if reads == 'megatron' else 'Hugging Face model'}"
-        ]
-    if reads == "megatron":
+    megatron = is_megatron_checkpoint(folder := Path(source).expanduser())
+    if not target.reads(source):
+        return [f"it is a {'Megatron checkpoint' if megatron else 'Hugging Face model'}"]
+    if megatron:
         return _differences(target.recorded, iteration_folder(folder))
     return _differences(target.recorded, PreTrainedVLM.from_pretrained(source).weights_folder)
 

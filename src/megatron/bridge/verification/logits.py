@@ -6,29 +6,21 @@ only one of them is in memory; of the reference the hidden states and logits are
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
-from megatron.bridge.errors import InputError, UnsupportedModel
+from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
-from megatron.bridge.verification.distance import (
-    Distance,
-    LogitsDistance,
-    distance,
-    logits_distance,
-)
+from megatron.bridge.verification.distance import Distance, LogitsDistance, logits_distance
+from megatron.bridge.verification.forward import prompt_inputs, run_megatron, run_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +28,7 @@ if TYPE_CHECKING:
 IMAGE_PROMPT = "Describe this image."
 TEXT_PROMPT = "Why is the sky blue?"
 
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of logits by dtype, as a part of the largest logit."""
 
 
@@ -92,22 +84,27 @@ def compare(
     """Run one prompt, optionally with an image, through both models.
 
     prompt: None for IMAGE_PROMPT or TEXT_PROMPT. dtype: of weights and activations in both models,
-    a key of TOLERANCES. tolerance: None for that of the dtype. Raises InputError for input that
+    a key of TOLERANCES; in float64 all arithmetic is in float64. tolerance: None for that of the dtype. Raises InputError for input that
     cannot be used, UnsupportedModel without a bridge; a difference is no error but in the report.
     """
     if dtype not in TOLERANCES:
         raise InputError(f"dtype must be one of {', '.join(TOLERANCES)}, found {dtype!r}")
+    if dtype == "float64" and torch.cuda.is_available():
+        raise InputError(
+            "float64 was asked for, and there is a GPU: the kernels of its backends have no "
+            "float64. Hide it with CUDA_VISIBLE_DEVICES=, or compare in float32."
+        )
     hf = PreTrainedVLM.from_pretrained(source, revision)
     bridge = AutoBridge(hf)
     bridge.plan()  # what cannot be converted is said before gigabytes are loaded
     picture = _open_image(image)
     text = prompt if prompt is not None else IMAGE_PROMPT if picture else TEXT_PROMPT
-    inputs = _inputs(hf, text, picture)
+    inputs = prompt_inputs(hf, text, picture)
 
     begin = time.perf_counter()
-    expected, hidden = _run_transformers(hf, inputs, getattr(torch, dtype))
+    expected, hidden = run_transformers(hf, inputs, getattr(torch, dtype))
     between = time.perf_counter()
-    found, layers = _run_megatron(bridge, inputs, getattr(torch, dtype), hidden, progress)
+    found, layers = run_megatron(bridge, inputs, getattr(torch, dtype), hidden, progress)
     end = time.perf_counter()
 
     image_token = hf.hf_config.require("image_token_id", int)
@@ -145,120 +142,6 @@ def _image_name(image: str | os.PathLike[str] | Image | None) -> str | None:
     if image is None or isinstance(image, (str, os.PathLike)):
         return None if image is None else Path(image).name
     return f"{image.width}x{image.height} image"
-
-
-def _inputs(hf: PreTrainedVLM, prompt: str, image: Image | None) -> dict[str, torch.Tensor]:
-    """What the processor makes of one turn of a user, ready for the answer."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
-    if image is not None:
-        content.insert(0, {"type": "image", "image": image})
-    return dict(
-        hf.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    )
-
-
-@torch.no_grad()
-def _run_transformers(
-    hf: PreTrainedVLM, inputs: dict[str, torch.Tensor], dtype: torch.dtype
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [1, s, vocab], and the hidden states [1, s, h] that leave each layer."""
-    with _no_progress_bars():
-        model = hf.load_model(dtype=dtype).eval()
-    text = getattr(getattr(model, "model", None), "language_model", None)
-    if text is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: its decoder layers are not under model.language_model"
-        )
-    hidden: list[torch.Tensor] = []
-
-    def record(_module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        hidden.append(args[0] if args else kwargs["hidden_states"])
-
-    with ExitStack() as hooks:
-        # Deepstack adds to the hidden states between two layers: what enters the next one counts.
-        for module in (*text.layers[1:], text.norm):
-            handle = module.register_forward_pre_hook(record, with_kwargs=True)
-            hooks.callback(handle.remove)
-        logits = model(**inputs, use_cache=False).logits
-    del model, text
-    gc.collect()
-    return logits, hidden
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def _run_megatron(
-    bridge: AutoBridge,
-    inputs: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    hidden: list[torch.Tensor],
-    progress: Progress | None,
-) -> tuple[torch.Tensor, list[Distance]]:
-    """Logits [1, s, vocab], and how far each layer's output is from `hidden`, which is used up."""
-    provider = bridge.to_megatron_provider(load_weights=False)
-    provider.params_dtype = dtype
-    provider.bf16, provider.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-    with _process_groups():
-        chunks = list(provider.provide_distributed_model(wrap_with_ddp=False))
-        bridge.load_hf_weights(chunks, progress=progress)
-        model = chunks[0].eval()
-        layers = model.language_model.decoder.layers
-        if len(layers) != len(hidden):
-            raise UnsupportedModel(
-                f"transformers ran {len(hidden)} decoder layers, this process holds {len(layers)}; "
-                "run compare without a launcher, in one process"
-            )
-        found: list[Distance | None] = [None] * len(layers)
-        with ExitStack() as hooks:
-            for number, layer in enumerate(layers):
-                handle = layer.register_forward_hook(_measure(number, hidden, found))
-                hooks.callback(handle.remove)
-            device = next(model.parameters()).device
-            on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
-            logits = model(**on_device, trim_vocab_padding=True).cpu()
-    return logits, [measured for measured in found if measured is not None]
-
-
-def _measure(
-    number: int, hidden: list[torch.Tensor], found: list[Distance | None]
-) -> Callable[[torch.nn.Module, Any, Any], None]:
-    def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-        # Megatron-Core's layers return (hidden states [s, b, h], context).
-        found[number] = distance(hidden[number], output[0].transpose(0, 1).cpu())
-        hidden[number] = hidden[number].new_empty(0)
-
-    return hook
-
-
-@contextmanager
-def _process_groups() -> Iterator[None]:
-    """Leave no process groups behind where there were none."""
-    from megatron.bridge.runtime.parallel import destroy_process_groups
-
-    existed = dist.is_initialized()
-    try:
-        yield
-    finally:
-        if not existed:
-            destroy_process_groups()
 
 
 def _next_token(hf: PreTrainedVLM, logits: torch.Tensor) -> NextToken:

@@ -84,7 +84,7 @@ class FastReport:
     """What comparing a target with its manifest found.
 
     files, nbytes: that the manifest records. source: None if it was not looked at.
-    source_changes: how it differs from what was converted, file by file.
+    source_changes: how it differs from what was converted, file by file. seconds: to find out.
     """
 
     target: str
@@ -95,6 +95,7 @@ class FastReport:
     nbytes: int
     different: list[FileDifference]
     source_changes: list[str]
+    seconds: float
 
     @property
     def identical(self) -> bool:

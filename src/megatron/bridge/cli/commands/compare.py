@@ -23,14 +23,19 @@ def compare(
     ] = None,
     revision: Revision = None,
     dtype: Annotated[
-        str, typer.Option(help="Of weights and activations: float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            help="Of weights and activations: float64, float32, bfloat16 or float16. In float64 "
+            "all arithmetic is in float64: next to no rounding is left, so what differs was "
+            "computed differently."
+        ),
     ] = "float32",
     tolerance: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             help="Largest difference of logits, as a part of the largest logit (at least of 1). "
-            "By default 1e-4 for float32, 5e-2 for bfloat16, 1e-2 for float16.",
+            "By default 1e-10 for float64, 1e-4 for float32, 5e-2 for bfloat16, 1e-2 for float16.",
         ),
     ] = None,
     as_json: Json = False,

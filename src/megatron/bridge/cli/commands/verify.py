@@ -89,17 +89,15 @@ def _verify_fast(output: Output, a: str, b: str | None, memory: int | None) -> N
     from megatron.bridge.errors import MismatchError
     from megatron.bridge.verification.fast import verify_fast
 
-    begin = time.perf_counter()
     with output.progress() as progress:
         report = verify_fast(a, b, progress, memory=memory or DEFAULT_MEMORY)
-    seconds = time.perf_counter() - begin
 
     def render() -> RenderableType:
         from megatron.bridge.cli.render.verification import render_verify_fast
 
-        return render_verify_fast(report, seconds)
+        return render_verify_fast(report)
 
-    output.show(verify_fast_document(report, seconds), render)
+    output.show(verify_fast_document(report), render)
     if report.different:
         raise MismatchError(
             f"{report.target} is not what was written: {count(len(report.different), 'range')} of "

@@ -22,10 +22,10 @@ def render_compare(report: CompareReport) -> RenderableType:
         "Distance from transformers",
         "after",
         "max abs diff",
-        "mean abs diff",
         "largest value",
+        "relative RMS",
         "1 - cosine",
-        right=["max abs diff", "mean abs diff", "largest value", "1 - cosine"],
+        right=["max abs diff", "largest value", "relative RMS", "1 - cosine"],
     )
     for index, layer in enumerate(report.layers):
         table.add_row(f"layer {index}", *_cells(layer))
@@ -69,8 +69,8 @@ def render_compare(report: CompareReport) -> RenderableType:
 def _cells(distance: Distance) -> list[str]:
     return [
         number(distance.max_abs),
-        number(distance.mean_abs),
         f"{distance.largest:.4g}",
+        number(distance.relative_rms),
         number(1 - distance.cosine),
     ]
 

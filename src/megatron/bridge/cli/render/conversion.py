@@ -14,7 +14,7 @@ from megatron.bridge.cli.units import format_bytes, format_rate
 
 def render_conversion(document: Mapping[str, Any]) -> RenderableType:
     """What was written, and how fast."""
-    size, dropped = document["bytes"], document["dropped"]
+    size, dropped, written = document["bytes"], document["dropped"], document["written"]
     left = f"{len(dropped)} tensors that are no weights, such as {dropped[0]}" if dropped else None
     parts: list[RenderableType] = [
         facts(
@@ -27,6 +27,11 @@ def render_conversion(document: Mapping[str, Any]) -> RenderableType:
                 ("bytes", f"{size:,} ({format_bytes(size)})"),
                 ("quantization", _quantization(document)),
                 ("left behind", left),
+                (
+                    "resumed",
+                    format_bytes(resumed) if (resumed := written["resumed_bytes"]) else None,
+                ),
+                ("verified", "read back, bit by bit" if written["verified"] else None),
                 ("seconds", f"{document['seconds']:.2f}"),
                 ("speed", format_rate(size, document["seconds"])),
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -15,13 +16,11 @@ from megatron.bridge.quoting import printable
 if TYPE_CHECKING:
     from megatron.bridge.verification.report import (
         FastReport,
-        FileDifference,
         TensorDifference,
         VerifyReport,
     )
 
 _SHOWN = 50
-_SHOWN_TENSORS = 4
 _FORMATS = {"huggingface": "Hugging Face", "megatron": "Megatron"}
 
 
@@ -48,17 +47,12 @@ def render_verify(report: VerifyReport, seconds: float) -> RenderableType:
         for tensor in report.different[:_SHOWN]:
             table.add_row(Text(tensor.name), tensor.what, Text(_difference(tensor)))
         parts += ["", table, *_rest(len(report.different))]
-    for title, names in (("Only in A", report.only_in_a), ("Only in B", report.only_in_b)):
-        if names:
-            folded = fold(names)
-            table = listing(f"{title}: {len(names)}", "tensor")
-            for name in folded[:_SHOWN]:
-                table.add_row(Text(name))
-            parts += ["", table, *_rest(len(folded))]
+    parts += _names("Only in A", report.only_in_a)
+    parts += _names("Only in B", report.only_in_b)
     return Group(*parts)
 
 
-def render_verify_fast(report: FastReport, seconds: float) -> RenderableType:
+def render_verify_fast(report: FastReport) -> RenderableType:
     """The verdict, and every range of a file that is not as it was written."""
     size = report.nbytes
     parts: list[RenderableType] = [
@@ -68,27 +62,29 @@ def render_verify_fast(report: FastReport, seconds: float) -> RenderableType:
                 ("target", f"{report.target} ({_FORMATS[report.target_kind]})"),
                 ("source", _source(report)),
                 ("checked", f"{report.files:,} files, {size:,} bytes ({format_bytes(size)})"),
-                ("seconds", f"{seconds:.2f} ({format_rate(size, seconds)})"),
-                ("result", verdict(report.identical, "as it was written", "not as it was written")),
+                ("seconds", f"{report.seconds:.2f} ({format_rate(size, report.seconds)})"),
+                ("result", verdict(report.identical, "as it was written", _fault(report))),
             ],
         )
     ]
     if report.different:
-        table = listing("Not as it was written", "file", "bytes", "found", "tensors")
+        table = listing("Not as it was written", "file", "bytes", "found")
         for found in report.different[:_SHOWN]:
-            table.add_row(
-                Text(printable(found.file)),
-                f"{found.offset:,} to {found.offset + found.nbytes:,}",
-                Text(found.problem),
-                Text(_tensors(found)),
-            )
+            span = f"{found.offset:,} to {found.offset + found.nbytes:,}"
+            table.add_row(Text(printable(found.file)), span, Text(found.problem))
         parts += ["", table, *_rest(len(report.different))]
+    tensors = list(dict.fromkeys(name for found in report.different for name in found.tensors))
+    parts += _names("Tensors with data there", tensors)
     if report.source_changes:
-        table = listing("The source is not as it was read", "file and what is different")
+        table = listing("Changes of the source", "file")
         for change in report.source_changes[:_SHOWN]:
             table.add_row(Text(printable(change)))
         parts += ["", table, *_rest(len(report.source_changes))]
     return Group(*parts)
+
+
+def _fault(report: FastReport) -> str:
+    return "not as it was written" if report.different else "made from something else, or older"
 
 
 def _source(report: FastReport) -> str | None:
@@ -98,9 +94,15 @@ def _source(report: FastReport) -> str | None:
     return f"{report.source} ({_FORMATS[report.source_kind]}): {state}"
 
 
-def _tensors(found: FileDifference) -> str:
-    folded = fold(found.tensors)
-    return ", ".join(folded[:_SHOWN_TENSORS]) + (", ..." if len(folded) > _SHOWN_TENSORS else "")
+def _names(title: str, names: Sequence[str]) -> list[RenderableType]:
+    """Names of tensors, folded; nothing for none."""
+    if not names:
+        return []
+    folded = fold(names)
+    table = listing(f"{title}: {len(names)}", "tensor")
+    for name in folded[:_SHOWN]:
+        table.add_row(Text(name))
+    return ["", table, *_rest(len(folded))]
 
 
 def _difference(tensor: TensorDifference) -> str:

@@ -75,6 +75,7 @@ def row_blocks(
         slab //= shape[axis]
         axis += 1
     step = max(1, max_bytes // (slab // shape[axis]))
+    step = -(-shape[axis] // -(-shape[axis] // step))  # no sliver at the end
     if rows_multiple > 1 and axis == last:
         step = max(rows_multiple, step - step % rows_multiple)
     rest = full_box(shape[axis + 1 :])

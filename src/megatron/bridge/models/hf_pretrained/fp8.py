@@ -33,6 +33,7 @@ SCALE_SUFFIX = "_scale_inv"
 STORED_DTYPE = "F8_E4M3"
 DEQUANTIZED_DTYPE = "BF16"
 _SCALE_DTYPES = ("F32", "BF16")
+_CHECKED_BYTES = 4 << 20
 
 # Tensors of other formats: GPTQ, AWQ, and FP8 with scales of activations.
 _FOREIGN = re.compile(r".*\.(qweight|qzeros|g_idx|scales|input_scale|activation_scale)")
@@ -93,8 +94,8 @@ def quantization_of(config: HFConfig) -> BlockFP8 | None:
     method = section.require("quant_method", str)
     if method != "fp8":
         raise UnsupportedModel(
-            f"{config.origin}: the weights are quantized by {quoted(method)}; supported is 'fp8' with "
-            f"blocks (weight_block_size). Use the release in BF16 or FP8"
+            f"{config.origin}: the weights are quantized by {quoted(method)}; supported is 'fp8' "
+            f"with blocks (weight_block_size). Use the release in BF16 or FP8"
         )
     for key, only in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
         if section.has(key) and section.require(key, str) != only:
@@ -266,6 +267,21 @@ class DequantizedTensors(Mapping[str, TensorView]):
 
 type Weights = TensorIndex | DequantizedTensors
 """What PreTrainedVLM.weights is: names, shapes and dtypes, and reading by box."""
+
+
+def check_scales(weights: Weights) -> None:
+    """Read all scales, so that no conversion meets an unusable one halfway.
+
+    Raises CheckpointError for the first that is not a positive number. Memory is a few MiB.
+    """
+    if not isinstance(weights, DequantizedTensors):
+        return
+    for name, scales in weights.quantized.items():
+        size = scales.shape[0]
+        step = max(1, size * _CHECKED_BYTES // max(1, scales.nbytes))
+        rest = tuple((0, end) for end in scales.shape[1:])
+        for start in range(0, size, step):
+            weights.read_scales(name, ((start, min(start + step, size)), *rest))
 
 
 def weights_of(index: TensorIndex, config: HFConfig) -> Weights:

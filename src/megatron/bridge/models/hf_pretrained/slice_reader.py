@@ -188,7 +188,9 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview[Any]:
     """The memory of a contiguous tensor."""
     import torch
 
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    # Not `view`: the strides of axes of length 1 may be anything.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _read_exactly(

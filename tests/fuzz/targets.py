@@ -1,0 +1,246 @@
+"""What is fuzzed: for any bytes a reader gives a valid result or raises CheckpointError.
+
+Each target takes the bytes that a stranger controls, lets the reader read them, and checks what
+comes out against the bytes. `SEEDS` are honest inputs to begin from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.dtypes import DTYPE_NAMES, itemsize
+from megatron.bridge.errors import CheckpointError, ConfigError
+from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
+from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex
+from megatron.bridge.quoting import is_name
+from model_folders import SHARDS, safetensors_bytes, write_example
+
+type Target = Callable[[bytes], None]
+
+LARGEST = 1 << 63
+
+
+@cache
+def _scratch(name: str) -> Path:
+    """A folder of this process, removed at its end."""
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    _folders.append(tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-", dir=memory))
+    return Path(_folders[-1].name)
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def header_file(data: bytes) -> None:
+    """A whole safetensors file."""
+    path = _scratch("header") / "model.safetensors"
+    path.write_bytes(data)
+    try:
+        header = read_header(path)
+    except CheckpointError as error:
+        assert "model.safetensors: " in str(error)  # noqa: PT017
+        return
+    position = 8 + int.from_bytes(data[:8], "little")
+    for tensor in header.tensors:
+        assert is_name(tensor.name)
+        assert tensor.dtype in DTYPE_NAMES
+        assert all(type(size) is int and 0 <= size < LARGEST for size in tensor.shape)
+        assert tensor.nbytes == prod(tensor.shape) * itemsize(tensor.dtype)
+        assert tensor.offset == position
+        position += tensor.nbytes
+    assert position == len(data)
+    assert len({tensor.name for tensor in header.tensors}) == len(header.tensors)
+    text = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert text.keys() - {"__metadata__"} == {tensor.name for tensor in header.tensors}
+    assert text.get("__metadata__") == header.metadata
+
+
+def header_text(data: bytes) -> None:
+    """The JSON of a header, with as many bytes of data behind it as the last two bytes say."""
+    text, size = data[:-2], int.from_bytes(data[-2:], "little")
+    header_file(safetensors_bytes(text, bytes(size)))
+
+
+def weight_index(data: bytes) -> None:
+    """The weight index of a folder with three good shards."""
+    folder = _example()
+    (folder / INDEX_FILE).write_bytes(data)
+    try:
+        index = TensorIndex.from_folder(folder)
+    except CheckpointError as error:
+        assert str(folder) in str(error)  # noqa: PT017
+        return
+    assert json.loads(data)["weight_map"] == {name: info.file.name for name, info in index.items()}
+    assert {info.file for info in index.values()} == {folder / name for name in SHARDS}
+
+
+@cache
+def _example() -> Path:
+    write_example(_scratch("index"))
+    return _scratch("index")
+
+
+def checkpoint_metadata(data: bytes) -> None:
+    """The `.metadata` of a torch_dist checkpoint whose data are not there."""
+    import torch
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    from megatron.bridge.checkpoint.torch_dist_metadata import read_metadata
+    from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
+
+    folder = _scratch("metadata")
+    (folder / ".metadata").write_bytes(data)
+    try:
+        metadata = read_metadata(folder)
+    except CheckpointError as error:
+        assert "refused to read it" in str(error)  # noqa: PT017
+        return
+    for index, info in metadata.storage_data.items():
+        assert is_name(index.fqn)
+        assert is_name(info.relative_path)
+        assert all(type(n) is int and 0 <= n < LARGEST for n in (info.offset, info.length))
+    places = {(index.fqn, index.offset) for index in metadata.storage_data}
+    for key, entry in metadata.state_dict_metadata.items():
+        assert is_name(key)
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        assert isinstance(entry.properties.dtype, torch.dtype)
+        for chunk in entry.chunks:
+            assert len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
+            assert (key, chunk.offsets) in places or (not chunk.offsets and (key, None) in places)
+    try:
+        checkpoint = TorchDistCheckpoint(folder)
+    except CheckpointError:
+        return
+    assert not checkpoint.tensors  # there is no file that could hold any
+
+
+def saved_tensor(data: bytes) -> None:
+    """A tensor as torch.save wrote it, or not."""
+    from megatron.bridge.checkpoint.saved_tensor_reader import find_saved_tensor
+
+    def read_at(offset: int, length: int) -> bytes:
+        assert 0 <= offset <= offset + length <= len(data)
+        return data[offset : offset + length]
+
+    try:
+        found = find_saved_tensor(read_at, len(data), "BF16", (5, 3))
+    except CheckpointError:
+        return
+    assert all(type(size) is int and 0 <= size < LARGEST for size in found.shape)
+    end = found.offset + prod(found.shape) * itemsize(found.dtype)
+    assert 0 <= found.offset <= end <= len(data)
+
+
+def config_record(data: bytes) -> None:
+    """The run_config.yaml of a checkpoint."""
+    from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, read_hf_config
+
+    folder = _scratch("record")
+    (folder / CONFIG_RECORD).write_bytes(data)
+    try:
+        config = read_hf_config(folder)
+    except (CheckpointError, ConfigError) as error:
+        assert CONFIG_RECORD in str(error)  # noqa: PT017
+        return
+    json.dumps(config.data, allow_nan=False)
+
+
+def _header_seeds() -> list[bytes]:
+    folder = _example()
+    return [(folder / name).read_bytes() for name in SHARDS]
+
+
+def _text_seeds() -> list[bytes]:
+    seeds = []
+    for content in _header_seeds():
+        end = 8 + int.from_bytes(content[:8], "little")
+        seeds.append(content[8:end] + (len(content) - end).to_bytes(2, "little"))
+    return seeds
+
+
+def _index_seeds() -> list[bytes]:
+    folder = _scratch("seed")
+    write_example(folder)
+    return [(folder / INDEX_FILE).read_bytes()]
+
+
+def example_metadata() -> Any:
+    """An index of two tensors, one in two chunks, and an object."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    def tensor(shape: tuple[int, ...], *starts: int) -> TensorStorageMetadata:
+        stops = (*starts[1:], shape[0])
+        chunks = [
+            ChunkStorageMetadata(
+                torch.Size((start, *[0] * (len(shape) - 1))),
+                torch.Size((stop - start, *shape[1:])),
+            )
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+        properties = TensorProperties(dtype=torch.bfloat16)
+        return TensorStorageMetadata(properties, torch.Size(shape), chunks)
+
+    entries = {"a.weight": tensor((5, 3), 0, 2), "b.bias": tensor((7,), 0)}
+    places = [MetadataIndex(k, c.offsets) for k, entry in entries.items() for c in entry.chunks]
+    places.append(MetadataIndex("c.extra"))
+    return Metadata(
+        {**entries, "c.extra": BytesStorageMetadata()},
+        planner_data={"a.weight": ("a", "weight")},
+        storage_data={
+            place: _StorageInfo("__0_0.distcp", 1000 * n, 1000) for n, place in enumerate(places)
+        },
+        storage_meta=StorageMeta(checkpoint_id=Path("/somewhere"), save_id="1"),
+    )
+
+
+def _metadata_seeds() -> list[bytes]:
+    return [pickle.dumps(example_metadata(), protocol) for protocol in (2, 4)]
+
+
+def _saved_seeds() -> list[bytes]:
+    import torch
+
+    seeds = []
+    for tensor in (torch.ones(5, 3, dtype=torch.bfloat16), torch.ones(2).to(torch.float8_e4m3fn)):
+        torch.save(tensor, buffer := io.BytesIO())
+        seeds.append(buffer.getvalue())
+    return seeds
+
+
+def _record_seeds() -> list[bytes]:
+    from megatron.bridge.checkpoint.config_record import config_record as record
+    from megatron.bridge.models.hf_pretrained.config import HFConfig
+
+    config = HFConfig.from_dict({"model_type": "x", "text_config": {"sizes": [1, 2.5, None]}})
+    return [record("some.Provider", {"layers": 3, "kinds": ["a", "b"]}, config)]
+
+
+TARGETS: dict[str, tuple[Target, Callable[[], list[bytes]]]] = {
+    "header-file": (header_file, _header_seeds),
+    "header-text": (header_text, _text_seeds),
+    "index": (weight_index, _index_seeds),
+    "metadata": (checkpoint_metadata, _metadata_seeds),
+    "saved-tensor": (saved_tensor, _saved_seeds),
+    "record": (config_record, _record_seeds),
+}
+"""By name: the target, and what makes honest inputs to begin from."""
