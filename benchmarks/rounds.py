@@ -1,6 +1,7 @@
 """The steps of a model: one warm-up, then rounds in which every step runs once.
 
-The order is turned by one step from round to round. Each step is a process of its own; what it
+A step stands beside the copy that it is compared with. The order is turned by one step from round
+to round, and reversed in every other one, so that none is always behind the same one. Each step is a process of its own; what it
 wrote is removed, and the disk is left to finish its work, before the next one and outside of its
 time. Caches are not dropped: everything reads what the memory still holds.
 """
@@ -67,10 +68,8 @@ class Bench:
         return first | self._run([s for s in steps if s.name not in (IMPORT, EXPORT)])
 
     def round(self, number: int) -> Runs:
-        """Every step once, the order turned `number` times. After `warm_up`."""
-        steps = self._steps()
-        turn = number % len(steps)
-        return self._run([*steps[turn:], *steps[:turn]])
+        """Every step once, in the order of this round. After `warm_up`."""
+        return self._run(in_order(self._steps(), number))
 
     def megatron_bytes(self) -> int:
         """Bytes of the files of the Megatron checkpoint."""
@@ -84,21 +83,20 @@ class Bench:
 
     def _steps(self) -> list[Step]:
         hf, megatron = str(self._hf), str(self._megatron)
-        steps = [
-            self._import(self._imported),
-            Step(
-                EXPORT,
-                _bridge(EXPORT, megatron, str(self._exported), "--hf", hf),
-                self._exported,
-            ),
-            Step(VERIFY, _bridge(VERIFY, hf, megatron)),
+        imports = self._import(self._imported)
+        exports = Step(
+            EXPORT, _bridge(EXPORT, megatron, str(self._exported), "--hf", hf), self._exported
+        )
+        verifies = Step(VERIFY, _bridge(VERIFY, hf, megatron))
+        if self._files.case.role != SPEED:
+            return [imports, exports, verifies]
+        return [
+            Step(COPY_HF, self._copying(hf, self._files.weights), self._copy),
+            imports,
+            Step(COPY_MEGATRON, self._copying(megatron, self._megatron_files()), self._copy),
+            exports,
+            verifies,
         ]
-        if self._files.case.role == SPEED:
-            steps += [
-                Step(COPY_HF, self._copying(hf, self._files.weights), self._copy),
-                Step(COPY_MEGATRON, self._copying(megatron, self._megatron_files()), self._copy),
-            ]
-        return steps
 
     def _import(self, target: Path) -> Step:
         return Step(IMPORT, _bridge(IMPORT, str(self._hf), str(target)), target)
@@ -134,6 +132,13 @@ class Bench:
         for name in self._files.weights:
             if not filecmp.cmp(self._hf / name, exported / name, shallow=False):
                 raise BenchmarkError(f"{name}: export does not give back what was imported")
+
+
+def in_order[T](steps: Sequence[T], number: int) -> list[T]:
+    """The steps in the order of round `number`."""
+    turn = number % len(steps)
+    turned = [*steps[turn:], *steps[:turn]]
+    return turned[::-1] if number % 2 else turned
 
 
 def _bridge(*arguments: str) -> list[str]:

@@ -33,7 +33,7 @@ def damaged(draw: st.DrawFn, honest: Any) -> Any:
 def _damage(draw: st.DrawFn, value: Any) -> Any:
     places = [*_places(value)]
     if not places:
-        return draw(VALUES)
+        return copy.deepcopy(draw(VALUES))
     parent, key = draw(st.sampled_from(places))
     match draw(st.sampled_from(["change", "change", "number", "remove", "copy", "rename"])):
         case "remove":
@@ -45,7 +45,7 @@ def _damage(draw: st.DrawFn, value: Any) -> Any:
         case "number" if type(parent[key]) is int:
             parent[key] += draw(st.integers(-2, 2))
         case _:
-            parent[key] = draw(VALUES)
+            parent[key] = copy.deepcopy(draw(VALUES))
     return value
 
 

@@ -22,7 +22,7 @@ from benchmarks.model_files import ModelFiles, RandomWeights
 from benchmarks.page import read_results, with_tables, write_documents
 from benchmarks.plot import plot
 from benchmarks.processes import BenchmarkError, Measurement, run
-from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, VERIFY
+from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, VERIFY, in_order
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MIB = 2**20
@@ -214,6 +214,13 @@ def test_files_that_are_mapped_are_no_memory_but_children_are(tmp_path: Path) ->
 def test_a_process_that_fails_is_an_error_with_its_message() -> None:
     with pytest.raises(BenchmarkError, match=r"exit status 3: (.|\n)*a bad end"):
         run(program(work="import sys; print('a bad end', file=sys.stderr); sys.exit(3)"))
+
+
+def test_steps_stand_at_every_place_and_behind_different_ones() -> None:
+    steps = "abcde"
+    orders = ["".join(in_order(steps, number)) for number in range(5)]
+    assert orders == ["abcde", "aedcb", "cdeab", "cbaed", "eabcd"]
+    assert all(sorted(order) == list(steps) for order in orders)
 
 
 def test_the_copy_copies(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -135,11 +136,9 @@ def test_an_error_of_a_side_ends_all(source: Memory) -> None:
             raise error
         source.fill(name, box, out)
 
-    before = threading.active_count()
     with pytest.raises(OSError, match="gone") as raised:
         compare_tensors(source.specs, broken, source.fill, SMALL, Silent())
     assert raised.value is error
-    assert threading.active_count() == before
     assert not any(name == "b.vector" for name, _ in source.asked)
 
 
@@ -168,22 +167,42 @@ def test_what_gives_items_may_fail() -> None:
         share_out(items(), lambda taken: list(taken) and None, 2)
 
 
-def test_ctrl_c_ends_all_threads() -> None:
+@pytest.mark.parametrize("round_", range(3))
+def test_ctrl_c_is_raised_when_all_threads_have_ended(round_: int) -> None:
     main = threading.main_thread().ident
     assert main is not None
     ended = []
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(3, timeout=30)
 
     def work(items: Iterator[int]) -> None:
-        if next(items) == 0:
-            together.wait()
+        first = next(items)
+        together.wait()
+        if first == 2:
             signal.pthread_kill(main, signal.SIGINT)
-        else:
-            together.wait()
+        time.sleep(0.05)  # still at its item when the signal comes
         for _ in items:
             pass
         ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        share_out(count(), work, 2)
+        share_out(count(), work, 3)
+    assert len(ended) == 3
+
+
+def test_an_error_is_raised_when_all_threads_have_ended() -> None:
+    ended = []
+    together = threading.Barrier(3, timeout=30)
+
+    def work(items: Iterator[int]) -> None:
+        first = next(items)
+        together.wait()
+        if first == 2:
+            raise OSError("the disk is full")
+        time.sleep(0.05)
+        for _ in items:
+            pass
+        ended.append(True)
+
+    with pytest.raises(OSError, match="full"):
+        share_out(count(), work, 3)
     assert len(ended) == 2

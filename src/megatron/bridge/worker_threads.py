@@ -11,43 +11,64 @@ def share_out[Item](
 ) -> None:
     """Call `work` in so many threads; each iterates over items that no other thread gets.
 
-    Items are taken in order, one when it is asked for. Returns when all threads have ended. The
-    first exception of a thread, or of `items`, is raised here, and no thread gets another item;
-    an exception in the thread that waits here (Ctrl-C) also ends them all first.
+    Items are taken in order, one when it is asked for. The first exception of `work` or of `items`
+    is raised here. Neither after that nor after one in the thread that waits here (Ctrl-C) does
+    any thread get another item, and nothing is raised before all calls of `work` have ended.
     """
-    source = iter(items)
-    lock = threading.Lock()
-    stop = threading.Event()
-    errors: list[BaseException] = []
+    _Workers(iter(items), work, threads).run()
 
-    def taken() -> Iterator[Item]:
+
+class _Workers[Item]:
+    """Threads are not joined: in Python 3.12 an interrupted join takes a thread for ended."""
+
+    def __init__(
+        self, items: Iterator[Item], work: Callable[[Iterator[Item]], None], threads: int
+    ) -> None:
+        self._items = items
+        self._work = work
+        self._threads = threads
+        self._changed = threading.Condition()  # its lock guards all below
+        self._stopped = False
+        self._active = self._ended = 0
+        self._errors: list[BaseException] = []
+
+    def run(self) -> None:
+        try:
+            for _ in range(self._threads):
+                threading.Thread(target=self._begin, daemon=True).start()
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._ended == self._threads)
+        finally:
+            with self._changed:
+                self._stopped = True
+                self._changed.wait_for(lambda: not self._active)
+        if self._errors:
+            raise self._errors[0]
+
+    def _begin(self) -> None:
+        with self._changed:
+            if self._stopped:
+                return
+            self._active += 1
+        try:
+            self._work(self._taken())
+        except BaseException as error:  # noqa: BLE001 - the thread that waits raises it
+            with self._changed:
+                self._errors.append(error)
+                self._stopped = True
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._ended += 1
+                self._changed.notify_all()
+
+    def _taken(self) -> Iterator[Item]:
         while True:
-            with lock:
-                if stop.is_set():
+            with self._changed:
+                if self._stopped:
                     return
                 try:
-                    item = next(source)
+                    item = next(self._items)
                 except StopIteration:
                     return
             yield item
-
-    def run() -> None:
-        try:
-            work(taken())
-        except BaseException as error:  # noqa: BLE001 - the thread that waits raises it
-            errors.append(error)
-            stop.set()
-
-    workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
-    if errors:
-        raise errors[0]

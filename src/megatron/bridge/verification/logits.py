@@ -84,8 +84,9 @@ def compare(
     """Run one prompt, optionally with an image, through both models.
 
     prompt: None for IMAGE_PROMPT or TEXT_PROMPT. dtype: of weights and activations in both models,
-    a key of TOLERANCES; in float64 all arithmetic is in float64. tolerance: None for that of the dtype. Raises InputError for input that
-    cannot be used, UnsupportedModel without a bridge; a difference is no error but in the report.
+    a key of TOLERANCES; with float64, on the CPU only, all arithmetic is in float64. tolerance:
+    None for that of the dtype. Raises InputError for input that cannot be used, UnsupportedModel
+    without a bridge; a difference is no error but in the report.
     """
     if dtype not in TOLERANCES:
         raise InputError(f"dtype must be one of {', '.join(TOLERANCES)}, found {dtype!r}")
