@@ -11,7 +11,7 @@ from benchmarks.rounds import EXPORT, IMPORT
 
 _MIB = 2**20
 _ABOVE_MIB = 1024
-_NO_HIGHER = 1.05
+_NOISE_PERCENT = 5
 """Threads do not meet at the same moment in each run: so much more is the same."""
 
 _SMALL_SECONDS = 5
@@ -79,7 +79,7 @@ def _larger(case: CaseResult, base: CaseResult, step: str) -> Goal:
     times = case.hf_bytes / base.hf_bytes
     return Goal(
         f"{case.title}, {step}: memory, at {times:.1f} times the size of {base.title}",
-        f"no more than {of_base:.0f} MiB",
+        f"no more than {of_base:.0f} MiB, {_NOISE_PERCENT} % for noise",
         f"{peak:.0f} MiB",
-        peak <= _NO_HIGHER * of_base,
+        peak <= of_base * (1 + _NOISE_PERCENT / 100),
     )

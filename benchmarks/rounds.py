@@ -1,9 +1,10 @@
 """The steps of a model: one warm-up, then rounds in which every step runs once.
 
-A step stands beside the copy that it is compared with. The order is turned by one step from round
-to round, and reversed in every other one, so that none is always behind the same one. Each step is a process of its own; what it
-wrote is removed, and the disk is left to finish its work, before the next one and outside of its
-time. Caches are not dropped: everything reads what the memory still holds.
+A step stands beside the copy that it is compared with; each round begins with another step, and
+goes on forwards or backwards in turns, so that none is always behind the same one. Each step is a
+process of its own. What it wrote is removed, and the disk is left to finish its work, before the
+next one and outside of its time. Caches are not dropped: everything reads what the memory still
+holds.
 """
 
 from __future__ import annotations
@@ -136,9 +137,10 @@ class Bench:
 
 def in_order[T](steps: Sequence[T], number: int) -> list[T]:
     """The steps in the order of round `number`."""
-    turn = number % len(steps)
-    turned = [*steps[turn:], *steps[:turn]]
-    return turned[::-1] if number % 2 else turned
+    first = number % len(steps)
+    before, behind = steps[:first], steps[first + 1 :]
+    others = [*behind, *before]
+    return [steps[first], *(reversed(others) if number % 2 else others)]
 
 
 def _bridge(*arguments: str) -> list[str]:

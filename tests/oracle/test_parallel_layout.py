@@ -150,6 +150,18 @@ def test_positions_are_those_of_the_parallel_state(request_: ParallelRequest) ->
             )
 
 
+def test_context_parallel_ranks_share_the_optimizer_too() -> None:
+    """Of any module: the models themselves take no context parallelism yet."""
+    bytes_of = []
+    for request_ in (ParallelRequest(), ParallelRequest(cp=2, world_size=6)):
+        with on_rank(0, request_):
+            bytes_of.append(share_of([torch.nn.Sequential(torch.nn.Linear(384, 24, bias=False))]))
+    one, six = bytes_of
+    assert one.parameters == six.parameters == 384 * 24
+    assert one.optimizer_bytes == 6 * six.optimizer_bytes == 384 * 24 * 8
+    assert one.gradient_bytes == six.gradient_bytes
+
+
 # --- what is illegal ---
 
 

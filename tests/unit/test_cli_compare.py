@@ -95,12 +95,57 @@ def test_a_changed_weight_is_noticed(
     assert layers[1]["max_abs_diff"] < 1e-4 < 1e-3 < layers[2]["max_abs_diff"]
 
 
+@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+def test_float64_leaves_no_rounding(
+    family: str,
+    photograph: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The F32 scales of this FP8 release are multiplied in float32 all the same."""
+    from megatron.bridge.synthetic import make_model
+
+    settings = {"fp8": True, "fp8_scale_dtype": "float32", "text.num_hidden_layers": 4}
+    model = make_model(family, tmp_path / "model", settings)
+    args = ["compare", str(model), "--image", str(photograph), "--dtype", "float64", "--json"]
+    assert main(args) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["dtype"] == "float64"
+    assert document["tolerance"] == 1e-10
+    for distance in (*document["layers"], document["logits"]):
+        assert distance["max_abs_diff"] < 1e-12
+        assert distance["relative_rms_diff"] < 1e-13
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_float64_shows_what_rounding_hides(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A millionth of one layer: the noise of float32 hides it, that of float64 does not."""
+    from megatron.bridge import AutoBridge
+
+    load = AutoBridge.load_hf_weights
+
+    def load_wrongly(self: AutoBridge, model: Sequence[Any], **kwargs: Any) -> None:
+        load(self, model, **kwargs)
+        with torch.no_grad():
+            model[0].language_model.decoder.layers[2].mlp.linear_fc2.weight.mul_(1 + 1e-6)
+
+    monkeypatch.setattr(AutoBridge, "load_hf_weights", load_wrongly)
+    assert main(["compare", str(small_model)]) == 0
+    assert main(["compare", str(small_model), "--dtype", "float64", "--json"]) == 1
+    capsys.readouterr()
+    assert main(["compare", str(small_model), "--dtype", "float64", "--tolerance", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "relative RMS" in printed
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
         (["--image", "nothing.png"], "nothing.png"),
         (["--image", "MODEL/config.json"], "config.json"),
-        (["--dtype", "int4"], "float32, bfloat16, float16"),
+        (["--dtype", "int4"], "float64, float32, bfloat16, float16"),
     ],
 )
 def test_unusable_input(
@@ -112,3 +157,13 @@ def test_unusable_input(
     assert printed.out == ""
     assert named in printed.err
     assert "Traceback" not in printed.err
+
+
+def test_float64_is_refused_on_a_gpu(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["compare", str(small_model), "--dtype", "float64"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "CUDA_VISIBLE_DEVICES" in printed.err

@@ -8,6 +8,7 @@ import threading
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def finished(content: Mapping[str, bytes] = CONTENT) -> dict[PieceKey, int]:
     return {
         PieceKey(name, begin, end - begin): zlib.crc32(content[name][begin:end])
         for name, cuts in CUTS.items()
-        for begin, end in zip(cuts, cuts[1:], strict=False)
+        for begin, end in pairwise(cuts)
     }
 
 
@@ -134,7 +135,7 @@ JSON = st.recursive(
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_garbage_is_refused(text: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         Manifest.from_text(text)
 
 
