@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.cases import START
+from benchmarks.cases import SPEED, START
 from benchmarks.figures import CaseResult, Results
-from benchmarks.rounds import EXPORT, IMPORT
+from benchmarks.rounds import EXPORT, IMPORT, VERIFY
 
 _MIB = 2**20
 _ABOVE_MIB = 1024
@@ -15,6 +15,7 @@ _NOISE_PERCENT = 5
 """Threads do not meet at the same moment in each run: so much more is the same."""
 
 _SMALL_SECONDS = 5
+_OUTSIDE_PERCENT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,10 @@ def goals(results: Results) -> Iterator[Goal]:
         base = None if case.base is None else results.case(case.base)
         if base is not None:
             yield from (_larger(case, base, step) for step in (IMPORT, EXPORT))
+    for small in (case for case in results.cases if case.role == START):
+        for case in results.cases:
+            if case.role == SPEED:
+                yield from (_outside(case, small, step) for step in (IMPORT, EXPORT, VERIFY))
 
 
 def _start(case: CaseResult, step: str) -> Goal:
@@ -82,4 +87,17 @@ def _larger(case: CaseResult, base: CaseResult, step: str) -> Goal:
         f"no more than {of_base:.0f} MiB, {_NOISE_PERCENT} % for noise",
         f"{peak:.0f} MiB",
         peak <= of_base * (1 + _NOISE_PERCENT / 100),
+    )
+
+
+def _outside(case: CaseResult, small: CaseResult, step: str) -> Goal:
+    """A clock that leaves out work would show in the start and the end of larger models."""
+    one, other = case.figures(step), small.figures(step)
+    longer = one.start_seconds + one.end_seconds - other.start_seconds - other.end_seconds
+    allowed = one.seconds.median * _OUTSIDE_PERCENT / 100
+    return Goal(
+        f"{case.title}, {step}: start and end, beside those of the small model",
+        f"at most {allowed:.2f} s longer, {_OUTSIDE_PERCENT} % of the work",
+        f"{longer:+.2f} s",
+        longer <= allowed,
     )

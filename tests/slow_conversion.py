@@ -30,7 +30,7 @@ def convert(
     after_piece: called when a piece was written.
     """
     hf = PreTrainedVLM.from_pretrained(folder / "hf")
-    run = Run(MEMORY, SHARD_BYTES, resume=resume, progress=Hook(after_piece))
+    run = Run(MEMORY, SHARD_BYTES, resume=resume, keep_manifest=True, progress=Hook(after_piece))
     if direction == "import":
         return import_checkpoint(hf, out, run=run)
     return export_checkpoint(folder / "megatron", out, hf, run=run)

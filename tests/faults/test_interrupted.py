@@ -5,11 +5,11 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from megatron.bridge.checkpoint import unfinished
 from megatron.bridge.checkpoint.convert import import_checkpoint
 from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.cli import main
@@ -28,6 +28,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model("qwen3-vl", folder / "hf", {"num_shards": 2, "text.vocab_size": 9001}, seed=22)
     convert("import", folder, folder / "megatron")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished, "WORTH_KEEPING", 1)
 
 
 @pytest.fixture
@@ -52,29 +57,36 @@ def after(pieces: int, happen: Callable[[], object]) -> Callable[[], None]:
     return count
 
 
-@contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
-    """The system lets no file grow any longer: like a full disk, and without being root."""
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[], None]]:
+    """Lets no file be written from then on: like a full disk, and without being root."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
-def test_a_disk_that_takes_no_more(direction: str, folder: Path) -> None:
+def test_a_disk_that_takes_no_more(
+    direction: str, folder: Path, full_disk: Callable[[], None]
+) -> None:
     out = folder / "out"
-    with largest_file(700_000), pytest.raises(CheckpointError, match="cannot be written"):
-        convert(direction, folder, out)
-    assert not out.exists()
-    if (folder / "out.partial").exists():  # then it goes on when there is room
-        assert convert(direction, folder, out, resume=True).written.resumed_bytes
-    else:
-        convert(direction, folder, out)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert(direction, folder, out, after_piece=after(AFTER, full_disk))
+    assert names(folder) == ["hf", "megatron", "out.partial"]
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_room_is_made_and_it_goes_on(direction: str, folder: Path) -> None:
+    out = folder / "out"
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        convert(direction, folder, out, after_piece=after(AFTER, fail))
+    assert convert(direction, folder, out, resume=True).written.resumed_bytes
     assert names(folder) == ["hf", "megatron", "out"]
 
 

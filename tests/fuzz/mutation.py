@@ -16,7 +16,9 @@ VALUES: st.SearchStrategy[Any] = st.one_of(
     NUMBERS,
     st.integers(-10, 50),
     st.sampled_from([True, False, None, 1.0, 0.5, -0.0, float("nan"), float("inf"), 1e300]),
-    st.sampled_from(["", "BF16", "F32", "F4", "\ud800", "\x1b[2J", "a\nb", "../x", "\0", "x" * 3000]),
+    st.sampled_from(
+        ["", "BF16", "F32", "F4", "\ud800", "\x1b[2J", "a\nb", "../x", "\0", "x" * 3000]
+    ),
     st.sampled_from([[], {}, [[]], [{}], {"": {}}, [0, 1], [1, 0], ["a"], [True]]),
 )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -32,8 +31,9 @@ LARGEST = 1 << 63
 @cache
 def _scratch(name: str) -> Path:
     """A folder of this process, removed at its end."""
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    _folders.append(tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-", dir=memory))
+    memory = Path("/dev/shm")  # ten times as fast as a disk
+    folder = memory if memory.is_dir() else None
+    _folders.append(tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-", dir=folder))
     return Path(_folders[-1].name)
 
 

@@ -183,6 +183,8 @@ def test_tilings_are_told_from_all_others(case: tuple[tuple[int, ...], list[Box]
     assert bool(faults) == any(filled[cell] != 1 for cell in cells)
     if faults:  # it names the first
         first = next(cell for cell in cells if filled[cell] != 1)
-        assert faults[0].startswith("[" + ", ".join(f"{start}:" for start in first)[:-1].split(":")[0])
+        assert faults[0].startswith(
+            "[" + ", ".join(f"{start}:" for start in first)[:-1].split(":")[0]
+        )
         times = f"is filled {filled[first]} times" if filled[first] else "is not filled"
         assert faults[0].endswith(times)

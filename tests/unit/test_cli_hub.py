@@ -1,4 +1,4 @@
-"""`inspect` of a hub id, against a hub on this machine: headers are fetched, weights are not."""
+"""`inspect` and `plan` of a hub id, against a hub on this machine: weights are not fetched."""
 
 from __future__ import annotations
 
@@ -135,6 +135,24 @@ def test_headers_only(
         assert document[same] == local[same]
     # huggingface_hub asks for the first 100 kB of each shard, where it expects the header.
     assert 0 < hub.weight_bytes <= 3 * 101_000 < document["hf"]["bytes"]
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_a_plan_needs_headers_only(
+    hub: Hub, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also the parallel layout; and what is not in the cache has to be downloaded."""
+    done = run_online(hub, tmp_path / "home", "plan", REPOSITORY, "--tp", "2", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    main(["plan", str(small_model), "--tp", "2", "--json"])
+    local = json.loads(capsys.readouterr().out)
+    for same in ("hf", "megatron", "rows", "ranks"):
+        assert document[same] == local[same]
+    cost, size = document["conversion"], document["hf"]["bytes"]
+    assert cost["download_bytes"] == size
+    assert cost["disk_bytes"] == size + local["conversion"]["disk_bytes"]
+    assert 0 < hub.weight_bytes <= 3 * 101_000
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 

@@ -20,6 +20,7 @@ from megatron.bridge.checkpoint.checksums import check_files
 from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.checkpoint.job import Job
 from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, PieceKey, read_manifest
+from megatron.bridge.checkpoint import unfinished
 from megatron.bridge.checkpoint.partial import PartialFolder
 from megatron.bridge.checkpoint.targets import check_target, partial_of
 from megatron.bridge.errors import (
@@ -135,10 +136,19 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
+def everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished, "WORTH_KEEPING", 1)
+
+
+@pytest.fixture(autouse=True)
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was brought to the disk, not really: a kill loses nothing that the kernel has."""
     synced: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+
+    def fsync(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
     return synced
 
 

@@ -77,6 +77,7 @@ def test_layers_that_are_alike_share_a_key() -> None:
         ["2", "mlp", "up_proj", "weight"],
     ]
     assert f"{key.removesuffix('.weight')}._extra_state/shard_2_3" in plan.extra_states
+    assert "vision_model.merger.linear_fc1._extra_state/shard_0_1" in plan.extra_states
 
 
 def test_rows_count_their_parameters() -> None:

@@ -48,6 +48,13 @@ def test_every_dtype(name: str) -> None:
     assert difference(a, b).elements == 1
 
 
+def test_differences_of_long_tensors_add_up() -> None:
+    a = torch.zeros(150_000, dtype=torch.int16)
+    b = a.clone()
+    b[[0, 65_535, 65_536, 149_999]] = torch.tensor([1, 2, 9, 3], dtype=torch.int16)
+    assert difference(a, b) == Difference(4, 9.0)
+
+
 def test_scalars_and_empty_tensors() -> None:
     assert difference(torch.tensor(1.0), torch.tensor(1.5)) == Difference(1, 0.5)
     assert difference(torch.empty(0, 3), torch.empty(0, 3)) == Difference()
@@ -129,6 +136,8 @@ def test_equal_in_every_pair_of_formats(small_model: Path, small_checkpoint: Pat
         assert (
             report.equal == report.compared == (44 if kinds[0] == kinds[1] == "megatron" else 115)
         )
+        weights = 5_555_840 if kinds[0] == kinds[1] == "megatron" else 5_506_560
+        assert report.compared_bytes == weights
         assert report.padding == (2 * 77 * 160 if kinds[0] != kinds[1] else 0)
         assert (report.side_files is None) == (kinds != ("huggingface", "huggingface"))
 

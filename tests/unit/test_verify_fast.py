@@ -33,7 +33,8 @@ def made(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(small_model, folder / "source")
     source = PreTrainedVLM.from_pretrained(folder / "source")
     import_checkpoint(source, folder / "imported", run=Run(memory=MEMORY))
-    export_checkpoint(folder / "imported", folder / "exported", source, run=Run(memory=MEMORY))
+    run = Run(memory=MEMORY, keep_manifest=True)
+    export_checkpoint(folder / "imported", folder / "exported", source, run=run)
     return folder
 
 

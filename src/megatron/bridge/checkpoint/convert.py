@@ -179,6 +179,7 @@ def export_checkpoint(
             hf.values(),
             TensorIndex.from_folder,
             rows_multiple,
+            keep_manifest=run.keep_manifest,
         ),
     )
     return Converted(

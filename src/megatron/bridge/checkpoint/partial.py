@@ -55,7 +55,8 @@ class PartialFolder:
 
     sizes: bytes of every output file by its name, "/" between folders. resume: go on with what a
     run of the same job left, if there is any. force: replace the target at the end; without
-    `resume` also what a run left. progress: of reading back what is there, after a restart.
+    `resume` also what a run left. keep_manifest: leave it in the target. progress: of reading back
+    what is there, after a restart.
 
     Entering raises TargetExists, FolderBusy, and InputError: if an unfinished target is there and
     neither is given, if it was begun as another job (with the differences), or if the file system
@@ -71,6 +72,7 @@ class PartialFolder:
         processes: Processes | None = None,
         resume: bool = False,
         force: bool = False,
+        keep_manifest: bool = True,
         progress: Progress | None = None,
     ) -> None:
         self._target = target.absolute()
@@ -83,6 +85,7 @@ class PartialFolder:
         self._processes = processes or Processes()
         self._resume = resume
         self._force = force
+        self._keep_manifest = keep_manifest
         self._progress = progress or Silent()
         self._lock: FolderLock | None = None
         self._journal: Journal | None = None
@@ -208,6 +211,8 @@ class PartialFolder:
             sync(self.path)
             unfinished.remove_journals(self.path, held)
             put_in_place(self.path, self._target, force=self._force)
+            if not self._keep_manifest:
+                (self._target / MANIFEST_FILE).unlink()
         finally:
             manifest_lock.close()
 
@@ -283,7 +288,7 @@ class PartialFolder:
             error.add_note(f"what is finished was kept in {self.path}; {unfinished.CHOICES}")
 
     def _is_wasted(self, error: BaseException | None) -> bool:
-        return _is_final(error) or not unfinished.has_finished(self.path)
+        return _is_final(error) or not unfinished.is_worth_keeping(self.path)
 
 
 def _is_final(error: BaseException | None) -> bool:

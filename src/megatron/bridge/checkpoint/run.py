@@ -32,6 +32,7 @@ class Conversion:
     sources: the files that are read, by what they are. files: of the target. fill: gives the
     tensors in them. tensors: those that `reopen` finds in the folder of the target. rows_multiple:
     tensors that `fill` only makes from such a multiple of rows on (see `row_blocks`).
+    keep_manifest: whether the target keeps the checksums of its files.
     """
 
     command: str
@@ -42,6 +43,7 @@ class Conversion:
     tensors: Iterable[TensorSpec]
     reopen: Callable[[Path], Source]
     rows_multiple: Mapping[str, int] = field(default_factory=dict)
+    keep_manifest: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Run:
 
     memory: bytes that buffers may take. max_shard_bytes: of tensor data per output file.
     force: replace a target. resume: go on with what a killed run left. check: looks at what was
-    written before it becomes the target, and raises if it is not right. processes: that share the
+    written before it becomes the target, and raises if it is not right. keep_manifest: leave the
+    checksums of its files in a Hugging Face folder, too, where the reference has no such file; a
+    Megatron checkpoint always has them. processes: that share the
     work, each running the same conversion.
     """
 
@@ -83,6 +87,7 @@ class Run:
     force: bool = False
     resume: bool = False
     check: Callable[[ReadBack], None] | None = None
+    keep_manifest: bool = False
     processes: Processes = field(default_factory=Processes)
     progress: Progress = field(default_factory=Silent)
 
@@ -108,6 +113,7 @@ class Run:
             processes=self.processes,
             resume=self.resume,
             force=self.force,
+            keep_manifest=conversion.keep_manifest,
             progress=self.progress,
         ) as partial:
             todo = [piece for piece in partial.unfinished(pieces) if piece.file in mine]

@@ -40,6 +40,9 @@ _FINISHED = f"{JOURNAL_FOLDER}/finished.jsonl"
 _APPEARS_SECONDS = 60.0
 """So late may another machine see a folder: file systems of a network remember what is absent."""
 
+WORTH_KEEPING = 64 << 20
+"""Bytes: less is done again in a moment, and should not be in the way of the next run."""
+
 CHOICES = "go on with --resume (resume=True), or start again with --force (force=True)"
 
 
@@ -194,9 +197,11 @@ def journal_path(partial: Path, rank: int) -> Path:
     return partial / JOURNAL_FOLDER / f"process-{rank:05d}.jsonl"
 
 
-def has_finished(partial: Path) -> bool:
-    """Whether there is anything that a later run need not do again."""
-    return (partial / MANIFEST_FILE).exists() or any(j.pieces for j in read_journals(partial))
+def is_worth_keeping(partial: Path) -> bool:
+    """Whether so much is finished that a later run should not do it again."""
+    if (partial / MANIFEST_FILE).exists():
+        return True
+    return sum(key.nbytes for j in read_journals(partial) for key in j.pieces) >= WORTH_KEEPING
 
 
 def is_complete(partial: Path) -> bool:

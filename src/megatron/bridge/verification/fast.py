@@ -108,13 +108,13 @@ def _assigned(
     if not found:
         raise _no_manifest(f"{os.fspath(a)}, {os.fspath(b)}")
     # A checkpoint that was imported and then exported has a manifest, and so has what came of it.
-    return min(found, key=lambda one: (not one[0].reads(one[1]), len(one[2])))
+    return min(found, key=lambda one: len(one[2]))
 
 
 def _no_manifest(where: str) -> InputError:
     return InputError(
-        f"{where}: there is no {MANIFEST_FILE}, as import and export leave it, so no checksums to "
-        "compare with; verify against the source without --fast"
+        f"{where}: there is no {MANIFEST_FILE}, as import and export --keep-manifest leave it, so "
+        "no checksums to compare with; verify against the source without --fast"
     )
 
 

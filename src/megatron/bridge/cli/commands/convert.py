@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +104,14 @@ def export_command(
             "are BF16.",
         ),
     ] = False,
+    keep_manifest: Annotated[
+        bool,
+        typer.Option(
+            "--keep-manifest",
+            help="Leave .megatron-bridge.json in DST: checksums of all files, for verify --fast. "
+            "A Megatron checkpoint always has it.",
+        ),
+    ] = False,
     memory: Memory = None,
     max_shard_size: MaxShardSize = None,
     verify: VerifyWritten = False,
@@ -126,6 +135,7 @@ def export_command(
         import_torch()
         begin = time.perf_counter()
         with _run(output, memory, max_shard_size, verify, resume, force) as run:
+            run = replace(run, keep_manifest=keep_manifest)
             done = export_checkpoint(source, target, hf, experts=experts, fp8=fp8, run=run)
         _show(output, "export", str(source), run, done, time.perf_counter() - begin)
 

@@ -27,9 +27,9 @@ def verify(
         bool,
         typer.Option(
             "--fast",
-            help="Read one side only, which import or export wrote, and compare its files with the "
-            "checksums that were taken then. The other side, if it is given, has to be what was "
-            "converted, not modified since.",
+            help="Read one side only, which import or export --keep-manifest wrote, and compare "
+            "its files with the checksums that were taken then. The other side, if it is given, "
+            "has to be what was converted, not modified since.",
         ),
     ] = False,
     memory: Memory = None,

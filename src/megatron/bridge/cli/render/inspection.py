@@ -11,6 +11,7 @@ from rich.text import Text
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, verdict
 from megatron.bridge.cli.units import count, format_bytes
 from megatron.bridge.folding import fold, fold_words, template
+from megatron.bridge.quoting import quoted
 
 if TYPE_CHECKING:
     from megatron.bridge.inspection.hf_folder import HFReport, MTPSummary
@@ -182,7 +183,7 @@ def _named_sizes(files: Mapping[str, int]) -> str | None:
 
 
 def _settings(values: Mapping[str, Any]) -> str | None:
-    return ", ".join(f"{key} {value}" for key, value in values.items()) or None
+    return ", ".join(f"{key} {quoted(value)}" for key, value in values.items()) or None
 
 
 def _rope(rope: Rope) -> str:

@@ -11,7 +11,6 @@ from rich.text import Text
 from megatron.bridge.cli.render.tables import facts, listing, number, verdict
 from megatron.bridge.cli.units import format_bytes, format_rate
 from megatron.bridge.folding import fold
-from megatron.bridge.quoting import printable
 
 if TYPE_CHECKING:
     from megatron.bridge.verification.report import (
@@ -71,14 +70,14 @@ def render_verify_fast(report: FastReport) -> RenderableType:
         table = listing("Not as it was written", "file", "bytes", "found")
         for found in report.different[:_SHOWN]:
             span = f"{found.offset:,} to {found.offset + found.nbytes:,}"
-            table.add_row(Text(printable(found.file)), span, Text(found.problem))
+            table.add_row(Text(found.file), span, Text(found.problem))
         parts += ["", table, *_rest(len(report.different))]
     tensors = list(dict.fromkeys(name for found in report.different for name in found.tensors))
     parts += _names("Tensors with data there", tensors)
     if report.source_changes:
         table = listing("Changes of the source", "file")
         for change in report.source_changes[:_SHOWN]:
-            table.add_row(Text(printable(change)))
+            table.add_row(Text(change))
         parts += ["", table, *_rest(len(report.source_changes))]
     return Group(*parts)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG_FILE = "config.json"
-MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 4 << 20
 MAX_COUNT = (1 << 31) - 1
 
 # These formats rotate the whole head and have no key to say otherwise.
@@ -145,7 +145,10 @@ class HFConfig:
 
     def section(self, path: str) -> Self:
         """The view of an object inside; its errors keep the full dotted path."""
-        return type(self)(self.require(path, dict), self.origin, f"{self._dotted(path)}.")
+        view = copy.copy(self)
+        view._data = self._typed(path, dict)
+        view._prefix = f"{self._dotted(path)}."
+        return view
 
     def has(self, path: str) -> bool:
         """Whether the key is there and not null."""
@@ -157,6 +160,10 @@ class HFConfig:
         A whole number is accepted as float; true and false are not numbers. Raises ConfigError if
         the value is missing, null or of another type.
         """
+        return copy.deepcopy(self._typed(path, kind))
+
+    def _typed[T](self, path: str, kind: type[T]) -> T:
+        """The value itself, see `require`."""
         value = self._find(path)
         if value is None:
             raise ConfigError(
@@ -170,17 +177,17 @@ class HFConfig:
                 f"{self.origin}: {self._dotted(path)} must be of type {kind.__name__}, "
                 f"found {quoted(value)}"
             )
-        return copy.deepcopy(value)
+        return value
 
-    def count(self, path: str) -> int:
-        """The number of something, or its size: a whole number that is not 0 nor over MAX_COUNT.
+    def count(self, path: str, limit: int = MAX_COUNT) -> int:
+        """The number of something, or its size: a whole number from 1 to `limit`.
 
         Raises ConfigError for any other value, and if it is missing or null.
         """
         value = self.require(path, int)
-        if not 0 < value <= MAX_COUNT:
+        if not 0 < value <= limit:
             raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} must be a number from 1 to {MAX_COUNT}, "
+                f"{self.origin}: {self._dotted(path)} must be a number from 1 to {limit}, "
                 f"found {quoted(value)}"
             )
         return value

@@ -32,7 +32,7 @@ from megatron.bridge.models.qwen_vl.rows import (
 from megatron.bridge.quoting import quoted
 
 MAX_PARTS = 1 << 18
-"""Heads or experts of all layers together: far more than any model has, and soon gone through."""
+"""Heads or experts of all layers together: more than any model has. A plan goes through all."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def qwen_vl_structure(
     text, vision = config.text, config.vision
     fields = _language_fields(config, padded_vocab_size)
     vision_hidden = vision.count("hidden_size")
-    vision_heads = vision.count("num_heads")
+    vision_heads = vision.count("num_heads", MAX_PARTS)
     vision_fields = AttentionFields(vision_heads, vision_heads, vision_hidden // vision_heads)
     features = set()
     if text.get("attention_bias", False):
@@ -76,7 +76,7 @@ def qwen_vl_structure(
     experts = tuple(range(fields.num_moe_experts))
     indices = {
         DECODER_LAYERS: layers,
-        VISION_LAYERS: _layers(vision, "depth", vision_heads),
+        VISION_LAYERS: tuple(range(vision.count("depth", MAX_PARTS // vision_heads))),
         DEEPSTACK_MERGERS: tuple(range(len(deepstack_layers(vision)))),
     }
     for layer in (DECODER_LAYER, MTP_MODEL_LAYER):
@@ -127,12 +127,12 @@ def has_mtp(config: HFConfig, tensors: Mapping[str, TensorLike] | None) -> bool:
 
 def decoder_layers(text: HFConfig) -> tuple[int, ...]:
     """The numbers of the text model's layers."""
-    parts = [text.count("num_key_value_heads")]
+    parts = [text.count("num_key_value_heads", MAX_PARTS)]
     if has_experts(text):
         parts.append(_experts(text))
     if has_delta_net(text):
-        parts.append(text.count("linear_num_key_heads"))
-    return _layers(text, "num_hidden_layers", max(parts))
+        parts.append(text.count("linear_num_key_heads", MAX_PARTS))
+    return tuple(range(text.count("num_hidden_layers", MAX_PARTS // max(parts))))
 
 
 def deepstack_layers(vision: HFConfig) -> list[int]:
@@ -145,17 +145,6 @@ def deepstack_layers(vision: HFConfig) -> list[int]:
             f"{depth} layers, found {quoted(layers)}"
         )
     return layers
-
-
-def _layers(config: HFConfig, key: str, parts: int) -> tuple[int, ...]:
-    """The numbers of layers that are made of so many parts each; a plan goes through all."""
-    layers = config.count(key)
-    if layers * parts > MAX_PARTS:
-        raise ConfigError(
-            f"{config.origin}: {layers} layers ({key}) of {parts} heads or experts are more than "
-            f"the {MAX_PARTS} that are supported"
-        )
-    return tuple(range(layers))
 
 
 def attention_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -202,7 +191,7 @@ def padded_vocabulary(vocab_size: int, divisible_by: int = 128) -> int:
 def _experts(text: HFConfig) -> int:
     # Qwen3-VL-MoE files name it in either way, by the version that saved them.
     key = "num_local_experts" if text.has("num_local_experts") else "num_experts"
-    return text.count(key)
+    return text.count(key, MAX_PARTS)
 
 
 def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields:

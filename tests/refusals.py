@@ -1,0 +1,26 @@
+"""What a refusal looks like: exit status 2, one message, nothing on stdout, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron.bridge.cli import main
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    """The message of a command that is refused."""
+    status = main([str(arg) for arg in args])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    assert printed.err.startswith("error: ")
+    assert status == 2, printed.err
+    assert printed.out == ""
+    assert all(char.isprintable() for char in printed.err.replace("\n", "")), printed.err
+    return printed.err
+
+
+def paths_below(folder: Path) -> list[str]:
+    """Everything that lies in a folder, links not followed."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
