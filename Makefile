@@ -9,7 +9,7 @@ PIP := $(RUN) pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup demo test test-all lint format bench clean distclean
+.PHONY: FORCE help setup demo test test-all lint format fuzz bench clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ test: $(STAMP) ## the fast test suite
 
 test-all: $(STAMP) ## every test, the slow ones included
 	$(RUN) pytest -m "slow or not slow" $(ARGS)
+
+fuzz: $(STAMP) ## fuzz all that reads files of strangers; SECONDS=<for each reader>, ARGS=<of libFuzzer>
+	@for target in $$(PYTHONPATH=tests $(RUN) fuzz 2>/dev/null); do \
+	    echo "fuzzing $$target" && PYTHONPATH=tests $(RUN) fuzz $$target \
+	        -max_total_time=$(or $(SECONDS),60) $(ARGS) || exit; \
+	done
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(RUN) ruff check

@@ -64,7 +64,7 @@ class Bench:
         steps = self._steps()
         export = next(step for step in steps if step.name == EXPORT)
         first |= self._run([export], keep=True)
-        self._check(self._exported)
+        check_same(self._files.weights, self._hf, self._exported)
         self._tidy(export)
         return first | self._run([s for s in steps if s.name not in (IMPORT, EXPORT)])
 
@@ -129,10 +129,12 @@ class Bench:
         if step.made is not None:
             _remove(step.made)
 
-    def _check(self, exported: Path) -> None:
-        for name in self._files.weights:
-            if not filecmp.cmp(self._hf / name, exported / name, shallow=False):
-                raise BenchmarkError(f"{name}: export does not give back what was imported")
+
+def check_same(names: Sequence[str], original: Path, exported: Path) -> None:
+    """Compare files of two folders byte for byte. Raises BenchmarkError if one differs."""
+    for name in names:
+        if not filecmp.cmp(original / name, exported / name, shallow=False):
+            raise BenchmarkError(f"{name}: export does not give back what was imported")
 
 
 def in_order[T](steps: Sequence[T], number: int) -> list[T]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron.bridge.cli import main
+
+NOWHERE = Path(os.devnull, "out")
+"""A target that nobody can make: any other message than that was said before there was output."""
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:

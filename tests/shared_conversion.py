@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed  # noqa: F401  (once, before the processes are made)
 
-from megatron.bridge.checkpoint import processes as team
+from megatron.bridge.checkpoint import process_team, unfinished
 from megatron.bridge.checkpoint.job import Job
 from megatron.bridge.checkpoint.manifest import PieceKey
 from megatron.bridge.checkpoint.partial import PartialFolder
@@ -178,9 +178,11 @@ def start(home: Path, name: str, size: int) -> None:
 
 
 if __name__ == "__main__":
+    unfinished.WORTH_KEEPING = 1
     if len(sys.argv) == 3:
         take_part(Path(sys.argv[1]), sys.argv[2])
     else:
-        team._MISSED_BEATS = 6  # type: ignore[misc]  # of half a second
+        process_team._BEAT_SECONDS = 0.1
+        process_team._MISSED_BEATS = 50
         for name in ACCIDENTS:
             start(Path(sys.argv[1]), name, 2 if name == "resumed" else 3)

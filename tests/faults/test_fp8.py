@@ -12,6 +12,7 @@ import torch
 
 from megatron.bridge.cli import main
 from megatron.bridge.synthetic import make_model
+from refusals import NOWHERE
 
 WEIGHT = "model.language_model.layers.3.self_attn.o_proj.weight"
 SCALE = f"{WEIGHT}_scale_inv"
@@ -188,8 +189,8 @@ def test_scales(
 
     folder = damaged(release, tmp_path / "model", tensors=spoil)
     for args in (
-        ["import", folder, tmp_path / "out"],
-        ["export", checkpoint, tmp_path / "out", "--hf", folder, "--fp8"],
+        ["import", folder, NOWHERE],
+        ["export", checkpoint, NOWHERE, "--hf", folder, "--fp8"],
     ):
         message = refused(capsys, *args)
         assert f"{SCALE} holds 1 scales that are no positive numbers" in message

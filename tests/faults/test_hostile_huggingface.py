@@ -13,13 +13,16 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron.bridge.cli import main
-from model_folders import INDEX, edit_index, write_json
-from refusals import paths_below, refused
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.inspection.hub_headers import hub_headers
+from model_folders import INDEX, edit_index, safetensors_bytes, write_json
+from refusals import NOWHERE, paths_below, refused
 
 SHARD = "model-00002-of-00003.safetensors"
 ESCAPE = "\x1b[2J\x1b]0;title\x07\nerror: forged"
@@ -29,6 +32,12 @@ ESCAPE = "\x1b[2J\x1b]0;title\x07\nerror: forged"
 def model(small_model: Path, tmp_path: Path) -> Path:
     """A model to damage."""
     return Path(shutil.copytree(small_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def checkpoint(small_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(small_checkpoint, tmp_path / "checkpoint"))
 
 
 def change_header(path: Path, change: Callable[[str], str]) -> None:
@@ -281,14 +290,24 @@ def test_indexes(case: str, model: Path, capsys: pytest.CaptureFixture[str]) -> 
     check_import(INDEXES[case], model, capsys)
 
 
+def test_weights_of_nothing(
+    model: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in model.glob("model*"):
+        file.unlink()
+    (model / "model.safetensors").write_bytes(safetensors_bytes({"__metadata__": {}}))
+    said = "model.safetensors: it holds no tensors"
+    assert said in refused(capsys, "import", model, NOWHERE)
+    assert said in refused(capsys, "export", small_checkpoint, NOWHERE, "--hf", model)
+    assert said in refused(capsys, "verify", small_checkpoint, model)
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configs(case: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = check_import(CONFIGS[case], model, capsys)
     assert "config.json" in message
-    (model / SHARD).unlink()
-    (model / INDEX).unlink()
-    for shard in model.glob("*.safetensors"):
-        shard.unlink()
+    for file in model.glob("model*"):
+        file.unlink()
     # A config alone is as hostile.
     assert main(["inspect", str(model)]) == 2
     assert CONFIGS[case][1] in capsys.readouterr().err
@@ -301,7 +320,7 @@ def check_import(
     damage, said = case
     damage(model)
     before = paths_below(model.parent)
-    message = refused(capsys, "import", model, model.parent / "out")
+    message = refused(capsys, "import", model, NOWHERE)
     assert said in message
     assert len(message) < 20_000
     assert paths_below(model.parent) == before
@@ -321,7 +340,7 @@ def test_other_commands(
     damage(model)
     before = paths_below(model.parent)
     args: list[str | Path] = {
-        "export": [small_checkpoint, model.parent / "out", "--hf", model],
+        "export": [small_checkpoint, NOWHERE, "--hf", model],
         "verify": [small_checkpoint, model],
         "inspect": [model],
         "plan": [model],
@@ -354,7 +373,7 @@ def test_side_files(
     damage, said = SIDE_FILES[case]
     damage(model)
     before = paths_below(model.parent)
-    assert said in refused(capsys, "export", small_checkpoint, model.parent / "out", "--hf", model)
+    assert said in refused(capsys, "export", small_checkpoint, NOWHERE, "--hf", model)
     assert paths_below(model.parent) == before
 
 
@@ -368,6 +387,43 @@ def test_a_side_file_that_the_terminal_would_obey_is_shown_escaped(
         printed = capsys.readouterr().out
         assert all(char.isprintable() for char in printed.replace("\n", ""))
         assert re.search(r"\\(x|u00)1b\[2J", printed)
+
+
+def test_folders_that_the_terminal_would_obey(
+    model: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`refused` looks at every character."""
+    for source in (model, checkpoint):
+        source = source.rename(source.parent / f"{source.name}{ESCAPE}")
+        (source / "config.json").unlink(missing_ok=True)
+        (source / "latest_checkpointed_iteration.txt").unlink(missing_ok=True)
+        assert r"\x1b[2J" in refused(capsys, "inspect", source)
+
+
+def tensor(dtype: str, shape: list[object]) -> SimpleNamespace:
+    """As huggingface_hub gives it."""
+    return SimpleNamespace(dtype=dtype, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("info", "said"),
+    [
+        (tensor("F4", [2, 3]), "dtype 'F4' is not supported"),
+        (tensor("F32", [2, -3]), "shape must be a list of sizes"),
+        (tensor("F32", ["2"]), "shape must be a list of sizes"),
+        (TypeError("what is raised for a shape of words"), "no usable safetensors weights"),
+    ],
+)
+def test_headers_on_the_hub(info: object, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: object, **__: object) -> Any:
+        if isinstance(info, Exception):
+            raise info
+        return SimpleNamespace(files_metadata={SHARD: SimpleNamespace(tensors={"w": info})})
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", answer)
+    with pytest.raises(CheckpointError, match=said):
+        hub_headers("someone/model", "main")
 
 
 def test_links_are_followed(

@@ -136,7 +136,7 @@ def test_index_pointing_outside_the_folder(folder: Path, target: str) -> None:
 def test_duplicate_key_in_the_index(folder: Path) -> None:
     text = (folder / INDEX).read_text()
     (folder / INDEX).write_text(text.replace('"a.weight"', '"a.bias"', 1))
-    assert "duplicate key(s): a.bias" in refused(folder)
+    assert "duplicate key 'a.bias'" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def entry(**changes: object) -> dict[str, object]:
         (safetensors_bytes(b"[]"), "expected a JSON object, found list"),
         (safetensors_bytes(b"\xff\xfe{}"), "the header is invalid"),
         (safetensors_bytes(b"[" * 200_000), "nested too deeply"),
-        (safetensors_bytes({"w": 1}), "w: expected exactly dtype, shape and data_offsets"),
-        (safetensors_bytes({"w": entry(extra=1)}), "w: expected exactly"),
+        (safetensors_bytes({"w": 1}), "'w': expected exactly dtype, shape and data_offsets"),
+        (safetensors_bytes({"w": entry(extra=1)}), "'w': expected exactly"),
         (safetensors_bytes({"w": entry(dtype="F4")}, bytes(24)), "w: dtype 'F4' is not supported"),
         (safetensors_bytes({"w": entry(dtype=["F32"])}, bytes(24)), "is not supported"),
         (safetensors_bytes({"w": entry(shape=[2, -3])}, bytes(24)), "w: shape must be"),
@@ -265,7 +265,7 @@ def test_duplicate_key_in_a_header(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(
         safetensors_bytes(f"{{{one},{one}}}".encode(), bytes(24))
     )
-    assert "duplicate key(s): w" in refused(tmp_path)
+    assert "duplicate key 'w'" in refused(tmp_path)
 
 
 def test_a_pipe_does_not_block(tmp_path: Path) -> None:

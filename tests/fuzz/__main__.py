@@ -20,23 +20,24 @@ WORDS = (
 
 
 def main() -> None:
-    """Fuzz the target that the first argument names."""
-    with atheris.instrument_imports(include=["megatron.bridge"]):
-        import megatron.bridge.checkpoint.config_record
-        import megatron.bridge.checkpoint.plain_pickle
-        import megatron.bridge.checkpoint.saved_tensor_reader
-        import megatron.bridge.checkpoint.torch_dist_metadata
-        import megatron.bridge.models.hf_pretrained.tensors  # noqa: F401
-    from fuzz.targets import TARGETS
+    """Fuzz the target that the first argument names; without one, say which there are."""
+    with atheris.instrument_imports(include=["megatron.bridge", "yaml", "zipfile"]):
+        from fuzz.targets import TARGETS
 
-    name, *options = sys.argv[1:]
-    target, seeds = TARGETS[name]
+        if len(sys.argv) == 1:
+            print(*TARGETS)
+            return
+        name, *options = sys.argv[1:]
+        target, honest = TARGETS[name]
+        seeds = honest()
+        for seed in seeds:
+            target(seed)  # imports what it needs
     faults = Path("build", "fuzz")
     faults.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as folder:
         corpus = Path(folder, "corpus")
         corpus.mkdir()
-        for number, seed in enumerate(seeds()):
+        for number, seed in enumerate(seeds):
             (corpus / str(number)).write_bytes(seed)
         words = Path(folder, "words")
         words.write_text("".join(f'"{word}"\n' for word in WORDS))

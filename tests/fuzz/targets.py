@@ -1,7 +1,7 @@
 """What is fuzzed: for any bytes a reader gives a valid result or raises CheckpointError.
 
 Each target takes the bytes that a stranger controls, lets the reader read them, and checks what
-comes out against the bytes. `SEEDS` are honest inputs to begin from.
+comes out against the bytes. Nothing here imports torch but where a target needs it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from math import prod
@@ -21,11 +22,12 @@ from megatron.bridge.errors import CheckpointError, ConfigError
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex
 from megatron.bridge.quoting import is_name
-from model_folders import SHARDS, safetensors_bytes, write_example
+from model_folders import safetensors_bytes
 
 type Target = Callable[[bytes], None]
 
 LARGEST = 1 << 63
+_SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 @cache
@@ -71,7 +73,7 @@ def header_text(data: bytes) -> None:
 
 
 def weight_index(data: bytes) -> None:
-    """The weight index of a folder with three good shards."""
+    """The weight index of a folder with two good shards."""
     folder = _example()
     (folder / INDEX_FILE).write_bytes(data)
     try:
@@ -80,12 +82,29 @@ def weight_index(data: bytes) -> None:
         assert str(folder) in str(error)  # noqa: PT017
         return
     assert json.loads(data)["weight_map"] == {name: info.file.name for name, info in index.items()}
-    assert {info.file for info in index.values()} == {folder / name for name in SHARDS}
+    assert {info.file for info in index.values()} == {folder / name for name in _SHARDS}
+
+
+def _write_shards(folder: Path) -> None:
+    """Two small shards, with a scalar, an empty tensor and metadata."""
+    for number, name in enumerate(_SHARDS):
+        entries = {
+            f"{number}.weight": ("BF16", [5, 3 + number]),
+            f"{number}.scale": ("F32", []),
+            f"{number}.empty": ("I64", [0, 4]),
+        }
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for key, (dtype, shape) in entries.items():
+            end = position + prod(shape) * itemsize(dtype)
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+            position = end
+        (folder / name).write_bytes(safetensors_bytes(header, bytes(position)))
 
 
 @cache
 def _example() -> Path:
-    write_example(_scratch("index"))
+    _write_shards(_scratch("index"))
     return _scratch("index")
 
 
@@ -141,6 +160,16 @@ def saved_tensor(data: bytes) -> None:
     assert 0 <= found.offset <= end <= len(data)
 
 
+def saved_pickle(data: bytes) -> None:
+    """The pickle inside of what torch.save wrote, in an archive that is in order."""
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", bytes(30))
+        archive.writestr("archive/version", "3\n")
+    saved_tensor(buffer.getvalue())
+
+
 def config_record(data: bytes) -> None:
     """The run_config.yaml of a checkpoint."""
     from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, read_hf_config
@@ -157,7 +186,7 @@ def config_record(data: bytes) -> None:
 
 def _header_seeds() -> list[bytes]:
     folder = _example()
-    return [(folder / name).read_bytes() for name in SHARDS]
+    return [(folder / name).read_bytes() for name in _SHARDS]
 
 
 def _text_seeds() -> list[bytes]:
@@ -169,9 +198,16 @@ def _text_seeds() -> list[bytes]:
 
 
 def _index_seeds() -> list[bytes]:
-    folder = _scratch("seed")
-    write_example(folder)
-    return [(folder / INDEX_FILE).read_bytes()]
+    headers = [read_header(_example() / name) for name in _SHARDS]
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    return [
+        json.dumps(
+            {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+                "weight_map": {tensor.name: tensor.file.name for tensor in tensors},
+            }
+        ).encode()
+    ]
 
 
 def example_metadata() -> Any:
@@ -221,10 +257,18 @@ def _saved_seeds() -> list[bytes]:
     import torch
 
     seeds = []
-    for tensor in (torch.ones(5, 3, dtype=torch.bfloat16), torch.ones(2).to(torch.float8_e4m3fn)):
+    for tensor in (
+        torch.ones(5, 3, dtype=torch.bfloat16),
+        torch.ones(5, 6).to(torch.float8_e4m3fn),
+    ):
         torch.save(tensor, buffer := io.BytesIO())
         seeds.append(buffer.getvalue())
     return seeds
+
+
+def _pickle_seeds() -> list[bytes]:
+    archives = [zipfile.ZipFile(io.BytesIO(seed)) for seed in _saved_seeds()]
+    return [archive.read("archive/data.pkl") for archive in archives]
 
 
 def _record_seeds() -> list[bytes]:
@@ -241,6 +285,7 @@ TARGETS: dict[str, tuple[Target, Callable[[], list[bytes]]]] = {
     "index": (weight_index, _index_seeds),
     "metadata": (checkpoint_metadata, _metadata_seeds),
     "saved-tensor": (saved_tensor, _saved_seeds),
+    "saved-pickle": (saved_pickle, _pickle_seeds),
     "record": (config_record, _record_seeds),
 }
 """By name: the target, and what makes honest inputs to begin from."""

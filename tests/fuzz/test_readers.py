@@ -12,6 +12,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
+from math import prod
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from fuzz import targets
 from fuzz.mutation import PICKLES, VALUES, damaged, json_text, spliced
+from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import BridgeError, CheckpointError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, tiling_faults
@@ -80,13 +82,11 @@ def test_headers_that_fit_their_data(data: st.DataObject) -> None:
     header, position = {}, 0
     for name in data.draw(st.lists(st.sampled_from("abcd"), max_size=4)):
         shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
-        size = data.draw(st.sampled_from([1, 2, 4]))
-        for extent in shape:
-            size *= extent
-        end = position + size + data.draw(st.sampled_from([0, 0, 0, 1, -1]))
         dtype = data.draw(st.sampled_from(["U8", "BF16", "F32"]))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        position = end
+        size = prod(shape) * itemsize(dtype)
+        begin = max(0, position + data.draw(st.sampled_from([0, 0, 0, 0, 1, -1])))
+        position = begin + size + data.draw(st.sampled_from([0, 0, 0, 0, 1, -1]))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, position]}
     targets.header_text(json_text(header) + max(position, 0).to_bytes(2, "little"))
 
 

@@ -18,7 +18,7 @@ from benchmarks.cases import CASES, MEMORY, Case, reduced
 from benchmarks.cli import main
 from benchmarks.model_files import ModelFiles, RandomWeights
 from benchmarks.processes import BenchmarkError, run
-from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, VERIFY, in_order
+from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, VERIFY, check_same, in_order
 
 MIB = 2**20
 
@@ -180,6 +180,17 @@ def test_full_sizes_are_the_real_ones() -> None:
             assert sizes[case.name] >= 2 * sizes[case.base]
     # Nothing but a kept source of each speed case, and three times one model, lies on the disk.
     assert sizes["dense"] + sizes["moe"] + 3 * max(sizes.values()) < 40e9
+
+
+def test_an_export_that_is_not_the_original_is_an_error(tmp_path: Path) -> None:
+    for folder, data in (("a", b"12345"), ("b", b"12346")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same").write_bytes(b"0")
+        (tmp_path / folder / "weights").write_bytes(data)
+        os.utime(tmp_path / folder / "weights", (1, 1))
+    check_same(["same"], tmp_path / "a", tmp_path / "b")
+    with pytest.raises(BenchmarkError, match="weights: export does not give back"):
+        check_same(["same", "weights"], tmp_path / "a", tmp_path / "b")
 
 
 # --- The whole -----------------------------------------------------------------------------------

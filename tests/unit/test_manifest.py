@@ -272,6 +272,7 @@ def test_a_journal_cut_anywhere_loses_at_most_the_torn_line(tmp_path: Path) -> N
         b'{"file":"a.bin","offset":-1,"nbytes":36,"crc32":1}',
         b'{"file":"a.bin","offset":64,"nbytes":36,"crc32":4294967296}',
     ],
+    ids=["zeros", "no checksum", "a file outside", "a negative offset", "a checksum of 33 bits"],
 )
 def test_nothing_behind_a_damaged_line_is_believed(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "journal.jsonl"

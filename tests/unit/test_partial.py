@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint import journal
+from megatron.bridge.checkpoint import journal, unfinished
 from megatron.bridge.checkpoint.checksums import check_files
 from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.checkpoint.job import Job
 from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, PieceKey, read_manifest
-from megatron.bridge.checkpoint import unfinished
 from megatron.bridge.checkpoint.partial import PartialFolder
 from megatron.bridge.checkpoint.targets import check_target, partial_of
 from megatron.bridge.errors import (
@@ -405,13 +404,13 @@ def test_a_journal_without_a_first_line_is_refused(tmp_path: Path) -> None:
 
 
 @contextmanager
-def another_run(target: Path) -> Iterator[None]:
+def another_run(target: Path, *, resume: bool = False) -> Iterator[None]:
     """A run of another process that stays in the middle of its work."""
     ready, child_ready = os.pipe()
     child = os.fork()
     if not child:
         try:
-            with PartialFolder(target, JOB, SIZES) as partial:
+            with PartialFolder(target, JOB, SIZES, resume=resume) as partial:
                 write(partial, 2)
                 os.write(child_ready, b"!")
                 signal.pause()
@@ -427,9 +426,12 @@ def another_run(target: Path) -> Iterator[None]:
         os.close(child_ready)
 
 
-def test_two_runs_never_write_into_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_runs_never_write_into_one(tmp_path: Path, resumed: bool) -> None:
     target = tmp_path / "out"
-    with another_run(target):
+    if resumed:
+        killed(target)
+    with another_run(target, resume=resumed):
         before = tree(tmp_path)
         for options in ({}, {"resume": True}, {"force": True}):
             with pytest.raises(InputError, match="in use by another run"):

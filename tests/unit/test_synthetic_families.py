@@ -188,7 +188,7 @@ def test_released_layout_of_qwen3_5(tmp_path: Path, family: str) -> None:
         assert mtp == MTP_OF_A_DENSE_MODEL
     assert index["mtp.fc.weight"].shape == (160, 320)
     assert index["mtp.layers.0.self_attn.q_proj.weight"].shape == (2 * 6 * 64, 160)
-    assert index[f"{LAYER}.linear_attn.in_proj_qkv.weight"].shape == (2 * 88 + 288, 160)
+    assert index[f"{LAYER}.linear_attn.in_proj_qkv.weight"].shape == (2 * 472 + 816, 160)
     assert not any("deepstack" in name for name in index)
     config = HFConfig.from_file(tmp_path / "tiny")
     assert config.vision.require("deepstack_visual_indexes", list) == []

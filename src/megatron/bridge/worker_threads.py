@@ -35,7 +35,7 @@ class _Workers[Item]:
     def run(self) -> None:
         try:
             for _ in range(self._threads):
-                threading.Thread(target=self._begin, daemon=True).start()
+                threading.Thread(target=self._begin).start()
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or self._ended == self._threads)
         finally:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron.bridge.dtypes import holds_all
-from megatron.bridge.errors import PlanError
+from megatron.bridge.errors import CheckpointError, PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
@@ -30,8 +30,14 @@ def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPla
 
 
 def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
-    """The tensors of a Megatron checkpoint that are weights, not state of an optimizer."""
-    return {k: t for k, t in checkpoint.tensors.items() if not k.startswith(_OPTIMIZER_PREFIX)}
+    """The tensors of a Megatron checkpoint that are weights, not state of an optimizer.
+
+    Raises CheckpointError if there are none.
+    """
+    found = {k: t for k, t in checkpoint.tensors.items() if not k.startswith(_OPTIMIZER_PREFIX)}
+    if not found:
+        raise CheckpointError(f"{checkpoint.folder}: it holds no weights of a model")
+    return found
 
 
 def plan_export(

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from isal.isal_zlib import crc32
 
@@ -106,37 +106,45 @@ def write_files(folder: Path, files: Sequence[OutputFile], fill: FillTensor) -> 
             (folder / file.name).touch()
 
 
+class _OpenFile(NamedTuple):
+    """One thread at a time writes: the kernel lets no two, and those that wait there burn time."""
+
+    descriptor: int
+    lock: threading.Lock
+
+
 class _Writer:
     """Output files, opened when they are first written to. Safe to use from several threads."""
 
     def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
         self._folder = folder
         self._sizes = sizes
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, _OpenFile] = {}
         self._lock = threading.Lock()
 
     def write(self, piece: Piece, data: memoryview) -> None:
         path = self._folder / piece.file
         try:
-            descriptor, offset = self._open(piece.file, path), piece.offset
-            while data:
-                count = os.pwrite(descriptor, data, offset)
-                data, offset = data[count:], offset + count
+            file, offset = self._open(piece.file, path), piece.offset
+            with file.lock:
+                while data:
+                    count = os.pwrite(file.descriptor, data, offset)
+                    data, offset = data[count:], offset + count
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
 
-    def _open(self, name: str, path: Path) -> int:
+    def _open(self, name: str, path: Path) -> _OpenFile:
         with self._lock:
-            if name not in self._descriptors:
+            if name not in self._files:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._descriptors[name] = descriptor
+                self._files[name] = _OpenFile(descriptor, threading.Lock())
                 os.ftruncate(descriptor, self._sizes[name])
-            return self._descriptors[name]
+            return self._files[name]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            os.close(self._files.popitem()[1].descriptor)

@@ -73,26 +73,30 @@ def lock(partial: Path) -> FolderLock:
     journals, manifest = partial / JOURNAL_FOLDER, partial / MANIFEST_FILE
     if journals.is_dir() and not manifest.exists():
         (partial / _LOCK).touch()  # a run that was killed while it removed this
-    held = None
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        held = FolderLock(partial / _LOCK)
-    # A run that commits holds the manifest, and has let go of the journals.
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        try:
-            complete = FolderLock(manifest)
-        except BaseException:
-            if held is not None:
-                held.close()
-            raise
-        if held is None:
-            return complete
-        complete.close()
+    held = _lock_if_there(partial / _LOCK)
+    try:
+        # A run that commits holds the manifest, and has let go of the journals.
+        complete = _lock_if_there(manifest)
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
     if held is not None:
+        if complete is not None:
+            complete.close()
         return held
+    if complete is not None:
+        return complete
     raise InputError(
         f"{partial} is in the way: it is not what an unfinished conversion leaves; remove it "
         "yourself, or choose another target"
     )
+
+
+def _lock_if_there(path: Path) -> FolderLock | None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return FolderLock(path)
+    return None
 
 
 def join(partial: Path, job: Job) -> tuple[FolderLock, Mapping[PieceKey, int]]:

@@ -9,6 +9,10 @@ from pathlib import PurePosixPath
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError, ReferenceNotFound
+from megatron.bridge.models.hf_pretrained.safetensors_header import check_tensor
+
+_OF_BAD_HEADERS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What huggingface_hub, which does not look closely at a header, may raise for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,8 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
     """Name -> tensor, for all shards of a repository at a revision.
 
     reference: `org/name`, or `org/name@revision`, whose revision is passed over. Raises
-    ReferenceNotFound if the hub does not answer, CheckpointError for a tensor in two shards.
+    ReferenceNotFound if the hub does not answer, CheckpointError for headers that cannot be used or
+    a tensor in two shards.
     """
     from huggingface_hub import errors as hub
     from huggingface_hub import get_safetensors_metadata
@@ -44,11 +49,11 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
         )
     try:
         answer = get_safetensors_metadata(repository, revision=revision)
-    except (hub.NotASafetensorsRepoError, hub.SafetensorsParsingError) as error:
-        raise CheckpointError(f"{repository}: no usable safetensors weights: {error}") from error
     except (hub.HfHubHTTPError, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise ReferenceNotFound(f"{repository}: the hub answered: {first_line}") from error
+    except (hub.NotASafetensorsRepoError, hub.SafetensorsParsingError, *_OF_BAD_HEADERS) as error:
+        raise CheckpointError(f"{repository}: no usable safetensors weights: {error}") from error
     tensors: dict[str, RemoteTensor] = {}
     for file_name, header in sorted(answer.files_metadata.items()):
         for name, info in header.tensors.items():
@@ -56,6 +61,7 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
                 raise CheckpointError(
                     f"{repository}: {name} is in two shards, {tensors[name].file} and {file_name}"
                 )
-            shape = tuple(info.shape)
-            tensors[name] = RemoteTensor(name, shape, info.dtype, PurePosixPath(file_name))
+            shape = list(info.shape)
+            check_tensor(name, info.dtype, shape)
+            tensors[name] = RemoteTensor(name, tuple(shape), info.dtype, PurePosixPath(file_name))
     return tensors

@@ -105,19 +105,24 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_AXES and all(map(_is_size, value))
 
 
-def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+def check_tensor(name: object, dtype: object, shape: object) -> None:
+    """Raise CheckpointError if a tensor of this name, dtype and shape cannot be read."""
     if not is_name(name):
-        raise ValueError(f"{quoted(name)} is no name of a tensor: too long, or not printable")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name}: expected exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        raise CheckpointError(f"{quoted(name)} is no name of a tensor: too long, or not printable")
     if dtype not in DTYPE_NAMES:
         supported = ", ".join(DTYPE_NAMES)
         raise CheckpointError(
             f"{name}: dtype {quoted(dtype)} is not supported; supported: {supported}"
         )
     if not _is_shape(shape):
-        raise ValueError(f"{name}: shape must be a list of sizes, found {quoted(shape)}")
+        raise CheckpointError(f"{name}: shape must be a list of sizes, found {quoted(shape)}")
+
+
+def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{quoted(name)}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    check_tensor(name, dtype, shape)
     if not _is_shape(offsets) or len(offsets) != 2:
         raise ValueError(f"{name}: data_offsets must be [begin, end], found {quoted(offsets)}")
     nbytes = prod(shape) * itemsize(dtype)

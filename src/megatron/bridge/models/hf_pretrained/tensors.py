@@ -93,6 +93,8 @@ class TensorIndex(Mapping[str, TensorInfo]):
             file_name = _single_file(folder)
             problems: list[str] = []
             headers = _read_headers(folder, [file_name], problems)
+            if not problems and not headers[file_name].tensors:
+                problems.append(f"{printable(file_name)}: it holds no tensors")
             _raise_if_any(folder, problems)
             return cls(folder, headers, None)
         weight_map, metadata = _read_weight_index(index_path)
