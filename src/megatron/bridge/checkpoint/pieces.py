@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 type FillTensor = Callable[[str, Box, torch.Tensor], None]
 """``fill(name, box, out)``: one box of an output tensor into contiguous memory of its dtype."""
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 """Long enough to keep a disk busy, short enough to stay in a processor's cache."""
 
 

@@ -85,7 +85,7 @@ _HYBRID_ATTENTION = {
     # Follows the number of layers and the interval, unless it is set.
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
     "linear_conv_kernel_dim": 4,
-    # About as large as released ones: much smaller heads amplify rounding (docs/design).
+    # Nearly as large as the released 128: much smaller heads amplify rounding.
     "linear_key_head_dim": 118,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
