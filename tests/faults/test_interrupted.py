@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,23 +58,23 @@ def after(pieces: int, happen: Callable[[], object]) -> Callable[[], None]:
     return count
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[Callable[[], None]]:
     """Lets no file be written from then on: like a full disk, and without being root."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
-def test_a_disk_that_takes_no_more(
-    direction: str, folder: Path, full_disk: Callable[[], None]
-) -> None:
+def test_a_disk_that_takes_no_more(direction: str, folder: Path) -> None:
     out = folder / "out"
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        convert(direction, folder, out, after_piece=after(AFTER, full_disk))
+    with full_disk() as fill_up, pytest.raises(CheckpointError, match="cannot be written"):
+        convert(direction, folder, out, after_piece=after(AFTER, fill_up))
     assert names(folder) == ["hf", "megatron", "out.partial"]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 from typing import Self
 
 import torch
@@ -57,7 +58,7 @@ class ParallelSizes:
             * self.expert_model_parallel_size
             * self.pipeline_model_parallel_size
         )
-        return max(dense, expert)
+        return lcm(dense, expert)
 
     @property
     def _expert_tensor(self) -> int:
