@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-
 WAIT = 2.5
 """Seconds before the copy begins: about as long as a command takes to start.
 
