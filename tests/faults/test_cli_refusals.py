@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron.bridge.cli import main
+from refusals import refused
 
 INDEX = "model.safetensors.index.json"
 KEY = "model.language_model.layers.2.self_attn.o_proj.weight"
@@ -169,17 +170,6 @@ def broken(case: Case, small_model: Path, tmp_path: Path) -> Path:
     shutil.copytree(small_model, folder)
     case.damage(folder)
     return folder
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
-    """What is said on stderr; nothing is said on stdout."""
-    status = main([str(arg) for arg in args])
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err
-    assert printed.err.startswith("error: ")
-    assert status == 2, printed.err
-    assert printed.out == ""
-    return printed.err
 
 
 def files_below(folder: Path) -> list[str]:

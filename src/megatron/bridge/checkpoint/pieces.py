@@ -7,7 +7,7 @@ not depend on how many there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron.bridge.dtypes import itemsize, torch_dtype
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.models.conversion.boxes import Box, Shape, box_shape, volume
+from megatron.bridge.models.conversion.boxes import Box, Shape, box_shape, row_blocks, volume
+from megatron.bridge.models.conversion.plan import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +85,19 @@ class TensorData:
     def write_to(self, out: memoryview, fill: FillTensor) -> None:
         """See Part."""
         fill(self.name, self.box, as_tensor(out, box_shape(self.box), self.dtype))
+
+
+def tensor_blocks(
+    specs: Iterable[TensorSpec], max_bytes: int, rows_multiple: Mapping[str, int]
+) -> Iterator[TensorData]:
+    """Tensors one after the other, in blocks of at most `max_bytes`.
+
+    rows_multiple: tensors whose blocks begin at such a multiple of rows, by name (`row_blocks`).
+    """
+    for spec in specs:
+        rows = rows_multiple.get(spec.name, 1)
+        for box in row_blocks(spec.shape, itemsize(spec.dtype), max_bytes, rows):
+            yield TensorData(spec.name, box, spec.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from megatron.bridge.checkpoint.pieces import OutputFile, Part, TensorData
+from megatron.bridge.checkpoint.pieces import OutputFile, tensor_blocks
 from megatron.bridge.checkpoint.safetensors_writer import shard_header
-from megatron.bridge.dtypes import itemsize
-from megatron.bridge.models.conversion.boxes import row_blocks
 from megatron.bridge.models.conversion.plan import TensorSpec
 
 
@@ -25,13 +23,5 @@ def shard_layout(
     """
     header = shard_header(file_name, specs, metadata)
     head = OutputFile.of_bytes(file_name, header, piece_bytes)
-    return OutputFile(file_name, (*head.parts, *_data(specs, piece_bytes, rows_multiple or {})))
-
-
-def _data(
-    specs: Sequence[TensorSpec], piece_bytes: int, multiples: Mapping[str, int]
-) -> Iterator[Part]:
-    for spec in specs:
-        rows = multiples.get(spec.name, 1)
-        for box in row_blocks(spec.shape, itemsize(spec.dtype), piece_bytes, rows):
-            yield TensorData(spec.name, box, spec.dtype)
+    data = tensor_blocks(specs, piece_bytes, rows_multiple or {})
+    return OutputFile(file_name, (*head.parts, *data))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from megatron.bridge.checkpoint.pieces import FillTensor, TensorData, as_tensor
+from megatron.bridge.checkpoint.pieces import FillTensor, TensorData, as_tensor, tensor_blocks
 from megatron.bridge.checkpoint.stream import Budget
-from megatron.bridge.dtypes import itemsize
-from megatron.bridge.models.conversion.boxes import box_shape, row_blocks
+from megatron.bridge.models.conversion.boxes import box_shape
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Progress
 from megatron.bridge.verification.difference import Difference, difference
@@ -47,17 +46,9 @@ def compare_tensors(
                 found[block.name] += apart
                 progress.advance(block.nbytes)
 
-    share_out(_blocks(specs, budget.piece_bytes, rows_multiple or {}), work, budget.threads)
+    blocks = tensor_blocks(specs, budget.piece_bytes, rows_multiple or {})
+    share_out(blocks, work, budget.threads)
     return found
-
-
-def _blocks(
-    specs: Sequence[TensorSpec], max_bytes: int, multiples: Mapping[str, int]
-) -> Iterator[TensorData]:
-    for spec in specs:
-        rows = multiples.get(spec.name, 1)
-        for box in row_blocks(spec.shape, itemsize(spec.dtype), max_bytes, rows):
-            yield TensorData(spec.name, box, spec.dtype)
 
 
 class _Buffer:
