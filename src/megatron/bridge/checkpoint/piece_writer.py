@@ -23,6 +23,9 @@ from megatron.bridge.errors import CheckpointError
 _DIRECT: int | None = getattr(os, "O_DIRECT", None)
 """None where the system has no such flag."""
 
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
+"""What a file system says of direct writes that it does not have."""
+
 _LEAST_DIRECT = 64 << 10
 """Bytes below which a disk is waited for longer than the cache takes."""
 
@@ -122,24 +125,22 @@ def _open_direct(path: Path) -> int | None:
     try:
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC | _DIRECT)
     except OSError as error:
-        if error.errno == errno.EINVAL:
+        if error.errno in _UNSUPPORTED:
             return None
         raise
 
 
 def _write_direct(file: _OpenFile, data: memoryview, offset: int) -> int:
-    """Write whole pages past the cache; returns how many bytes of them that took, perhaps none."""
+    """Write whole pages past the cache; returns how many of the bytes could be written so."""
     done = 0
     while file.direct is not None and done < len(data):
         try:
-            count = os.pwrite(file.direct, data[done:], offset + done)
+            done += os.pwrite(file.direct, data[done:], offset + done)
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return done  # a disk whose blocks are longer than pages
-        done += count
-        if count % mmap.PAGESIZE:
-            break
+            # The disk's blocks are longer than pages, or the write before ended inside of one.
+            if error.errno in _UNSUPPORTED:
+                break
+            raise
     return done
 
 

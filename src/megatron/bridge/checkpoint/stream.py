@@ -50,7 +50,8 @@ class Budget:
             raise InputError(
                 f"a memory budget of {memory} bytes is too small; give {least} or more"
             )
-        wanted = min(_MOST_THREADS, max(2, os.cpu_count() or 1))
+        # While one waits for the disk, the others keep the processors busy.
+        wanted = min(_MOST_THREADS, (os.cpu_count() or 1) + 1)
         threads = min(wanted, max(1, memory // (SCRATCH_BYTES + _BUFFERS * PIECE_BYTES)))
         piece_bytes = min(PIECE_BYTES, (memory // threads - SCRATCH_BYTES) // _BUFFERS)
         return cls(threads, piece_bytes)

@@ -1,0 +1,180 @@
+"""Writing pieces to their places: past the page cache, through it, and both in one file."""
+
+import errno
+import fcntl
+import mmap
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron.bridge.checkpoint import piece_writer
+from megatron.bridge.checkpoint.piece_writer import PieceBuffer, PieceWriter
+from megatron.bridge.checkpoint.pieces import Piece
+from megatron.bridge.errors import CheckpointError
+
+PAGE = mmap.PAGESIZE
+LONG = 40 * PAGE
+
+type Pwrite = Callable[[int, memoryview, int], int]
+_pwrite: Pwrite = os.pwrite
+
+
+def is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def has_direct_writes(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def refused_when_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def open_file(path: Path, flags: int, *arguments: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", open_file)
+
+
+def refused_when_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if is_direct(descriptor):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return _pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+def less_than_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direct write that ends inside of a page; the disk may refuse to go on from there."""
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        written = PAGE + 512 if is_direct(descriptor) else min(len(data), 1000)
+        return _pwrite(descriptor, data[:written], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(piece_writer, "_DIRECT", None)
+
+
+def supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the file system has it."""
+
+
+def pieces_of_a_file(chance: random.Random) -> Iterator[Piece]:
+    offset = 0
+    for _ in range(60):
+        nbytes = chance.choice([0, 1, PAGE - 1, PAGE, PAGE + 1, LONG, LONG + 1, 3 * LONG - 5])
+        yield Piece("folder/file", offset, nbytes, ())
+        offset += nbytes
+
+
+@pytest.mark.parametrize(
+    "direct_writes",
+    [supported, unknown, refused_when_opened, refused_when_written, less_than_a_page],
+)
+def test_every_byte_lands_in_its_place(
+    direct_writes: Callable[[pytest.MonkeyPatch], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By three threads, in any order."""
+    direct_writes(monkeypatch)
+    chance = random.Random(7)
+    pieces = list(pieces_of_a_file(chance))
+    content = chance.randbytes(pieces[-1].offset + pieces[-1].nbytes)
+    chance.shuffle(pieces)
+
+    def work(mine: list[Piece]) -> None:
+        buffer = PieceBuffer(LONG)
+        for piece in mine:
+            data = buffer.room_for(piece)
+            data[:] = content[piece.offset : piece.offset + piece.nbytes]
+            writer.write(piece, data)
+
+    with PieceWriter(tmp_path, {"folder/file": len(content)}) as writer:
+        threads = [threading.Thread(target=work, args=(pieces[turn::3],)) for turn in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (tmp_path / "folder" / "file").read_bytes() == content
+
+
+def test_whole_pages_of_long_pieces_go_past_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_direct_writes(tmp_path):
+        pytest.skip("the file system has no direct writes")
+    ranges: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        ranges[is_direct(descriptor)].append((offset, offset + len(data)))
+        return _pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    buffer = PieceBuffer(LONG)
+    with PieceWriter(tmp_path, {"file": 2 * LONG}) as writer:
+        for piece in (Piece("file", 10, LONG, ()), Piece("file", LONG + 10, 3 * PAGE, ())):
+            writer.write(piece, buffer.room_for(piece))
+    assert ranges[True] == [(PAGE, LONG)]
+    assert ranges[False] == [
+        (10, PAGE),
+        (LONG, LONG + 10),
+        (LONG + 10, LONG + PAGE),
+        (LONG + PAGE, LONG + 3 * PAGE + 10),
+    ]
+
+
+def test_a_buffer_grows_and_is_reused() -> None:
+    buffer = PieceBuffer(LONG)
+    first = buffer.room_for(Piece("f", 5 * PAGE + 11, LONG, ()))
+    first[:2] = b"ab"
+    again = buffer.room_for(Piece("f", 11, 2, ()))
+    assert bytes(again) == b"ab"
+    assert len(buffer.room_for(Piece("f", 0, 4 * LONG, ()))) == 4 * LONG
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails(
+    code: int, direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a direct write, no other way is tried."""
+    if direct and not has_direct_writes(tmp_path):
+        pytest.skip("the file system has no direct writes")
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if is_direct(descriptor) == direct:
+            raise OSError(code, os.strerror(code))
+        return _pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    piece = Piece("file", 1, LONG, ())
+    with (
+        PieceWriter(tmp_path, {"file": LONG + 1}) as writer,
+        pytest.raises(CheckpointError, match=rf"file: cannot be written: {os.strerror(code)}"),
+    ):
+        writer.write(piece, PieceBuffer(LONG).room_for(piece))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "folder").touch()
+    piece = Piece("folder/file", 0, 1, ())
+    with (
+        PieceWriter(tmp_path, {"folder/file": 1}) as writer,
+        pytest.raises(CheckpointError, match="cannot be written"),
+    ):
+        writer.write(piece, PieceBuffer(1).room_for(piece))
