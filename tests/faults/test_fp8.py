@@ -229,3 +229,18 @@ def test_references_that_do_not_say_how(
     assert "holds no weights" in refused(capsys, *out, tmp_path / "config")
     assert "exclude each other" in refused(capsys, *out, release, "--experts", "fused")
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_are_longer_than_the_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A block of 128 rows is quantized at once: 128 x 2048 bytes, with room to compute thrice."""
+    settings = {"fp8": True, "text.intermediate_size": 2048, "text.num_hidden_layers": 3}
+    make_model("qwen3-vl", tmp_path / "model", settings)
+    assert main(["import", str(tmp_path / "model"), str(tmp_path / "megatron")]) == 0
+    out = ["export", tmp_path / "megatron", tmp_path / "out", "--hf", tmp_path / "model", "--fp8"]
+    said = refused(capsys, *out, "--memory", "4500kB")
+    assert "a memory budget of 4500000 bytes is too small; give " in said
+    assert not (tmp_path / "out").exists()
+    least = said.split("give ")[1].split()[0]
+    assert main([*map(str, out), "--memory", least]) == 0

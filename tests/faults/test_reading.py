@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -284,4 +285,14 @@ def test_a_file_that_vanishes_after_it_was_indexed(folder: Path) -> None:
     index = TensorIndex.from_folder(folder)
     (folder / SHARDS[0]).unlink()
     with pytest.raises(CheckpointError, match=rf"{SHARDS[0]}: cannot be read"):
+        index.read("a.weight")
+
+
+def test_a_disk_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    index = TensorIndex.from_folder(folder)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=rf"{SHARDS[0]}: a\.weight cannot be read: Input/out"):
         index.read("a.weight")

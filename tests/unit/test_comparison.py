@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 import tracemalloc
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Mapping
 from math import inf, nan
 
 import pytest
@@ -20,7 +16,6 @@ from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Silent
 from megatron.bridge.verification.comparison import compare_tensors
 from megatron.bridge.verification.difference import Difference, difference
-from megatron.bridge.worker_threads import share_out
 
 SMALL = Budget(threads=3, piece_bytes=200)
 
@@ -140,69 +135,3 @@ def test_an_error_of_a_side_ends_all(source: Memory) -> None:
         compare_tensors(source.specs, broken, source.fill, SMALL, Silent())
     assert raised.value is error
     assert not any(name == "b.vector" for name, _ in source.asked)
-
-
-# --- the threads ---
-
-
-def test_each_item_is_worked_on_once_by_one_thread() -> None:
-    seen: list[int] = []
-    together = threading.Barrier(3, timeout=30)
-
-    def work(items: Iterator[int]) -> None:
-        first = next(items)
-        together.wait()  # so every thread has one
-        seen.extend([first, *items])
-
-    share_out(iter(range(1000)), work, 3)
-    assert sorted(seen) == list(range(1000))
-
-
-def test_what_gives_items_may_fail() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        raise ValueError("no more")
-
-    with pytest.raises(ValueError, match="no more"):
-        share_out(items(), lambda taken: list(taken) and None, 2)
-
-
-@pytest.mark.parametrize("round_", range(3))
-def test_ctrl_c_is_raised_when_all_threads_have_ended(round_: int) -> None:
-    main = threading.main_thread().ident
-    assert main is not None
-    ended = []
-    together = threading.Barrier(3, timeout=30)
-
-    def work(items: Iterator[int]) -> None:
-        first = next(items)
-        together.wait()
-        if first == 2:
-            signal.pthread_kill(main, signal.SIGINT)
-        time.sleep(0.05)  # still at its item when the signal comes
-        for _ in items:
-            pass
-        ended.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        share_out(count(), work, 3)
-    assert len(ended) == 3
-
-
-def test_an_error_is_raised_when_all_threads_have_ended() -> None:
-    ended = []
-    together = threading.Barrier(3, timeout=30)
-
-    def work(items: Iterator[int]) -> None:
-        first = next(items)
-        together.wait()
-        if first == 2:
-            raise OSError("the disk is full")
-        time.sleep(0.05)
-        for _ in items:
-            pass
-        ended.append(True)
-
-    with pytest.raises(OSError, match="full"):
-        share_out(count(), work, 3)
-    assert len(ended) == 2

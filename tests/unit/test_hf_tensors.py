@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from model_folders import INDEX, SHARDS, edit_index, write_example, write_json
+from open_files import few_open_files
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,24 @@ def test_no_file_stays_open(example: tuple[Path, dict[str, Any]]) -> None:
     assert open_files() == before + 1
     del index
     assert open_files() == before
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """By several threads, each file twice."""
+    import torch
+    from safetensors.torch import save_file
+
+    count = 200
+    shards = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    for number, shard in enumerate(shards):
+        save_file({f"t{number}": torch.full((2, 3), number)}, tmp_path / shard)
+    weight_map = {f"t{number}": shard for number, shard in enumerate(shards)}
+    text = json.dumps({"metadata": {"total_size": count * 48}, "weight_map": weight_map})
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    index = TensorIndex.from_folder(tmp_path)
+    with few_open_files(100), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(index.read, [f"t{number}" for number in range(count)] * 2))
+    assert [int(tensor[1, 2]) for tensor in found] == [*range(count), *range(count)]
 
 
 def test_one_file_of_any_name_without_index(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from megatron.bridge.checkpoint import piece_writer
 from megatron.bridge.checkpoint.piece_writer import PieceBuffer, PieceWriter
 from megatron.bridge.checkpoint.pieces import Piece
 from megatron.bridge.errors import CheckpointError
+from open_files import few_open_files
 
 PAGE = mmap.PAGESIZE
 LONG = 40 * PAGE
@@ -104,7 +105,7 @@ def test_every_byte_lands_in_its_place(
             data[:] = content[piece.offset : piece.offset + piece.nbytes]
             writer.write(piece, data)
 
-    with PieceWriter(tmp_path, {"folder/file": len(content)}) as writer:
+    with PieceWriter(tmp_path, {"folder/file": len(content)}, pieces) as writer:
         threads = [threading.Thread(target=work, args=(pieces[turn::3],)) for turn in range(3)]
         for thread in threads:
             thread.start()
@@ -126,8 +127,9 @@ def test_whole_pages_of_long_pieces_go_past_the_cache(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     buffer = PieceBuffer(LONG)
-    with PieceWriter(tmp_path, {"file": 2 * LONG}) as writer:
-        for piece in (Piece("file", 10, LONG, ()), Piece("file", LONG + 10, 3 * PAGE, ())):
+    pieces = (Piece("file", 10, LONG, ()), Piece("file", LONG + 10, 3 * PAGE, ()))
+    with PieceWriter(tmp_path, {"file": 2 * LONG}, pieces) as writer:
+        for piece in pieces:
             writer.write(piece, buffer.room_for(piece))
     assert ranges[True] == [(PAGE, LONG)]
     assert ranges[False] == [
@@ -164,17 +166,80 @@ def test_a_disk_that_fails(
     monkeypatch.setattr(os, "pwrite", pwrite)
     piece = Piece("file", 1, LONG, ())
     with (
-        PieceWriter(tmp_path, {"file": LONG + 1}) as writer,
+        PieceWriter(tmp_path, {"file": LONG + 1}, [piece]) as writer,
         pytest.raises(CheckpointError, match=rf"file: cannot be written: {os.strerror(code)}"),
     ):
         writer.write(piece, PieceBuffer(LONG).room_for(piece))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_disk_that_takes_nothing_and_says_nothing(
+    direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if direct and not has_direct_writes(tmp_path):
+        pytest.skip("the file system has no direct writes")
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        return 0 if is_direct(descriptor) == direct else _pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    piece = Piece("file", 1, LONG, ())
+    with (
+        PieceWriter(tmp_path, {"file": LONG + 1}, [piece]) as writer,
+        pytest.raises(CheckpointError, match="file: cannot be written: nothing is written"),
+    ):
+        writer.write(piece, PieceBuffer(LONG).room_for(piece))
+
+
+@pytest.mark.parametrize("function", ["fsync", "close"])
+def test_what_the_disk_says_in_the_end_is_not_lost(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems only then tell that a write failed. What else went wrong is not hidden."""
+    pieces = [Piece("file", 0, 10, ()), Piece("file", 10, 10, ()), Piece("other", 0, 9, ())]
+    buffer = PieceBuffer(LONG)
+
+    def fail(descriptor: int) -> None:
+        real(descriptor)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    def write_all() -> None:
+        with PieceWriter(tmp_path, {"file": 20, "other": 9}, pieces) as writer:
+            for piece in pieces[:2]:
+                writer.write(piece, buffer.room_for(piece))
+
+    def write_less() -> None:
+        with PieceWriter(tmp_path, {"file": 20, "other": 9}, pieces) as writer:
+            for piece in pieces[::2]:
+                writer.write(piece, buffer.room_for(piece))
+            raise ValueError("something else")
+
+    real = getattr(os, function)
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(CheckpointError, match="file: cannot be written: Disk quota exceeded"):
+        write_all()
+    with pytest.raises(CheckpointError, match="other: cannot be written: Disk quota exceeded"):
+        write_less()
+    pieces[2] = pieces[0]
+    with pytest.raises(ValueError, match="something else"):
+        write_less()
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    names = [f"file{number}" for number in range(90)]
+    pieces = [Piece(name, at, 10, ()) for name in names for at in (0, 10)]
+    buffer = PieceBuffer(10)
+    with few_open_files(30), PieceWriter(tmp_path, dict.fromkeys(names, 20), pieces) as writer:
+        for piece in pieces:
+            writer.write(piece, buffer.room_for(piece))
+    assert [(tmp_path / name).stat().st_size for name in names] == [20] * 90
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "folder").touch()
     piece = Piece("folder/file", 0, 1, ())
     with (
-        PieceWriter(tmp_path, {"folder/file": 1}) as writer,
+        PieceWriter(tmp_path, {"folder/file": 1}, [piece]) as writer,
         pytest.raises(CheckpointError, match="cannot be written"),
     ):
         writer.write(piece, PieceBuffer(1).room_for(piece))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -37,16 +38,12 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
-def test_an_existing_target(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("files", [[], ["config.json", "old"]])
+def test_an_existing_model_is_replaced_by_force(tmp_path: Path, files: list[str]) -> None:
     target = tmp_path / "target"
-    if kind == "folder":
-        target.mkdir()
-        (target / "old").touch()
-    elif kind == "file":
-        target.touch()
-    else:
-        target.symlink_to("gone")
+    target.mkdir()
+    for name in files:
+        (target / name).touch()
     before = listing(tmp_path)
     with pytest.raises(TargetExists, match="target exists already"), staged_folder(target):
         pass
@@ -56,6 +53,45 @@ def test_an_existing_target(tmp_path: Path, kind: str) -> None:
     with staged_folder(target, force=True) as folder:
         (folder / "new").touch()
     assert listing(tmp_path) == ["target", "target/new"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_anything_else_is_not_even_replaced_by_force(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "target"
+    if kind == "folder":
+        target.mkdir()
+        (target / "thesis.txt").touch()
+    elif kind == "file":
+        target.touch()
+    else:
+        target.symlink_to("gone")
+    before = listing(tmp_path)
+    with pytest.raises(TargetExists, match="neither empty nor a model"):
+        staged_folder(target, force=True).__enter__()
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_that_cannot_be_renamed(
+    old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one is back in its place, the new one is gone."""
+    target = tmp_path / "target"
+    if old:
+        target.mkdir()
+        (target / "config.json").touch()
+    before = listing(tmp_path)
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"), staged_folder(target, force=True) as folder:
+        (folder / "file").touch()
+    assert listing(tmp_path) == before
 
 
 def test_a_target_that_appears_meanwhile(tmp_path: Path) -> None:
@@ -75,12 +111,12 @@ def test_a_killed_process_leaves_the_target_alone(tmp_path: Path) -> None:
     )
     target = tmp_path / "target"
     target.mkdir()
-    (target / "old").write_text("old")
+    (target / "config.json").write_text("old")
     killed = subprocess.run(
         [sys.executable, "-c", code, str(target)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert killed.returncode == -signal.SIGKILL
-    assert listing(target) == ["old"]
+    assert listing(target) == ["config.json"]
     assert all(path.name.startswith(".target.partial-") for path in tmp_path.iterdir()
                if path != target)  # fmt: skip

@@ -39,11 +39,20 @@ class _Workers[Item]:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or self._ended == self._threads)
         finally:
-            with self._changed:
-                self._stopped = True
-                self._changed.wait_for(lambda: not self._active)
+            self._stop()
         if self._errors:
             raise self._errors[0]
+
+    def _stop(self) -> None:
+        """Wait for all calls of `work`, however often Ctrl-C is pressed meanwhile."""
+        while True:
+            try:
+                with self._changed:
+                    self._stopped = True
+                    self._changed.wait_for(lambda: not self._active)
+                return
+            except KeyboardInterrupt as error:
+                self._errors.append(error)
 
     def _begin(self) -> None:
         with self._changed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from isal.isal_zlib import crc32
 
 from megatron.bridge.checkpoint.manifest import Manifest, PieceKey
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.worker_threads import share_out
 
 WORKERS = 4
 _BLOCK_BYTES = 1 << 20
@@ -61,15 +61,20 @@ def check_pieces(
     pieces = list(pieces)
     shown = progress or Silent()
     shown.start("checksums", sum(key.nbytes for key, _ in pieces))
-    reader = _Reader(folder, iter(pieces), shown)
-    with ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(reader.work) for _ in range(workers)]
-        try:
-            for future in running:
-                future.result()
-        finally:
-            reader.stop()
-    return sorted(reader.faults)
+    faults: list[Fault] = []
+    lock = threading.Lock()
+
+    def work(mine: Iterator[tuple[PieceKey, int]]) -> None:
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        for key, expected in mine:
+            problem = _piece_fault(folder, key, expected, buffer)
+            with lock:
+                if problem:
+                    faults.append(Fault(*key, problem))
+                shown.advance(key.nbytes)
+
+    share_out(pieces, work, workers)
+    return sorted(faults)
 
 
 def _size_fault(path: Path, nbytes: int) -> str | None:
@@ -82,47 +87,19 @@ def _size_fault(path: Path, nbytes: int) -> str | None:
     return None if found == nbytes else f"size {found}, expected {nbytes}"
 
 
-class _Reader:
-    def __init__(
-        self, folder: Path, pieces: Iterator[tuple[PieceKey, int]], progress: Progress
-    ) -> None:
-        self.faults: list[Fault] = []
-        self._folder = folder
-        self._pieces = pieces
-        self._progress = progress
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def work(self) -> None:
-        buffer = memoryview(bytearray(_BLOCK_BYTES))
-        while (item := self._next()) is not None:
-            key, expected = item
-            problem = self._problem(key, expected, buffer)
-            with self._lock:
-                if problem:
-                    self.faults.append(Fault(*key, problem))
-                self._progress.advance(key.nbytes)
-
-    def _next(self) -> tuple[PieceKey, int] | None:
-        with self._lock:
-            return None if self._stopped else next(self._pieces, None)
-
-    def _problem(self, key: PieceKey, expected: int, buffer: memoryview) -> str | None:
+def _piece_fault(folder: Path, key: PieceKey, expected: int, buffer: memoryview) -> str | None:
+    try:
+        descriptor = os.open(folder / key.file, _READ_ONLY)
         try:
-            descriptor = os.open(self._folder / key.file, _READ_ONLY)
-            try:
-                found, position, end = 0, key.offset, key.offset + key.nbytes
-                while position < end and not self._stopped:
-                    count = os.preadv(descriptor, [buffer[: end - position]], position)
-                    if not count:
-                        return f"the file ends at byte {position}"
-                    found = crc32(buffer[:count], found)
-                    position += count
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            return f"cannot be read: {error.strerror}"
-        return None if found == expected else f"CRC-32 {found:08x}, expected {expected:08x}"
+            found, position, end = 0, key.offset, key.offset + key.nbytes
+            while position < end:
+                count = os.preadv(descriptor, [buffer[: end - position]], position)
+                if not count:
+                    return f"the file ends at byte {position}"
+                found = crc32(buffer[:count], found)
+                position += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if found == expected else f"CRC-32 {found:08x}, expected {expected:08x}"

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron.bridge.checkpoint.pieces import PIECE_BYTES, OutputFile
 from megatron.bridge.checkpoint.safetensors_layout import shard_layout
@@ -67,13 +66,9 @@ def _shards(
     )
 
 
-def _index(
-    files: Mapping[str, Sequence[TensorSpec]],
-    size: int,
-    metadata: Mapping[str, Any] | None = None,
-) -> bytes:
+def _index(files: Mapping[str, Sequence[TensorSpec]], size: int) -> bytes:
     weight_map = {spec.name: file_name for file_name, specs in files.items() for spec in specs}
-    return index_text(weight_map, size, metadata).encode()
+    return index_text(weight_map, size).encode()
 
 
 def _index_like(reference: PreTrainedVLM, size: int) -> bytes | None:

@@ -69,8 +69,6 @@ class Journal:
     def __init__(self, path: Path, job: Job) -> None:
         """Begin a journal; raises FileExistsError rather than to go on with an old one."""
         self.path = path
-        self.files: set[str] = set()
-        """Those of which a piece was recorded."""
         self._lock = threading.Lock()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o666)
@@ -80,7 +78,6 @@ class Journal:
         """Say that a piece is written; a piece of no bytes is nothing to say. Raises OSError."""
         if piece.nbytes:
             self._write(_line(PieceKey(piece.file, piece.offset, piece.nbytes), crc32))
-            self.files.add(piece.file)
 
     def close(self) -> None:
         """Nothing is recorded after this."""

@@ -128,7 +128,7 @@ class PartialFolder:
         held = self._lock
         if held is None or self._journal is None:
             raise RuntimeError("commit was called outside of the block")
-        self._processes.together(self._flush)
+        self._processes.together(self._leave)
         self._processes.first_does(lambda: self._complete(held, check))
 
     def __exit__(
@@ -227,6 +227,12 @@ class PartialFolder:
 
     def _check_files(self) -> None:
         """Make the empty files; raise CheckpointError unless there are exactly the right files."""
+        # Listing a folder first: a file system of a network may remember files as absent.
+        for folder, _, names in os.walk(self.path):
+            for path in (Path(folder, name) for name in names):
+                name = path.relative_to(self.path).as_posix()
+                if name not in self._sizes and is_output_name(name):
+                    raise CheckpointError(f"{path}: this is no file of the target; remove it")
         for name, nbytes in self._sizes.items():
             path = self.path / name
             if not nbytes:
@@ -238,11 +244,6 @@ class PartialFolder:
                     f"{path}: it should have {nbytes} bytes and has {found}: it was changed while "
                     "it was written"
                 )
-        for folder, _, names in os.walk(self.path):
-            for path in (Path(folder, name) for name in names):
-                name = path.relative_to(self.path).as_posix()
-                if name not in self._sizes and is_output_name(name):
-                    raise CheckpointError(f"{path}: this is no file of the target; remove it")
 
     # --- every process ---
 
@@ -252,22 +253,15 @@ class PartialFolder:
         path = unfinished.journal_path(self.path, self._processes.rank)
         self._journal = Journal(path, self._job)
 
-    def _flush(self) -> None:
-        """What this process wrote: another machine cannot bring it to the disk."""
+    def _leave(self) -> None:
+        """This process has done its part. The first keeps its lock: it still works here."""
         if self._journal is not None:
-            sync_all(self.path / name for name in sorted(self._journal.files))
             self._journal.close()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """The first keeps its lock: it still works here when the others have done their part."""
         if self._lock is not None and not self._processes.is_first:
             self._lock.close()
 
     def _end(self, error: BaseException | None) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        self._let_go()
+        self._leave()
         if error is not None:
             self._processes.fail(error)
         if self._lock is not None and self._processes.is_first:

@@ -12,8 +12,9 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -52,39 +53,50 @@ class PieceBuffer:
         return self._memory[begin : begin + piece.nbytes]
 
 
-@dataclass
 class _OpenFile:
-    """cached, direct: descriptors; `direct` is None where the file system has no direct writes.
+    """One output file, of its full length, until its last piece is written.
 
+    cached, direct: descriptors; `direct` is None where the file system has no direct writes.
     lock: one thread at a time writes through the cache. The kernel lets no two, and those that wait
     there burn time.
     """
 
-    cached: int
-    direct: int | None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, path: Path, nbytes: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = threading.Lock()
+        self.cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.direct: int | None = None
+        try:
+            os.ftruncate(self.cached, nbytes)
+            self.direct = _open_direct(path)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        os.close(self.cached)
         if self.direct is not None:
             os.close(self.direct)
+        os.close(self.cached)
 
 
 class PieceWriter:
-    """Output files, opened when they are first written to. Safe to use from several threads."""
+    """Output files, each open from its first piece to its last. Safe to use from several threads.
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
-        """sizes: bytes of every file below `folder`, by its name."""
+    folder: where the files lie. sizes: their bytes, by name. pieces: all that will be written.
+    """
+
+    def __init__(self, folder: Path, sizes: Mapping[str, int], pieces: Iterable[Piece]) -> None:
         self._folder = folder
         self._sizes = sizes
+        self._left = Counter(piece.file for piece in pieces)
         self._files: dict[str, _OpenFile] = {}
         self._lock = threading.Lock()
 
     def write(self, piece: Piece, data: memoryview) -> None:
         """Write a piece, whose bytes lie in a PieceBuffer, to its place.
 
-        A process that is killed then loses nothing of it; the disk may have it later. Raises
-        CheckpointError if the file cannot be written.
+        A process that is killed then loses nothing of it; the disk may have it later. With its last
+        piece, a file is flushed to the disk. Raises CheckpointError if that cannot be done.
         """
         path = self._folder / piece.file
         try:
@@ -98,25 +110,33 @@ class PieceWriter:
             with file.lock:
                 _write_all(file.cached, data[:begin], piece.offset)
                 _write_all(file.cached, data[end:], piece.offset + end)
+            if self._is_last(piece.file):
+                # With this descriptor: another one may not be told of a write that failed.
+                os.fsync(file.cached)
+                self._files.pop(piece.file).close()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _open(self, name: str, path: Path) -> _OpenFile:
         with self._lock:
             if name not in self._files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._files[name] = _OpenFile(cached, None)  # closed if what follows fails
-                os.ftruncate(cached, self._sizes[name])
-                self._files[name].direct = _open_direct(path)
+                self._files[name] = _OpenFile(path, self._sizes[name])
             return self._files[name]
+
+    def _is_last(self, name: str) -> bool:
+        """Count a written piece of a file; whether all of them are."""
+        with self._lock:
+            self._left[name] -= 1
+            return not self._left[name]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Files are still open only if an error is on its way; closing has nothing to add to it."""
         while self._files:
-            self._files.popitem()[1].close()
+            with suppress(OSError):
+                self._files.popitem()[1].close()
 
 
 def _open_direct(path: Path) -> int | None:
@@ -135,7 +155,7 @@ def _write_direct(file: _OpenFile, data: memoryview, offset: int) -> int:
     done = 0
     while file.direct is not None and done < len(data):
         try:
-            done += os.pwrite(file.direct, data[done:], offset + done)
+            done += _write_some(file.direct, data[done:], offset + done)
         except OSError as error:
             # The disk's blocks are longer than pages, or the write before ended inside of one.
             if error.errno in _UNSUPPORTED:
@@ -146,5 +166,12 @@ def _write_direct(file: _OpenFile, data: memoryview, offset: int) -> int:
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
-        count = os.pwrite(descriptor, data, offset)
+        count = _write_some(descriptor, data, offset)
         data, offset = data[count:], offset + count
+
+
+def _write_some(descriptor: int, data: memoryview, offset: int) -> int:
+    count = os.pwrite(descriptor, data, offset)
+    if not count:  # a server of files that is out of order; trying again would not end
+        raise OSError(errno.EIO, "nothing is written any more")
+    return count

@@ -60,7 +60,7 @@ class ReadBack:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Bytes of output by this process, and those that were taken over from an earlier run.
+    """Bytes that this process wrote, and those of all processes taken over from an earlier run.
 
     checked: whether it was read back and found right.
     """
@@ -74,12 +74,12 @@ class Written:
 class Run:
     """Options of a conversion, and what carries it out.
 
-    memory: bytes that buffers may take. max_shard_bytes: of tensor data per output file.
-    force: replace a target. resume: go on with what a killed run left. check: looks at what was
-    written before it becomes the target, and raises if it is not right. keep_manifest: leave the
-    checksums of its files in a Hugging Face folder, too, where the reference has no such file; a
-    Megatron checkpoint always has them. processes: that share the
-    work, each running the same conversion.
+    memory: bytes that buffers of this process may take. max_shard_bytes: of tensor data per output
+    file. force: replace a target. resume: go on with what a killed run left. check: looks at what
+    was written before it becomes the target, and raises if it is not right. keep_manifest: leave
+    the checksums of its files in a Hugging Face folder, too, where the reference has no such file;
+    a Megatron checkpoint always has them. processes: that share the work, each running the same
+    conversion.
     """
 
     memory: int = DEFAULT_MEMORY
@@ -93,7 +93,7 @@ class Run:
 
     @cached_property
     def budget(self) -> Budget:
-        """Raises InputError if `memory` is too small."""
+        """What files are laid out for. Raises InputError if `memory` is too small."""
         return Budget.of(self.memory)
 
     def write(self, target: Path, conversion: Conversion) -> Written:
@@ -104,6 +104,8 @@ class Run:
         """
         sizes = {file.name: file.nbytes for file in conversion.files}
         pieces = [p for file in conversion.files for p in pieces_of(file, self.budget.piece_bytes)]
+        # Blocks of FP8 are not cut, so a piece may be longer than the budget has it.
+        budget = Budget.of(self.memory, max((piece.nbytes for piece in pieces), default=0))
         job = Job(conversion.command, conversion.options, conversion.sources, layout_digest(pieces))
         mine = set(self.processes.share(sizes))
         with PartialFolder(
@@ -117,19 +119,21 @@ class Run:
             progress=self.progress,
         ) as partial:
             todo = [piece for piece in partial.unfinished(pieces) if piece.file in mine]
-            self._write(partial, conversion, todo)
+            self._write(partial, conversion, todo, budget)
             partial.commit(lambda: self._check(partial.path, conversion))
         written = sum(piece.nbytes for piece in todo)
         return Written(written, partial.resumed_bytes, self.check is not None)
 
-    def _write(self, partial: PartialFolder, conversion: Conversion, todo: list[Piece]) -> None:
+    def _write(
+        self, partial: PartialFolder, conversion: Conversion, todo: list[Piece], budget: Budget
+    ) -> None:
         self.progress.start(conversion.command, sum(piece.tensor_bytes for piece in todo))
         write_pieces(
             partial.path,
             conversion.files,
             todo,
             conversion.fill,
-            self.budget,
+            budget,
             record=partial.record,
             progress=self.progress,
         )

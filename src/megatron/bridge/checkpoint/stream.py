@@ -1,7 +1,7 @@
 """The streaming engine: threads that each make a piece of an output file and write it.
 
 A thread fills its own buffer from the source, which is reused from piece to piece, and writes it
-to its place with one call. While one thread reads, another writes. Memory is a buffer and scratch
+to its place. While one thread reads, another writes. Memory is a buffer and scratch
 space for each thread, whatever the size of the model, its tensors and its files.
 """
 
@@ -40,19 +40,21 @@ class Budget:
     piece_bytes: int
 
     @classmethod
-    def of(cls, memory: int = DEFAULT_MEMORY) -> Budget:
+    def of(cls, memory: int = DEFAULT_MEMORY, longest_piece: int = 0) -> Budget:
         """Spend `memory` bytes: on shorter pieces than usual only where it is very small.
 
-        Raises InputError if it is too small for one thread.
+        longest_piece: in bytes, where pieces are laid out already. Raises InputError if the memory
+        is too small for one thread.
         """
-        least = SCRATCH_BYTES + _BUFFERS * _SMALLEST_PIECE
+        least = SCRATCH_BYTES + _BUFFERS * max(_SMALLEST_PIECE, longest_piece)
         if memory < least:
             raise InputError(
                 f"a memory budget of {memory} bytes is too small; give {least} or more"
             )
         # While one waits for the disk, the others keep the processors busy.
         wanted = min(_MOST_THREADS, (os.cpu_count() or 1) + 1)
-        threads = min(wanted, max(1, memory // (SCRATCH_BYTES + _BUFFERS * PIECE_BYTES)))
+        piece_bytes = max(PIECE_BYTES, longest_piece)
+        threads = min(wanted, max(1, memory // (SCRATCH_BYTES + _BUFFERS * piece_bytes)))
         piece_bytes = min(PIECE_BYTES, (memory // threads - SCRATCH_BYTES) // _BUFFERS)
         return cls(threads, piece_bytes)
 
@@ -71,10 +73,11 @@ def write_pieces(
 
     folder: exists; files below it are made where they are missing. fill: called by several
     threads. record: told of each piece that is written, with its CRC-32; by several threads.
-    Files are not flushed to the disk. Raises CheckpointError if a file cannot be written, and
-    whatever `fill` raises; KeyboardInterrupt ends all threads.
+    A file is flushed to the disk when the last of its `pieces` is written. Raises CheckpointError
+    if a file cannot be written, and whatever `fill` raises; KeyboardInterrupt ends all threads.
     """
-    writer = PieceWriter(folder, {file.name: file.nbytes for file in files})
+    pieces = list(pieces)
+    writer = PieceWriter(folder, {file.name: file.nbytes for file in files}, pieces)
     lock = threading.Lock()
 
     def work(mine: Iterator[Piece]) -> None:

@@ -68,7 +68,7 @@ class CompareReport:
     def agrees(self) -> bool:
         """Whether no logit differs by more than the tolerance; False where one is not finite."""
         apart, largest = self.logits.max_abs, self.logits.largest
-        return isfinite(apart) and apart <= self.tolerance * max(1.0, largest)
+        return isfinite(apart) and apart <= self.tolerance * largest
 
 
 def compare(

@@ -37,12 +37,10 @@ def make_model(
     The same arguments give the same files.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.checkpoint.targets import check_target
         from megatron.bridge.cli.documents import made_model_document
         from megatron.bridge.synthetic import make_model as make
 
         chosen = _parse(settings or [])
-        check_target(out, [], force=force)
         make(family, out, chosen, seed, force=force)
         document = made_model_document(family, out, seed)
 

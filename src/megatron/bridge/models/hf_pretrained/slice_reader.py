@@ -28,6 +28,9 @@ Box = tuple[tuple[int, int], ...]
 SCRATCH_BYTES = 4 << 20
 """Per thread: where elements lie that cannot be read straight to their place."""
 
+_MOST_OPEN = 64
+"""Files. A checkpoint may have more of them than a process may open."""
+
 _ROWS_AT_ONCE = 48
 
 _LONG_RUN = 32 << 10
@@ -50,20 +53,22 @@ class StoredTensor(Protocol):
 
 
 class SliceReader:
-    """Keeps the files it read from open. Safe to use from several threads; can be pickled."""
+    """Keeps the files open that it read last. Safe to use from several threads; can be pickled."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, _OpenFile] = {}  # the latest one last
         self._lock = threading.Lock()
-        weakref.finalize(self, _close_all, self._descriptors)
 
     def __reduce__(self) -> tuple[type[SliceReader], tuple[()]]:
         return SliceReader, ()
 
     def close(self) -> None:
-        """Close all files; a later read opens them again. Not while another thread reads."""
+        """Close all files; one that a thread is reading is closed after that.
+
+        A later read opens them again.
+        """
         with self._lock:
-            _close_all(self._descriptors)
+            self._files.clear()
 
     def read(self, info: StoredTensor, box: Box | None) -> torch.Tensor:
         """See TensorIndex.read."""
@@ -89,30 +94,40 @@ class SliceReader:
             raise CheckpointError(f"{info.name}: it is {info.dtype}, not {out.dtype}")
         if out.numel() == 0:
             return
-        descriptor = self._open(info.file)
+        file = self._open(info.file)
         runs = _Runs(info, box)
         if out.is_contiguous() and (runs.length >= _LONG_RUN or runs.count == 1):
             buffer = _bytes_of(out)
             position = 0
             for offset in runs.offsets():
-                _read_exactly(descriptor, buffer[position : position + runs.length], offset, info)
+                _read_exactly(file, buffer[position : position + runs.length], offset, info)
                 position += runs.length
         else:
-            _read_bands(descriptor, info, box, out, 0, info.offset)
+            _read_bands(file, info, box, out, 0, info.offset)
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path) -> _OpenFile:
         with self._lock:
-            if path not in self._descriptors:
-                try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-            return self._descriptors[path]
+            file = self._files.pop(path, None)
+            if file is None:
+                file = _OpenFile(path)
+            self._files[path] = file
+            if len(self._files) > _MOST_OPEN:
+                del self._files[next(iter(self._files))]
+            return file
 
 
-def _close_all(descriptors: dict[Path, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
+class _OpenFile:
+    """A descriptor that is closed when nobody holds this any more.
+
+    Raises CheckpointError if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 def _check_box(info: StoredTensor, box: Box) -> None:
@@ -149,7 +164,7 @@ class _Runs:
 
 
 def _read_bands(
-    descriptor: int, info: StoredTensor, box: Box, out: torch.Tensor, axis: int, offset: int
+    file: _OpenFile, info: StoredTensor, box: Box, out: torch.Tensor, axis: int, offset: int
 ) -> None:
     """Read bands of whole rows through scratch memory; of each, copy what the box takes to `out`.
 
@@ -161,7 +176,7 @@ def _read_bands(
     if stride > SCRATCH_BYTES and rest:
         for index in range(start, stop):
             begin = offset + index * stride
-            _read_bands(descriptor, info, box, out[index - start], axis + 1, begin)
+            _read_bands(file, info, box, out[index - start], axis + 1, begin)
         return
     scratch = _scratch()
     inner = tuple(slice(*bounds) for bounds in box[axis + 1 :])
@@ -169,7 +184,7 @@ def _read_bands(
     for first in range(start, stop, rows):
         last = min(first + rows, stop)
         band = scratch[: (last - first) * stride]
-        _read_exactly(descriptor, _bytes_of(band), offset + first * stride, info)
+        _read_exactly(file, _bytes_of(band), offset + first * stride, info)
         whole = band.view(out.dtype).view(last - first, *rest)
         _copy(whole[:, *inner], out[first - start : last - start])
 
@@ -216,11 +231,16 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview[Any]:
 
 
 def _read_exactly(
-    descriptor: int, buffer: memoryview[Any], offset: int, info: StoredTensor
+    file: _OpenFile, buffer: memoryview[Any], offset: int, info: StoredTensor
 ) -> None:
     # The kernel returns at most 2 GiB per call.
     while buffer:
-        count = os.preadv(descriptor, [buffer], offset)
+        try:
+            count = os.preadv(file.descriptor, [buffer], offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"{info.file}: {info.name} cannot be read: {error.strerror}"
+            ) from error
         if count == 0:
             raise CheckpointError(
                 f"{info.file}: it ends at byte {offset}, inside {info.name}: "
