@@ -1,7 +1,8 @@
-"""What a refusal looks like: exit status 2, one message, nothing on stdout, nothing written."""
+"""What a refusal looks like: exit status 2, one message, nothing written, a document by --json."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -20,7 +21,12 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     assert "Traceback" not in printed.err
     assert printed.err.startswith("error: ")
     assert status == 2, printed.err
-    assert printed.out == ""
+    if "--json" in args:
+        said = json.loads(printed.out)["error"]
+        assert said["message"].partition("\n")[0] in printed.err
+        assert said["exit_status"] == 2
+    else:
+        assert printed.out == ""
     assert all(char.isprintable() for char in printed.err.replace("\n", "")), printed.err
     return printed.err
 

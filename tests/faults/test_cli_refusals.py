@@ -208,8 +208,10 @@ def test_inspect(case: Case, broken: Path, capsys: pytest.CaptureFixture[str]) -
     assert status == 2
     assert "Traceback" not in printed.err
     assert [part for part in case.named if part not in printed.err] == []
-    if printed.out:  # readable, but not convertible: what is known is reported
-        document = json.loads(printed.out)
+    document = json.loads(printed.out)
+    if "error" in document:
+        assert [part for part in case.named if part not in document["error"]["message"]] == []
+    else:  # readable, but not convertible: what is known is reported
         assert document["proven"] is False
         assert document["rows"] == []
         assert any(case.named[0] in problem for problem in document["problems"])

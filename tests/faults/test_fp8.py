@@ -240,7 +240,7 @@ def test_blocks_that_are_longer_than_the_memory(
     assert main(["import", str(tmp_path / "model"), str(tmp_path / "megatron")]) == 0
     out = ["export", tmp_path / "megatron", tmp_path / "out", "--hf", tmp_path / "model", "--fp8"]
     said = refused(capsys, *out, "--memory", "4500kB")
-    assert "a memory budget of 4500000 bytes is too small; give " in said
+    assert "memory (--memory): 4500000 bytes are too small; give " in said
     assert not (tmp_path / "out").exists()
     least = said.split("give ")[1].split()[0]
     assert main([*map(str, out), "--memory", least]) == 0

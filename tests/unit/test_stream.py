@@ -118,7 +118,7 @@ def test_a_budget_is_kept(memory: int) -> None:
 
 
 def test_a_budget_that_is_too_small() -> None:
-    with pytest.raises(InputError, match="too small"):
+    with pytest.raises(InputError, match=r"memory .*: 1048576 bytes are too small"):
         Budget.of(MIB)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.quoting import quoted
 
@@ -29,8 +30,10 @@ def iteration_folder(folder: Path) -> Path:
     try:
         word = read_regular(tracker, _MAX_TRACKER_BYTES).decode("ascii", "replace").strip()
     except FileNotFoundError:
+        hint = "; it is a Hugging Face model, which import makes one of"
         raise CheckpointError(
             f"{folder}: not a Megatron checkpoint: neither {TRACKER_FILE} nor {METADATA_FILE}"
+            f"{hint if (folder / CONFIG_FILE).is_file() else ''}"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{tracker}: cannot be read: {error}") from error

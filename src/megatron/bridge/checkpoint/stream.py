@@ -49,7 +49,7 @@ class Budget:
         least = SCRATCH_BYTES + _BUFFERS * max(_SMALLEST_PIECE, longest_piece)
         if memory < least:
             raise InputError(
-                f"a memory budget of {memory} bytes is too small; give {least} or more"
+                f"memory (--memory): {memory} bytes are too small; give {least} or more"
             )
         # While one waits for the disk, the others keep the processors busy.
         wanted = min(_MOST_THREADS, (os.cpu_count() or 1) + 1)

@@ -40,11 +40,6 @@ def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) ->
     """
     written = (target, partial_of(target.absolute()))
     exists = os.path.lexists(target)
-    if exists and not force:
-        raise TargetExists(
-            f"{target} exists already; choose another name, or give --force (force=True) to "
-            "replace it"
-        )
     for source in sources:
         folder = Path(source).expanduser()
         for path in written if folder.exists() else ():
@@ -55,8 +50,13 @@ def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) ->
                 )
     if exists and not _replaceable(target):
         raise TargetExists(
-            f"{target} is neither empty nor a model or checkpoint, so it is not replaced by force; "
-            "choose another name, or remove it yourself"
+            f"{target} exists already and is neither empty nor a model or checkpoint, so that not "
+            "even force replaces it; choose another name, or remove it yourself"
+        )
+    if exists and not force:
+        raise TargetExists(
+            f"{target} exists already; choose another name, or give --force (force=True) to "
+            "replace it"
         )
 
 

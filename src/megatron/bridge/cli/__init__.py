@@ -19,15 +19,21 @@ def main(args: Sequence[str] | None = None) -> int:
     None takes the arguments of the process. 0: done. 1: two things differ. 2: the input cannot be
     used. See `megatron.bridge.cli.outcome` for the rest.
     """
-    from megatron.bridge.cli.outcome import INTERRUPTED, terminable
+    import sys
 
+    from typer.exceptions import TyperException
+
+    from megatron.bridge.cli.outcome import INTERRUPTED, misused, terminable
+
+    given = sys.argv[1:] if args is None else list(args)
     try:
         with terminable():
             from megatron.bridge.cli.app import app
 
-            app(args=args, prog_name="megatron-bridge")
+            return app(args=given, prog_name="megatron-bridge", standalone_mode=False) or 0
+    except TyperException as error:
+        return misused(error, as_json="--json" in given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:  # between the commands' own handling and here
         return INTERRUPTED
-    return 0

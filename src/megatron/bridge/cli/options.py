@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isfinite, nan
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megatron.bridge.cli.units import parse_size
 from megatron.bridge.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
@@ -57,6 +62,61 @@ VerifyWritten = Annotated[
         help="Read back what was written and compare it with SRC, bit by bit, before DST appears.",
     ),
 ]
+
+
+MOST_RANKS = 1 << 17
+
+
+def choice_option(names: Sequence[str], description: str) -> Any:
+    """Of one of some names, which the help lists before the description."""
+
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        raise typer.BadParameter(f"{text[:40]!r} is none of {', '.join(names)}")
+
+    listed = f"{', '.join(names[:-1])} or {names[-1]}"
+    return typer.Option(parser=parse, metavar="NAME", help=f"{listed}: {description}.")
+
+
+def experts_option(description: str) -> Any:
+    """Of a disk layout of routed experts: the values of ExpertLayout, which is imported later."""
+    return choice_option(("fused", "fused-transposed", "per-expert"), description)
+
+
+def size_option(description: str) -> Any:
+    """Of a size of parallelism, or a number of ranks."""
+    return typer.Option(parser=_parallel_size, metavar="N", help=description)
+
+
+def _parallel_size(text: str) -> int:
+    if text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MOST_RANKS:
+        return int(text)
+    raise typer.BadParameter(f"{text[:40]!r} is no whole number from 1 to {MOST_RANKS}")
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0. Raises typer.BadParameter."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = nan
+    if isfinite(number) and number >= 0:
+        return number
+    raise typer.BadParameter(f"{text[:40]!r} is no finite number of at least 0")
+
+
+def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:
+    """The Hugging Face model that was given. Raises what `PreTrainedVLM.from_pretrained` does."""
+    from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
+    from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+
+    if is_megatron_checkpoint(Path(reference).expanduser()):
+        raise InputError(
+            f"{reference} is a Megatron checkpoint, and a Hugging Face model is asked for; "
+            "`megatron-bridge export` makes one of it"
+        )
+    return PreTrainedVLM.from_pretrained(reference, revision)
 
 
 def size_of(text: str, option: str) -> int:

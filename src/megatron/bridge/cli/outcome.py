@@ -8,6 +8,7 @@
     141   the reader of the output went away
     143   terminated
 
+With --json, an error is the document on stdout, too, unless the result stands there already.
 A traceback is printed only with --debug or MEGATRON_BRIDGE_DEBUG=1.
 """
 
@@ -27,7 +28,9 @@ from types import FrameType
 from typing import NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
+from megatron.bridge.cli import output
 from megatron.bridge.cli.output import printable_lines
 from megatron.bridge.errors import BridgeError
 
@@ -49,41 +52,52 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        as_json = bool(kwargs.get("as_json"))
+        output.shown.set(False)
         try:
             command(*args, **kwargs)
         except BridgeError as error:
-            _end(error.exit_status, _noted(f"error: {error}", error))
+            _end(error.exit_status, error, f"error: {error}", as_json=as_json)
         except KeyboardInterrupt as error:
-            _end(INTERRUPTED, _noted("interrupted", error))
+            _end(INTERRUPTED, error, "interrupted", as_json=as_json)
         except BrokenPipeError:
             # What Python flushes at exit must not meet the broken pipe again.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
             raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
-            _end(BAD_INPUT, _noted(f"error: {_describe(error)}", error))
+            _end(BAD_INPUT, error, f"error: {_describe(error)}", as_json=as_json)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:  # noqa: BLE001  (the last resort: said, and status 70)
             summary = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-            _end(
-                INTERNAL_ERROR,
-                f"{_noted(f'internal error: {summary}', error)}\n"
-                "This is a fault of megatron-bridge; --debug shows where it happened.",
-            )
+            error.add_note("This is a fault of megatron-bridge; --debug shows where it happened.")
+            _end(INTERNAL_ERROR, error, f"internal error: {summary}", as_json=as_json)
 
     return run
 
 
-def _end(status: int, message: str) -> NoReturn:
+def misused(error: TyperException, *, as_json: bool) -> int:
+    """Say what is wrong with the arguments; returns the exit status."""
+    error.show()  # type: ignore[attr-defined]  # it has the usage, too; its class is typer's own
+    _show_document(error.exit_code, error, error.format_message(), as_json=as_json)
+    return error.exit_code
+
+
+def _end(status: int, error: BaseException, message: str, *, as_json: bool) -> NoReturn:
+    """Say it, and what was noted of the error on its way: what is left, how to go on."""
     if debug.get() or os.environ.get(DEBUG_VARIABLE):
         traceback.print_exc()
+    message = "\n".join([message, *getattr(error, "__notes__", ())])
     print(printable_lines(message), file=sys.stderr)  # noqa: T201
+    _show_document(status, error, message.removeprefix("error: "), as_json=as_json)
     raise typer.Exit(status) from None
 
 
-def _noted(message: str, error: BaseException) -> str:
-    """The message, and what was noted of the error on its way: what is left, how to go on."""
-    return "\n".join([message, *getattr(error, "__notes__", ())])
+def _show_document(status: int, error: BaseException, message: str, *, as_json: bool) -> None:
+    """With --json. Of the processes that torchrun started, one has the stdout that all share."""
+    if as_json and not output.shown.get() and os.environ.get("RANK", "0") == "0":
+        said = {"kind": type(error).__name__, "message": message, "exit_status": status}
+        output.write_document(sys.stdout, {"error": said})
 
 
 def _describe(error: OSError) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron.bridge.progress import Progress, Silent
@@ -14,6 +15,9 @@ from megatron.bridge.quoting import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+shown: ContextVar[bool] = ContextVar("shown", default=False)
+"""Whether the command has shown its result."""
 
 WIDTH = 100
 """Columns of the widest table."""
@@ -46,11 +50,11 @@ class Output:
     def show(self, document: Mapping[str, Any], render: Callable[[], RenderableType]) -> None:
         """Write the result: the document as JSON, or what `render` makes of it."""
         if self.as_json:
-            text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+            write_document(self._stdout, document)
         else:
-            text = self._as_text(render())
-        self._stdout.write(text)
-        self._stdout.flush()
+            self._stdout.write(self._as_text(render()))
+            self._stdout.flush()
+        shown.set(True)
 
     def _as_text(self, renderable: RenderableType) -> str:
         """In colours on a terminal. rich itself would end the process on a closed pipe."""
@@ -63,6 +67,12 @@ class Output:
         with console.capture() as captured:
             console.print(Printable(renderable))
         return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def write_document(stdout: TextIO, document: Mapping[str, Any]) -> None:
+    """Write JSON."""
+    stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    stdout.flush()
 
 
 def printable_lines(message: str) -> str:

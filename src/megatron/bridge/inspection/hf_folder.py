@@ -28,7 +28,7 @@ from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
 from megatron.bridge.models.qwen_vl.rows import HF_MTP
 
-type Origin = Literal["files", "hub headers", "config"]
+type Origin = Literal["files", "hub headers", "config", "checkpoint"]
 
 TEXT_KEYS = (
     "num_hidden_layers",
@@ -82,7 +82,8 @@ class HFReport:
     """A Hugging Face model, as its config and headers describe it.
 
     origin: where the tensors below are known from; "config" means that no weights are at hand and
-    the tensors are those that the config asks for. bridge: the class that converts it, or None.
+    the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
+    them. bridge: the class that converts it, or None.
     text, vision: what the config states, of the keys that size a model. experts: how routed experts
     lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
     and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not

@@ -68,8 +68,15 @@ def _problem(option: str, request: ParallelRequest, refusals: Refusals) -> str |
     reasons = refusals(request)
     if not reasons or refusals(request.without(option)):
         return None
-    nearest = _nearest(request, option, refusals)
-    legal = f"the nearest legal: {_or(nearest)}" if nearest else "legal without it"
+    if nearest := _nearest(request, option, refusals):
+        legal = f"the nearest legal: {_or(nearest)}"
+    else:
+        legal = "legal without it"
+        for other in _BESIDE.get(option, ()):
+            if larger := [
+                n for n in _nearest(request, other, refusals) if n > getattr(request, other)
+            ]:
+                legal += f", or with --{other} {larger[0]}"
     return f"--{option} {getattr(request, option)}: {'; '.join(reasons)} ({legal})"
 
 

@@ -99,6 +99,7 @@ def _plan_export(source: Path, experts: str | None) -> PlanReport:
     dtype = main_dtype(plan.hf.values())
     model = replace(
         inspect_model(hf, str(source), PlanOptions(experts=experts)),
+        origin="checkpoint",
         plan=plan,
         hf=TensorSummary.of(plan.hf.values()),
         settings=bridge.provider_settings(hf.hf_config, dtype, plan.hf),

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import HFModel, Json, Revision
+from megatron.bridge.cli.options import (
+    HFModel,
+    Json,
+    Revision,
+    choice_option,
+    hf_model,
+    not_negative,
+)
 from megatron.bridge.cli.output import open_output
 
 if TYPE_CHECKING:
@@ -17,25 +24,28 @@ if TYPE_CHECKING:
 def compare(
     source: HFModel,
     *,
-    image: Annotated[Path | None, typer.Option(help="Image to ask about.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Image to ask about.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What to ask. By default a short question.")
     ] = None,
     revision: Revision = None,
     dtype: Annotated[
         str,
-        typer.Option(
-            help="Of weights and activations: float64, float32, bfloat16 or float16. In float64 "
-            "all arithmetic is in float64: next to no rounding is left, so what differs was "
-            "computed differently."
+        choice_option(
+            ("float64", "float32", "bfloat16", "float16"),
+            "of weights and activations; in float64 all arithmetic is in float64, so that next to "
+            "no rounding is left, and what differs was computed differently",
         ),
     ] = "float32",
     tolerance: Annotated[
         float | None,
         typer.Option(
-            min=0.0,
-            help="Largest difference of logits, as a part of the largest logit (at least of 1). "
-            "By default 1e-10 for float64, 1e-4 for float32, 5e-2 for bfloat16, 1e-2 for float16.",
+            parser=not_negative,
+            metavar="NUMBER",
+            help="Largest difference of logits, as a part of the largest logit. By default 1e-10 "
+            "for float64, 1e-4 for float32, 5e-2 for bfloat16, 1e-2 for float16.",
         ),
     ] = None,
     as_json: Json = False,
@@ -46,6 +56,7 @@ def compare(
     other: memory is that of one of them in the chosen dtype.
     """
     with open_output(as_json=as_json) as output:
+        hf_model(source, revision)  # what is no model is said before anything large is imported
         output.note("loading torch, transformers and megatron-core")
         from megatron.bridge.cli.documents import compare_document
         from megatron.bridge.errors import MismatchError

@@ -21,6 +21,8 @@ from megatron.bridge.cli.options import (
     Revision,
     Target,
     VerifyWritten,
+    experts_option,
+    hf_model,
     size_of,
 )
 from megatron.bridge.cli.output import Output, import_torch, open_output
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
     from megatron.bridge.checkpoint.run import Run
 
 
-_LAYOUTS = "fused, fused-transposed or per-expert"
-
-
 def import_command(
     source: HFModel,
     target: Target,
@@ -43,10 +42,9 @@ def import_command(
     revision: Revision = None,
     experts: Annotated[
         str | None,
-        typer.Option(
-            metavar="LAYOUT",
-            help=f"How the routed experts of SRC lie: {_LAYOUTS}. Only asked for where their "
-            "matrices are square, so that shapes cannot tell.",
+        experts_option(
+            "how the routed experts of SRC lie; only asked for where their matrices are square, so "
+            "that shapes cannot tell"
         ),
     ] = None,
     memory: Memory = None,
@@ -65,12 +63,12 @@ def import_command(
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import import_checkpoint
         from megatron.bridge.checkpoint.targets import check_target
-        from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
         check_target(target, [source], force=force)
-        hf = PreTrainedVLM.from_pretrained(source, revision)
+        hf = hf_model(source, revision)
         import_torch()
         begin = time.perf_counter()
+        _note_what_is_resumed(output, target, resume=resume)
         with _run(output, memory, max_shard_size, verify, resume, force) as run:
             done = import_checkpoint(hf, target, experts=experts, run=run)
         _show(output, "import", source, run, done, time.perf_counter() - begin)
@@ -91,10 +89,7 @@ def export_command(
     ],
     revision: Revision = None,
     experts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LAYOUT", help=f"Another disk layout of routed experts than REF's: {_LAYOUTS}."
-        ),
+        str | None, experts_option("another disk layout of routed experts than REF's")
     ] = None,
     fp8: Annotated[
         bool,
@@ -128,16 +123,24 @@ def export_command(
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import export_checkpoint
         from megatron.bridge.checkpoint.targets import check_target
-        from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
         check_target(target, [source, reference], force=force)
-        hf = PreTrainedVLM.from_pretrained(reference, revision)
+        hf = hf_model(reference, revision)
         import_torch()
         begin = time.perf_counter()
+        _note_what_is_resumed(output, target, resume=resume)
         with _run(output, memory, max_shard_size, verify, resume, force) as run:
             run = replace(run, keep_manifest=keep_manifest)
             done = export_checkpoint(source, target, hf, experts=experts, fp8=fp8, run=run)
         _show(output, "export", str(source), run, done, time.perf_counter() - begin)
+
+
+def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None:
+    """A mistyped name would have everything done again, and nobody would notice."""
+    from megatron.bridge.checkpoint.targets import partial_of
+
+    if resume and not (partial := partial_of(target.absolute())).exists():
+        output.note(f"nothing to resume: there is no {partial.name}; beginning anew")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Json, Revision
+from megatron.bridge.cli.options import Json, Revision, experts_option, size_option
 from megatron.bridge.cli.output import Output, open_output
 
 if TYPE_CHECKING:
@@ -31,26 +31,18 @@ def plan(
     revision: Revision = None,
     experts: Annotated[
         str | None,
-        typer.Option(
-            metavar="LAYOUT",
-            help="How the routed experts of SRC lie: fused, fused-transposed or per-expert; see "
-            "import and export.",
-        ),
+        experts_option("how the routed experts of SRC lie; see import and export"),
     ] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel size.")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages.")] = None,
-    vpp: Annotated[
-        int | None, typer.Option(min=1, help="Chunks of each pipeline stage, interleaved.")
-    ] = None,
-    ep: Annotated[int | None, typer.Option(min=1, help="Expert-parallel size.")] = None,
+    tp: Annotated[int | None, size_option("Tensor-parallel size.")] = None,
+    pp: Annotated[int | None, size_option("Pipeline stages.")] = None,
+    vpp: Annotated[int | None, size_option("Chunks of each pipeline stage, interleaved.")] = None,
+    ep: Annotated[int | None, size_option("Expert-parallel size.")] = None,
     etp: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tensor-parallel size of routed experts; --tp if not given."),
+        int | None, size_option("Tensor-parallel size of routed experts; --tp if not given.")
     ] = None,
-    cp: Annotated[int | None, typer.Option(min=1, help="Context-parallel size.")] = None,
+    cp: Annotated[int | None, size_option("Context-parallel size; only 1 so far.")] = None,
     world_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of ranks; as few as possible if not given."),
+        int | None, size_option("Number of ranks; as few as possible if not given.")
     ] = None,
     no_mtp: Annotated[
         bool, typer.Option("--no-mtp", help="Lay out the model without its MTP layer.")
@@ -59,9 +51,9 @@ def plan(
 ) -> None:
     """Show what import would do with SRC (export, for a checkpoint), without doing it.
 
-    Reads headers and configs only. With a size of parallelism, also what each rank holds in
-    training, as megatron-core itself declares it. Exits with 2 if the model cannot be converted or
-    laid out so, after showing what is known of it.
+    Reads headers and configs only. With a size of parallelism, or --no-mtp, also what each rank
+    holds in training, as megatron-core itself declares it. Exits with 2 if the model cannot be
+    converted or laid out so, after showing what is known of it.
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.inspection.plan_report import plan_source

@@ -25,6 +25,7 @@ _ORIGINS = {
     "files": "headers of the files",
     "hub headers": "headers of the files on the hub",
     "config": "what the config asks for (no weights at hand)",
+    "checkpoint": "the checkpoint, and the config that it keeps",
 }
 _SHOWN_SHARDS = 8
 

@@ -1,0 +1,145 @@
+"""What the command says of wrong input: to a person, and by --json to a program."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron.bridge.cli import main
+from megatron.bridge.cli.commands import verify
+from refusals import refused
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "said"),
+    [
+        (["inspect", "nothing-here"], "ReferenceNotFound", "nothing-here"),
+        (["import", "nothing-here", "out"], "ReferenceNotFound", "nothing-here"),
+        (["export", "nothing-here", "out"], "MissingParameter", "--hf"),
+        (["verify", "nothing-here"], "InputError", "nothing-here"),
+        (["plan", "x", "--tp", "abc"], "BadParameter", "'abc' is no whole number from 1 to"),
+        (["plan", "x", "--pp", "0"], "BadParameter", "'0' is no whole number from 1 to"),
+        (["plan", "x", "--world-size", "99999999999"], "BadParameter", "'99999999999' is no whole"),
+        (["plan", "x", "--ep", "131073"], "BadParameter", "from 1 to 131072"),
+        (["compare", "x", "--tolerance", "nan"], "BadParameter", "'nan' is no finite number"),
+        (["compare", "x", "--tolerance", "-1"], "BadParameter", "'-1' is no finite number"),
+        (["compare", "x", "--tolerance", "much"], "BadParameter", "'much' is no finite number"),
+        (["compare", "x", "--image", "nope.jpg"], "BadParameter", "'nope.jpg' does not exist"),
+        (["compare", "x", "--dtype", "int4"], "BadParameter", "'int4' is none of float64, float32"),
+        (["import", "x", "y", "--experts", "e"], "BadParameter", "'e' is none of fused, fused-tr"),
+        (["export", "x", "y", "--hf", "z", "--experts", "e"], "BadParameter", "'e' is none of"),
+        (["nonsense"], "UsageError", "nonsense"),
+    ],
+)
+def test_an_error_is_a_document(
+    args: list[str],
+    kind: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*args, "--json"]) == 2
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert document == {"error": {**document["error"], "kind": kind, "exit_status": 2}}
+    assert said in document["error"]["message"]
+    assert said in printed.err
+    assert "loading" not in printed.err
+    assert main(args) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_fault_of_the_program_is_a_document(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        raise ZeroDivisionError("in the middle")
+
+    monkeypatch.setattr(verify, "open_output", fail)
+    assert main(["verify", "a", "b", "--json"]) == 70
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["exit_status"]) == ("ZeroDivisionError", 70)
+    assert "This is a fault of megatron-bridge" in error["message"]
+
+
+def test_a_result_that_is_shown_is_the_only_document(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a difference, or a layout that is illegal, the document tells already."""
+    assert main(["plan", str(small_model), "--tp", "3", "--json"]) == 2
+    assert "error" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_of_several_processes_writes_the_document(
+    rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert main(["inspect", "nothing-here", "--json"]) == 2
+    printed = capsys.readouterr()
+    assert bool(printed.out) == (rank == "0")
+    assert "nothing-here" in printed.err
+
+
+def test_a_folder_of_the_other_kind(
+    small_model: Path,
+    small_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    for args in (
+        ["import", small_checkpoint, out],
+        ["compare", small_checkpoint],
+        ["export", small_checkpoint, out, "--hf", small_checkpoint],
+    ):
+        said = refused(capsys, *args)
+        assert f"{small_checkpoint} is a Megatron checkpoint" in said
+        assert "`megatron-bridge export` makes one of it" in said
+    said = refused(capsys, "export", small_model, out, "--hf", small_model)
+    assert "it is a Hugging Face model, which import makes one of" in said
+
+
+def test_nothing_to_resume_is_said(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["import", str(small_model), str(tmp_path / "out"), "--resume"]
+    assert main(args) == 0
+    said = "nothing to resume: there is no out.partial; beginning anew\n"
+    assert capsys.readouterr().err.startswith(said)
+    assert main([*args, "--json", "--force"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_force_is_only_offered_where_it_helps(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    said = refused(capsys, "import", small_model, tmp_path / "file")
+    assert "not even force replaces it" in said
+    assert "--force" not in said
+    assert "overlap" in refused(capsys, "import", small_model, small_model)
+
+
+def test_a_pipeline_that_vpp_needs_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = ["--set", "text.num_hidden_layers=8"]
+    model = tmp_path / "model"
+    assert main(["make-model", "--family", "qwen3-vl", "--out", str(model), *layers]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(model), "--vpp", "2"]) == 2
+    assert "legal without it, or with --pp 2" in capsys.readouterr().err
+
+
+def test_the_origin_of_a_planned_checkpoint(
+    small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(small_checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["origin"] == "checkpoint"
+    assert main(["plan", str(small_checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "the checkpoint, and the config that it keeps" in printed
+    assert "dtypes assumed" not in printed
