@@ -16,6 +16,7 @@ from refusals import NOWHERE
 
 WEIGHT = "model.language_model.layers.3.self_attn.o_proj.weight"
 SCALE = f"{WEIGHT}_scale_inv"
+IN_ALL_LAYERS = WEIGHT.replace("3", "{0...4}")
 type Tensors = dict[str, torch.Tensor]
 
 
@@ -75,7 +76,10 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] =
     "no blocks": (section(weight_block_size=None), ("weight_block_size is missing",)),
     "one size": (section(weight_block_size=[128]), ("weight_block_size", "[128]")),
     "no size": (section(weight_block_size=[0, 128]), ("weight_block_size", "[0, 128]")),
-    "other blocks": (section(weight_block_size=[64, 128]), (SCALE, "(3, 2)", "(2, 2)")),
+    "other blocks": (
+        section(weight_block_size=[64, 128]),
+        (f"{IN_ALL_LAYERS}_scale_inv", "(3, 2)", "(2, 2)"),
+    ),
     "other format": (section(fmt="e5m2"), ("fmt", "'e5m2'")),
     "static": (section(activation_scheme="static"), ("activation_scheme", "'static'")),
     "no object": (lambda c: c.update(quantization_config="fp8"), ("quantization_config",)),
@@ -85,7 +89,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] =
     ),
     "not said": (
         lambda c: c.pop("quantization_config"),
-        (f"{WEIGHT}: F8_E4M3, but config.json has no quantization_config", SCALE),
+        (f"{IN_ALL_LAYERS}: F8_E4M3, but config.json has no quantization_config",),
     ),
 }
 

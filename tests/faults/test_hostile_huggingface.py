@@ -215,7 +215,7 @@ INDEXES: dict[str, tuple[Callable[[Path], None], str]] = {
     "its shard is a terabyte of zeros": (instead(SHARD, sparse), "the header is invalid"),
     "ten thousand strange tensors": (
         index(lambda c: c["weight_map"].update({f"x{n}": SHARD for n in range(10_000)})),
-        "and 9900 more",
+        "and 9960 more lines",
     ),
 }  # fmt: skip
 
@@ -261,6 +261,19 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an infinite base": (text_config(rope_theta=float("inf")), "Infinity is no JSON number"),
     "too large a base": (text_config(rope_theta=10**400), "must be of type float"),
+    "a base below zero": (text_config(rope_theta=-1), "rope_theta must be a number above 0"),
+    "no base": (text_config(rope_theta=0), "text_config.rope_theta must be a number above 0"),
+    "no epsilon": (text_config(rms_norm_eps=0.0), "rms_norm_eps must be a number above 0"),
+    "no context": (text_config(max_position_embeddings=0), "max_position_embeddings must be"),
+    "a token below zero": (
+        config(lambda c: c.update(image_token_id=-1)), "image_token_id must be a number from 0 to"
+    ),
+    "another type of model": (
+        config(lambda c: c.update(model_type="llama")),
+        "model_type of a Qwen3VLForConditionalGeneration must be 'qwen3_vl', found 'llama'",
+    ),
+    "no dtype at the top": (config(lambda c: c.update(dtype="foo")), "dtype is 'foo', which is no"),
+    "no dtype of the text": (text_config(dtype="foo"), "text_config.dtype is 'foo', which is no"),
     "too wide": (text_config(hidden_size=1 << 31), "hidden_size must be a number from 1 to"),
     "text that is none": (config(lambda c: c.update(text_config=[])), "must be of type dict"),
     "an architecture that the terminal obeys": (

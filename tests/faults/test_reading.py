@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -143,14 +144,17 @@ def test_duplicate_key_in_the_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "cannot be read"),
+        (
+            "{",
+            "cannot be read: it is not JSON from line 1, column 2 on; download it again",
+        ),
         ("[]", "expected a JSON object, found list"),
         ("{}", "weight_map must map"),
         ('{"weight_map": {}}', "weight_map must map"),
         ('{"weight_map": {"a": 1}}', "weight_map must map"),
         ('{"weight_map": {"a": "m.safetensors"}, "metadata": 3}', "metadata must be an object"),
         ("[" * 200_000, "cannot be read"),
-        ("\udcff", "cannot be read"),
+        ("\udcff", "it is not UTF-8 text: byte 0xff at offset 0; download it again"),
     ],
 )
 def test_invalid_index(folder: Path, text: str, reason: str) -> None:
@@ -158,6 +162,30 @@ def test_invalid_index(folder: Path, text: str, reason: str) -> None:
     message = refused(folder)
     assert INDEX in message
     assert reason in message
+
+
+def test_the_next_step_is_said_once(folder: Path) -> None:
+    (folder / SHARDS[1]).unlink()
+    os.truncate(folder / SHARDS[0], 300)
+    heading, *lines = refused(folder).splitlines()
+    assert heading == (
+        f"{folder}: the weights cannot be used; download the files named here again, or mend them:"
+    )
+    assert [line.split(":")[0] for line in lines] == [f"  - {name}" for name in SHARDS[:2]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_files_without_an_index(folder: Path, count: int) -> None:
+    """Three are named, and no more are hinted at than there are."""
+    (folder / INDEX).unlink()
+    for number, name in enumerate(SHARDS):
+        (folder / name).rename(folder / f"{number}.safetensors")
+    (folder / "2.safetensors").unlink()
+    for number in range(2, count):
+        shutil.copy(folder / "0.safetensors", folder / f"{number}.safetensors")
+    shown = ", ".join(f"{number}.safetensors" for number in range(min(count, 3)))
+    dots = ", ..." if count > 3 else ""
+    assert f"{count} safetensors files ({shown}{dots}) and no {INDEX}" in refused(folder)
 
 
 def test_index_that_is_a_dangling_link_is_not_passed_over(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """AutoBridge: what clients call, on one process."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,13 @@ import torch
 
 import released_configs as released
 from megatron.bridge import AutoBridge
-from megatron.bridge.errors import InputError, PlanError, TargetExists, UnsupportedModel
+from megatron.bridge.errors import (
+    ConfigError,
+    InputError,
+    PlanError,
+    TargetExists,
+    UnsupportedModel,
+)
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -104,6 +112,29 @@ def test_a_config_that_cannot_be_honoured(change: dict[str, Any], message: str) 
     config["text_config"] |= change
     with pytest.raises(InputError, match=message):
         AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "must be 'qwen3_vl', found 'llama'"),
+        ({"dtype": "foo"}, "dtype is 'foo', which is no dtype of tensors"),
+    ],
+)
+def test_what_is_checked_before_all_else(
+    change: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    """With weights and without."""
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    alone = AutoBridge.from_hf_config(config)
+    files = AutoBridge.from_hf_pretrained(tmp_path / "model")
+    for bridge in (alone, files):
+        with pytest.raises(ConfigError, match=message):
+            bridge.plan()
+        with pytest.raises(ConfigError, match=message):
+            bridge.to_megatron_provider(load_weights=False)
 
 
 def test_a_config_alone_has_no_weights_to_load() -> None:

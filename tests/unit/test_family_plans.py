@@ -34,6 +34,7 @@ def small(config: dict[str, Any], **text: Any) -> dict[str, Any]:
         ("moe_intermediate_size", 28),
         ("num_experts", 3),
         ("num_local_experts", 3),
+        ("num_experts_per_tok", 2),
         ("shared_expert_intermediate_size", 36),
         ("linear_num_key_heads", 2),
         ("linear_num_value_heads", 4),

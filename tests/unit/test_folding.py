@@ -8,7 +8,14 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.bridge.folding import fold, fold_numbers, fold_pattern, fold_words
+from megatron.bridge.folding import (
+    fold,
+    fold_numbers,
+    fold_pattern,
+    fold_texts,
+    fold_words,
+    listing,
+)
 
 
 def unfold(pattern: str) -> list[str]:
@@ -87,3 +94,32 @@ def test_a_pattern_with_fewer_wildcards_than_numbers() -> None:
 def test_numbers() -> None:
     assert fold_numbers([5, 0, 2, 1, 9, 8]) == "0...2,5,8,9"
     assert fold_numbers([]) == ""
+
+
+def test_sentences_about_layers_and_experts() -> None:
+    """What repeats the numbers of another name counts with it."""
+    said = "h.{0}.e.{1}.up: missing, needed for l.{0}.mlp.fc1.weight{1}; found (350, 160)"
+    texts = [said.format(layer, expert) for layer in range(3, 6) for expert in range(128)]
+    assert fold_texts(texts) == [said.format("{3...5}", "{0...127}")]
+
+
+def test_sentences_that_are_no_grid() -> None:
+    diagonal = [f"h.{n}.e.{n}: missing, needed for l.{n}.weight{n}" for n in range(2)]
+    assert fold_texts(diagonal) == diagonal
+    others = [f"h.{n}: needed for l.{n // 2}" for n in range(4)]
+    assert fold_texts(others) == ["h.{0,1}: needed for l.0", "h.{2,3}: needed for l.1"]
+
+
+def test_sentences_that_differ_in_other_numbers() -> None:
+    texts = ["h.0: found (7, 5)", "h.1: found (7, 6)", "x0: 0.5", "x1: 0.7", "h.007: found (7, 5)"]
+    assert fold_texts(texts) == texts
+
+
+def test_a_listing_is_short() -> None:
+    few = [f"x{n}: gone" for n in range(40)]
+    assert listing(few) == "\n".join(f"  - {text}" for text in few)
+    assert listing(few * 2) == listing(few)
+    lines = listing([f"x{n}: {'gone ' * 1000}" for n in range(1000)]).splitlines()
+    assert len(lines) == 41
+    assert max(map(len, lines)) < 2100
+    assert lines[-1] == "  and 960 more lines"

@@ -11,7 +11,8 @@ import pytest
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
-from released_configs import QWEN3_VL_2B
+from megatron.bridge.models.qwen_vl.settings import qwen_vl_settings
+from released_configs import QWEN3_VL_2B, QWEN3_VL_30B_A3B
 
 ROPE_2B = Rope(5e6, (24, 20, 20), interleaved=True, partial_rotary_factor=1.0, rope_type="default")
 
@@ -131,6 +132,57 @@ def test_rope_forms_that_disagree(data: dict[str, Any], key: str, value: object)
         HFConfig.from_dict(data).rope()
 
 
+@pytest.mark.parametrize("form", ["old", "new"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rope_theta", value) for value in (-1, 0, -0.5, float("nan"), float("inf"))),
+        *(("partial_rotary_factor", value) for value in (0.0, -0.25, 1.5, float("nan"))),
+    ],
+)
+def test_rope_value_that_makes_no_sense(
+    data: dict[str, Any], form: str, key: str, value: float
+) -> None:
+    if form == "new":
+        data = new_form(data, **{key: value})
+    else:
+        data["text_config"][key] = value
+    with pytest.raises(ConfigError, match=rf"text_config\.(\w+\.)?{key} must be a number above 0"):
+        HFConfig.from_dict(data).rope()
+
+
+@pytest.mark.parametrize("value", [0, -1e-6, float("nan"), float("inf")])
+def test_epsilon_that_makes_no_sense(data: dict[str, Any], value: float) -> None:
+    data["text_config"]["rms_norm_eps"] = value
+    with pytest.raises(ConfigError, match=r"text_config\.rms_norm_eps must be a number above 0"):
+        qwen_vl_settings(HFConfig.from_dict(data), "BF16")
+
+
+@pytest.mark.parametrize("value", [0, -2, 2**40])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "text_config.max_position_embeddings",
+        "text_config.num_hidden_layers",
+        "text_config.head_dim",
+        "vision_config.patch_size",
+        "vision_config.spatial_merge_size",
+    ],
+)
+def test_size_that_makes_no_sense(data: dict[str, Any], path: str, value: int) -> None:
+    section, key = path.split(".")
+    data[section][key] = value
+    with pytest.raises(ConfigError, match=rf"{path} must be a number from 1 to"):
+        qwen_vl_settings(HFConfig.from_dict(data), "BF16")
+
+
+def test_more_experts_for_a_token_than_there_are() -> None:
+    data = copy.deepcopy(QWEN3_VL_30B_A3B)
+    data["text_config"]["num_experts_per_tok"] = 129
+    with pytest.raises(ConfigError, match="num_experts_per_tok must be a number from 1 to 128"):
+        qwen_vl_settings(HFConfig.from_dict(data), "BF16")
+
+
 def test_no_rope(data: dict[str, Any]) -> None:
     del data["text_config"]["rope_scaling"]
     with pytest.raises(ConfigError, match="rope_parameters is missing"):
@@ -189,12 +241,29 @@ def test_dtype_that_is_not_clear(data: dict[str, Any], reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"{", "cannot be read"), (b"[]", "JSON object"), (b'{"a": 1, "a": 2}', "duplicate key")],
+    [
+        (b"", "it is not JSON from line 1, column 1 on"),
+        (b'{"a": 1,\n "b": }', "it is not JSON from line 2, column 7 on"),
+        (b'{"a": "\xff"}', "it is not UTF-8 text: byte 0xff at offset 7"),
+        (b"[]", "expected a JSON object, found list"),
+        (b'{"a": 1, "a": 2}', "duplicate key 'a'"),
+    ],
 )
 def test_unreadable_file(tmp_path: Path, content: bytes, reason: str) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=reason):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
         HFConfig.from_file(tmp_path)
+    assert str(caught.value) == (
+        f"{path}: cannot be read as a config: {reason}; mend it, or download it again"
+    )
+
+
+def test_weights_are_no_config(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=f"give the folder that holds it, {tmp_path}$"):
+        HFConfig.from_file(path)
 
 
 def test_no_file(tmp_path: Path) -> None:

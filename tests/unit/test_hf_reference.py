@@ -126,7 +126,7 @@ def test_neither_folder_nor_hub_id(reference: str) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
-    with pytest.raises(ReferenceNotFound, match="is a file"):
+    with pytest.raises(ReferenceNotFound, match=f"give the folder that holds it, {tmp_path}"):
         resolve_reference(path)
 
 

@@ -133,6 +133,57 @@ def test_a_renamed_key_is_recognized() -> None:
     assert error.value.problems[1].startswith(f"{renamed}: no row maps it")
 
 
+def test_one_wrong_number_is_a_short_message() -> None:
+    """Not a line for each of a hundred thousand layers."""
+    config = copy.deepcopy(SMALL)
+    config["text_config"]["num_hidden_layers"] = 100_000
+    with pytest.raises(PlanError) as error:
+        Qwen3VLBridge().plan(HFConfig.from_dict(config), small_tensors())
+    heading, *lines, advice = str(error.value).splitlines()
+    assert heading == f"the conversion is not proven: {len(error.value.problems)} problems"
+    assert len(error.value.problems) == 99_997 * len(lines) > 1_000_000
+    assert len(lines) < 20
+    assert (
+        "  - model.language_model.layers.{3...99999}.self_attn.q_proj.weight: missing, needed for "
+        f"{LAYERS}{{3...99999}}.self_attention.linear_qkv.weight"
+    ) in lines
+    assert advice.startswith("Check that config.json belongs to these files; if it does, download")
+
+
+def test_problems_of_all_layers_are_folded_and_name_each() -> None:
+    config = copy.deepcopy(SMALL)
+    config["text_config"]["intermediate_size"] += 1
+    with pytest.raises(PlanError) as error:
+        Qwen3VLBridge().plan(HFConfig.from_dict(config), small_tensors())
+    assert str(error.value).splitlines()[:-1] == [
+        "the conversion is not proven: 9 problems",
+        *(
+            f"  - model.language_model.layers.{{0...2}}.mlp.{name}_proj.weight: the config asks "
+            f"for shape {asked}, found {found}"
+            for name, asked, found in (
+                ("gate", "(57, 40) [I H]", "(56, 40)"),
+                ("up", "(57, 40) [I H]", "(56, 40)"),
+                ("down", "(40, 57) [H I]", "(40, 56)"),
+            )
+        ),
+    ]
+
+
+def test_many_renamed_keys_are_recognized_at_once() -> None:
+    tensors = small_tensors()
+    names = [name for name in tensors if ".layers." in name and "_proj." in name]
+    renamed = {name: name.replace("_proj.", "_projection.") for name in names}
+    for old, new in renamed.items():
+        tensors[new] = replace(tensors.pop(old), name=new)
+    with pytest.raises(PlanError) as error:
+        small_plan(tensors)
+    for old, new in renamed.items():
+        assert any(
+            problem.startswith(f"{old}: missing") and f"renamed to {new}?" in problem
+            for problem in error.value.problems
+        )
+
+
 def test_a_transposed_tensor_is_refused() -> None:
     tensors = small_tensors()
     tensors[Q] = replace(tensors[Q], shape=tensors[Q].shape[::-1])

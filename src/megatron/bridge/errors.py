@@ -17,6 +17,8 @@ A message names the culprit, what was expected, what was found and what to do ne
 
 from collections.abc import Iterable
 
+from megatron.bridge.folding import listing
+
 
 class BridgeError(Exception):
     """Base of all errors raised on purpose; `exit_status` is the command line's answer."""
@@ -53,16 +55,24 @@ class TargetExists(InputError):
 
 
 class PlanError(BridgeError):
-    """The plan is not a proof: all problems of the run, gathered; nothing was written."""
+    """The plan is not a proof: all problems of the run, gathered; nothing was written.
+
+    `problems` are all of them, one by one; the message has them as `listing` does, and at its end
+    the next step, if it is the same for all.
+    """
 
     def __init__(
-        self, problems: Iterable[str], *, heading: str = "the conversion is not proven"
+        self,
+        problems: Iterable[str],
+        *,
+        heading: str = "the conversion is not proven",
+        next_step: str = "",
     ) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        lines = [f"{heading}: {count} problem{'' if count == 1 else 's'}"]
-        lines += [f"  - {problem}" for problem in self.problems]
-        super().__init__("\n".join(lines))
+        heading = f"{heading}: {count} problem{'' if count == 1 else 's'}"
+        parts = [heading, listing(self.problems), next_step]
+        super().__init__("\n".join(part for part in parts if part))
 
 
 class MismatchError(BridgeError):

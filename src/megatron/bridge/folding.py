@@ -4,7 +4,16 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]*)(?![^.])")
+
+# Inside of a sentence. megatron-core numbers the experts of a layer as weight0, weight1, ...
+# That a digit follows is looked at first, in a third of the time: most places are passed over.
+_NUMBER_IN_TEXT = re.compile(
+    r"(?=[0-9])(?:(?<=[A-Za-z_]\.)|(?<=\.weight)|(?<=\.bias))(0|[1-9][0-9]*)(?!\w)"
+)
+
+_MOST_LINES = 40
+_LONGEST_LINE = 2000
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -13,15 +22,32 @@ def fold(names: Iterable[str]) -> list[str]:
     Only whole components between dots are folded. Numbers that do not form a grid give several
     patterns: ``a.{0,1}`` is never shown where ``a.0`` and ``b.1`` were meant.
     """
-    split = [(template(name), tuple(_NUMBER.findall(name))) for name in names]
-    groups: dict[str, dict[tuple[str, ...], None]] = {}
-    for pattern, numbers in split:
-        groups.setdefault(pattern, {})[numbers] = None
-    return [
-        _fill(pattern, numbers)
-        for pattern, members in groups.items()
-        for numbers in _merge(list(members))
+    return _fold(names, _NUMBER)
+
+
+def fold_texts(texts: Iterable[str]) -> list[str]:
+    """Sentences that differ only in the layers and experts of the names in them, folded.
+
+    Names in one sentence whose numbers are always the same count together:
+    ``h.{0,1}.q: missing, needed for layers.{0,1}.qkv`` stands for two sentences, not for four.
+    """
+    return _fold(texts, _NUMBER_IN_TEXT)
+
+
+def listing(problems: Iterable[str]) -> str:
+    """Problems as the lines of a message, as `fold_texts` shows them.
+
+    However many there are, a person can read it: some tens of lines, and how many are left out.
+    """
+    lines = fold_texts(problems)
+    shown = [
+        line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."
+        for line in lines[:_MOST_LINES]
     ]
+    more = len(lines) - len(shown)
+    return "\n".join(
+        [*(f"  - {line}" for line in shown), *([f"  and {more} more lines"] if more else [])]
+    )
 
 
 def fold_pattern(pattern: str, rows: Iterable[Sequence[str]]) -> list[str]:
@@ -57,6 +83,16 @@ def template(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
+def split_numbers(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A name as what stands around the numbers that `fold` folds, and these numbers."""
+    return _split(name, _NUMBER)
+
+
+def join_numbers(words: Sequence[str], numbers: Sequence[str]) -> str:
+    """The name that `split_numbers` splits so."""
+    return "".join(itertools.chain.from_iterable(zip(words, (*numbers, ""), strict=True)))
+
+
 def fold_words(names: Sequence[str]) -> str:
     """Names that differ in one word as one: ``self_attn.{q,k,v}_proj.weight``."""
     if len(names) < 2:
@@ -75,6 +111,39 @@ def fold_words(names: Sequence[str]) -> str:
 def _common_start(names: Sequence[str]) -> str:
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     return "".join(letters[0] for letters in same)
+
+
+def _fold(texts: Iterable[str], number: re.Pattern[str]) -> list[str]:
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
+    for text in texts:
+        words, numbers = _split(text, number)
+        groups.setdefault(words, {})[numbers] = None
+    return [
+        join_numbers(words, merged)
+        for words, rows in groups.items()
+        for merged in _merge_repeated(words, list(rows))
+    ]
+
+
+def _split(text: str, number: re.Pattern[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    parts = number.split(text)  # a group of the pattern: the numbers stand between the words
+    return tuple(parts[::2]), tuple(parts[1::2])
+
+
+def _merge_repeated(words: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """`_merge`, with numbers that repeat those of an earlier name in all rows left out of it.
+
+    words: what stands before each number, and behind the last one. A name has no spaces.
+    """
+    columns = list(zip(*rows, strict=True))
+    name_of = list(itertools.accumulate(word.count(" ") for word in words[:-1]))
+    first: list[int] = []
+    for place, column in enumerate(columns):
+        earlier = (p for p in first if name_of[p] != name_of[place] and columns[p] == column)
+        first.append(next(earlier, place))
+    own = sorted(set(first))
+    merged = _merge([tuple(row[place] for place in own) for row in rows])
+    return [tuple(row[own.index(place)] for place in first) for row in merged]
 
 
 def _merge(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -96,8 +165,3 @@ def _set_of(values: list[str]) -> str:
     if len(values) == 1:
         return values[0]
     return "{" + fold_numbers(map(int, values)) + "}"
-
-
-def _fill(pattern: str, numbers: tuple[str, ...]) -> str:
-    parts = iter(numbers)
-    return re.sub(r"(?<![^.])\*(?![^.])", lambda _: next(parts), pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import inf, nan
 
 import torch
@@ -17,7 +17,8 @@ class Distance:
     max_abs: largest difference, infinite if a value is not finite. largest: absolute value of the
     expected ones. cosine: of the angle between the two, all values as one vector. relative_rms:
     root mean square of the differences, as a part of that of the expected values. Unlike max_abs it
-    depends neither on the scale of the values nor on how many there are.
+    depends neither on the scale of the values nor on how many there are. expected_finite,
+    found_finite: whether no value is infinite or NaN. Where one is, all else means nothing.
     """
 
     max_abs: float
@@ -25,6 +26,8 @@ class Distance:
     largest: float
     cosine: float
     relative_rms: float
+    expected_finite: bool
+    found_finite: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +52,12 @@ def distance(expected: torch.Tensor, found: torch.Tensor) -> Distance:
         found.reshape(-1, width).split(_BLOCK),
         strict=True,
     )
+    expected_finite = found_finite = True
     max_abs = total = largest = dot = apart_square = expected_square = found_square = 0.0
     for block, other in pairs:
         a, b = block.double(), other.double()
+        expected_finite = expected_finite and bool(a.isfinite().all())
+        found_finite = found_finite and bool(b.isfinite().all())
         apart = (a - b).abs()
         block_max = float(apart.max())
         max_abs = max(max_abs, min(inf, block_max))  # in this order NaN becomes inf
@@ -68,6 +74,8 @@ def distance(expected: torch.Tensor, found: torch.Tensor) -> Distance:
         largest,
         cosine=dot / norms if norms else nan,
         relative_rms=(apart_square / expected_square) ** 0.5 if expected_square else nan,
+        expected_finite=expected_finite,
+        found_finite=found_finite,
     )
 
 
@@ -81,12 +89,4 @@ def logits_distance(expected: torch.Tensor, found: torch.Tensor) -> LogitsDistan
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
         same += int((block.argmax(dim=-1) == other.argmax(dim=-1)).sum())
     tokens = expected.shape[0]
-    return LogitsDistance(
-        base.max_abs,
-        base.mean_abs,
-        base.largest,
-        base.cosine,
-        base.relative_rms,
-        divergence / tokens,
-        same / tokens,
-    )
+    return LogitsDistance(**asdict(base), kl=divergence / tokens, top1_agreement=same / tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron.bridge.errors import InputError
+from megatron.bridge.errors import InputError, MismatchError
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
@@ -86,7 +87,7 @@ def compare(
     prompt: None for IMAGE_PROMPT or TEXT_PROMPT. dtype: of weights and activations in both models,
     a key of TOLERANCES; with float64, on the CPU only, all arithmetic is in float64. tolerance:
     None for that of the dtype. Raises InputError for input that cannot be used, UnsupportedModel
-    without a bridge; a difference is no error but in the report.
+    without a bridge, and what `require_finite` does; a difference is no error but in the report.
     """
     if dtype not in TOLERANCES:
         raise InputError(f"dtype must be one of {', '.join(TOLERANCES)}, found {dtype!r}")
@@ -107,6 +108,8 @@ def compare(
     between = time.perf_counter()
     found, layers = run_megatron(bridge, inputs, getattr(torch, dtype), hidden, progress)
     end = time.perf_counter()
+    distances = logits_distance(expected[0], found[0])
+    require_finite(os.fspath(source), layers, distances)
 
     image_token = hf.hf_config.require("image_token_id", int)
     return CompareReport(
@@ -118,13 +121,35 @@ def compare(
         tokens=inputs["input_ids"].shape[1],
         image_tokens=int((inputs["input_ids"] == image_token).sum()),
         layers=tuple(layers),
-        logits=logits_distance(expected[0], found[0]),
+        logits=distances,
         hf_next=_next_token(hf, expected),
         megatron_next=_next_token(hf, found),
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
         hf_seconds=between - begin,
         megatron_seconds=end - between,
     )
+
+
+def require_finite(source: str, layers: Sequence[Distance], logits: LogitsDistance) -> None:
+    """Refuse to compare what is infinite or NaN, naming the first layer where it is.
+
+    Raises InputError if it is so in transformers, where the weights are to blame or the dtype;
+    MismatchError if it is so in Megatron-Core alone.
+    """
+    places = [(f"the hidden states after layer {n}", layer) for n, layer in enumerate(layers)]
+    for place, distance in [*places, ("the logits", logits)]:
+        if not distance.expected_finite:
+            both = "" if distance.found_finite else " and in Megatron-Core"
+            raise InputError(
+                f"{source}: {place} are not finite in transformers{both}, so that there is nothing "
+                "to compare; look for NaN and infinity in the weights, and in place of float16, "
+                "whose range is short, take float32"
+            )
+        if not distance.found_finite:
+            raise MismatchError(
+                f"{source}: {place} are not finite in Megatron-Core, in transformers they are; "
+                "the two models do not compute the same"
+            )
 
 
 def _open_image(image: str | os.PathLike[str] | Image | None) -> Image | None:

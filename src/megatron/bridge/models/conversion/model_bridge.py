@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorLike, TensorSpec
 from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.quoting import quoted
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -52,6 +54,8 @@ class MegatronModelBridge(ABC):
     """Dotted path of the Megatron model class; a path, since its module imports megatron-core."""
     provider: ClassVar[str]
     """Dotted path of the provider that builds it."""
+    model_type: ClassVar[str | None] = None
+    """What config.json states beside the architecture; None if that is not looked at."""
     embedding_key: ClassVar[str] = "language_model.embedding.word_embeddings.weight"
     """Checkpoint key whose rows are the vocabulary, padding included."""
 
@@ -76,6 +80,18 @@ class MegatronModelBridge(ABC):
             return bridge
 
         return register
+
+    def check(self, config: HFConfig) -> None:
+        """Raise ConfigError for a config of another kind of model, or of weights in no dtype.
+
+        What else is wrong with such a config would be beside the point.
+        """
+        if self.model_type not in (None, config.model_type):
+            raise ConfigError(
+                f"{config.origin}: model_type of a {self.source} must be {self.model_type!r}, "
+                f"found {quoted(config.model_type)}; one of the two belongs to another model"
+            )
+        config.stated_dtypes()
 
     @abstractmethod
     def mapping_registry(self) -> MegatronMappingRegistry:
@@ -132,6 +148,7 @@ class MegatronModelBridge(ABC):
         self, config: HFConfig, tensors: Tensors, options: PlanOptions = DEFAULTS
     ) -> ConversionPlan:
         """The proven plan for files with this config. Raises PlanError or ConfigError."""
+        self.check(config)
         return build_plan(
             self.registry_for(config, tensors, options),
             self.structure(config, tensors, options),
@@ -143,6 +160,7 @@ class MegatronModelBridge(ABC):
         self, config: HFConfig, dtype: str, options: PlanOptions = DEFAULTS
     ) -> dict[str, TensorSpec]:
         """The tensors that files of this config would hold, most of them in `dtype` ("BF16")."""
+        self.check(config)
         return expected_tensors(
             self.registry_for(config, None, options),
             self.structure(config, None, options),

@@ -4,11 +4,13 @@
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
 from megatron.bridge.errors import PlanError
+from megatron.bridge.folding import join_numbers, split_numbers
 from megatron.bridge.models.conversion.boxes import Box, Shape
 from megatron.bridge.models.conversion.layout import LayoutError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry, Ranges
@@ -24,6 +26,11 @@ from megatron.bridge.models.conversion.plan import (
 )
 from megatron.bridge.models.conversion.recipe import Recipe, RecipeBook
 from megatron.bridge.models.conversion.structure import ModelStructure
+
+_NEXT_STEP = (
+    "Check that config.json belongs to these files; if it does, download again what is missing or "
+    "of another shape."
+)
 
 
 def expected_tensors(
@@ -85,6 +92,7 @@ class _Builder:
         self.problems: list[str] = []
         self.missing: dict[str, str] = {}
         self.used: set[str] = set()
+        self.fits = True
         self.megatron: dict[str, TensorSpec] = {}
         self.parameters: list[Parameter] = []
         self.copies: list[Copy] = []
@@ -98,7 +106,7 @@ class _Builder:
         self._report_names()
         if self.problems:
             # All experts of a layer find the same fault in the tensor that they share.
-            raise PlanError(dict.fromkeys(self.problems))
+            raise PlanError(dict.fromkeys(self.problems), next_step="" if self.fits else _NEXT_STEP)
         plan = ConversionPlan(
             hf=self.hf,
             megatron=self.megatron,
@@ -150,11 +158,10 @@ class _Builder:
             self.missing.update(dict.fromkeys(absent, parameter))
         for role, symbols in row.hf_symbols.items():
             if role in found and self.structure.shape(symbols) != found[role].shape:
-                good = False
+                good = self.fits = False
                 self.problems.append(
                     f"{names[role]}: the config asks for shape {self.structure.shape(symbols)} "
-                    f"[{symbols}], found {found[role].shape}; check that config.json belongs to "
-                    f"these files"
+                    f"[{symbols}], found {found[role].shape}"
                 )
         if not good:
             return None
@@ -215,10 +222,11 @@ class _Builder:
 
     def _report_names(self) -> None:
         known = self.used | set(self.carried)
-        unexpected = [name for name in self.hf if name not in known]
+        unexpected = {name: None for name in self.hf if name not in known}
+        self.fits = self.fits and not (self.missing or unexpected)
+        renamed = _renamed(self.missing, unexpected)
         for name, parameter in self.missing.items():
-            hint = difflib.get_close_matches(name, unexpected, n=1, cutoff=0.8)
-            like = f"; was it renamed to {hint[0]}?" if hint else ""
+            like = f"; was it renamed to {renamed[name]}?" if name in renamed else ""
             self.problems.append(f"{name}: missing, needed for {parameter}{like}")
         for name in unexpected:
             tensor = self.hf[name]
@@ -227,6 +235,25 @@ class _Builder:
                 f"{name}: no row maps it{why} (shape {tensor.shape}, dtype {tensor.dtype}); "
                 f"converting would lose it"
             )
+
+
+def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> dict[str, str]:
+    """The name in the files that a missing tensor may have: alike, and with the same numbers."""
+    patterns = {split_numbers(name)[0]: None for name in unexpected}
+    alike = {"".join(words): words for words in patterns}
+
+    @cache
+    def closest(pattern: str) -> list[str]:
+        return difflib.get_close_matches(pattern, alike, n=3, cutoff=0.8)
+
+    found = {}
+    for name in missing if alike else ():
+        words, numbers = split_numbers(name)
+        others = (alike[pattern] for pattern in closest("".join(words)))
+        likely = (join_numbers(other, numbers) for other in others if len(other) == len(words))
+        if hit := next((other for other in likely if other in unexpected), None):
+            found[name] = hit
+    return found
 
 
 def _names(tensors: _Tensors) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -61,12 +63,21 @@ class HFConfig:
         """Read a config.json (or the folder that holds one); ConfigError if that is impossible."""
         if path.is_dir():
             path = path / CONFIG_FILE
+        if path.suffix == ".safetensors":
+            raise ConfigError(
+                f"{path}: it holds weights and no config; give the folder that holds it, "
+                f"{path.absolute().parent}"
+            )
         try:
             return cls(parse_object(read_regular(path, MAX_CONFIG_BYTES)), str(path))
         except FileNotFoundError:
             raise ConfigError(f"{path}: there is no such file; is this a model folder?") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ConfigError(f"{path}: cannot be read as a config: {error}") from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}: cannot be read as a config: {error}; mend it, or download it again"
+            ) from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], origin: str = "config given as a dict") -> Self:
@@ -119,19 +130,28 @@ class HFConfig:
         It stands at the top or in `text_config`, as `dtype` or, before transformers 5, as
         `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is no dtype.
         """
-        parents = ["", "text_config"]
-        keys = [key for name in ("dtype", "torch_dtype") for key in _paths(name, parents)]
-        stated = {key: self.require(key, str) for key in keys if self.has(key)}
+        stated = self.stated_dtypes()
         if not stated:
             raise ConfigError(f"{self.origin}: dtype is missing; name the dtype of the weights")
         if len(set(stated.values())) > 1:
             raise ConfigError(f"{self.origin}: contradictory dtypes: {stated}")
-        key, name = next(iter(stated.items()))
-        if name not in TORCH_NAMES:
-            raise ConfigError(
-                f"{self.origin}: {key} is {quoted(name)}, which is no dtype of tensors"
-            )
-        return TORCH_NAMES[name]
+        return TORCH_NAMES[next(iter(stated.values()))]
+
+    def stated_dtypes(self) -> dict[str, str]:
+        """The torch names of the dtypes that the config states for the weights, by key.
+
+        Raises ConfigError for one that is no dtype.
+        """
+        parents = ["", "text_config"]
+        keys = [key for name in ("dtype", "torch_dtype") for key in _paths(name, parents)]
+        stated = {key: self.require(key, str) for key in keys if self.has(key)}
+        for key, name in stated.items():
+            if name not in TORCH_NAMES:
+                raise ConfigError(
+                    f"{self.origin}: {key} is {quoted(name)}, which is no dtype of tensors; "
+                    "expected the name of one, as in 'bfloat16'"
+                )
+        return stated
 
     @property
     def text(self) -> Self:
@@ -179,15 +199,26 @@ class HFConfig:
             )
         return value
 
-    def count(self, path: str, limit: int = MAX_COUNT) -> int:
-        """The number of something, or its size: a whole number from 1 to `limit`.
+    def count(self, path: str, limit: int = MAX_COUNT, *, least: int = 1) -> int:
+        """The number of something, or its size: a whole number from `least` to `limit`.
 
         Raises ConfigError for any other value, and if it is missing or null.
         """
         value = self.require(path, int)
-        if not 0 < value <= limit:
+        if not least <= value <= limit:
             raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} must be a number from 1 to {limit}, "
+                f"{self.origin}: {self._dotted(path)} must be a number from {least} to {limit}, "
+                f"found {quoted(value)}"
+            )
+        return value
+
+    def positive(self, path: str, limit: float = inf) -> float:
+        """A finite number above 0 and at most `limit`; as `count`, for what need not be whole."""
+        value = self.require(path, float)
+        if not (isfinite(value) and 0 < value <= limit):
+            most = "finite" if limit == inf else f"at most {limit:g}"
+            raise ConfigError(
+                f"{self.origin}: {self._dotted(path)} must be a number above 0, and {most}; "
                 f"found {quoted(value)}"
             )
         return value
@@ -216,8 +247,8 @@ class HFConfig:
         """The text model's rotary embedding, of a whole model's config, in either form.
 
         New form: `text_config.rope_parameters`. Old form: `text_config.rope_scaling` and
-        `text_config.rope_theta`. Raises ConfigError if a value is missing, or stated twice and
-        differently.
+        `text_config.rope_theta`. Raises ConfigError if a value is missing, no base or part of a
+        rotation, or stated twice and differently.
         """
         text = self.text
         forms = [name for name in ("rope_parameters", "rope_scaling") if text.has(name)]
@@ -226,7 +257,7 @@ class HFConfig:
                 f"{self.origin}: {text._dotted('rope_parameters')} is missing, and so is its older "
                 f"form {text._dotted('rope_scaling')}"
             )
-        section = text._agreed("mrope_section", forms, list)
+        section = text._agreed("mrope_section", forms, partial(text.require, kind=list))
         if not section or not all(type(size) is int and size >= 0 for size in section):
             raise ConfigError(
                 f"{self.origin}: {text._dotted(forms[0])}.mrope_section must be a list of counts, "
@@ -236,22 +267,23 @@ class HFConfig:
         full_rotary = self.model_type in _FULL_ROTARY_MODEL_TYPES and not any(
             text.has(path) for path in _paths("partial_rotary_factor", anywhere)
         )
+        share = partial(text.positive, limit=1.0)
         return Rope(
-            theta=text._agreed("rope_theta", anywhere, float),
+            theta=text._agreed("rope_theta", anywhere, text.positive),
             mrope_section=tuple(section),
-            interleaved=text._agreed("mrope_interleaved", forms, bool),
+            interleaved=text._agreed("mrope_interleaved", forms, partial(text.require, kind=bool)),
             partial_rotary_factor=(
-                1.0 if full_rotary else text._agreed("partial_rotary_factor", anywhere, float)
+                1.0 if full_rotary else text._agreed("partial_rotary_factor", anywhere, share)
             ),
-            rope_type=text._agreed("rope_type", forms, str),
+            rope_type=text._agreed("rope_type", forms, partial(text.require, kind=str)),
         )
 
-    def _agreed[T](self, key: str, parents: Iterable[str], kind: type[T]) -> T:
-        """The one value that all places which state `key` state."""
+    def _agreed[T](self, key: str, parents: Iterable[str], read: Callable[[str], T]) -> T:
+        """The one value that all places which state `key` state, each read by its path."""
         paths = _paths(key, parents)
-        stated = {path: self.require(path, kind) for path in paths if self.has(path)}
+        stated = {path: read(path) for path in paths if self.has(path)}
         if not stated:
-            return self.require(paths[0], kind)  # raises, naming the first place
+            return read(paths[0])  # raises, naming the first place
         first, *others = stated.values()
         if any(value != first for value in others):
             values = ", ".join(f"{self._dotted(path)} = {quoted(v)}" for path, v in stated.items())

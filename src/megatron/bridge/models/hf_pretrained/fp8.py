@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
+from megatron.bridge.folding import listing
 from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, HFConfig
 from megatron.bridge.models.hf_pretrained.slice_reader import Box
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
@@ -122,8 +123,10 @@ def dequantized_view(
     of another shape or dtype; or that belongs to another kind of quantization.
     """
     if problems := list(_problems(tensors, quantization)):
-        listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise CheckpointError(f"{origin}: the quantized weights cannot be used:{listing}")
+        raise CheckpointError(
+            f"{origin}: the quantized weights cannot be used; check that config.json belongs to "
+            f"these files, and download again what is missing:\n{listing(problems)}"
+        )
     view = {}
     for name, tensor in tensors.items():
         if name.endswith(SCALE_SUFFIX):

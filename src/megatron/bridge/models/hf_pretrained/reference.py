@@ -32,8 +32,12 @@ def resolve_reference(
         if revision is not None:
             raise InputError(f"{text} is a folder: a revision ({revision!r}) means nothing for it")
         return folder
-    if Path(text).is_file():
-        raise ReferenceNotFound(f"{text} is a file; give the folder that holds it, or a hub id")
+    path = Path(text)
+    if path.is_file():
+        raise ReferenceNotFound(
+            f"{text} is a file; give the folder that holds it, {path.absolute().parent}, or a hub "
+            "id"
+        )
     repository, revision = _split_revision(text, revision)
     if not _HUB_ID.fullmatch(repository) or repository.startswith((".", "~")):
         raise ReferenceNotFound(

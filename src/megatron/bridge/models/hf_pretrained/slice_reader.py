@@ -244,7 +244,8 @@ def _read_exactly(
         if count == 0:
             raise CheckpointError(
                 f"{info.file}: it ends at byte {offset}, inside {info.name}: "
-                "the file was changed after its header was read"
+                "the file was changed after its header was read; run it again when nothing "
+                "writes to it"
             )
         buffer = buffer[count:]
         offset += count

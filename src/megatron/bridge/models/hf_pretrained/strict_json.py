@@ -22,17 +22,28 @@ def parse_object(text: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            text.decode("utf-8"),
+            _decoded(text),
             object_pairs_hook=_without_duplicates,
             parse_constant=_no_number,
             parse_float=_finite,
         )
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"it is not JSON from {where} on") from None
     except RecursionError:
         raise ValueError("JSON is nested too deeply") from None
     if type(value) is not dict:
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     _check_depth(value)
     return value
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"0x{text[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"it is not UTF-8 text: byte {found}") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

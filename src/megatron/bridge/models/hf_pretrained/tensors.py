@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.folding import listing
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.safetensors_header import (
     MAX_HEADER_BYTES,
@@ -38,7 +39,6 @@ SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
 
 _MAX_FILE_NAME = 255
-_SHOWN_PROBLEMS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +159,10 @@ class TensorIndex(Mapping[str, TensorInfo]):
 
 def _raise_if_any(folder: Path, problems: list[str]) -> None:
     if problems:
-        listing = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        if more := len(problems[_SHOWN_PROBLEMS:]):
-            listing += f"\n  and {more} more"
-        raise CheckpointError(f"{folder}: the weights cannot be used:{listing}")
+        raise CheckpointError(
+            f"{folder}: the weights cannot be used; download the files named here again, or mend "
+            f"them:\n{listing(problems)}"
+        )
 
 
 def _safetensors_files(folder: Path) -> list[str]:
@@ -178,9 +178,10 @@ def _single_file(folder: Path) -> str:
             "Weights in another format have to be converted to safetensors first."
         )
     if len(found) > 1:
+        shown = ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
         raise CheckpointError(
-            f"{folder}: {len(found)} safetensors files ({printable(', '.join(found[:3]))}, ...) "
-            f"and no {INDEX_FILE} that says which belong to the model; fetch the index as well"
+            f"{folder}: {len(found)} safetensors files ({printable(shown)}) and no {INDEX_FILE} "
+            "that says which belong to the model; fetch the index as well"
         )
     return found[0]
 
@@ -188,8 +189,12 @@ def _single_file(folder: Path) -> str:
 def _read_weight_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         content = parse_object(read_regular(path, MAX_HEADER_BYTES))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: the weight index cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: the weight index cannot be read: {error}; download it again"
+        ) from error
     weight_map = content.get("weight_map")
     metadata = content.get("metadata", {})
     if (
@@ -197,9 +202,11 @@ def _read_weight_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         or not weight_map
         or not all(isinstance(file_name, str) for file_name in weight_map.values())
     ):
-        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+        raise CheckpointError(
+            f"{path}: weight_map must map tensor names to file names; download it again"
+        )
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: metadata must be an object")
+        raise CheckpointError(f"{path}: metadata must be an object; download it again")
     return weight_map, metadata
 
 

@@ -70,6 +70,7 @@ class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
     MTP layer of the same kind.
     """
 
+    model_type = "qwen3_5_moe"
     provider = "megatron.bridge.models.qwen_vl.qwen35_vl_provider.Qwen35VLMoEModelProvider"
     released_layout = DiskLayout(ExpertLayout.FUSED, ExpertLayout.PER_EXPERT)
 
@@ -93,6 +94,7 @@ class Qwen35VLBridge(_Qwen35Bridge):
     Gated DeltaNet and gated attention layers, each with one MLP, and an MTP layer.
     """
 
+    model_type = "qwen3_5"
     provider = "megatron.bridge.models.qwen_vl.qwen35_vl_provider.Qwen35VLModelProvider"
 
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:

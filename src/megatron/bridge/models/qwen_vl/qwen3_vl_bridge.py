@@ -24,6 +24,7 @@ MODEL = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel"
 class Qwen3VLBridge(QwenVLBridge):
     """Qwen3VLForConditionalGeneration to and from Qwen3VLModel."""
 
+    model_type = "qwen3_vl"
     provider = "megatron.bridge.models.qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider"
 
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
@@ -41,6 +42,7 @@ class Qwen3VLBridge(QwenVLBridge):
 class Qwen3VLMoEBridge(QwenVLBridge):
     """Qwen3VLMoeForConditionalGeneration to and from Qwen3VLModel with routed experts."""
 
+    model_type = "qwen3_vl_moe"
     provider = "megatron.bridge.models.qwen_vl.qwen3_vl_provider.Qwen3VLMoEModelProvider"
     released_layout = DiskLayout(ExpertLayout.FUSED_TRANSPOSED)
 

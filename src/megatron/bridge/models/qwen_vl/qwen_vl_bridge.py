@@ -113,5 +113,7 @@ class QwenVLBridge(MegatronModelBridge):
         module, _, name = self.provider.rpartition(".")
         provider: type[Qwen3VLModelProvider] = getattr(import_module(module), name)
         tensors = hf_pretrained.tensors if hf_pretrained.has_weights else None
-        config, dtype = hf_pretrained.hf_config, hf_pretrained.main_dtype
+        config = hf_pretrained.hf_config
+        self.check(config)
+        dtype = hf_pretrained.main_dtype
         return provider.from_settings(self.provider_settings(config, dtype, tensors))

@@ -56,28 +56,28 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         _require_only(config, "text_config.attn_output_gate", True, gated)
     attention_bias = text.get("attention_bias", False)
     return {
-        "num_layers": text.require("num_hidden_layers", int),
-        "hidden_size": text.require("hidden_size", int),
+        "num_layers": text.count("num_hidden_layers"),
+        "hidden_size": text.count("hidden_size"),
         **_mlp_settings(text),
         **_delta_net_settings(text),
-        "num_attention_heads": text.require("num_attention_heads", int),
-        "num_query_groups": text.require("num_key_value_heads", int),
-        "kv_channels": text.require("head_dim", int),
-        "layernorm_epsilon": text.require("rms_norm_eps", float),
+        "num_attention_heads": text.count("num_attention_heads"),
+        "num_query_groups": text.count("num_key_value_heads"),
+        "kv_channels": text.count("head_dim"),
+        "layernorm_epsilon": text.positive("rms_norm_eps"),
         "add_qkv_bias": attention_bias,
         "add_attention_output_bias": attention_bias,
-        "vocab_size": text.require("vocab_size", int),
-        "seq_length": text.require("max_position_embeddings", int),
+        "vocab_size": text.count("vocab_size"),
+        "seq_length": text.count("max_position_embeddings"),
         "share_embeddings_and_output_weights": config.get("tie_word_embeddings", False),
         "rotary_base": rope.theta,
         "rotary_percent": rope.partial_rotary_factor,
         "mrope_section": list(rope.mrope_section),
-        **{token: config.require(token, int) for token in _TOKENS},
+        **{token: config.count(token, least=0) for token in _TOKENS},
         "params_dtype": TORCH_NAME_OF[dtype],
         "bf16": dtype == "BF16",
         "fp16": dtype == "F16",
         "vision": {
-            **{field: vision.require(field, int) for field in _VISION_FIELDS},
+            **{field: vision.count(field) for field in _VISION_FIELDS},
             "hidden_act": vision.require("hidden_act", str),
             "deepstack_visual_indexes": deepstack_layers(vision),
         },
@@ -87,23 +87,24 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
 def _mlp_settings(text: HFConfig) -> dict[str, Any]:
     """Sizes of the MLPs, and of the experts where there are any."""
     if not has_experts(text):
-        return {"ffn_hidden_size": text.require("intermediate_size", int)}
+        return {"ffn_hidden_size": text.count("intermediate_size")}
     layers = decoder_layers(text)
     sparse = mlp_kinds(text, layers)[SPARSE_MLP]
+    experts = expert_sizes(text).experts
     settings: dict[str, Any] = {
-        "num_moe_experts": expert_sizes(text).experts,
-        "moe_ffn_hidden_size": text.require("moe_intermediate_size", int),
-        "moe_router_topk": text.require("num_experts_per_tok", int),
+        "num_moe_experts": experts,
+        "moe_ffn_hidden_size": text.count("moe_intermediate_size"),
+        "moe_router_topk": text.count("num_experts_per_tok", experts),
         "moe_layer_freq": 1,
     }
     if len(sparse) < len(layers):
         settings["moe_layer_freq"] = [int(layer in sparse) for layer in layers]
-        settings["ffn_hidden_size"] = text.require("intermediate_size", int)
+        settings["ffn_hidden_size"] = text.count("intermediate_size")
     elif text.has("intermediate_size"):
-        settings["ffn_hidden_size"] = text.require("intermediate_size", int)  # used by no layer
+        settings["ffn_hidden_size"] = text.count("intermediate_size", least=0)  # of none
     if text.has("shared_expert_intermediate_size"):
-        settings["moe_shared_expert_intermediate_size"] = text.require(
-            "shared_expert_intermediate_size", int
+        settings["moe_shared_expert_intermediate_size"] = text.count(
+            "shared_expert_intermediate_size"
         )
     return settings
 
@@ -116,7 +117,7 @@ def _delta_net_settings(text: HFConfig) -> dict[str, Any]:
     linear = attention_kinds(text, layers)[LINEAR_ATTENTION]
     return {
         "linear_attention_freq": [int(layer in linear) for layer in layers],
-        **{field: text.require(field, int) for field in _DELTA_FIELDS},
+        **{field: text.count(field) for field in _DELTA_FIELDS},
     }
 
 
