@@ -35,7 +35,6 @@ def test_the_page_and_the_picture_are_made_from_the_document() -> None:
     assert plot(results) == (DOCS / "benchmarks.svg").read_text("utf-8")
 
 
-@pytest.mark.slow  # not for its time: measuring again is a matter of a release, not of a commit
 def test_the_document_is_of_all_rounds_at_full_size() -> None:
     results = read_results(DOCS)
     assert [(case.name, case.title) for case in results.cases] == [(c.name, c.title) for c in CASES]
