@@ -128,6 +128,9 @@ def _draw_speed(drawing: _Drawing, cases: Sequence[CaseResult]) -> None:
                 continue
             drawing.text(_LEFT - 10, step, anchor="end")
             drawing.bar(_LEFT, scale(one.ratio.median), "bar")
+            between = (_ROW - _BAR) / 2
+            copied = scale(1)
+            drawing.line("copy", copied, drawing.y - between, copied, drawing.y + _BAR + between)
             middle = drawing.y + _BAR / 2
             drawing.line("range", scale(one.ratio.min), middle, scale(one.ratio.max), middle)
             if case.goal is not None and step != VERIFY:
@@ -137,8 +140,7 @@ def _draw_speed(drawing: _Drawing, cases: Sequence[CaseResult]) -> None:
             drawing.text(value, f"{one.ratio.median:.2f}")
             drawing.text(value + 38, f"{one.gb_per_second:.2f} GB/s", "quiet")
             drawing.y += _ROW
-    _axis(drawing, scale, 0.25, top, below, "{:.2f}")
-    drawing.line("copy", scale(1), top + _GAP, scale(1), drawing.y - _LINE)
+    _axis(drawing, scale, top, below)
 
 
 def _draw_memory(drawing: _Drawing, cases: Sequence[CaseResult]) -> None:
@@ -164,7 +166,7 @@ def _draw_memory(drawing: _Drawing, cases: Sequence[CaseResult]) -> None:
             drawing.bar(scale(own), scale(peak), "bar")
             drawing.text(scale(peak) + 8, f"{peak:.0f}")
             drawing.y += _ROW
-    _axis(drawing, scale, _distance(most), top, below, "{:.0f}")
+    _axis(drawing, scale, top, below)
 
 
 def _heading(drawing: _Drawing, text: str) -> None:
@@ -178,17 +180,16 @@ def _model(drawing: _Drawing, case: CaseResult, more: str = "") -> None:
     drawing.y += _ROW
 
 
-def _axis(
-    drawing: _Drawing, scale: _Scale, distance: float, top: float, below: int, form: str
-) -> None:
+def _axis(drawing: _Drawing, scale: _Scale, top: float, below: int) -> None:
     """Lines behind the elements from number `below` on, and the values that they stand for."""
+    distance = _distance(scale.most)
     bars = drawing.elements[below:]
     del drawing.elements[below:]
     for mark in scale.marks(distance):
         drawing.line("grid", scale(mark), top + _ROW + _GAP - 4, scale(mark), drawing.y)
     drawing.elements += bars
     for mark in scale.marks(distance):
-        drawing.text(scale(mark), form.format(mark), "quiet", anchor="middle")
+        drawing.text(scale(mark), f"{mark:g}", "quiet", anchor="middle")
     drawing.y += _LINE
 
 
@@ -196,7 +197,7 @@ def _distance(most: float) -> float:
     """A round number that goes into `most` about five times."""
     return next(
         d
-        for power in range(12)
-        for d in (10**power, 2.5 * 10**power, 5 * 10**power)
+        for power in range(-2, 12)
+        for d in (10.0**power, 2.5 * 10.0**power, 5 * 10.0**power)
         if most <= 6 * d
     )
