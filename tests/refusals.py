@@ -34,3 +34,12 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
 def paths_below(folder: Path) -> list[str]:
     """Everything that lies in a folder, links not followed."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def export_refused(checkpoint: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of `export`, which wrote nothing."""
+    before = paths_below(checkpoint.parent)
+    message = refused(capsys, "export", checkpoint, NOWHERE, "--hf", model)
+    assert len(message) < 20_000
+    assert paths_below(checkpoint.parent) == before
+    return message

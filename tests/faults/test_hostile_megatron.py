@@ -26,40 +26,22 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, config_record, read_hf_config
-from megatron.bridge.checkpoint.iterations import TRACKER_FILE
 from megatron.bridge.checkpoint.plain_pickle import read_plain_pickle
 from megatron.bridge.checkpoint.torch_dist_metadata import MAX_AXES, read_metadata
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.conversion.boxes import tiling_faults
-from megatron.bridge.models.hf_pretrained.config import HFConfig
-from refusals import NOWHERE, paths_below, refused
+from refusals import NOWHERE, export_refused, paths_below, refused
 
 ITERATION = "iter_0000000"
 ESCAPE = "\x1b[2J\x07\nerror: forged"
 CLASSES = "torch.distributed.checkpoint.metadata"
 
 
-@pytest.fixture
-def checkpoint(small_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint to damage."""
-    return Path(shutil.copytree(small_checkpoint, tmp_path / "checkpoint"))
-
-
 def refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as error:
         TorchDistCheckpoint(folder)
     return str(error.value)
-
-
-def export_refused(checkpoint: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The message of `export`, which wrote nothing."""
-    before = paths_below(checkpoint.parent)
-    message = refused(capsys, "export", checkpoint, NOWHERE, "--hf", model)
-    assert len(message) < 20_000
-    assert paths_below(checkpoint.parent) == before
-    return message
 
 
 # --- pickles that run code ---
@@ -452,77 +434,6 @@ def test_chunks_that_are_no_grid() -> None:
     assert list(tiling_faults((count + 1, count), chunks)) == []
     [fault] = tiling_faults((count + 1, count), chunks[:-1])
     assert fault == f"[{count}:{count + 1}, {count - 1}:{count}] is not filled"
-
-
-# --- the files beside the index ---
-
-TRACKERS: dict[str, tuple[bytes, str]] = {
-    "above": (b"../x", "found '../x'"),
-    "absolute": (b"/etc", "found '/etc'"),
-    "a number of 5000 digits": (b"9" * 5000, "the limit is 100"),
-    "a number of 90 digits": (b"9" * 90, "which holds no .metadata"),
-    "a NUL": (b"1\0", r"found '1\x00'"),
-    "bytes that are no text": (b"\xff\xfe", "expected a number or 'release'"),
-    "what the terminal obeys": (ESCAPE.encode(), r"found '\x1b[2J"),
-    "digits of another script": ("\u0661".encode(), "expected a number"),
-}
-
-
-@pytest.mark.parametrize("case", TRACKERS)
-def test_trackers(
-    case: str, small_model: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    content, said = TRACKERS[case]
-    (checkpoint / TRACKER_FILE).write_bytes(content)
-    message = export_refused(checkpoint, small_model, capsys)
-    assert said in message
-    assert TRACKER_FILE in message
-
-
-BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(60))
-MERGED = "a0: &a0 {x: 1}\n" + "".join(
-    f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}\n" for n in range(60)
-)
-
-RECORDS: dict[str, tuple[str, str]] = {
-    "a tag that runs code": ("hf: !!python/object/apply:os.system [true]", "ConstructorError"),
-    "a tag of a module": ("hf: !!python/module:os", "ConstructorError"),
-    "a tag that makes an object": ("hf: !!python/object/new:set {}", "ConstructorError"),
-    "a milliard of laughs": (BILLION, "it has an alias"),
-    "a milliard of merges": (MERGED, "it has an alias"),
-    "a list in itself": ("hf: {config: &a [*a]}", "it has an alias"),
-    "nested": ("hf: {config: " + "[" * 5000, "cannot be read"),
-    "a date": ("hf: {config: {day: 2026-01-01}}", "cannot be read"),
-    "a set": ("hf: {config: !!set {a, b}}", "cannot be read"),
-    "bytes": ("hf: {config: {a: !!binary aGVsbG8=}}", "cannot be read"),
-    "NaN": ("hf: {config: {a: .nan}}", "NaN is no JSON number"),
-    "a list for a config": ("hf: {config: [1]}", "expected a JSON object"),
-    "an integer of 5000 digits": ("hf: {config: {a: " + "9" * 5000 + "}}", "cannot be read"),
-    "a key of two types": ("hf: {config: {1: a, '1': b}}", "duplicate key '1'"),
-    "two documents": ("hf: 1\n---\nhf: 2", "cannot be read"),
-    "no record": ("", "cannot be read"),
-    "text": ("hf", "cannot be read"),
-    "what the terminal obeys": ('hf: {config: {architectures: ["\\e[2J"]}}', r"\x1b[2J"),
-    "two megabytes": ("#" * (2 << 20), "the limit is 1048576"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", RECORDS)
-def test_records(case: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content, said = RECORDS[case]
-    (checkpoint / ITERATION / CONFIG_RECORD).write_text(content)
-    for command in ("inspect", "plan"):
-        message = refused(capsys, command, checkpoint)
-        assert said in message
-        assert CONFIG_RECORD in message
-        assert len(message) < 20_000
-
-
-def test_what_we_write_has_no_alias(tmp_path: Path) -> None:
-    shared = [1, 2]
-    hf = HFConfig.from_dict({"a": shared, "b": shared, "text": "ü\x1b", "none": None})
-    (tmp_path / CONFIG_RECORD).write_bytes(config_record("x.Y", {"c": shared, "d": shared}, hf))
-    assert read_hf_config(tmp_path).data == hf.data
 
 
 def test_an_honest_pickle_is_read_as_plain_data() -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +15,7 @@ from megatron.bridge.checkpoint import journal, unfinished
 from megatron.bridge.checkpoint.checksums import check_files
 from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.checkpoint.job import Job
-from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, PieceKey, read_manifest
+from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megatron.bridge.checkpoint.partial import PartialFolder
 from megatron.bridge.checkpoint.targets import check_target, partial_of
 from megatron.bridge.errors import (
@@ -29,101 +25,18 @@ from megatron.bridge.errors import (
     SourceChanged,
     TargetExists,
 )
-
-SIZES = {"config.json": 11, "iter_1/a.bin": 70, "iter_1/b.bin": 64, "empty": 0}
-PIECES = [
-    PieceKey(name, offset, min(32, size - offset))
-    for name, size in SIZES.items()
-    for offset in range(0, size, 32)
-]
-SOURCE = Fingerprint((SourceFile("a.safetensors", 120, 34, "ab"),))
-JOB = Job("import", {"experts": None}, {"source": SOURCE}, "00ff")
-
-
-def content(piece: PieceKey) -> bytes:
-    return bytes((7 * piece.offset + at + len(piece.file)) % 251 for at in range(piece.nbytes))
-
-
-def write(partial: PartialFolder, count: int | None = None) -> list[PieceKey]:
-    """Write the first `count` pieces that are missing; those that were written."""
-    todo = list(partial.unfinished(PIECES))[:count]
-    for piece in todo:
-        path = partial.path / piece.file
-        path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-        os.ftruncate(descriptor, SIZES[piece.file])
-        os.pwrite(descriptor, content(piece), piece.offset)
-        os.close(descriptor)
-        partial.record(piece, zlib.crc32(content(piece)))
-    return todo
-
-
-def run(
-    target: Path,
-    work: Callable[[PartialFolder], object],
-    job: Job = JOB,
-    *,
-    resume: bool = False,
-    force: bool = False,
-) -> int:
-    """Do some work; bytes that were taken over."""
-    with PartialFolder(target, job, SIZES, resume=resume, force=force) as partial:
-        work(partial)
-    return partial.resumed_bytes
-
-
-def complete(partial: PartialFolder) -> None:
-    write(partial)
-    partial.commit()
-
-
-def convert(target: Path, job: Job = JOB, *, resume: bool = False, force: bool = False) -> int:
-    """A whole run; bytes that were taken over."""
-    return run(target, complete, job, resume=resume, force=force)
-
-
-def fail(
-    target: Path,
-    error: BaseException,
-    count: int | None = 3,
-    *,
-    resume: bool = False,
-    force: bool = False,
-) -> None:
-    """A run that writes `count` pieces and raises."""
-
-    def work(partial: PartialFolder) -> None:
-        write(partial, count)
-        raise error
-
-    with pytest.raises(type(error)):
-        run(target, work, resume=resume, force=force)
-
-
-def killed(target: Path, count: int = 3) -> None:
-    """A run in a process of its own, killed after `count` pieces."""
-    child = os.fork()
-    if not child:
-        try:
-            with PartialFolder(target, JOB, SIZES) as partial:
-                write(partial, count)
-                os.kill(os.getpid(), signal.SIGKILL)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+from unfinished_target import (
+    JOB,
+    PIECES,
+    SIZES,
+    convert,
+    fail,
+    killed,
+    names,
+    run,
+    tree,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -483,86 +396,3 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
     ):
         pass
     assert names(tmp_path) == []
-
-
-# --- killed at every change of the file system ---
-
-_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
-
-_KILLED_EVERYWHERE = """
-import os, signal, sys, shutil, json
-from pathlib import Path
-import test_partial as t
-
-home, begin = Path(sys.argv[1]), sys.argv[2]
-os.fsync = lambda descriptor: None  # a kill loses nothing that the kernel has
-outcome = []
-
-def killed_at(step, target):
-    child = os.fork()
-    if not child:
-        seen = 0
-        def hook(event, args):
-            nonlocal seen
-            if event in t._CHANGES or event == "open" and args[2] & (os.O_WRONLY | os.O_CREAT):
-                seen += 1
-                if seen == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-        try:
-            t.convert(target, resume=begin == "resume", force=begin == "force")
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status != 0
-
-for step in range(1, 200):
-    target = home / f"{step}" / "out"
-    target.parent.mkdir()
-    if begin == "resume":
-        t.killed(target, 3)
-    if begin == "force":
-        t.convert(target)
-    was_killed = killed_at(step, target)
-    left = t.names(target.parent)
-    try:
-        again = t.convert(target, resume=True, force=begin == "force")
-    except Exception as error:
-        again = f"{type(error).__name__}: {error}"
-    same = target.is_dir() and t.tree(target) == t.tree(home / "expected")
-    outcome.append([was_killed, left, again, same, t.names(target.parent)])
-    if not was_killed:
-        break
-print(json.dumps(outcome))
-"""
-
-
-@pytest.mark.parametrize("begin", ["fresh", "resume", "force"])
-def test_killed_at_every_step(tmp_path: Path, begin: str) -> None:
-    """Before every change that a run makes: the next run always comes to the same target."""
-    convert(tmp_path / "expected")
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED_EVERYWHERE, str(tmp_path), begin],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    *steps, last = json.loads(done.stdout)
-    assert len(steps) > 20
-    assert not last[0]
-    total = sum(SIZES.values())
-    for number, (was_killed, left, again, same, after) in enumerate(steps, 1):
-        assert was_killed
-        if left == ["out"] and begin != "force":
-            assert again == f"TargetExists: {again.partition(': ')[2]}", number
-        else:
-            assert isinstance(again, int), (number, again)
-        assert same, (number, left, again)
-        hidden = [name for name in after if name != "out"]
-        assert all(name.startswith(".out.") for name in hidden), (number, after)
-        assert len(hidden) <= 1, (number, after)
-    taken = [again for _, left, again, _, _ in steps if "out.partial" in left]
-    assert taken == sorted(taken)
-    assert taken[-1] == total
