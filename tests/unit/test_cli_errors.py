@@ -1,6 +1,9 @@
 """What the command says of wrong input: to a person, and by --json to a program."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,25 @@ def test_one_of_several_processes_writes_the_document(
     printed = capsys.readouterr()
     assert bool(printed.out) == (rank == "0")
     assert "nothing-here" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("inspect nothing-here --json | true", 2),
+        ("nonsense --json | true", 2),
+        ("inspect nothing-here --json >&-", 2),
+        ("inspect nothing-here 2>&-", 2),
+        ("--version >&-", 0),
+    ],
+)
+def test_streams_that_are_closed(command: str, status: int) -> None:
+    program = f"{sys.executable} -m megatron.bridge {command}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
 
 
 def test_a_folder_of_the_other_kind(

@@ -23,8 +23,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     from typer.exceptions import TyperException
 
-    from megatron.bridge.cli.outcome import INTERRUPTED, misused, terminable
+    from megatron.bridge.cli.outcome import INTERRUPTED, misused, print_somewhere, terminable
 
+    print_somewhere()
     given = sys.argv[1:] if args is None else list(args)
     try:
         with terminable():

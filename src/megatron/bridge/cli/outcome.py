@@ -61,8 +61,7 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as error:
             _end(INTERRUPTED, error, "interrupted", as_json=as_json)
         except BrokenPipeError:
-            # What Python flushes at exit must not meet the broken pipe again.
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+            _print_nothing_more()
             raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
             _end(BAD_INPUT, error, f"error: {_describe(error)}", as_json=as_json)
@@ -97,7 +96,15 @@ def _show_document(status: int, error: BaseException, message: str, *, as_json: 
     """With --json. Of the processes that torchrun started, one has the stdout that all share."""
     if as_json and not output.shown.get() and os.environ.get("RANK", "0") == "0":
         said = {"kind": type(error).__name__, "message": message, "exit_status": status}
-        output.write_document(sys.stdout, {"error": said})
+        try:
+            output.write_document(sys.stdout, {"error": said})
+        except BrokenPipeError:
+            _print_nothing_more()
+
+
+def _print_nothing_more() -> None:
+    """The reader went away: what Python flushes at exit must not meet the broken pipe again."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 
 def _describe(error: OSError) -> str:
@@ -107,6 +114,13 @@ def _describe(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}{reason}; make room and run it again"
     return f"{where}{reason}"
+
+
+def print_somewhere() -> None:
+    """Let there be streams: Python has none where the caller has closed them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 @contextmanager
