@@ -1,5 +1,6 @@
 """Conversions that end early: a full disk, a source that changes, Ctrl-C. There is no target."""
 
+import json
 import os
 import resource
 import shutil
@@ -162,5 +163,10 @@ def test_ctrl_c(
     assert "out.partial; go on with --resume" in said
     assert "Traceback" not in said
     assert names(folder) == ["hf", "megatron", "out.partial"]
-    assert main([*args, "--resume", "--verify"]) == 0
+    assert main([*args, "--resume", "--verify", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    resumed = done["written"]["resumed_bytes"]
+    assert 0 < resumed < done["bytes"]
+    moved = done["gigabytes_per_second"] * 1e9 * done["seconds"]
+    assert moved == pytest.approx(done["bytes"] - resumed)
     assert names(folder) == ["hf", "megatron", "out"]

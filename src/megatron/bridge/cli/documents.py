@@ -93,6 +93,7 @@ def conversion_document(command: str, source: str, done: Converted, seconds: flo
     written = plan.megatron if command == "import" else done.hf
     hf_bytes = sum(spec.nbytes for spec in done.hf.values())
     size = plan.megatron_bytes if command == "import" else hf_bytes
+    moved = max(0, size - done.written.resumed_bytes)
     return {
         "command": command,
         "source": source,
@@ -112,7 +113,7 @@ def conversion_document(command: str, source: str, done: Converted, seconds: flo
         "keys": len(written),
         "bytes": size,
         "seconds": seconds,
-        "gigabytes_per_second": gigabytes_per_second(size, seconds),
+        "gigabytes_per_second": gigabytes_per_second(moved, seconds),
     }
 
 

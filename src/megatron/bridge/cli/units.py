@@ -38,7 +38,7 @@ def format_bytes(size: float) -> str:
     return f"{size:.2f} TB"
 
 
-def format_rate(size: int, seconds: float) -> str:
+def format_rate(size: float, seconds: float) -> str:
     """``1.10 GB/s``."""
     return f"{format_bytes(size / max(seconds, 1e-9))}/s"
 

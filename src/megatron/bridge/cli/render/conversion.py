@@ -33,7 +33,7 @@ def render_conversion(document: Mapping[str, Any]) -> RenderableType:
                 ),
                 ("verified", "read back, bit by bit" if written["verified"] else None),
                 ("seconds", f"{document['seconds']:.2f}"),
-                ("speed", format_rate(size, document["seconds"])),
+                ("speed", format_rate(document["gigabytes_per_second"] * 1e9, 1)),
             ],
         )
     ]
