@@ -54,6 +54,19 @@ def test_an_error_is_a_document(
     assert capsys.readouterr().out == ""
 
 
+def test_the_names_that_options_take_are_those_that_the_library_knows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Options list them on their own, since their help must not wait for torch."""
+    from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
+    from megatron.bridge.verification.logits import TOLERANCES
+
+    for args, names in ((["import", "x", "y", "--experts"], ExpertLayout),
+                        (["compare", "x", "--dtype"], TOLERANCES)):  # fmt: skip
+        assert main([*args, "?"]) == 2
+        assert capsys.readouterr().err.endswith(f"'?' is none of {', '.join(names)}\n")
+
+
 def test_a_fault_of_the_program_is_a_document(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
