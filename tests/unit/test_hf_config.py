@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
 from megatron.bridge.models.qwen_vl.settings import qwen_vl_settings
 from released_configs import QWEN3_VL_2B, QWEN3_VL_30B_A3B
 
-ROPE_2B = Rope(5e6, (24, 20, 20), interleaved=True, partial_rotary_factor=1.0, rope_type="default")
+ROPE_2B = Rope(5e6, (24, 20, 20), partial_rotary_factor=1.0, rope_type="default", scaling={})
 
 
 @pytest.fixture
@@ -43,15 +44,30 @@ def test_values(data: dict[str, Any]) -> None:
 
 
 def test_missing_value_names_file_and_key(tmp_path: Path, data: dict[str, Any]) -> None:
-    del data["text_config"]["head_dim"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(data))
     for config in (HFConfig.from_file(path), HFConfig.from_file(tmp_path)):
         with pytest.raises(ConfigError) as caught:
-            config.text.require("head_dim", int)
+            config.text.require("number_of_heads", int)
         assert str(caught.value) == (
-            f"{path}: text_config.head_dim is missing; expected a value of type int"
+            f"{path}: text_config.number_of_heads is missing; expected a value of type int"
         )
+
+
+def test_what_transformers_refuses_has_no_defaults(data: dict[str, Any]) -> None:
+    del data["text_config"]["rope_scaling"]
+    data["text_config"]["num_hidden_layers"] = "many"
+    reason = r"rope_type is missing; .*\(transformers gives no default: .*num_hidden_layers"
+    with pytest.raises(ConfigError, match=reason):
+        HFConfig.from_dict(data).text.require("rope_parameters.rope_type", str)
+
+
+@pytest.mark.parametrize("count", [10**12, 10**400])
+def test_no_list_is_made_of_a_hostile_count(data: dict[str, Any], count: int) -> None:
+    data |= {"model_type": "qwen3_5"}
+    data["text_config"]["num_hidden_layers"] = count
+    with pytest.raises(ConfigError, match=r"num_hidden_layers = .* is more than any model has"):
+        HFConfig.from_dict(data).text.require("layer_types", list)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +81,12 @@ def test_wrong_type(data: dict[str, Any], value: object, kind: type) -> None:
 
 
 def test_null_is_absent(data: dict[str, Any]) -> None:
-    data["text_config"]["head_dim"] = None
+    data["text_config"] |= {"head_dim": None, "x": None}
     config = HFConfig.from_dict(data)
     assert not config.has("text_config.head_dim")
+    assert not config.has("text_config.x")
     with pytest.raises(ConfigError, match="is missing"):
-        config.require("text_config.head_dim", int)
+        config.require("text_config.x", int)
 
 
 def test_optional_values(data: dict[str, Any]) -> None:
@@ -81,10 +98,21 @@ def test_optional_values(data: dict[str, Any]) -> None:
     assert not config.has("architectures.0.x")
 
 
-@pytest.mark.parametrize("value", [[], [3], None])
+@pytest.mark.parametrize("value", [[3], "Qwen3VLForConditionalGeneration", {}])
 def test_no_architecture(data: dict[str, Any], value: object) -> None:
     data["architectures"] = value
     with pytest.raises(ConfigError, match="architectures"):
+        _ = HFConfig.from_dict(data).architecture
+
+
+@pytest.mark.parametrize("value", [[], None])
+def test_the_architecture_follows_from_the_model_type(data: dict[str, Any], value: object) -> None:
+    data["architectures"] = value
+    assert HFConfig.from_dict(data).architecture == "Qwen3VLForConditionalGeneration"
+    data["model_type"] = "qwen3_5_moe"
+    assert HFConfig.from_dict(data).architecture == "Qwen3_5MoeForConditionalGeneration"
+    data["model_type"] = "unheard_of"
+    with pytest.raises(ConfigError, match="architectures (is missing|must be a list)"):
         _ = HFConfig.from_dict(data).architecture
 
 
@@ -104,24 +132,31 @@ def test_rope_in_either_form(data: dict[str, Any], form: str) -> None:
         text["rope_parameters"] = text["rope_scaling"] | {"rope_theta": text["rope_theta"]}
     elif form == "new":
         data = new_form(data)
-    assert HFConfig.from_dict(data).rope() == ROPE_2B
+    assert read_rope(HFConfig.from_dict(data)) == ROPE_2B
 
 
 @pytest.mark.parametrize("key", ["rope_theta", "mrope_section", "mrope_interleaved", "rope_type"])
 @pytest.mark.parametrize("form", ["old", "new"])
 def test_rope_value_missing(data: dict[str, Any], form: str, key: str) -> None:
+    """Then it is the one that transformers fills in."""
+    from transformers import AutoConfig
+
     if form == "new":
         data = new_form(data)
     text = data["text_config"]
     parent = text["rope_parameters"] if form == "new" else text["rope_scaling"]
     (text if key in text else parent).pop(key)
-    with pytest.raises(ConfigError, match=rf"text_config\.rope_\w+\.{key} is missing"):
-        HFConfig.from_dict(data).rope()
+    found = read_rope(HFConfig.from_dict(data))
+    values = {name: value for name, value in data.items() if name != "model_type"}
+    expected = AutoConfig.for_model("qwen3_vl", **copy.deepcopy(values)).text_config.rope_parameters
+    assert found.theta == expected["rope_theta"]
+    assert found.rope_type == expected["rope_type"]
+    assert found.mrope_section == (24, 20, 20)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rope_theta", 1e4), ("mrope_section", [22, 21, 21]), ("mrope_interleaved", False)],
+    [("rope_theta", 1e4), ("mrope_section", [22, 21, 21]), ("rope_type", "yarn")],
 )
 def test_rope_forms_that_disagree(data: dict[str, Any], key: str, value: object) -> None:
     text = data["text_config"]
@@ -129,7 +164,7 @@ def test_rope_forms_that_disagree(data: dict[str, Any], key: str, value: object)
         text["rope_scaling"] | {"rope_theta": text["rope_theta"]} | {key: value}
     )
     with pytest.raises(ConfigError, match=rf"contradictory values: .*{key} = .*{key} = "):
-        HFConfig.from_dict(data).rope()
+        read_rope(HFConfig.from_dict(data))
 
 
 @pytest.mark.parametrize("form", ["old", "new"])
@@ -143,12 +178,13 @@ def test_rope_forms_that_disagree(data: dict[str, Any], key: str, value: object)
 def test_rope_value_that_makes_no_sense(
     data: dict[str, Any], form: str, key: str, value: float
 ) -> None:
+    data["model_type"] = "qwen3_5"  # the other families do not read the second key
     if form == "new":
         data = new_form(data, **{key: value})
     else:
         data["text_config"][key] = value
     with pytest.raises(ConfigError, match=rf"text_config\.(\w+\.)?{key} must be a number above 0"):
-        HFConfig.from_dict(data).rope()
+        read_rope(HFConfig.from_dict(data))
 
 
 @pytest.mark.parametrize("value", [0, -1e-6, float("nan"), float("inf")])
@@ -185,26 +221,40 @@ def test_more_experts_for_a_token_than_there_are() -> None:
 
 def test_no_rope(data: dict[str, Any]) -> None:
     del data["text_config"]["rope_scaling"]
-    with pytest.raises(ConfigError, match="rope_parameters is missing"):
-        HFConfig.from_dict(data).rope()
+    assert read_rope(HFConfig.from_dict(data)) == ROPE_2B
 
 
-@pytest.mark.parametrize("section", [[], [1, -1], [1.0], ["a"], [True]])
+@pytest.mark.parametrize("section", [[1, 2], [1, -1, 2], [1.0, 2, 3], ["a", 1, 2], [True, 1, 2]])
 def test_rope_section_that_is_none(data: dict[str, Any], section: list[object]) -> None:
     data["text_config"]["rope_scaling"]["mrope_section"] = section
-    with pytest.raises(ConfigError, match="mrope_section must be a list of counts"):
-        HFConfig.from_dict(data).rope()
+    with pytest.raises(ConfigError, match="mrope_section must be a list of three counts"):
+        read_rope(HFConfig.from_dict(data))
 
 
-def test_partial_rotary_is_never_guessed(data: dict[str, Any]) -> None:
+def test_partial_rotary(data: dict[str, Any]) -> None:
+    """Read only where transformers reads it, and filled in as it does."""
+    data["text_config"]["partial_rotary_factor"] = 0.5
+    assert read_rope(HFConfig.from_dict(data)).partial_rotary_factor == 1.0
     data["model_type"] = "qwen3_5"
-    with pytest.raises(ConfigError, match="partial_rotary_factor is missing"):
-        HFConfig.from_dict(data).rope()
-    partial = HFConfig.from_dict(new_form(data, partial_rotary_factor=0.25))
-    assert partial.rope().partial_rotary_factor == 0.25
-    del data["text_config"]["rope_parameters"]["partial_rotary_factor"]
-    data["text_config"]["partial_rotary_factor"] = 0.25  # where the old form has it
-    assert HFConfig.from_dict(data).rope().partial_rotary_factor == 0.25
+    assert read_rope(HFConfig.from_dict(data)).partial_rotary_factor == 0.5
+    del data["text_config"]["partial_rotary_factor"]
+    assert read_rope(HFConfig.from_dict(data)).partial_rotary_factor == 0.25
+    partial = HFConfig.from_dict(new_form(data, partial_rotary_factor=0.75))
+    assert read_rope(partial).partial_rotary_factor == 0.75
+
+
+@pytest.mark.parametrize("form", ["old", "new"])
+def test_scaled_rope(data: dict[str, Any], form: str) -> None:
+    """The parameters of the type, as transformers completes them."""
+    changes = {"rope_type": "yarn", "factor": 4.0}
+    data = new_form(data, **changes)
+    if form == "old":
+        text = data["text_config"]
+        text["rope_scaling"] = text.pop("rope_parameters")
+        text["rope_scaling"]["type"] = text["rope_scaling"].pop("rope_type")
+    rope = read_rope(HFConfig.from_dict(data))
+    assert rope.rope_type == "yarn"
+    assert rope.scaling == {"factor": 4.0, "original_max_position_embeddings": 262144}
 
 
 def test_transformers_object(data: dict[str, Any]) -> None:
@@ -215,7 +265,7 @@ def test_transformers_object(data: dict[str, Any]) -> None:
     before = given.to_dict()
     config = HFConfig.from_transformers(given)
     assert config.architecture == "Qwen3VLForConditionalGeneration"
-    assert config.rope() == ROPE_2B
+    assert read_rope(config) == ROPE_2B
     assert given.to_dict() == before
 
 

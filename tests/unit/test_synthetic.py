@@ -13,6 +13,7 @@ import pytest
 from megatron.bridge.errors import InputError, TargetExists, UnsupportedModel
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.models.qwen_vl.rope_config import read_rope
 from megatron.bridge.synthetic import FAMILIES, make_model
 from megatron.bridge.synthetic.disk_tensors import RandomTensor
 from megatron.bridge.synthetic.settings import parse_assignments, resolve_settings
@@ -94,7 +95,11 @@ def test_new_form_of_rope(tmp_path: Path) -> None:
     text = vlm.hf_config.text
     assert not text.has("rope_scaling")
     assert not text.has("rope_theta")
-    assert vlm.hf_config.rope().theta == vlm.config.text_config.rope_parameters["rope_theta"] == 1e4
+    assert (
+        read_rope(vlm.hf_config).theta
+        == vlm.config.text_config.rope_parameters["rope_theta"]
+        == 1e4
+    )
 
 
 def test_an_image(vlm: PreTrainedVLM) -> None:

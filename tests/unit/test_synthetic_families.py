@@ -14,6 +14,7 @@ from megatron.bridge.checkpoint.safetensors_writer import tensor_bytes
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from megatron.bridge.models.qwen_vl.rope_config import read_rope
 from megatron.bridge.synthetic import FAMILIES, make_model
 from megatron.bridge.synthetic.disk_tensors import RandomTensor, disk_tensors
 from megatron.bridge.synthetic.settings import resolve_settings
@@ -192,7 +193,7 @@ def test_released_layout_of_qwen3_5(tmp_path: Path, family: str) -> None:
     assert not any("deepstack" in name for name in index)
     config = HFConfig.from_file(tmp_path / "tiny")
     assert config.vision.require("deepstack_visual_indexes", list) == []
-    assert config.rope().partial_rotary_factor == 0.25
+    assert read_rope(config).partial_rotary_factor == 0.25
     text = config.text
     types = text.require("layer_types", list)
     assert [number for number, kind in enumerate(types) if kind == "full_attention"] == [3]

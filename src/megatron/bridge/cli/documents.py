@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from megatron.bridge.inspection.hf_folder import HFReport
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.summary import FileSummary, TensorSummary
-    from megatron.bridge.models.hf_pretrained.config import Rope
     from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8
+    from megatron.bridge.models.qwen_vl.rope_config import Rope
     from megatron.bridge.verification.distance import Distance
     from megatron.bridge.verification.logits import CompareReport
     from megatron.bridge.verification.report import FastReport, VerifyReport
@@ -246,7 +246,7 @@ def _rope(rope: Rope) -> Document:
     return {
         "theta": rope.theta,
         "mrope_section": list(rope.mrope_section),
-        "interleaved": rope.interleaved,
+        "interleaved": True,
         "partial_rotary_factor": rope.partial_rotary_factor,
         "rope_type": rope.rope_type,
     }

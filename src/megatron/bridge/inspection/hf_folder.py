@@ -16,7 +16,7 @@ from megatron.bridge.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
+from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import (
     BlockFP8,
     dequantized_view,
@@ -26,6 +26,7 @@ from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
+from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
 from megatron.bridge.models.qwen_vl.rows import HF_MTP
 
 type Origin = Literal["files", "hub headers", "config", "checkpoint"]
@@ -239,7 +240,7 @@ def _mtp(
 
 def _rope(config: HFConfig) -> tuple[Rope | None, ConfigError | None]:
     try:
-        return config.rope(), None
+        return read_rope(config), None
     except ConfigError as error:
         return None, error
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.row_summary import RowSummary
     from megatron.bridge.inspection.summary import TensorSummary
-    from megatron.bridge.models.hf_pretrained.config import Rope
     from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
+    from megatron.bridge.models.qwen_vl.rope_config import Rope
 
 _ORIGINS = {
     "files": "headers of the files",
@@ -188,10 +188,10 @@ def _settings(values: Mapping[str, Any]) -> str | None:
 
 
 def _rope(rope: Rope) -> str:
-    order = "interleaved" if rope.interleaved else "in blocks"
+    scaling = "".join(f", {key} {quoted(value)}" for key, value in rope.scaling.items())
     return (
-        f"{rope.rope_type}, theta {rope.theta:g}, mrope section {list(rope.mrope_section)} "
-        f"{order}, {rope.partial_rotary_factor:g} of each head"
+        f"{rope.rope_type}{scaling}, theta {rope.theta:g}, mrope section "
+        f"{list(rope.mrope_section)} interleaved, {rope.partial_rotary_factor:g} of each head"
     )
 
 

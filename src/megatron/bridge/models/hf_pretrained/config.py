@@ -1,12 +1,14 @@
-"""config.json as plain JSON with strict access: nothing is filled in, an error names its key."""
+"""config.json as plain JSON with strict access: an error names its key.
+
+What the file leaves out and transformers fills in has the value that transformers' own config
+class gives it; everything else that is missing is an error.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +17,7 @@ from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
+from megatron.bridge.models.hf_pretrained.transformers_defaults import TransformersDefaults
 from megatron.bridge.quoting import is_name, quoted
 
 if TYPE_CHECKING:
@@ -24,39 +27,25 @@ CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_COUNT = (1 << 31) - 1
 
-# These formats rotate the whole head and have no key to say otherwise.
-_FULL_ROTARY_MODEL_TYPES = frozenset({"qwen3_vl", "qwen3_vl_moe"})
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary embedding of the text model.
-
-    `theta` is the base. `mrope_section` counts the rotary frequencies of the axes (time, height,
-    width); `interleaved` says that they alternate instead of lying in three blocks. The first
-    `partial_rotary_factor` of each head's dimensions is rotated.
-    """
-
-    theta: float
-    mrope_section: tuple[int, ...]
-    interleaved: bool
-    partial_rotary_factor: float
-    rope_type: str
-
 
 class HFConfig:
     """A read-only view of a model's config.json, or of one object inside it.
 
     Keys are dotted paths ("text_config.num_hidden_layers"). A JSON null counts as absent, as it
-    does in transformers. What was given is copied and never changed.
+    does in transformers. A key that is absent has the value of transformers' own config class,
+    where that has one. What was given is copied and never changed.
     """
 
     def __init__(self, data: Mapping[str, Any], origin: str, prefix: str = "") -> None:
         """`origin` and the dotted `prefix` are for error messages only."""
         self._data = copy.deepcopy(dict(data))
         self._prefix = prefix
+        self._defaults = TransformersDefaults(self._data)
+        self._filled_in: dict[str, Any] = {}
         self.origin = origin
         """Where the config comes from: a path, or a description."""
+        self.root = self
+        """The whole config, of which this may be a part."""
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -86,21 +75,8 @@ class HFConfig:
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig) -> Self:
-        """View a transformers config object.
-
-        An object made in memory does not say its architecture; then it is the one that
-        transformers itself would load for its model type.
-        """
-        from transformers.models.auto.modeling_auto import (
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        )
-
-        data = config.to_dict()
-        if not data.get("architectures"):
-            architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-            if isinstance(architecture, str):
-                data["architectures"] = [architecture]
-        return cls(data, f"{type(config).__name__} object")
+        """View a transformers config object."""
+        return cls(config.to_dict(), f"{type(config).__name__} object")
 
     @property
     def data(self) -> dict[str, Any]:
@@ -109,7 +85,12 @@ class HFConfig:
 
     @property
     def architecture(self) -> str:
-        """The model class to load, the first of `architectures`."""
+        """The model class to load, the first of `architectures`.
+
+        Where the file names none, the one that transformers loads for the model type.
+        """
+        if not self.states("architectures") and (known := self._defaults.architecture):
+            return known
         names = self.require("architectures", list)
         if not names or not is_name(names[0]):
             raise ConfigError(
@@ -142,8 +123,8 @@ class HFConfig:
 
         Raises ConfigError for one that is no dtype.
         """
-        parents = ["", "text_config"]
-        keys = [key for name in ("dtype", "torch_dtype") for key in _paths(name, parents)]
+        parents = ("", "text_config.")
+        keys = [parent + name for name in ("dtype", "torch_dtype") for parent in parents]
         stated = {key: self.require(key, str) for key in keys if self.has(key)}
         for key, name in stated.items():
             if name not in TORCH_NAMES:
@@ -164,15 +145,29 @@ class HFConfig:
         return self.section("vision_config")
 
     def section(self, path: str) -> Self:
-        """The view of an object inside; its errors keep the full dotted path."""
+        """The view of an object inside; its errors keep the full dotted path.
+
+        Raises ConfigError if the file does not state it: what is in it would all be invented.
+        """
+        if not self.has(path):
+            raise self._missing(path, dict)
         view = copy.copy(self)
         view._data = self._typed(path, dict)
         view._prefix = f"{self._dotted(path)}."
         return view
 
     def has(self, path: str) -> bool:
-        """Whether the key is there and not null."""
+        """Whether the file states the key, and not as null."""
         return self._find(path) is not None
+
+    def states(self, path: str) -> bool:
+        """Whether the file states the key, and neither as null nor as an empty list."""
+        return self._find(path) not in (None, [])
+
+    @property
+    def filled_in(self) -> Mapping[str, Any]:
+        """What was asked for, is not in the file, and transformers gave a value for, by path."""
+        return self._filled_in
 
     def require[T](self, path: str, kind: type[T]) -> T:
         """The value at `path`, of the JSON type `kind`: bool, int, float, str, list or dict.
@@ -182,14 +177,20 @@ class HFConfig:
         """
         return copy.deepcopy(self._typed(path, kind))
 
+    def require_any(self, path: str) -> Any:
+        """The value at `path`, of whatever JSON type. Raises ConfigError if it is missing."""
+        return copy.deepcopy(self._known(path, object))
+
+    def completed(self, path: str) -> Any:
+        """The value at `path` as transformers completes it, the stated parts included.
+
+        None where transformers does not know the key, or refuses the config.
+        """
+        return copy.deepcopy(self._defaults.completed(self._dotted(path)))
+
     def _typed[T](self, path: str, kind: type[T]) -> T:
         """The value itself, see `require`."""
-        value = self._find(path)
-        if value is None:
-            raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} is missing; expected a value of type "
-                f"{kind.__name__}"
-            )
+        value = self._known(path, kind)
         if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind:
@@ -212,13 +213,18 @@ class HFConfig:
             )
         return value
 
-    def positive(self, path: str, limit: float = inf) -> float:
-        """A finite number above 0 and at most `limit`; as `count`, for what need not be whole."""
+    def positive(self, path: str, limit: float = inf, *, least: float | None = None) -> float:
+        """A finite number above 0, or from `least` on, and at most `limit`.
+
+        As `count`, for what need not be whole.
+        """
         value = self.require(path, float)
-        if not (isfinite(value) and 0 < value <= limit):
+        fits = value > 0 if least is None else value >= least
+        if not (isfinite(value) and fits and value <= limit):
             most = "finite" if limit == inf else f"at most {limit:g}"
+            start = "above 0" if least is None else f"from {least:g} on"
             raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} must be a number above 0, and {most}; "
+                f"{self.origin}: {self._dotted(path)} must be a number {start}, and {most}; "
                 f"found {quoted(value)}"
             )
         return value
@@ -239,68 +245,65 @@ class HFConfig:
     def get[T](self, path: str, default: T) -> T:
         """The value at `path`, of the type of `default`, or `default` where the key is absent.
 
-        Only for keys that the format itself declares optional, with this default.
+        Only for keys that transformers does not know: it has the defaults of all others.
         """
         return self.require(path, type(default)) if self.has(path) else default
 
-    def rope(self) -> Rope:
-        """The text model's rotary embedding, of a whole model's config, in either form.
+    def agreed[T](self, paths: Sequence[str], read: Callable[[str], T]) -> T:
+        """The one value that all of these places state, each read by its path.
 
-        New form: `text_config.rope_parameters`. Old form: `text_config.rope_scaling` and
-        `text_config.rope_theta`. Raises ConfigError if a value is missing, no base or part of a
-        rotation, or stated twice and differently.
+        Where none is stated, what transformers fills in for the first. Raises ConfigError, naming
+        the places, if two differ.
         """
-        text = self.text
-        forms = [name for name in ("rope_parameters", "rope_scaling") if text.has(name)]
-        if not forms:
-            raise ConfigError(
-                f"{self.origin}: {text._dotted('rope_parameters')} is missing, and so is its older "
-                f"form {text._dotted('rope_scaling')}"
-            )
-        section = text._agreed("mrope_section", forms, partial(text.require, kind=list))
-        if not section or not all(type(size) is int and size >= 0 for size in section):
-            raise ConfigError(
-                f"{self.origin}: {text._dotted(forms[0])}.mrope_section must be a list of counts, "
-                f"found {quoted(section)}"
-            )
-        anywhere = [*forms, ""]
-        full_rotary = self.model_type in _FULL_ROTARY_MODEL_TYPES and not any(
-            text.has(path) for path in _paths("partial_rotary_factor", anywhere)
-        )
-        share = partial(text.positive, limit=1.0)
-        return Rope(
-            theta=text._agreed("rope_theta", anywhere, text.positive),
-            mrope_section=tuple(section),
-            interleaved=text._agreed("mrope_interleaved", forms, partial(text.require, kind=bool)),
-            partial_rotary_factor=(
-                1.0 if full_rotary else text._agreed("partial_rotary_factor", anywhere, share)
-            ),
-            rope_type=text._agreed("rope_type", forms, partial(text.require, kind=str)),
-        )
-
-    def _agreed[T](self, key: str, parents: Iterable[str], read: Callable[[str], T]) -> T:
-        """The one value that all places which state `key` state, each read by its path."""
-        paths = _paths(key, parents)
         stated = {path: read(path) for path in paths if self.has(path)}
         if not stated:
-            return read(paths[0])  # raises, naming the first place
+            return read(paths[0])
         first, *others = stated.values()
         if any(value != first for value in others):
-            values = ", ".join(f"{self._dotted(path)} = {quoted(v)}" for path, v in stated.items())
-            raise ConfigError(f"{self.origin}: contradictory values: {values}")
+            raise self._contradiction({self._dotted(path): v for path, v in stated.items()})
         return first
+
+    def _known(self, path: str, kind: type) -> Any:
+        """What the file states, or transformers fills in. Raises ConfigError if neither does."""
+        value = self._find(path)
+        if value is None:
+            full = self._dotted(path)
+            value = self._defaults.get(full)
+            if value is None:
+                raise self._missing(path, kind)
+            self._filled_in[full] = value
+        return value
+
+    def _missing(self, path: str, kind: type) -> ConfigError:
+        refused = self._defaults.refusal
+        why = f" (transformers gives no default: {refused})" if refused else ""
+        return ConfigError(
+            f"{self.origin}: {self._dotted(path)} is missing; expected a value of type "
+            f"{kind.__name__}{why}"
+        )
 
     def _dotted(self, path: str) -> str:
         return self._prefix + path
 
     def _find(self, path: str) -> Any:
-        value: Any = self._data
-        for key in path.split("."):
-            if not isinstance(value, dict):
-                return None
-            value = value.get(key)
-        return value
+        """What the file states, under any name that transformers takes for the same value.
 
+        Raises ConfigError if it states two that differ.
+        """
+        stated = {}
+        for full in self._defaults.names(self._dotted(path)):
+            value: Any = self._data
+            for key in full.removeprefix(self._prefix).split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                stated[full] = value
+        first, *others = stated.values() or [None]
+        if any(value != first for value in others):
+            raise self._contradiction(stated)
+        return first
 
-def _paths(key: str, parents: Iterable[str]) -> list[str]:
-    return [f"{parent}.{key}" if parent else key for parent in parents]
+    def _contradiction(self, stated: Mapping[str, Any]) -> ConfigError:
+        values = ", ".join(f"{path} = {quoted(value)}" for path, value in stated.items())
+        return ConfigError(
+            f"{self.origin}: contradictory values: {values}; remove the one that is wrong"
+        )

@@ -44,6 +44,7 @@ class Qwen3VLModelProvider(ModelProvider):
     normalization: str = "RMSNorm"
     layernorm_epsilon: float = 1e-6
     gated_linear_unit: bool = True
+    hidden_act: str = "silu"
     activation_func: Callable[[Tensor], Tensor] = F.silu
     add_bias_linear: bool = False
     add_qkv_bias: bool = False

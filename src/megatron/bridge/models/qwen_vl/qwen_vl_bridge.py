@@ -16,6 +16,7 @@ from megatron.bridge.models.conversion.model_bridge import (
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.config_keys import check_keys
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DECODER_EXPERTS,
     MTP_EXPERTS,
@@ -45,6 +46,11 @@ class QwenVLBridge(MegatronModelBridge):
     @abstractmethod
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
         """The rows of the family for files laid out like `disk`."""
+
+    def check(self, config: HFConfig) -> None:
+        """As every bridge; also each key that has one value which can be converted."""
+        super().check(config)
+        check_keys(config)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """The rows of the family for files as they are released."""

@@ -11,6 +11,7 @@ from megatron.bridge.models.conversion.structure import (
     ModelStructure,
 )
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.config_keys import HYBRID, MOE, Derived, uses_of
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertSizes
 from megatron.bridge.models.qwen_vl.rows import (
     ATTENTION_BIAS,
@@ -64,9 +65,9 @@ def qwen_vl_structure(
     vision_heads = vision.count("num_heads", MAX_PARTS)
     vision_fields = AttentionFields(vision_heads, vision_heads, vision_hidden // vision_heads)
     features = set()
-    if text.get("attention_bias", False):
+    if text.require("attention_bias", bool):
         features.add(ATTENTION_BIAS)
-    if not config.get("tie_word_embeddings", False):
+    if not config.require("tie_word_embeddings", bool):
         features.add(UNTIED_OUTPUT)
     if with_mtp:
         features.add(WITH_MTP)
@@ -94,12 +95,12 @@ def qwen_vl_structure(
 
 def has_experts(text: HFConfig) -> bool:
     """Whether a text config describes a mixture of experts."""
-    return text.has("moe_intermediate_size")
+    return text.root.model_type in MOE
 
 
 def has_delta_net(text: HFConfig) -> bool:
     """Whether a text config describes Gated DeltaNet layers."""
-    return text.has("linear_num_value_heads")
+    return text.root.model_type in HYBRID
 
 
 def expert_sizes(text: HFConfig) -> ExpertSizes:
@@ -137,7 +138,10 @@ def decoder_layers(text: HFConfig) -> tuple[int, ...]:
 
 def deepstack_layers(vision: HFConfig) -> list[int]:
     """The vision layers that hand features to the text model; one merger each."""
-    layers = vision.list_of("deepstack_visual_indexes", int, default=[])
+    key = "deepstack_visual_indexes"
+    if not isinstance(uses_of(vision, "vision_config").get(key), Derived):
+        return []
+    layers = vision.list_of(key, int)
     depth = vision.count("depth")
     if len(set(layers)) < len(layers) or not all(0 <= layer < depth for layer in layers):
         raise ConfigError(
@@ -172,8 +176,10 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
     """
     if not has_experts(text):
         return {DENSE_MLP: layers, SPARSE_MLP: ()}
-    step = text.get("decoder_sparse_step", 1)
-    dense = set(text.list_of("mlp_only_layers", int, default=[]))
+    if not isinstance(uses_of(text, "text_config").get("mlp_only_layers"), Derived):
+        return {SPARSE_MLP: layers, DENSE_MLP: ()}
+    step = text.require("decoder_sparse_step", int)
+    dense = set(text.list_of("mlp_only_layers", int))
     if step < 1 or not dense <= set(layers):
         raise ConfigError(
             f"{text.origin}: text_config.decoder_sparse_step {quoted(step)} and mlp_only_layers "
@@ -189,9 +195,7 @@ def padded_vocabulary(vocab_size: int, divisible_by: int = 128) -> int:
 
 
 def _experts(text: HFConfig) -> int:
-    # Qwen3-VL-MoE files name it in either way, by the version that saved them.
-    key = "num_local_experts" if text.has("num_local_experts") else "num_experts"
-    return text.count(key, MAX_PARTS)
+    return text.count("num_experts", MAX_PARTS)
 
 
 def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields:
@@ -240,7 +244,7 @@ def _language_dims(
     if has_experts(text):
         intermediate = text.count("moe_intermediate_size")
         dims |= {"E": fields.num_moe_experts, "Ie": intermediate, "2Ie": 2 * intermediate}
-    if text.has("shared_expert_intermediate_size"):
+    if has_experts(text) and has_delta_net(text):
         dims["Is"] = text.count("shared_expert_intermediate_size")
     if has_delta_net(text):
         keys = fields.linear_num_key_heads * fields.linear_key_head_dim

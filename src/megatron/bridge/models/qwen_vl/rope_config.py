@@ -1,0 +1,91 @@
+"""The rotary embedding of the text model, as a config states it and transformers completes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.config_keys import MROPE_SECTION, PARTIAL_ROTARY
+from megatron.bridge.quoting import quoted
+
+_FORMS = ("rope_parameters", "rope_scaling")
+"""Where the parameters stand: since transformers 5, and before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding of the text model.
+
+    theta: the base. mrope_section: rotary frequencies of the axes (time, height, width), which
+    always alternate. partial_rotary_factor: the part of each head that is rotated, from its start.
+    rope_type: how the frequencies are scaled. scaling: the parameters of that type, by the names
+    that transformers gives them; empty for "default".
+    """
+
+    theta: float
+    mrope_section: tuple[int, ...]
+    partial_rotary_factor: float
+    rope_type: str
+    scaling: dict[str, Any]
+
+
+def read_rope(config: HFConfig) -> Rope:
+    """The text model's rotary embedding, of a whole model's config, in either form.
+
+    New form: `text_config.rope_parameters`. Old form: `text_config.rope_scaling` and
+    `text_config.rope_theta`. Raises ConfigError for a value that is no base, part or section, or
+    that is stated twice and differently.
+    """
+    text = config.text
+    theta = text.agreed(_places("rope_theta", anywhere=True), text.positive)
+    sections = _places("mrope_section")
+    if any(map(text.has, sections)):
+        section = text.agreed(sections, partial(text.require, kind=list))
+    else:
+        section = list(MROPE_SECTION[config.model_type])
+    if len(section) != 3 or not all(type(size) is int and size >= 0 for size in section):
+        raise ConfigError(
+            f"{config.origin}: text_config.{_FORMS[0]}.mrope_section must be a list of three "
+            f"counts, found {quoted(section)}"
+        )
+    rotated = 1.0
+    if config.model_type in PARTIAL_ROTARY:
+        places = _places("partial_rotary_factor", anywhere=True)
+        rotated = text.agreed(places, partial(text.positive, limit=1.0))
+    kinds = [place for name in ("rope_type", "type") for place in _places(name)]
+    kind = text.agreed(kinds, partial(text.require, kind=str))
+    return Rope(theta, tuple(section), rotated, kind, _scaling(text, kind))
+
+
+def read_vision_theta(vision: HFConfig) -> float | None:
+    """The base of the vision tower's rotation, where the config states one."""
+    places = _places("rope_theta", anywhere=True)
+    return vision.agreed(places, vision.positive) if any(map(vision.has, places)) else None
+
+
+def _places(key: str, *, anywhere: bool = False) -> list[str]:
+    """Where a parameter may stand in the text config."""
+    return [*(f"{form}.{key}" for form in _FORMS), *([key] if anywhere else [])]
+
+
+def _scaling(text: HFConfig, kind: str) -> dict[str, Any]:
+    if kind == "default":
+        return {}
+    completed = text.completed(_FORMS[0])
+    stated = next((text.completed(form) for form in _FORMS if text.has(form)), {})
+    known = completed if isinstance(completed, dict) else stated
+    return {key: value for key, value in known.items() if key not in _COMMON}
+
+
+_COMMON = (
+    "type",
+    "rope_type",
+    "rope_theta",
+    "mrope_section",
+    "mrope_interleaved",
+    "partial_rotary_factor",
+)
+"""Parameters of every type."""
