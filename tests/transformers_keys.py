@@ -44,22 +44,23 @@ class TransformersSource:
     def read_keys(self, model_type: str) -> set[SectionKey]:
         """Attributes of configs that the modeling code reads.
 
-        The section is that of the config class which the code around names, "any" where it names
-        none.
+        The section is that of the config class which the code around names, "any" where that
+        cannot be told.
         """
         tree = self._tree(f"models/{model_type}/modeling_{model_type}.py")
         found: set[SectionKey] = set()
         for node in tree.body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef):
                 continue
-            sections = {_section(name) for name in _annotations(node)} or {ANY_SECTION}
+            # Layers of the text model name the class of the whole config for their own.
+            sections = {_section(name) or ANY_SECTION for name in _annotations(node)}
             for path in _attributes(node):
                 section, _, key = path.rpartition(".")
                 if section in SECTIONS[1:]:
                     found.add(("", section))
                     found.add((section, key))
                 else:
-                    found |= {(one, path.partition(".")[0]) for one in sections}
+                    found |= {(one, path.partition(".")[0]) for one in sections or {ANY_SECTION}}
         return {(section, key) for section, key in found if key not in _NOT_OF_A_FILE}
 
     def mrope_section(self, model_type: str) -> list[int]:
@@ -116,8 +117,8 @@ def _section(config_class: str) -> str:
 def _fields(node: ast.ClassDef) -> Iterator[str]:
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if "ClassVar" not in ast.unparse(statement.annotation):
-                yield statement.target.id
+            is_field = "ClassVar" not in ast.unparse(statement.annotation)
+            yield from [statement.target.id] * is_field
 
 
 def _attribute_map(node: ast.ClassDef) -> Iterator[str]:

@@ -112,7 +112,7 @@ def test_the_architecture_follows_from_the_model_type(data: dict[str, Any], valu
     data["model_type"] = "qwen3_5_moe"
     assert HFConfig.from_dict(data).architecture == "Qwen3_5MoeForConditionalGeneration"
     data["model_type"] = "unheard_of"
-    with pytest.raises(ConfigError, match="architectures (is missing|must be a list)"):
+    with pytest.raises(ConfigError, match=r"architectures (is missing|must be a list)"):
         _ = HFConfig.from_dict(data).architecture
 
 

@@ -82,7 +82,7 @@ def _positive(config: HFConfig, key: str) -> float:
     return config.positive(key)
 
 
-def _share(config: HFConfig, key: str) -> float:
+def _not_negative(config: HFConfig, key: str) -> float:
     return config.positive(key, least=0.0)
 
 
@@ -160,8 +160,8 @@ _TEXT: dict[str, Use] = {
     "num_hidden_layers": Derived("num_layers"),
     "intermediate_size": Derived("ffn_hidden_size"),
     "hidden_act": Field(("hidden_act",), _word),
-    "attention_dropout": Field(("attention_dropout",), _share),
-    "initializer_range": Field(("init_method_std",), _share),
+    "attention_dropout": Field(("attention_dropout",), _not_negative),
+    "initializer_range": Field(("init_method_std",), _not_negative),
     "rms_norm_eps": Field(("layernorm_epsilon",), _positive),
     "attention_bias": Field(("add_qkv_bias", "add_attention_output_bias"), _flag),
     "rope_parameters": Derived("the rotation"),
@@ -204,7 +204,7 @@ _HYBRID: dict[str, Use] = {
     "mtp_use_dedicated_embeddings": Derived("the MTP layer"),
 }
 _HYBRID_EXPERTS: dict[str, Use] = {
-    **_counts(shared_expert_intermediate_size="moe_shared_expert_intermediate_size"),
+    **_counts(shared_expert_intermediate_size="moe_not_negatived_expert_intermediate_size"),
     **_ignored(
         "every layer has experts",
         *("decoder_sparse_step", "mlp_only_layers", "intermediate_size", "num_local_experts"),
@@ -234,7 +234,7 @@ _VISION: dict[str, Use] = {
     "rope_parameters": Derived("the rotation"),
     "rope_scaling": Derived("the rotation"),
     "rope_theta": Derived("the rotation"),
-    "initializer_range": Ignored("weights are not drawn here"),
+    "initializer_range": Field(("initializer_range",), _not_negative),
     "partial_rotary_factor": Ignored("heads are rotated as a whole"),
 }
 _DEEPSTACK: dict[str, Use] = {"deepstack_visual_indexes": Derived("deepstack_visual_indexes")}

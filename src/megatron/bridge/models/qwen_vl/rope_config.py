@@ -60,10 +60,17 @@ def read_rope(config: HFConfig) -> Rope:
     return Rope(theta, tuple(section), rotated, kind, _scaling(text, kind))
 
 
-def read_vision_theta(vision: HFConfig) -> float | None:
-    """The base of the vision tower's rotation, where the config states one."""
+def vision_rope_settings(vision: HFConfig) -> dict[str, Any]:
+    """Fields of the vision tower's rotation; none where the config states nothing of it."""
+    settings: dict[str, Any] = {}
     places = _places("rope_theta", anywhere=True)
-    return vision.agreed(places, vision.positive) if any(map(vision.has, places)) else None
+    if any(map(vision.has, places)):
+        settings["rope_theta"] = vision.agreed(places, vision.positive)
+    kinds = [place for name in ("rope_type", "type") for place in _places(name)]
+    if any(map(vision.has, kinds)):
+        kind = vision.agreed(kinds, partial(vision.require, kind=str))
+        settings["rope_type"] = "axial" if kind == "default" else kind
+    return settings
 
 
 def _places(key: str, *, anywhere: bool = False) -> list[str]:

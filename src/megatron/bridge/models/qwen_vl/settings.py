@@ -6,7 +6,7 @@ from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import field_settings
-from megatron.bridge.models.qwen_vl.rope_config import read_rope, read_vision_theta
+from megatron.bridge.models.qwen_vl.rope_config import read_rope, vision_rope_settings
 from megatron.bridge.models.qwen_vl.rows import LINEAR_ATTENTION, SPARSE_MLP
 from megatron.bridge.models.qwen_vl.structure import (
     attention_kinds,
@@ -28,7 +28,6 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     if dtype not in ("F32", "BF16", "F16"):
         raise ConfigError(f"{config.origin}: weights in {dtype}; expected F32, BF16 or F16")
     text, vision, rope = config.text, config.vision, read_rope(config)
-    theta = read_vision_theta(vision)
     return {
         "num_layers": text.count("num_hidden_layers"),
         **field_settings(text, "text_config"),
@@ -38,13 +37,14 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         "rotary_base": rope.theta,
         "rotary_percent": rope.partial_rotary_factor,
         "mrope_section": list(rope.mrope_section),
+        "rope_parameters": {"rope_type": rope.rope_type, **rope.scaling},
         "params_dtype": TORCH_NAME_OF[dtype],
         "bf16": dtype == "BF16",
         "fp16": dtype == "F16",
         "vision": {
             **field_settings(vision, "vision_config"),
             "deepstack_visual_indexes": deepstack_layers(vision),
-            **({} if theta is None else {"rope_theta": theta}),
+            **vision_rope_settings(vision),
         },
     }
 
@@ -60,6 +60,13 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
         "num_moe_experts": experts,
         "moe_router_topk": text.count("num_experts_per_tok", experts),
         "moe_layer_freq": 1,
+        # The loss over all routers, which transformers has where the config asks for them.
+        "moe_aux_loss_coeff": 0.0,
+        "router_aux_loss_coef": (
+            text.positive("router_aux_loss_coef", least=0.0)
+            if text.require("output_router_logits", bool)
+            else 0.0
+        ),
     }
     if len(sparse) < len(layers):
         settings["moe_layer_freq"] = [int(layer in sparse) for layer in layers]
