@@ -44,16 +44,8 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     Raises ConfigError for a value that is missing, or that the Megatron model does not implement.
     """
     text, vision, rope = config.text, config.vision, config.rope()
-    _require_only(config, "text_config.hidden_act", "silu", text.require("hidden_act", str))
-    _require_only(config, "rope_type", "default", rope.rope_type)
-    _require_only(config, "mrope_interleaved", True, rope.interleaved)
-    dropout = text.get("attention_dropout", 0.0)
-    _require_only(config, "text_config.attention_dropout", 0.0, dropout)
     if dtype not in ("F32", "BF16", "F16"):
         raise ConfigError(f"{config.origin}: weights in {dtype}; expected F32, BF16 or F16")
-    if has_delta_net(text):
-        gated = text.get("attn_output_gate", True)
-        _require_only(config, "text_config.attn_output_gate", True, gated)
     attention_bias = text.get("attention_bias", False)
     return {
         "num_layers": text.count("num_hidden_layers"),
@@ -72,6 +64,10 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         "rotary_base": rope.theta,
         "rotary_percent": rope.partial_rotary_factor,
         "mrope_section": list(rope.mrope_section),
+        "rope_parameters": _rope_parameters(text),
+        "hidden_act": text.get("hidden_act", "silu"),
+        "attention_dropout": text.get("attention_dropout", 0.0),
+        "init_method_std": text.get("initializer_range", 0.02),
         **{token: config.count(token, least=0) for token in _TOKENS},
         "params_dtype": TORCH_NAME_OF[dtype],
         "bf16": dtype == "BF16",
@@ -79,8 +75,28 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         "vision": {
             **{field: vision.count(field) for field in _VISION_FIELDS},
             "hidden_act": vision.require("hidden_act", str),
+            "initializer_range": vision.get("initializer_range", 0.02),
+            **_axial_rope(vision),
             "deepstack_visual_indexes": deepstack_layers(vision),
         },
+    }
+
+
+def _rope_parameters(text: HFConfig) -> dict[str, Any]:
+    """The text model's rope_parameters, with what transformers' standardization adds."""
+    form = "rope_parameters" if text.has("rope_parameters") else "rope_scaling"
+    parameters: dict[str, Any] = text.require(form, dict)
+    if parameters.get("rope_type") in ("llama3", "yarn", "longrope"):
+        length = text.count("max_position_embeddings")
+        parameters.setdefault("original_max_position_embeddings", length)
+    return parameters
+
+
+def _axial_rope(vision: HFConfig) -> dict[str, Any]:
+    rope_type = vision.get("rope_parameters.rope_type", "axial")
+    return {
+        "rope_theta": vision.get("rope_parameters.rope_theta", 10000.0),
+        "rope_type": "axial" if rope_type == "default" else rope_type,
     }
 
 
@@ -96,7 +112,11 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": text.count("moe_intermediate_size"),
         "moe_router_topk": text.count("num_experts_per_tok", experts),
         "moe_layer_freq": 1,
+        "moe_aux_loss_coeff": 0.0,
+        "router_aux_loss_coef": 0.0,
     }
+    if text.get("output_router_logits", False):
+        settings["router_aux_loss_coef"] = text.get("router_aux_loss_coef", 0.001)
     if len(sparse) < len(layers):
         settings["moe_layer_freq"] = [int(layer in sparse) for layer in layers]
         settings["ffn_hidden_size"] = text.count("intermediate_size")
@@ -119,10 +139,3 @@ def _delta_net_settings(text: HFConfig) -> dict[str, Any]:
         "linear_attention_freq": [int(layer in linear) for layer in layers],
         **{field: text.count(field) for field in _DELTA_FIELDS},
     }
-
-
-def _require_only(config: HFConfig, name: str, only: object, found: object) -> None:
-    if found != only:
-        raise ConfigError(
-            f"{config.origin}: {name} is {found!r}; the Megatron model implements {only!r} only"
-        )
