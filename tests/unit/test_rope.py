@@ -12,6 +12,7 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import (
     InterleavedMultimodalRotaryEmbedding,
 )
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_frequencies import RotaryFrequencies
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
     get_packed_rope_index,
     get_rope_index,
@@ -116,18 +117,20 @@ def test_interleaved_rotary_embedding(percent: float, section: list[int]) -> Non
     )
     positions = torch.randint(0, 100_000, (3, 2, 7))
     cos, sin = theirs(torch.zeros(1), positions)
-    ours = InterleavedMultimodalRotaryEmbedding(128, percent, 5e6)
+    ours = InterleavedMultimodalRotaryEmbedding(RotaryFrequencies(128, percent, 5e6, {}))
     angles = ours(positions, section)
     assert angles.shape == (7, 2, 1, rotated)
     torch.testing.assert_close(angles.cos()[:, :, 0].transpose(0, 1), cos, atol=0, rtol=0)
     torch.testing.assert_close(angles.sin()[:, :, 0].transpose(0, 1), sin, atol=0, rtol=0)
 
 
-def test_frequencies_survive_meta_and_casts() -> None:
+@pytest.mark.parametrize("parameters", [{}, {"rope_type": "linear", "factor": 3.0}])
+def test_frequencies_survive_meta_and_casts(parameters: dict[str, Any]) -> None:
     positions = torch.arange(21).view(3, 1, 7)
-    expected = InterleavedMultimodalRotaryEmbedding(16, 1.0, 5e6)(positions, [4, 2, 2])
+    frequencies = RotaryFrequencies(16, 1.0, 5e6, parameters)
+    expected = InterleavedMultimodalRotaryEmbedding(frequencies)(positions, [4, 2, 2])
     with torch.device("meta"):
-        module = InterleavedMultimodalRotaryEmbedding(16, 1.0, 5e6)
+        module = InterleavedMultimodalRotaryEmbedding(frequencies)
     module = module.to_empty(device="cpu").bfloat16()
     assert torch.equal(module(positions, [4, 2, 2]), expected)
     assert not module.state_dict()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.ssm.gated_delta_net import HAVE_FLA, GatedDeltaNetSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,9 +15,11 @@ from torch import nn
 def gated_delta_net_module(config: TransformerConfig) -> type:
     """megatron-core's on flash-linear-attention where that can run, plain torch elsewhere.
 
-    In `deterministic_mode` megatron-core's class refuses packed sequences: it is plain torch then.
+    In `deterministic_mode` megatron-core's class refuses packed sequences, and it knows no other
+    activation than SiLU: it is plain torch then.
     """
-    if HAVE_FLA and torch.cuda.is_available() and not config.deterministic_mode:
+    by_kernels = not config.deterministic_mode and config.activation_func is F.silu
+    if HAVE_FLA and torch.cuda.is_available() and by_kernels:
         from megatron.bridge.models.backends.fla_gated_delta_net import FlaGatedDeltaNet
 
         return FlaGatedDeltaNet

@@ -1,5 +1,6 @@
 """Specs of transformer layers for any backend, and of what they are put together from."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_ba
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
@@ -23,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron.bridge.models.backends.gated_delta_net import gated_delta_net_spec
+from megatron.bridge.models.backends.scaled_rotary import ScaledRotarySelfAttention
 
 # Checkpoints carry the names of a backend that fuses norms and linears, so that one written by a
 # backend loads in another. No backend fuses the norm in front of a mixture of experts.
@@ -40,6 +43,8 @@ def layer_spec(
     attention_output_bias: bool | None = None,
     linear_attention: bool = False,
     mixture_of_experts: bool = False,
+    rotary_scaling: float = 1.0,
+    router: type[TopKRouter] = TopKRouter,
 ) -> ModuleSpec:
     """Pre-norm token mixer and MLP, the norms fused into the linears if the backend does so.
 
@@ -52,6 +57,8 @@ def layer_spec(
         linear_attention: mix tokens by gated delta rule instead of attention.
         mixture_of_experts: router, experts and, if the config has one, shared expert instead of a
             dense MLP.
+        rotary_scaling: what cos and sin of the rotary embedding are multiplied by.
+        router: chooses the experts.
     """
     rms_norm = config.normalization == "RMSNorm"
     fused = backend.fuse_layernorm_and_linear()
@@ -65,10 +72,10 @@ def layer_spec(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=gated_delta_net_spec(config, backend, config.ssm_dtype)
             if linear_attention
-            else _attention(config, backend, attn_mask_type, attention_output_bias),
+            else _attention(config, backend, attn_mask_type, attention_output_bias, rotary_scaling),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused and not mixture_of_experts else norm,
-            mlp=_experts(config, backend)
+            mlp=_experts(config, backend, router)
             if mixture_of_experts
             else get_mlp_module_spec_for_backend(backend),
             mlp_bda=get_bias_dropout_add,
@@ -95,15 +102,17 @@ def _attention(
     backend: BackendSpecProvider,
     attn_mask_type: AttnMaskType,
     output_bias: bool | None,
+    rotary_scaling: float,
 ) -> ModuleSpec:
     rms_norm = config.normalization == "RMSNorm"
     qk_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True) if config.qk_layernorm else None
     linear_proj: Any = backend.row_parallel_linear()
     if output_bias is not None:
         linear_proj = partial(_build_with_bias, linear_proj, output_bias)
+    scaling = {} if rotary_scaling == 1.0 else {"rotary_scaling": rotary_scaling}
     return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": attn_mask_type},
+        module=ScaledRotarySelfAttention if scaling else SelfAttention,
+        params={"attn_mask_type": attn_mask_type, **scaling},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_linear_after_norm(backend),
             core_attention=backend.core_attention(),
@@ -114,10 +123,13 @@ def _attention(
     )
 
 
-def _experts(config: TransformerConfig, backend: BackendSpecProvider) -> Any:
-    return get_moe_module_spec_for_backend(
+def _experts(
+    config: TransformerConfig, backend: BackendSpecProvider, router: type[TopKRouter]
+) -> Any:
+    layer: Any = get_moe_module_spec_for_backend(
         backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
+    return partial(layer, submodules=replace(layer.keywords["submodules"], router=router))
 
 
 def _linear_after_norm(backend: BackendSpecProvider) -> Any:

@@ -263,7 +263,8 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
             beta.sigmoid(),
             lengths,
         )
-        gate = self.act_fn(z.unflatten(-1, (-1, self.value_head_dim)).float())
+        # The gate is SiLU whatever the activation of the config, as in Hugging Face's model.
+        gate = F.silu(z.unflatten(-1, (-1, self.value_head_dim)).float())
         return (self.out_norm(mixed) * gate).to(mixed.dtype).flatten(1)
 
 

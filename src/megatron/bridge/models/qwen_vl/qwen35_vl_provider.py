@@ -7,6 +7,8 @@ from megatron.bridge.models.qwen_vl.qwen3_vl_provider import (
     EXPERTS_FIXED_FIELDS,
     EXPERTS_REQUIRED_SIZES,
     Qwen3VLModelProvider,
+    router_loss_problems,
+    uses_router_loss,
 )
 
 
@@ -66,6 +68,10 @@ class Qwen35VLModelProvider(Qwen3VLModelProvider):
             )
         return problems
 
+    def rotary_problems(self) -> list[str]:
+        """Any part of a head can be rotated."""
+        return []
+
     def required_sizes(self) -> tuple[str, ...]:
         """Fields of the family that must be set to a positive number."""
         return (
@@ -90,7 +96,17 @@ class Qwen35VLMoEModelProvider(Qwen35VLModelProvider):
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     moe_router_load_balancing_type: str | list[str] = "aux_loss"
     moe_aux_loss_coeff: float | list[float] = 1e-3
+    router_aux_loss_coef: float = 0.0
     moe_shared_expert_gate: bool = True
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether training has transformers' loss over the routers of all layers."""
+        return uses_router_loss(self.router_aux_loss_coef, self.moe_aux_loss_coeff)
+
+    def problems(self) -> list[str]:
+        """What cannot be built, one sentence each naming field, value and expectation."""
+        return super().problems() + router_loss_problems(self)
 
     def fixed_fields(self) -> dict[str, Any]:
         """Fields that have one value in all models of the family, and that value."""

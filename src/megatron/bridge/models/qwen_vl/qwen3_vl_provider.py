@@ -10,8 +10,14 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.backends.activations import activation, activation_problem
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_frequencies import (
+    DEFAULT,
+    RotaryFrequencies,
+    rope_parameters_of_type,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -28,8 +34,13 @@ class Qwen3VLModelProvider(ModelProvider):
             `params_dtype`.
         rotary_base: theta of the language model.
         rotary_percent: part of a head that is rotated.
-        mrope_section: frequencies per axis (temporal, height, width); they sum to half of the
-            rotated part of a head.
+        mrope_section: frequencies per axis (temporal, height, width), as transformers reads them:
+            of each three frequencies the second one turns with the height among the first
+            3 * mrope_section[1], the third one with the width among the first
+            3 * mrope_section[2], all others with the temporal position.
+        rope_parameters: `rope_type` and what belongs to it, with the keys and the meaning of
+            `rope_parameters` in transformers; empty for the default type. What rotary_base,
+            rotary_percent and mrope_section say does not stand here.
         add_attention_output_bias: bias of the attention's output projection, which megatron-core
             otherwise ties to that of the MLP (`add_bias_linear`).
         image_token_id: placeholder of one image feature in the prompt.
@@ -44,7 +55,6 @@ class Qwen3VLModelProvider(ModelProvider):
     normalization: str = "RMSNorm"
     layernorm_epsilon: float = 1e-6
     gated_linear_unit: bool = True
-    hidden_act: str = "silu"
     activation_func: Callable[[Tensor], Tensor] = F.silu
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
@@ -57,6 +67,7 @@ class Qwen3VLModelProvider(ModelProvider):
     rotary_base: float = 5_000_000.0
     rotary_percent: float = 1.0
     mrope_section: list[int] = field(default_factory=lambda: [24, 20, 20])
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
     scatter_embedding_sequence_parallel: bool = False
 
     # Required like the sizes of the language model: `finalize()` refuses its absence.
@@ -75,11 +86,18 @@ class Qwen3VLModelProvider(ModelProvider):
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """A provider from plain values, as a bridge derives them and a checkpoint records them.
 
-        Dtypes are torch names ("bfloat16"), `vision` is a mapping of VisionConfig's fields.
+        Dtypes are torch names ("bfloat16"), `vision` is a mapping of VisionConfig's fields,
+        `hidden_act` the name of the activation, `rope_parameters` that of transformers' config.
         """
         vision = dict(settings["vision"])
         vision["deepstack_visual_indexes"] = tuple(vision["deepstack_visual_indexes"])
         fields = {**settings, "vision": VisionConfig(**vision)}
+        if "hidden_act" in fields:
+            fields["activation_func"] = activation(fields.pop("hidden_act"))
+        if "rope_parameters" in fields:
+            fields["rope_parameters"] = rope_parameters_of_type(
+                fields["rope_parameters"], max_position_embeddings=settings["seq_length"]
+            )
         for name in ("params_dtype", "ssm_dtype"):
             if isinstance(dtype := settings.get(name), str):
                 fields[name] = getattr(torch, dtype)
@@ -111,13 +129,18 @@ class Qwen3VLModelProvider(ModelProvider):
         missing = [name for name in ("kv_channels", "vision") if getattr(self, name) is None]
         problems += [f"{name} is None: it must be set" for name in missing]
         if "kv_channels" not in missing:
-            rotated = int(self.kv_channels * self.rotary_percent)
-            if rotated != 2 * sum(self.mrope_section):
-                problems.append(
-                    f"mrope_section is {self.mrope_section}, which sums to "
-                    f"{sum(self.mrope_section)}: expected half of the {rotated} rotated channels "
-                    f"of a head"
-                )
+            problems += self.rotary_frequencies.problems() or self.rotary_problems()
+        if len(self.mrope_section) != 3 or min(self.mrope_section) < 0:
+            problems.append(
+                f"mrope_section is {self.mrope_section}: expected three counts of frequencies"
+            )
+        if (reason := activation_problem(self.activation_func)) is not None:
+            name = getattr(self.activation_func, "__name__", "")
+            problems.append(f"activation_func is {name!r} (hidden_act): {reason}")
+        if not 0 <= self.attention_dropout <= 1:
+            problems.append(
+                f"attention_dropout is {self.attention_dropout}: expected a share from 0 to 1"
+            )
         for name in ("image_token_id", "video_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 problems.append(
@@ -127,6 +150,29 @@ class Qwen3VLModelProvider(ModelProvider):
             problems += self.vision.problems(
                 hidden_size=self.hidden_size,
                 tensor_model_parallel_size=self.tensor_model_parallel_size,
+            )
+        return problems
+
+    @property
+    def rotary_frequencies(self) -> RotaryFrequencies:
+        """The frequencies that rotary_base, rotary_percent and rope_parameters give."""
+        return RotaryFrequencies(
+            self.kv_channels, self.rotary_percent, self.rotary_base, self.rope_parameters
+        )
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether training has transformers' loss over the routers of all layers."""
+        return False
+
+    def rotary_problems(self) -> list[str]:
+        """What this family cannot do with frequencies that can be computed."""
+        frequencies, problems = self.rotary_frequencies, []
+        if frequencies.rope_type != DEFAULT and frequencies.rotated() != self.kv_channels:
+            problems.append(
+                f"rotary_percent is {self.rotary_percent} with rope_type "
+                f"{frequencies.rope_type!r}: transformers rotates whole heads in this family, set "
+                f"1.0"
             )
         return problems
 
@@ -156,7 +202,9 @@ class Qwen3VLModelProvider(ModelProvider):
             first_stage = get_num_layers_to_build(self, vp_stage, pp_rank=0)
         except AssertionError as error:
             raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
-        if first_stage < (taps := len(self.vision.deepstack_visual_indexes)):
+        # Without stages the features that no layer is there for are left over.
+        taps = min(len(self.vision.deepstack_visual_indexes), self.num_layers)
+        if first_stage < taps:
             raise ConfigError(
                 f"the first pipeline stage gets {first_stage} decoder layers, and the first {taps} "
                 f"need the deepstack features of the vision encoder, which is there. Lower "
@@ -191,11 +239,27 @@ class Qwen3VLMoEModelProvider(Qwen3VLModelProvider):
     `moe_layer_freq` tells layers with experts from dense ones, `ffn_hidden_size` is the width of
     the dense ones. The router is Qwen's: softmax, the best `moe_router_topk`, their weights
     normalized to 1, which is what megatron-core computes as the softmax over the best logits.
+
+    Attributes:
+        router_aux_loss_coef: weight of the loss that transformers has over the routers of all
+            layers, 0 for none. Not used where `moe_aux_loss_coeff` is not 0: that asks for
+            megatron-core's loss, layer by layer, in its place. A provider that is made from a
+            config has `moe_aux_loss_coeff` 0, and this one if the config has output_router_logits.
     """
 
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     moe_router_load_balancing_type: str | list[str] = "aux_loss"
     moe_aux_loss_coeff: float | list[float] = 1e-3
+    router_aux_loss_coef: float = 0.0
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether training has transformers' loss over the routers of all layers."""
+        return uses_router_loss(self.router_aux_loss_coef, self.moe_aux_loss_coeff)
+
+    def problems(self) -> list[str]:
+        """What cannot be built, one sentence each naming field, value and expectation."""
+        return super().problems() + router_loss_problems(self)
 
     def fixed_fields(self) -> dict[str, Any]:
         """Fields that have one value in all models of the family, and that value."""
@@ -217,3 +281,22 @@ EXPERTS_FIXED_FIELDS: dict[str, Any] = {
     "moe_latent_size": None,
 }
 EXPERTS_REQUIRED_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
+
+
+def uses_router_loss(coef: float, megatron_coeff: float | list[float]) -> bool:
+    """Whether the loss over all routers is asked for, and not megatron-core's in its place."""
+    of_megatron = megatron_coeff if isinstance(megatron_coeff, list) else [megatron_coeff]
+    return coef != 0.0 and not any(of_megatron)
+
+
+def router_loss_problems(provider: Qwen3VLModelProvider) -> list[str]:
+    """Layouts in which no rank has the routers of all layers and all tokens."""
+    if not provider.has_router_loss:
+        return []
+    return [
+        f"{name} is {size} with router_aux_loss_coef (output_router_logits in the config): that "
+        f"loss needs the routers of all layers on every rank. Set {name}=1, or take "
+        f"router_aux_loss_coef=0, or megatron-core's own loss with moe_aux_loss_coeff"
+        for name in ("pipeline_model_parallel_size", "tensor_model_parallel_size")
+        if (size := getattr(provider, name)) != 1
+    ]

@@ -7,6 +7,7 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
     get_moe_layer_pattern,
 )
 from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -24,6 +25,7 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.deepstack import Deepstac
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.following_token import (
     FollowingTokenPredictor,
 )
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.router_loss import CountedRouter
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
@@ -48,6 +50,7 @@ def decoder_spec(
             DeepstackTransformerLayer,
             linear_attention=bool(kind[0]),
             mixture_of_experts=bool(kind[1]),
+            router=CountedRouter if config.has_router_loss else TopKRouter,
         )
         for kind in sorted(set(kinds))
     }
@@ -84,6 +87,7 @@ def _layer(
     *,
     linear_attention: bool,
     mixture_of_experts: bool,
+    router: type[TopKRouter] = TopKRouter,
 ) -> ModuleSpec:
     return layer_spec(
         config,
@@ -93,6 +97,8 @@ def _layer(
         attention_output_bias=config.add_attention_output_bias,
         linear_attention=linear_attention,
         mixture_of_experts=mixture_of_experts,
+        rotary_scaling=config.rotary_frequencies.attention_scaling(),
+        router=router,
     )
 
 

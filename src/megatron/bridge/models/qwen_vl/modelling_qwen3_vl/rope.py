@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_frequencies import RotaryFrequencies
+
 
 class InterleavedMultimodalRotaryEmbedding(nn.Module):
     """Angles from three positions per token: temporal, height, width.
@@ -13,24 +15,16 @@ class InterleavedMultimodalRotaryEmbedding(nn.Module):
     j % 3 == 2 and j < 3 * section[2], and with the temporal position otherwise. (The sections of
     megatron-core's MultimodalRotaryEmbedding are contiguous blocks instead.)
 
-    The frequencies are computed in fp32 when they are used: there is no buffer that a meta device
-    could leave empty or a cast could round.
+    The frequencies are computed when they are used. Where the rope type scales cos and sin as
+    well, that is done by the attention.
 
     Args:
-        kv_channels: head size.
-        rotary_percent: part of the head that is rotated.
-        rotary_base: theta.
+        frequencies: those of a head.
     """
 
-    def __init__(self, kv_channels: int, rotary_percent: float, rotary_base: float) -> None:
+    def __init__(self, frequencies: RotaryFrequencies) -> None:
         super().__init__()
-        self.rotary_dim = int(kv_channels * rotary_percent)
-        self.rotary_base = rotary_base
-
-    def inv_freq(self, device: torch.device) -> Tensor:
-        """theta ** (-2j / rotary_dim), fp32 [rotary_dim / 2]."""
-        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device)
-        return 1.0 / self.rotary_base ** (exponents / self.rotary_dim)
+        self.frequencies = frequencies
 
     def forward(
         self,
@@ -46,9 +40,9 @@ class InterleavedMultimodalRotaryEmbedding(nn.Module):
             cp_group: megatron-core passes it; context parallelism is not implemented.
 
         Returns:
-            fp32 [s, b, 1, rotary_dim], the angles repeated for the two halves of the rotation.
+            fp32 [s, b, 1, rotated channels], the angles repeated for both halves of the rotation.
         """
-        inv_freq = self.inv_freq(position_ids.device)
+        inv_freq = self.frequencies.inv_freq(position_ids)
         frequency = torch.arange(inv_freq.numel(), device=position_ids.device)
         axis = torch.zeros_like(frequency)
         for which in (1, 2):

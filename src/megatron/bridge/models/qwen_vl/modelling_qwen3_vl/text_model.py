@@ -16,6 +16,11 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import (
     InterleavedMultimodalRotaryEmbedding,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import TEXT, token_types
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.router_loss import (
+    CountedRouter,
+    RouterCounts,
+    RouterLoss,
+)
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
@@ -71,9 +76,38 @@ class Qwen3VLTextModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.unpadded_vocab_size = config.vocab_size
-        self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(
-            config.kv_channels, config.rotary_percent, config.rotary_base
-        )
+        self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(config.rotary_frequencies)
+        self.router_loss = RouterLoss()
+        for module in self.decoder.modules():
+            if isinstance(module, CountedRouter):
+                module.router_loss = self.router_loss
+
+    def forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **given: Any,
+    ) -> Tensor:
+        """As GPTModel; with labels the gradients have the routers' loss in them, if there is one.
+
+        That loss is meant for a mean over the tokens: the gradients of the mean of what is
+        returned are those of that mean plus `router_aux_loss_coef` times the routers' loss.
+        """
+        self.router_loss.counts = None
+        given |= {"labels": labels, "loss_mask": loss_mask}
+        if not self.config.has_router_loss or labels is None or not torch.is_grad_enabled():
+            return super().forward(*args, **given)
+        weight = self.config.router_aux_loss_coef
+        if self.config.calculate_per_token_loss:
+            counted = labels != IGNORED_LABEL
+            weight = weight * (counted if loss_mask is None else loss_mask).sum()
+        counts = self.router_loss.counts = RouterCounts(weight)
+        try:
+            loss = super().forward(*args, **given)
+        finally:
+            self.router_loss.counts = None
+        return self.router_loss.attach(loss, counts)
 
     def _postprocess(
         self,

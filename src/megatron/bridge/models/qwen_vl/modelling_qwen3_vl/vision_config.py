@@ -1,18 +1,10 @@
 """The shape of the vision encoder, and the megatron-core config it is built with."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
-from megatron.bridge.errors import ConfigError
-
-VISION_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
+from megatron.bridge.models.backends.activations import activation, activation_problem
 
 # What both configs share: how the run is parallelized, computed and initialized.
 _FROM_LANGUAGE = (
@@ -20,7 +12,6 @@ _FROM_LANGUAGE = (
     "params_dtype",
     "fp16",
     "bf16",
-    "init_method_std",
     "perform_initialization",
     "use_cpu_initialization",
     "init_model_with_meta_device",
@@ -50,8 +41,10 @@ class VisionConfig:
         num_position_embeddings: entries of the learned position table, a square number.
         deepstack_visual_indexes: blocks whose output is also given to the first decoder layers,
             ascending; empty for models without deepstack.
-        hidden_act: activation of the MLPs in the blocks.
+        hidden_act: activation of the MLPs in the blocks, any that transformers knows.
+        rope_type: "axial", the only one.
         rope_theta: base of the rotary frequencies.
+        initializer_range: standard deviation of weights that are not loaded.
     """
 
     depth: int
@@ -66,7 +59,9 @@ class VisionConfig:
     num_position_embeddings: int
     deepstack_visual_indexes: tuple[int, ...]
     hidden_act: str = "gelu_pytorch_tanh"
+    rope_type: str = "axial"
     rope_theta: float = 10000.0
+    initializer_range: float = 0.02
 
     @property
     def merged_hidden_size(self) -> int:
@@ -91,10 +86,12 @@ class VisionConfig:
             tensor_model_parallel_size: of the run.
         """
         problems = []
-        if self.hidden_act not in VISION_ACTIVATIONS:
+        if (reason := activation_problem(activation(self.hidden_act))) is not None:
+            problems.append(f"vision.hidden_act is {self.hidden_act!r}: {reason}")
+        if self.rope_type != "axial":
             problems.append(
-                f"vision.hidden_act is {self.hidden_act!r}, implemented are "
-                f"{sorted(VISION_ACTIVATIONS)}"
+                f"vision.rope_type is {self.rope_type!r}: transformers and this model have "
+                f"'axial' only"
             )
         if self.hidden_size % (4 * self.num_heads):
             problems.append(
@@ -130,17 +127,13 @@ class VisionConfig:
         The encoder lives on the first pipeline stage as a whole, and its sequence, all patches of
         the batch, is not split over the tensor-parallel ranks.
         """
-        if self.hidden_act not in VISION_ACTIVATIONS:
-            raise ConfigError(
-                f"vision.hidden_act is {self.hidden_act!r}, implemented are "
-                f"{sorted(VISION_ACTIVATIONS)}"
-            )
         return TransformerConfig(
             num_layers=self.depth,
             hidden_size=self.hidden_size,
             ffn_hidden_size=self.intermediate_size,
             num_attention_heads=self.num_heads,
-            activation_func=VISION_ACTIVATIONS[self.hidden_act],
+            activation_func=activation(self.hidden_act),
+            init_method_std=self.initializer_range,
             normalization="LayerNorm",
             layernorm_epsilon=1e-6,
             add_bias_linear=True,
