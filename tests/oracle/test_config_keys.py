@@ -246,7 +246,8 @@ def test_a_mapped_key_sets_the_fields_that_the_table_names(
         bridge = bridge_for(HFConfig.from_dict(small(model_type)).architecture)
         module, _, name = bridge.provider.rpartition(".")
         provider = getattr(import_module(module), name)
-        assert set(use.names) <= {field.name for field in fields(provider)}
+        assert set(use.names) <= {field.name for field in fields(provider)} | {"hidden_act"}
+        provider.from_settings(after)
     for name in use.names:
         assert after[name] == OTHERS[key]
         assert before[name] != after[name]
@@ -321,5 +322,6 @@ def logits_of(config: dict[str, Any]) -> torch.Tensor:
             mm_token_type_ids=(ids == 300).int(),
             pixel_values=pixels,
             image_grid_thw=torch.tensor([[1, 8, 6]]),
+            use_cache=False,
         )
     return found[0] if isinstance(found, tuple) else found.logits

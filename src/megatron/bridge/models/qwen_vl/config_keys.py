@@ -204,7 +204,7 @@ _HYBRID: dict[str, Use] = {
     "mtp_use_dedicated_embeddings": Derived("the MTP layer"),
 }
 _HYBRID_EXPERTS: dict[str, Use] = {
-    **_counts(shared_expert_intermediate_size="moe_not_negatived_expert_intermediate_size"),
+    **_counts(shared_expert_intermediate_size="moe_shared_expert_intermediate_size"),
     **_ignored(
         "every layer has experts",
         *("decoder_sparse_step", "mlp_only_layers", "intermediate_size", "num_local_experts"),
@@ -267,6 +267,11 @@ CONFIG_KEYS: Mapping[str, Mapping[str, Section]] = {
     },
 }
 """Model type -> section -> key -> what becomes of it."""
+
+
+def is_read(view: HFConfig, section: str, key: str) -> bool:
+    """Whether transformers' model of this type reads a key."""
+    return isinstance(uses_of(view, section).get(key), Field | Derived)
 
 
 def uses_of(view: HFConfig, section: str) -> Section:

@@ -5,7 +5,7 @@ from typing import Any
 from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import field_settings
+from megatron.bridge.models.qwen_vl.config_keys import field_settings, is_read
 from megatron.bridge.models.qwen_vl.rope_config import read_rope, vision_rope_settings
 from megatron.bridge.models.qwen_vl.rows import LINEAR_ATTENTION, SPARSE_MLP
 from megatron.bridge.models.qwen_vl.structure import (
@@ -71,7 +71,7 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
     if len(sparse) < len(layers):
         settings["moe_layer_freq"] = [int(layer in sparse) for layer in layers]
         settings["ffn_hidden_size"] = text.count("intermediate_size")
-    elif text.has("intermediate_size"):
+    elif is_read(text, "text_config", "intermediate_size") and text.has("intermediate_size"):
         settings["ffn_hidden_size"] = text.count("intermediate_size", least=0)  # of none
     return settings
 

@@ -11,7 +11,7 @@ from megatron.bridge.models.conversion.structure import (
     ModelStructure,
 )
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import HYBRID, MOE, Derived, uses_of
+from megatron.bridge.models.qwen_vl.config_keys import HYBRID, MOE, is_read
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertSizes
 from megatron.bridge.models.qwen_vl.rows import (
     ATTENTION_BIAS,
@@ -139,7 +139,7 @@ def decoder_layers(text: HFConfig) -> tuple[int, ...]:
 def deepstack_layers(vision: HFConfig) -> list[int]:
     """The vision layers that hand features to the text model; one merger each."""
     key = "deepstack_visual_indexes"
-    if not isinstance(uses_of(vision, "vision_config").get(key), Derived):
+    if not is_read(vision, "vision_config", key):
         return []
     layers = vision.list_of(key, int)
     depth = vision.count("depth")
@@ -176,7 +176,7 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
     """
     if not has_experts(text):
         return {DENSE_MLP: layers, SPARSE_MLP: ()}
-    if not isinstance(uses_of(text, "text_config").get("mlp_only_layers"), Derived):
+    if not is_read(text, "text_config", "mlp_only_layers"):
         return {SPARSE_MLP: layers, DENSE_MLP: ()}
     step = text.require("decoder_sparse_step", int)
     dense = set(text.list_of("mlp_only_layers", int))
