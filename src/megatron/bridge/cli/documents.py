@@ -44,6 +44,7 @@ def hf_document(report: HFReport) -> Document:
         "side_files": list(report.side_files),
         "text": dict(report.text),
         "vision": dict(report.vision),
+        "filled_in": dict(report.filled_in),
         "rope": None if report.rope is None else _rope(report.rope),
         "tied": report.tied,
         "quantization": _quantization(report.quantization),

@@ -85,7 +85,8 @@ class HFReport:
     origin: where the tensors below are known from; "config" means that no weights are at hand and
     the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
     them. bridge: the class that converts it, or None.
-    text, vision: what the config states, of the keys that size a model. experts: how routed experts
+    text, vision: what the config states, of the keys that size a model. filled_in: what it leaves
+    out and transformers' config class fills in, of the keys that were needed, by path. experts: how routed experts
     lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
     and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not
     proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized model.
@@ -103,6 +104,7 @@ class HFReport:
     side_files: tuple[str, ...]
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
+    filled_in: Mapping[str, Any]
     rope: Rope | None
     tied: bool
     quantization: BlockFP8 | None
@@ -165,8 +167,9 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
         side_files=tuple(map(str, hf.side_files)),
         text=_stated(config, "text_config", TEXT_KEYS),
         vision=_stated(config, "vision_config", VISION_KEYS),
+        filled_in=dict(config.filled_in),
         rope=rope,
-        tied=config.get("tie_word_embeddings", False),
+        tied=_tied(config),
         quantization=found.quantization,
         experts=found.experts,
         mtp=_mtp(config, tensors),
@@ -236,6 +239,14 @@ def _mtp(
     layers = _stated(config, "text_config", ("mtp_num_hidden_layers",))
     present = None if tensors is None else any(name.startswith(HF_MTP) for name in tensors)
     return MTPSummary(any(layers.values()), present)
+
+
+def _tied(config: HFConfig) -> bool:
+    """A wrong value is in `problem`."""
+    try:
+        return config.require("tie_word_embeddings", bool)
+    except ConfigError:
+        return False
 
 
 def _rope(config: HFConfig) -> tuple[Rope | None, ConfigError | None]:

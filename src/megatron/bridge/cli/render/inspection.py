@@ -44,6 +44,7 @@ def render_hf(report: HFReport) -> RenderableType:
                 ("side files", ", ".join(report.side_files) or "none"),
                 ("text", _settings(report.text)),
                 ("vision", _settings(report.vision)),
+                ("default", _settings(report.filled_in)),
                 ("rope", None if report.rope is None else _rope(report.rope)),
                 ("embeddings", "tied" if report.tied else "not tied"),
                 ("megatron", _megatron(report)),

@@ -1,0 +1,108 @@
+"""Whatever a config states or leaves out, the logits are those of transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+
+from drawn_configs import drawn_config
+from oracle import tiny
+
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+TOLERANCE = 1e-4
+"""Of the largest logit."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    from megatron.bridge.runtime.parallel import (
+        ParallelSizes,
+        destroy_process_groups,
+        initialize_process_groups,
+    )
+
+    initialize_process_groups(ParallelSizes())
+    yield tmp_path_factory.mktemp("drawn")
+    destroy_process_groups()
+
+
+def prompts(model: Any) -> list[dict[str, torch.Tensor]]:
+    """A text, and a picture between words, for whatever the vision tower takes."""
+    vision = model.config.vision_config
+    merged = vision.spatial_merge_size**2
+    grid = torch.tensor([[1, 4 * vision.spatial_merge_size, 3 * vision.spatial_merge_size]])
+    patches = int(grid.prod())
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    generator = torch.Generator().manual_seed(1)
+    text = torch.tensor([[9, 17, 23, 42, 5, 88, 101, 7]])
+    shown = torch.tensor([[9, 302, *[300] * (patches // merged), 303, 17, 23, 42]])
+    return [
+        {"input_ids": text, "mm_token_type_ids": torch.zeros_like(text)},
+        {
+            "input_ids": shown,
+            "mm_token_type_ids": (shown == 300).int(),
+            "pixel_values": torch.randn(patches, values, generator=generator),
+            "image_grid_thw": grid,
+        },
+    ]
+
+
+def compare(config: dict[str, Any], folder: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    from megatron.bridge import AutoBridge
+
+    data = {key: value for key, value in copy.deepcopy(config).items() if key != "model_type"}
+    model = tiny.build_hf_model(AutoConfig.for_model(config["model_type"], **data))
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    [ours] = AutoBridge.from_hf_pretrained(folder).to_megatron_model()
+    ours.eval()
+    for inputs in prompts(model):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            expected = model(**inputs, use_cache=False, return_dict=True).logits
+            found = ours(**inputs, trim_vocab_padding=True)
+        assert expected.std() > 0.01
+        assert (expected - found).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def run(model_type: str, folder: Path, draws: int) -> None:
+    @settings(
+        max_examples=draws,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],  # shrinking builds hundreds of models
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        config = drawn_config(data.draw, model_type)
+        note(json.dumps(config))
+        compare(config, folder)
+
+    check()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_few_draws(model_type: str, folder: Path) -> None:
+    run(model_type, folder, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_two_hundred_draws(model_type: str, folder: Path) -> None:
+    run(model_type, folder, 200)
