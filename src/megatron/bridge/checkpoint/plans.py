@@ -1,11 +1,12 @@
 """Which plan a conversion of files follows, in either direction."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron.bridge.dtypes import holds_all
+from megatron.bridge.dtypes import can_be_cast
 from megatron.bridge.errors import CheckpointError, PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import (
@@ -19,7 +20,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 if TYPE_CHECKING:
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
-_OPTIMIZER_PREFIX = "optimizer."
+_STATE = re.compile(r"(chained_\d+\.)*(optimizer\.|(rng_state|rerun_state_machine_state)(/|$))")
 _EXPERTS = ".mlp.experts."
 
 
@@ -29,12 +30,20 @@ def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPla
     return bridge.plan(hf.hf_config, hf.weights, options)
 
 
+def is_state(key: str) -> bool:
+    """Whether a checkpoint key is that of training state: of optimizers, random numbers, reruns.
+
+    As megatron-core names it; with several optimizers the keys of each begin with ``chained_<i>.``.
+    """
+    return _STATE.match(key) is not None
+
+
 def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
-    """The tensors of a Megatron checkpoint that are weights, not state of an optimizer.
+    """The tensors of a Megatron checkpoint that are weights, not state of training (`is_state`).
 
     Raises CheckpointError if there are none.
     """
-    found = {k: t for k, t in checkpoint.tensors.items() if not k.startswith(_OPTIMIZER_PREFIX)}
+    found = {key: spec for key, spec in checkpoint.tensors.items() if not is_state(key)}
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: it holds no weights of a model")
     return found
@@ -113,7 +122,7 @@ def _differences(
     for key, spec in expected.items():
         if key not in found:
             yield f"{key}: missing from the checkpoint (shape {spec.shape}, dtype {spec.dtype})"
-        elif found[key].shape != spec.shape or not holds_all(spec.dtype, found[key].dtype):
+        elif found[key].shape != spec.shape or not can_be_cast(spec.dtype, found[key].dtype):
             yield (
                 f"{key}: expected shape {spec.shape} and dtype {spec.dtype}, found "
                 f"{found[key].shape} and {found[key].dtype}"

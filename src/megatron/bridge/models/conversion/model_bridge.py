@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.layer_keys import KeyForms
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorLike, TensorSpec
 from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
@@ -35,11 +36,13 @@ class PlanOptions:
     padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
     experts: the disk layout of routed experts, where shapes cannot tell it, or for files to be.
     with_mtp: whether the Megatron model has the MTP layer that the files may hold.
+    keys: how the Megatron keys are formed, where that is known.
     """
 
     padded_vocab_size: int | None = None
     experts: str | None = None
     with_mtp: bool = True
+    keys: KeyForms = KeyForms()
 
 
 DEFAULTS = PlanOptions()
@@ -58,6 +61,8 @@ class MegatronModelBridge(ABC):
     """What config.json states beside the architecture; None if that is not looked at."""
     embedding_key: ClassVar[str] = "language_model.embedding.word_embeddings.weight"
     """Checkpoint key whose rows are the vocabulary, padding included."""
+    layer_paths: ClassVar[tuple[str, ...]] = ()
+    """What Megatron names of parameters have before the number of a TransformerBlock's layer."""
 
     @staticmethod
     def register_bridge[Bridge: MegatronModelBridge](
@@ -125,10 +130,11 @@ class MegatronModelBridge(ABC):
 
         The vocabulary was padded for the parallel layout of that model.
         """
+        keys = KeyForms.of(tensors.keys(), self.layer_paths)
         embedding = tensors.get(self.embedding_key)
         if embedding is None or not embedding.shape:
-            return DEFAULTS  # the plan will say what is missing
-        return PlanOptions(padded_vocab_size=embedding.shape[0])
+            return PlanOptions(keys=keys)  # the plan will say what is missing
+        return PlanOptions(padded_vocab_size=embedding.shape[0], keys=keys)
 
     @abstractmethod
     def provider_settings(

@@ -23,7 +23,7 @@ from megatron.bridge.models.qwen_vl.disk_layout import (
     find_expert_layout,
     parse_expert_layout,
 )
-from megatron.bridge.models.qwen_vl.rows import HF_MTP, MTP
+from megatron.bridge.models.qwen_vl.rows import DECODER_LAYERS, HF_MTP, MTP, VISION_LAYERS
 from megatron.bridge.models.qwen_vl.settings import qwen_vl_settings
 from megatron.bridge.models.qwen_vl.structure import (
     expert_sizes,
@@ -41,6 +41,7 @@ class QwenVLBridge(MegatronModelBridge):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
     released_layout: ClassVar[DiskLayout] = DiskLayout()
+    layer_paths = (DECODER_LAYERS, VISION_LAYERS)
 
     @abstractmethod
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
@@ -84,7 +85,9 @@ class QwenVLBridge(MegatronModelBridge):
     ) -> ModelStructure:
         """Counts and dimensions of one model. Raises ConfigError."""
         with_mtp = options.with_mtp and has_mtp(config, tensors)
-        return qwen_vl_structure(config, options.padded_vocab_size, with_mtp=with_mtp)
+        return qwen_vl_structure(
+            config, options.padded_vocab_size, with_mtp=with_mtp, keys=options.keys
+        )
 
     def options_of_checkpoint(self, tensors: Tensors) -> PlanOptions:
         """Also whether the model was built with its MTP layer."""

@@ -5,14 +5,14 @@ from typing import Any
 from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.rows import LINEAR_ATTENTION, SPARSE_MLP
+from megatron.bridge.models.qwen_vl.rows import DENSE_MLP
 from megatron.bridge.models.qwen_vl.structure import (
-    attention_kinds,
     decoder_layers,
     deepstack_layers,
     expert_sizes,
     has_delta_net,
     has_experts,
+    layer_patterns,
     mlp_kinds,
 )
 
@@ -58,6 +58,7 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     return {
         "num_layers": text.count("num_hidden_layers"),
         "hidden_size": text.count("hidden_size"),
+        **layer_patterns(text),
         **_mlp_settings(text),
         **_delta_net_settings(text),
         "num_attention_heads": text.count("num_attention_heads"),
@@ -88,17 +89,13 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
     """Sizes of the MLPs, and of the experts where there are any."""
     if not has_experts(text):
         return {"ffn_hidden_size": text.count("intermediate_size")}
-    layers = decoder_layers(text)
-    sparse = mlp_kinds(text, layers)[SPARSE_MLP]
     experts = expert_sizes(text).experts
     settings: dict[str, Any] = {
         "num_moe_experts": experts,
         "moe_ffn_hidden_size": text.count("moe_intermediate_size"),
         "moe_router_topk": text.count("num_experts_per_tok", experts),
-        "moe_layer_freq": 1,
     }
-    if len(sparse) < len(layers):
-        settings["moe_layer_freq"] = [int(layer in sparse) for layer in layers]
+    if mlp_kinds(text, decoder_layers(text))[DENSE_MLP]:
         settings["ffn_hidden_size"] = text.count("intermediate_size")
     elif text.has("intermediate_size"):
         settings["ffn_hidden_size"] = text.count("intermediate_size", least=0)  # of none
@@ -110,15 +107,10 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
 
 
 def _delta_net_settings(text: HFConfig) -> dict[str, Any]:
-    """Sizes of the Gated DeltaNet, and which layers have it: 1 in `linear_attention_freq`."""
+    """Sizes of the Gated DeltaNet."""
     if not has_delta_net(text):
         return {}
-    layers = decoder_layers(text)
-    linear = attention_kinds(text, layers)[LINEAR_ATTENTION]
-    return {
-        "linear_attention_freq": [int(layer in linear) for layer in layers],
-        **{field: text.count(field) for field in _DELTA_FIELDS},
-    }
+    return {field: text.count(field) for field in _DELTA_FIELDS}
 
 
 def _require_only(config: HFConfig, name: str, only: object, found: object) -> None:
