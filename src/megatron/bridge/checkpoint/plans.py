@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron.bridge.dtypes import can_be_cast
+from megatron.bridge.dtypes import can_be_cast, widest
 from megatron.bridge.errors import CheckpointError, PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import (
@@ -64,11 +64,12 @@ def plan_export(
     options = replace(bridge.options_of_checkpoint(found), experts=experts)
     if not reference.has_weights:
         plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
+        plan = replace(plan, hf=as_stored(plan, found))
     elif experts is None:
         plan = bridge.plan(config, reference.weights, options)
     else:
         plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
-    if problems := list(_differences(plan.megatron, found)):
+    if problems := list(differences(plan.megatron, found)):
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
     return plan, tuple(key for key in checkpoint.tensors if key not in found)
@@ -116,9 +117,26 @@ def main_dtype(tensors: Iterable[TensorSpec]) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _differences(
+def as_stored(plan: ConversionPlan, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The Hugging Face tensors of a plan in the dtypes that the tensors of a checkpoint have.
+
+    found: those, by key. Parameters that are kept wider than their files are, to be shifted
+    without loss, say nothing of the files: for these the plan's dtype stays.
+    """
+    dtypes: dict[str, set[str]] = defaultdict(set)
+    for copy in plan.copies:
+        if copy.megatron_key in found and not copy.offset:
+            dtypes[copy.hf_name].add(found[copy.megatron_key].dtype)
+    return {
+        name: replace(spec, dtype=widest(*dtypes[name]) or spec.dtype) if dtypes[name] else spec
+        for name, spec in plan.hf.items()
+    }
+
+
+def differences(
     expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]
 ) -> Iterator[str]:
+    """How the tensors of a checkpoint, by key, are not those that a plan needs, one by one."""
     for key, spec in expected.items():
         if key not in found:
             yield f"{key}: missing from the checkpoint (shape {spec.shape}, dtype {spec.dtype})"

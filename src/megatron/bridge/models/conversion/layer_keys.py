@@ -1,4 +1,4 @@
-"""Which layers share checkpoint keys: megatron-core has two ways to key a block, and one name twice.
+"""Which layers share checkpoint keys: megatron-core has two ways to key a block of layers.
 
     decoder.layers.mlp.linear_fc2.weight       of all layers; the first axis is the layer
     decoder.layers.7.mlp.linear_fc2.weight     of one layer
@@ -47,6 +47,10 @@ class KeyForms:
             for layer in routers
         )
         return cls(stacked, fused)
+
+
+BY_CONFIG = KeyForms()
+"""As megatron-core forms the keys of the model that is made of the config."""
 
 
 def layers_share_keys(settings: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 from typing import NamedTuple
 
-from megatron.bridge.dtypes import widest
+from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import PlanError
 from megatron.bridge.folding import join_numbers, split_numbers
 from megatron.bridge.models.conversion.boxes import Box, Shape
@@ -207,8 +207,8 @@ class _Builder:
         dtype = widest(*tensors.dtypes, *(["F32"] if recipe.shifted else []))
         if dtype is None:
             self.problems.append(
-                f"{name}: {_names(tensors)} should have dtypes of weights, found "
-                f"{tensors.dtypes}; none holds the values of all"
+                f"{name}: {_names(tensors)} should have one dtype, or several of "
+                f"{', '.join(MIXABLE)}; found {tensors.dtypes}; convert the files to one first"
             )
             return None
         keys = []

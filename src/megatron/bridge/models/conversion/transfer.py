@@ -16,7 +16,6 @@ from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
 from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
 
-
 _CAST_BYTES = 1 << 20
 
 

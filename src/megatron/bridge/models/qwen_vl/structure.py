@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.conversion.layer_keys import KeyForms, layers_share_keys
+from megatron.bridge.models.conversion.layer_keys import (
+    BY_CONFIG,
+    KeyForms,
+    layers_share_keys,
+)
 from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.structure import (
     AttentionFields,
@@ -55,7 +59,7 @@ def qwen_vl_structure(
     padded_vocab_size: int | None = None,
     *,
     with_mtp: bool = False,
-    keys: KeyForms = KeyForms(),
+    keys: KeyForms = BY_CONFIG,
 ) -> ModelStructure:
     """Structure of a Qwen vision-language model of any family.
 
