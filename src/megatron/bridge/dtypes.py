@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron.bridge.errors import CheckpointError
+from megatron.bridge.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +46,28 @@ DTYPE_NAMES: tuple[str, ...] = tuple(_TORCH_NAME_AND_BYTES)
 
 _WIDENS = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}
 
+MIXABLE = ("F16", "BF16", "F32", "F64")
+"""The dtypes of weights that may stand beside one another, from the narrowest on."""
+
 
 def holds_all(wide: str, narrow: str) -> bool:
     """Whether dtype `wide` holds every value of dtype `narrow` exactly."""
     return wide == narrow or (narrow, wide) in _WIDENS
+
+
+def can_be_cast(to: str, of: str) -> bool:
+    """Whether values of dtype `of` may be looked at as dtype `to`: the same, or both of weights."""
+    return to == of or (to in MIXABLE and of in MIXABLE)
+
+
+def widest(first: str, *others: str) -> str | None:
+    """The narrowest dtype that holds all values of all of them exactly; None if there is none."""
+    dtypes = {first, *others}
+    if len(dtypes) == 1:
+        return first
+    if not dtypes <= set(MIXABLE):
+        return None
+    return next(wide for wide in MIXABLE if all(holds_all(wide, one) for one in dtypes))
 
 
 def _row(name: str) -> tuple[str, int]:
@@ -72,6 +90,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, _row(name)[0])
     return dtype
+
+
+def weight_dtype(dtype: str | torch.dtype) -> str:
+    """The safetensors name of a dtype that is asked for: "bfloat16" or torch.bfloat16 is "BF16".
+
+    Raises InputError for any but the three that models have.
+    """
+    names = {TORCH_NAME_OF[name]: name for name in ("BF16", "F16", "F32")}
+    asked = str(dtype).removeprefix("torch.")
+    if asked not in names:
+        raise InputError(f"dtype is {asked[:40]!r}; expected one of {', '.join(names)}")
+    return names[asked]
 
 
 def safetensors_dtype(dtype: torch.dtype) -> str:

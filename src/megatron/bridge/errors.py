@@ -6,6 +6,7 @@
     │   ├── ConfigError          a config value is missing, of the wrong type or contradictory
     │   ├── CheckpointError      files that are missing, damaged or unsafe to read
     │   │   └── SourceChanged    files that changed while they were converted
+    │   ├── InexactCast          values that the dtype they are to have does not hold
     │   ├── UnsupportedModel     an architecture or option without a bridge
     │   └── TargetExists         the output is there already
     ├── PlanError                a conversion that is not proven: nothing was written
@@ -44,6 +45,10 @@ class CheckpointError(InputError):
 
 class SourceChanged(CheckpointError):
     """Files that a conversion reads are not those that it began with."""
+
+
+class InexactCast(InputError):
+    """Values that the dtype they are to have does not hold exactly."""
 
 
 class UnsupportedModel(InputError):

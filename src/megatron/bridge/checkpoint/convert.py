@@ -14,6 +14,7 @@ from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
 from megatron.bridge.checkpoint.plans import main_dtype, plan_export, plan_of
 from megatron.bridge.checkpoint.run import Conversion, Run, Written
 from megatron.bridge.checkpoint.targets import check_target
+from megatron.bridge.dtypes import weight_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 _DEFAULTS = Run()
+_WAYS_OUT = '--dtype float32 (dtype="float32") keeps them, --round (round=True) rounds them'
+_WAYS_OUT_OF_FP8 = "--round (round=True) rounds them before they are quantized"
 
 
 @dataclass(frozen=True)
@@ -116,21 +119,27 @@ def export_checkpoint(
     *,
     experts: str | None = None,
     fp8: bool = False,
+    dtype: "str | torch.dtype | None" = None,
+    round: bool = False,  # noqa: A002 - the name of the option
     run: Run = _DEFAULTS,
 ) -> Converted:
     """Write the Megatron checkpoint `source` as a Hugging Face folder laid out like `reference`.
 
     Names, shapes, dtypes, shards and side files are those of the reference; where it holds no
-    weights, the dtype is the checkpoint's. What the checkpoint has no place for, such as the MTP
+    weights, the dtypes are the checkpoint's. What the checkpoint has no place for, such as the MTP
     layer of a model that was trained without it, comes from the reference.
 
     experts: another disk layout of routed experts (ExpertLayout). fp8: quantize what the reference
-    has quantized; without it the weights are BF16, and config.json says nothing else. Raises
-    PlanError, InputError or one of its kinds before anything is written, TargetExists if `target`
-    exists and is not to be replaced.
+    has quantized; without it the weights are BF16, and config.json says nothing else. dtype: of
+    the tensors ("bfloat16"), instead of each one's in the reference; what the release keeps in
+    float32 stays so, and what comes from the reference as it is. round: round values that do not
+    fit their dtype. Raises PlanError, InputError or one of its kinds before anything is written,
+    TargetExists if `target` exists and is not to be replaced, and InexactCast, which leaves
+    nothing behind, for a value that does not fit and is not to be rounded.
     """
     from megatron.bridge.checkpoint.fp8_writer import Requantizer, fp8_reference
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
+    from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.conversion.transfer import fill_hf
 
     check_target(target, [source, reference.name_or_path], force=run.force)
@@ -139,9 +148,18 @@ def export_checkpoint(
             "FP8 files are written in the layout of their reference: fp8 and experts exclude each "
             "other"
         )
+    if fp8 and dtype is not None:
+        raise InputError(
+            "FP8 files have the dtypes of their reference: fp8 and dtype exclude each other"
+        )
+    wanted = None if dtype is None else weight_dtype(dtype)
     quantized = fp8_reference(reference) if fp8 else None
     checkpoint = TorchDistCheckpoint(source)
     plan, dropped = plan_export(checkpoint, reference, experts)
+    if wanted is not None:
+        bridge = bridge_for(reference.hf_config.architecture)
+        plan = bridge.in_dtype(plan, reference.hf_config, wanted)
+    casting = Casting(round, _WAYS_OUT_OF_FP8 if fp8 else _WAYS_OUT)
     checkpoint.locate(plan.megatron)
     if fp8 or plan.carried:
         check_scales(reference.weights)
@@ -150,7 +168,7 @@ def export_checkpoint(
         if name in plan.carried:
             reference.weights.read_into(name, box, out)
         else:
-            fill_hf(plan, name, box, out, checkpoint)
+            fill_hf(plan, name, box, out, checkpoint, casting)
 
     requantizer = None if quantized is None else Requantizer(quantized, fill_weight)
     rows_multiple = {} if requantizer is None else requantizer.rows_multiple
@@ -163,13 +181,13 @@ def export_checkpoint(
             piece_bytes=run.budget.piece_bytes,
             rows_multiple=rows_multiple,
         ),
-        *side_file_copies(reference, quantized=fp8),
+        *side_file_copies(reference, quantized=fp8, dtype=wanted),
     )
     written = run.write(
         target,
         Conversion(
             "export",
-            {"experts": experts, "fp8": fp8},
+            {"experts": experts, "fp8": fp8, "dtype": wanted, "round": round},
             {
                 "source": megatron_fingerprint(source),
                 "reference": hf_fingerprint(reference, side_files=True),

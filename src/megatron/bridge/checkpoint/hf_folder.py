@@ -8,9 +8,10 @@ from pathlib import Path
 from megatron.bridge.checkpoint.pieces import PIECE_BYTES, OutputFile
 from megatron.bridge.checkpoint.safetensors_layout import shard_layout
 from megatron.bridge.checkpoint.safetensors_writer import index_text, plan_shards
+from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
-from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
+from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -82,15 +83,21 @@ def _index_like(reference: PreTrainedVLM, size: int) -> bytes | None:
     return index_text(weight_map, size, known.index_metadata).encode()
 
 
-def side_file_copies(reference: PreTrainedVLM, *, quantized: bool = False) -> Iterator[OutputFile]:
+def side_file_copies(
+    reference: PreTrainedVLM, *, quantized: bool = False, dtype: str | None = None
+) -> Iterator[OutputFile]:
     """Config, tokenizer, processor, chat template and whatever else is not weights.
 
     A reference that is only a config is written as config.json. quantized: whether the weights
-    beside them are; if not, config.json does not say so either.
+    beside them are; if not, config.json does not say so either. dtype: of most of the weights
+    ("BF16"), if it is not the reference's; then config.json states it.
     """
-    restated = reference.hf_config.has(CONFIG_KEY) and not quantized
+    given = reference.hf_config
+    config = given if quantized else reference.unquantized_config
+    if dtype is not None:
+        config = config_in_dtype(config, TORCH_NAME_OF[dtype])
+    restated = config.data != given.data
     if restated or not reference.has_files:
-        config = reference.hf_config if quantized else reference.unquantized_config
         text = json.dumps(config.data, indent=2, ensure_ascii=False)
         yield OutputFile.of_bytes(CONFIG_FILE, f"{text}\n".encode())
     for file in reference.side_files:

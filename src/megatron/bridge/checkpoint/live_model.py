@@ -7,7 +7,7 @@ spec and any parallel layout. So nothing about sharding is written here.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.utils import unwrap_model
 
-from megatron.bridge.dtypes import safetensors_dtype
+from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.conversion.boxes import (
     Box,
@@ -28,7 +28,8 @@ from megatron.bridge.models.conversion.boxes import (
     tiling_faults,
     volume,
 )
-from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.conversion.casting import EXACTLY, Casting
+from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.conversion.transfer import Source, read_hf, read_megatron
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.cpu import megatron_on_cpu
@@ -94,12 +95,14 @@ def load_weights(
     plan: ConversionPlan,
     source: Source,
     progress: Progress | None = None,
+    casting: Casting = EXACTLY,
 ) -> None:
     """Fill this rank's parameters; each rank reads only the boxes that it holds.
 
     model: the chunks of this rank. source: of Hugging Face tensors. Values are cast to the dtype of
     the parameter. Raises PlanError, before anything is written, if the model and the plan do not
-    have the same tensors; InputError if a norm's w - 1 does not fit its parameter exactly.
+    have the same tensors; InexactCast if a norm's w - 1 does not fit its parameter and `casting`
+    does not admit that.
     """
     tensors = local_tensors(model)
     if problems := list(_mismatches(plan, tensors)):
@@ -110,29 +113,33 @@ def load_weights(
     for local in tensors:
         tensor = read_megatron(plan, local.key, local.box, source)
         if local.key in shifted:  # the file's own values may not survive in a narrower dtype
-            tensor = _exactly(tensor, local.data.dtype, local.key)
+            tensor = casting.cast(tensor, local.data.dtype, local.key)
         local.data.copy_(tensor.view(local.data.shape))
         shown.advance(local.data.nbytes)
 
 
 @torch.no_grad()
 def export_weights(
-    model: Sequence[torch.nn.Module], plan: ConversionPlan
+    model: Sequence[torch.nn.Module], plan: ConversionPlan, casting: Casting = EXACTLY
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every Hugging Face tensor that the model holds, by name, on the model's device.
 
     Raises PlanError if the model and the plan do not have the same tensors, InputError if this
-    rank does not hold all of the model or if a value does not fit the plan's dtype exactly.
+    rank does not hold all of the model, InexactCast if a value does not fit the plan's dtype and
+    `casting` does not admit that.
     """
     source = LiveTensors(model, plan)
     for name, spec in plan.hf.items():
         if name in plan.carried:
             continue
-        yield name, read_hf(plan, name, full_box(spec.shape), source)
+        yield name, read_hf(plan, name, full_box(spec.shape), source, casting)
 
 
 class LiveTensors:
-    """Checkpoint tensors read from the parameters of this rank, in the plan's dtypes: a Source."""
+    """Checkpoint tensors read from the parameters of this rank, in their own dtypes: a Source.
+
+    tensors: by key. Where parameters that share a key differ in dtype, it has the widest.
+    """
 
     def __init__(self, model: Sequence[torch.nn.Module], plan: ConversionPlan) -> None:
         """Raises PlanError if the model and the plan do not have the same tensors."""
@@ -142,55 +149,48 @@ class LiveTensors:
         by_key: dict[str, list[tuple[Box, LocalTensor]]] = defaultdict(list)
         for local in tensors:
             by_key[local.key].append((local.box, local))
-        self._plan = plan
         self._indexes = {key: BoxIndex(items) for key, items in by_key.items()}
+        self.tensors = {
+            key: TensorSpec(key, parts[0][1].key_shape, _common_dtype(key, parts))
+            for key, parts in by_key.items()
+        }
 
     def dtype_of(self, name: str) -> str:
-        """The dtype that the plan gives a key."""
-        return self._plan.megatron[name].dtype
+        """The dtype of a key. Raises InputError if this rank holds nothing of it."""
+        return self._known(name).dtype
 
     def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        """Copy one box of a key. Raises InputError if this rank does not hold all of it.
-
-        Also if a value does not fit the dtype of the plan exactly.
-        """
-        index = self._indexes.get(name)
-        parts = [] if index is None else list(index.overlapping(box))
+        """Copy one box of a key. Raises InputError if this rank does not hold all of it."""
+        self._known(name)
+        parts = list(self._indexes[name].overlapping(box))
         if sum(volume(shared) for shared, _ in parts) != volume(box):
-            raise InputError(
-                f"{name}: this rank holds only a part of it; exporting from models that are "
-                f"split over ranks is not supported yet, save a Megatron checkpoint and export that"
-            )
+            raise self._split(name)
         for shared, local in parts:
             whole = local.data.reshape(box_shape(local.box))
-            part = _exactly(whole[slices(relative(shared, local.box))], out.dtype, name)
+            part = EXACTLY.cast(whole[slices(relative(shared, local.box))], out.dtype, name)
             out[slices(relative(shared, box))] = part
 
+    def _known(self, name: str) -> TensorSpec:
+        if name not in self.tensors:
+            raise self._split(name)
+        return self.tensors[name]
 
-def in_dtype(plan: ConversionPlan, dtype: torch.dtype) -> ConversionPlan:
-    """The same plan for files and checkpoint tensors in one dtype."""
-    name = safetensors_dtype(dtype)
-    return replace(
-        plan,
-        hf={key: replace(spec, dtype=name) for key, spec in plan.hf.items()},
-        megatron={key: replace(spec, dtype=name) for key, spec in plan.megatron.items()},
-    )
-
-
-def _exactly(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
-    """`tensor` in `dtype`. Raises InputError if that changes a value."""
-    cast = tensor.to(dtype)
-    if tensor.dtype == dtype:
-        return cast
-    back = cast.to(tensor.dtype)
-    if not torch.equal(back.nan_to_num(), tensor.nan_to_num()):
-        error = (back - tensor).abs().max().item()
-        raise InputError(
-            f"{key}: values in {tensor.dtype} do not fit {dtype} exactly "
-            f"(off by up to {error:.3g}); export with dtype={tensor.dtype} to keep them, "
-            f"or cast the model first"
+    def _split(self, name: str) -> InputError:
+        return InputError(
+            f"{name}: this rank holds only a part of it; exporting from models that are "
+            f"split over ranks is not supported yet, save a Megatron checkpoint and export that"
         )
-    return cast
+
+
+def _common_dtype(key: str, parts: Sequence[tuple[Box, LocalTensor]]) -> str:
+    dtypes = {safetensors_dtype(local.data.dtype) for _, local in parts}
+    dtype = widest(*dtypes)
+    if dtype is None:
+        raise InputError(
+            f"{key}: parameters of the model that share this key are in {sorted(dtypes)}, and no "
+            f"dtype holds the values of all; cast them to one"
+        )
+    return dtype
 
 
 def _mismatches(plan: ConversionPlan, tensors: list[LocalTensor]) -> Iterator[str]:

@@ -37,6 +37,7 @@ from megatron.bridge.checkpoint.processes import Processes, ProcessFailed
 from megatron.bridge.checkpoint.targets import check_target, partial_of, put_in_place
 from megatron.bridge.errors import (
     CheckpointError,
+    InexactCast,
     InputError,
     MismatchError,
     PlanError,
@@ -44,7 +45,7 @@ from megatron.bridge.errors import (
 )
 from megatron.bridge.progress import Progress, Silent
 
-_FINAL = (SourceChanged, MismatchError, PlanError)
+_FINAL = (SourceChanged, MismatchError, PlanError, InexactCast)
 """After these nothing that was written can be part of a right target."""
 
 _STOP_SECONDS = 10.0

@@ -1,11 +1,12 @@
 """Which plan a conversion of files follows, in either direction."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron.bridge.dtypes import holds_all
+from megatron.bridge.dtypes import can_be_cast, widest
 from megatron.bridge.errors import CheckpointError, PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import (
@@ -19,7 +20,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 if TYPE_CHECKING:
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
-_OPTIMIZER_PREFIX = "optimizer."
+_STATE = re.compile(r"(chained_\d+\.)*(optimizer\.|(rng_state|rerun_state_machine_state)(/|$))")
 _EXPERTS = ".mlp.experts."
 
 
@@ -29,12 +30,20 @@ def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPla
     return bridge.plan(hf.hf_config, hf.weights, options)
 
 
+def is_state(key: str) -> bool:
+    """Whether a checkpoint key is that of training state: of optimizers, random numbers, reruns.
+
+    As megatron-core names it; with several optimizers the keys of each begin with ``chained_<i>.``.
+    """
+    return _STATE.match(key) is not None
+
+
 def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
-    """The tensors of a Megatron checkpoint that are weights, not state of an optimizer.
+    """The tensors of a Megatron checkpoint that are weights, not state of training (`is_state`).
 
     Raises CheckpointError if there are none.
     """
-    found = {k: t for k, t in checkpoint.tensors.items() if not k.startswith(_OPTIMIZER_PREFIX)}
+    found = {key: spec for key, spec in checkpoint.tensors.items() if not is_state(key)}
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: it holds no weights of a model")
     return found
@@ -55,11 +64,12 @@ def plan_export(
     options = replace(bridge.options_of_checkpoint(found), experts=experts)
     if not reference.has_weights:
         plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
+        plan = replace(plan, hf=as_stored(plan, found))
     elif experts is None:
         plan = bridge.plan(config, reference.weights, options)
     else:
         plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
-    if problems := list(_differences(plan.megatron, found)):
+    if problems := list(differences(plan.megatron, found)):
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
     return plan, tuple(key for key in checkpoint.tensors if key not in found)
@@ -107,13 +117,30 @@ def main_dtype(tensors: Iterable[TensorSpec]) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _differences(
+def as_stored(plan: ConversionPlan, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The Hugging Face tensors of a plan in the dtypes that the tensors of a checkpoint have.
+
+    found: those, by key. Parameters that are kept wider than their files are, to be shifted
+    without loss, say nothing of the files: for these the plan's dtype stays.
+    """
+    dtypes: dict[str, set[str]] = defaultdict(set)
+    for copy in plan.copies:
+        if copy.megatron_key in found and not copy.offset:
+            dtypes[copy.hf_name].add(found[copy.megatron_key].dtype)
+    return {
+        name: replace(spec, dtype=widest(*dtypes[name]) or spec.dtype) if dtypes[name] else spec
+        for name, spec in plan.hf.items()
+    }
+
+
+def differences(
     expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]
 ) -> Iterator[str]:
+    """How the tensors of a checkpoint, by key, are not those that a plan needs, one by one."""
     for key, spec in expected.items():
         if key not in found:
             yield f"{key}: missing from the checkpoint (shape {spec.shape}, dtype {spec.dtype})"
-        elif found[key].shape != spec.shape or not holds_all(spec.dtype, found[key].dtype):
+        elif found[key].shape != spec.shape or not can_be_cast(spec.dtype, found[key].dtype):
             yield (
                 f"{key}: expected shape {spec.shape} and dtype {spec.dtype}, found "
                 f"{found[key].shape} and {found[key].dtype}"

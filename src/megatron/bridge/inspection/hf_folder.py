@@ -86,8 +86,8 @@ class HFReport:
     the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
     them. bridge: the class that converts it, or None.
     text, vision: what the config states, of the keys that size a model. filled_in: what it leaves
-    out and transformers' config class fills in, of the keys that were needed, by path. experts: how routed experts
-    lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
+    out and transformers' config class fills in, of the keys that were needed, by path. experts: how
+    routed experts lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
     and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not
     proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized model.
     settings: fields of the family's provider; None where they are not known to be right.

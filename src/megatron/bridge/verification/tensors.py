@@ -8,7 +8,7 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
 from megatron.bridge.checkpoint.plans import weight_tensors
 from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY, Budget
-from megatron.bridge.errors import InputError
+from megatron.bridge.dtypes import torch_dtype, widest
+from megatron.bridge.errors import InexactCast, InputError
 from megatron.bridge.models.catalog import bridge_for
-from megatron.bridge.models.conversion.boxes import Box, volume
+from megatron.bridge.models.conversion.boxes import Box, full_box, volume
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
@@ -126,6 +127,9 @@ def _across(
     report: VerifyReport, hf: PreTrainedVLM, checkpoint: TorchDistCheckpoint, *, hf_is_a: bool
 ) -> tuple[_Side, _Side]:
     """A Hugging Face folder, and what `export` would make of a Megatron checkpoint."""
+    import torch
+
+    from megatron.bridge.models.conversion.casting import EXACTLY
     from megatron.bridge.models.conversion.transfer import fill_hf
 
     found = _weights(checkpoint, report)
@@ -142,12 +146,43 @@ def _across(
     absent |= set(plan.carried)
     only_in_hf = report.only_in_a if hf_is_a else report.only_in_b
     only_in_hf.extend(plan.carried)
-    comparable = {name: spec for name, spec in here.tensors.items() if name not in absent}
+    # A key that several tensors share may hold values that not every one of them would.
+    comparable = {
+        name: replace(spec, dtype=_common_dtype(plan, name, checkpoint))
+        for name, spec in here.tensors.items()
+        if name not in absent
+    }
+
+    def fill_from_hf(name: str, box: Box, out: torch.Tensor) -> None:
+        stored = torch_dtype(here.tensors[name].dtype)
+        if out.dtype == stored:
+            here.fill(name, box, out)
+        else:
+            tensor = torch.empty(out.shape, dtype=stored)
+            here.fill(name, box, tensor)
+            out.copy_(EXACTLY.cast(tensor, out.dtype, name))
 
     def fill(name: str, box: Box, out: torch.Tensor) -> None:
         fill_hf(plan, name, box, out, checkpoint)
 
-    return _Side(comparable, here.fill), _Side(comparable, fill)
+    return _Side(comparable, fill_from_hf), _Side(comparable, fill)
+
+
+def _common_dtype(plan: ConversionPlan, name: str, checkpoint: TorchDistCheckpoint) -> str:
+    """The dtype in which a tensor is compared: one that holds what either side has."""
+    from megatron.bridge.models.conversion.transfer import read_hf
+
+    spec = plan.hf[name]
+    copies = [copy for _, copy in plan.copies_from(name, full_box(spec.shape))]
+    if any(copy.offset for copy in copies):  # a small one; its key is wide whatever the files are
+        try:
+            read_hf(plan, name, full_box(spec.shape), checkpoint)
+        except InexactCast:
+            pass
+        else:
+            return spec.dtype
+    dtypes = {plan.megatron[copy.megatron_key].dtype for copy in copies}
+    return widest(spec.dtype, *dtypes) or spec.dtype
 
 
 def _unusable_keys(

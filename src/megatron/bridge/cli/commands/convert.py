@@ -21,6 +21,7 @@ from megatron.bridge.cli.options import (
     Revision,
     Target,
     VerifyWritten,
+    choice_option,
     experts_option,
     hf_model,
     size_of,
@@ -99,6 +100,21 @@ def export_command(
             "are BF16.",
         ),
     ] = False,
+    dtype: Annotated[
+        str | None,
+        choice_option(
+            ("bfloat16", "float16", "float32"),
+            "dtype of the floating-point tensors, instead of each one's in REF; small tensors that "
+            "the release keeps in float32 stay so, and config.json states it",
+        ),
+    ] = None,
+    rounds: Annotated[
+        bool,
+        typer.Option(
+            "--round",
+            help="Round values that do not fit the dtype they get. Without it they are refused.",
+        ),
+    ] = False,
     keep_manifest: Annotated[
         bool,
         typer.Option(
@@ -117,7 +133,8 @@ def export_command(
     """Write the Megatron checkpoint SRC as the Hugging Face model DST.
 
     Names, shapes, dtypes, shards and side files (tokenizer, processor, chat template) are those of
-    REF; where REF holds no weights, the dtypes are the checkpoint's. What SRC has no place for,
+    REF; where REF holds no weights, the dtypes are the checkpoint's. A checkpoint in another dtype
+    than REF is exported exactly or, with --round, rounded. What SRC has no place for,
     such as the MTP layer of a model that was trained without it, comes from REF.
     """
     with open_output(as_json=as_json) as output:
@@ -131,7 +148,9 @@ def export_command(
         _note_what_is_resumed(output, target, resume=resume)
         with _run(output, memory, max_shard_size, verify, resume, force) as run:
             run = replace(run, keep_manifest=keep_manifest)
-            done = export_checkpoint(source, target, hf, experts=experts, fp8=fp8, run=run)
+            done = export_checkpoint(
+                source, target, hf, experts=experts, fp8=fp8, dtype=dtype, round=rounds, run=run
+            )
         _show(output, "export", str(source), run, done, time.perf_counter() - begin)
 
 

@@ -8,13 +8,16 @@ bridge.save_hf_pretrained(model, "out")
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from megatron.bridge.dtypes import TORCH_NAME_OF, weight_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
+from megatron.bridge.models.conversion.layer_keys import KeyForms
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
     MegatronModelBridge,
@@ -30,10 +33,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron.bridge.models.conversion.boxes import Box
+    from megatron.bridge.models.conversion.casting import Casting
+    from megatron.bridge.models.conversion.plan import TensorSpec
     from megatron.bridge.models.model_provider import ModelProvider
 
 type Model = Sequence[torch.nn.Module]
 type PathLike = str | os.PathLike[str]
+type DType = str | torch.dtype
+"""One of float32, bfloat16, float16, or its name."""
 
 
 class HFWeight(NamedTuple):
@@ -149,32 +156,49 @@ class AutoBridge:
         return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
 
     def load_hf_weights(
-        self, model: Model, hf_path: PathLike | None = None, progress: Progress | None = None
+        self,
+        model: Model,
+        hf_path: PathLike | None = None,
+        progress: Progress | None = None,
+        *,
+        round: bool = False,  # noqa: A002 - the name of the option
     ) -> None:
         """Fill a live model, at any parallel layout, from this model's files or those at `hf_path`.
 
-        Each rank reads only what it holds. Raises PlanError if files and model do not fit.
+        Each rank reads only what it holds. Values are cast to the parameters' dtypes. Raises
+        PlanError if files and model do not fit, InexactCast if a norm that Megatron keeps as w - 1
+        does not fit its parameter, unless `round` is set.
         """
         from megatron.bridge.checkpoint.live_model import load_weights
+        from megatron.bridge.models.conversion.casting import Casting
 
         source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
         if not source.hf_pretrained.has_weights:
             raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
-        plan = source.plan(_options_of(model))
-        load_weights(model, plan, source.hf_pretrained.weights, progress)
+        plan = source.plan(self._options_of(model))
+        ways_out = "load with round=True to round them, or build the model in a wider dtype"
+        casting = Casting(round, ways_out)
+        load_weights(model, plan, source.hf_pretrained.weights, progress, casting)
 
     def export_hf_weights(
-        self, model: Model, *, cpu: bool = True, dtype: "torch.dtype | None" = None
+        self,
+        model: Model,
+        *,
+        cpu: bool = True,
+        dtype: "DType | None" = None,
+        round: bool = False,  # noqa: A002 - the name of the option
     ) -> Iterator[HFWeight]:
         """Every Hugging Face tensor of a live model, by name, in the order of the files.
 
-        cpu: move tensors to the CPU. dtype: of all tensors; without it, each has the dtype of its
-        file. Raises InputError if a value does not fit that dtype exactly, or if this rank does
-        not hold the whole model.
+        cpu: move tensors to the CPU. dtype: of the tensors, where without it each has the dtype of
+        its file; what the release keeps in float32 stays so. round: round values that do not fit
+        instead of raising InexactCast. Raises InputError if this rank does not hold the whole
+        model.
         """
         from megatron.bridge.checkpoint.live_model import export_weights
 
-        for name, tensor in export_weights(model, self._export_plan(model, dtype)):
+        plan = self._export_plan(model, dtype)
+        for name, tensor in export_weights(model, plan, _casting_of(round=round)):
             yield HFWeight(name, tensor.cpu() if cpu else tensor)
 
     def save_hf_weights(
@@ -182,18 +206,28 @@ class AutoBridge:
         model: Model,
         path: PathLike,
         *,
-        dtype: "torch.dtype | None" = None,
+        dtype: "DType | None" = None,
+        round: bool = False,  # noqa: A002 - the name of the option
         force: bool = False,
     ) -> None:
         """Write a live model's weights and nothing else; see export_hf_weights."""
-        self._save(model, Path(path), dtype, force, side_files=False)
+        self._save(model, Path(path), dtype, force, round=round, side_files=False)
 
-    def save_hf_pretrained(self, model: Model, path: PathLike, *, force: bool = False) -> None:
+    def save_hf_pretrained(
+        self,
+        model: Model,
+        path: PathLike,
+        *,
+        dtype: "DType | None" = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+        force: bool = False,
+    ) -> None:
         """Write a folder that transformers loads: weights, config, tokenizer, processor and all.
 
-        Raises TargetExists if `path` exists and `force` is not set; see export_hf_weights.
+        With `dtype` config.json states it, too. Raises TargetExists if `path` exists and `force`
+        is not set; see export_hf_weights.
         """
-        self._save(model, Path(path), None, force, side_files=True)
+        self._save(model, Path(path), dtype, force, round=round, side_files=True)
 
     def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
         """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
@@ -201,34 +235,61 @@ class AutoBridge:
         Raises TargetExists if `path` exists and `force` is not set, InputError if this rank does
         not hold the whole model.
         """
+        from megatron.bridge.checkpoint.live_model import LiveTensors
         from megatron.bridge.checkpoint.megatron_checkpoint import save_checkpoint
+        from megatron.bridge.checkpoint.plans import main_dtype
         from megatron.bridge.checkpoint.targets import check_target
+        from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 
         hf = self.hf_pretrained
         check_target(Path(path), [hf.name_or_path], force=force)
+        plan = self.plan(self._options_of(model))
+        source = LiveTensors(model, plan)
+        saved = TORCH_NAME_OF[main_dtype(source.tensors.values())]
         save_checkpoint(
-            model,
+            source,
             Path(path),
-            self.plan(_options_of(model)),
+            plan,
             provider=self.model_bridge.provider,
-            settings=self.model_bridge.provider_settings(
-                hf.hf_config, hf.main_dtype, hf.tensors if hf.has_weights else None
-            ),
-            hf_config=hf.unquantized_config,
+            settings=self._settings_of(plan, source.tensors),
+            hf_config=config_in_dtype(hf.unquantized_config, saved),
             force=force,
         )
 
     def load_megatron_model(
-        self, path: PathLike, *, wrap_with_ddp: bool = False
+        self,
+        path: PathLike,
+        *,
+        dtype: "DType | None" = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+        mp_overrides: Mapping[str, Any] | None = None,
+        wrap_with_ddp: bool = False,
     ) -> "list[torch.nn.Module]":
         """Build this rank's chunks of the model, filled from a torch_dist checkpoint of any layout.
 
-        Raises CheckpointError, or PlanError if the checkpoint does not hold this model.
+        dtype: of the model, without it that of the checkpoint. round: round values that the model
+        does not hold instead of raising InexactCast. mp_overrides: fields of the provider, set
+        before it builds, such as the parallel sizes. Raises CheckpointError, PlanError if the
+        checkpoint does not hold this model, or InputError for a field that the provider lacks.
         """
         from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
+        from megatron.bridge.checkpoint.plans import differences, main_dtype, weight_tensors
+        from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
-        provider = self.to_megatron_provider(load_weights=False)
-        provider.register_pre_wrap_hook(lambda model: load_checkpoint(model, Path(path)))
+        checkpoint = TorchDistCheckpoint(Path(path))
+        bridge, config = self.model_bridge, self.hf_pretrained.hf_config
+        found = weight_tensors(checkpoint)
+        options = bridge.options_of_checkpoint(found)
+        plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
+        if problems := list(differences(plan.megatron, found)):
+            raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")
+        wanted = None if dtype is None else weight_dtype(dtype)
+        provider = bridge.provider_of(self._settings_of(plan, found, wanted))
+        _override(provider, mp_overrides or {})
+        paths, casting = bridge.layer_paths, _casting_of(round=round)
+        provider.register_pre_wrap_hook(
+            lambda model: load_checkpoint(model, checkpoint, layer_paths=paths, casting=casting)
+        )
         return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
 
     @classmethod
@@ -259,12 +320,15 @@ class AutoBridge:
         *,
         experts: str | None = None,
         fp8: bool = False,
+        dtype: "DType | None" = None,
+        round: bool = False,  # noqa: A002 - the name of the option
         force: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """A Megatron checkpoint to a folder laid out like this model's, files to files.
 
-        experts, fp8: see `checkpoint.convert.export_checkpoint`, and there for what is raised.
+        experts, fp8, dtype, round: see `checkpoint.convert.export_checkpoint`, and there for what
+        is raised.
         """
         from megatron.bridge.checkpoint.convert import export_checkpoint
         from megatron.bridge.checkpoint.run import Run
@@ -275,6 +339,8 @@ class AutoBridge:
             self.hf_pretrained,
             experts=experts,
             fp8=fp8,
+            dtype=dtype,
+            round=round,
             run=Run(force=force, progress=progress or Silent()),
         )
 
@@ -294,19 +360,53 @@ class AutoBridge:
             raise PlanError(problems)
         return tasks
 
-    def _export_plan(self, model: Model, dtype: "torch.dtype | None") -> ConversionPlan:
-        from megatron.bridge.checkpoint.live_model import in_dtype
+    def _export_plan(self, model: Model, dtype: "DType | None") -> ConversionPlan:
+        plan = self.plan(self._options_of(model))
+        if dtype is None:
+            return plan
+        return self.model_bridge.in_dtype(plan, self.hf_pretrained.hf_config, weight_dtype(dtype))
 
-        plan = self.plan(_options_of(model))
-        return plan if dtype is None else in_dtype(plan, dtype)
+    def _settings_of(
+        self, plan: ConversionPlan, stored: "Mapping[str, TensorSpec]", dtype: str | None = None
+    ) -> dict[str, Any]:
+        """Fields of the provider for a model that holds what is stored, by key.
+
+        dtype: of the model; parameters with a dtype of their own keep it where it is wider.
+        """
+        from megatron.bridge.checkpoint.plans import as_stored, main_dtype
+
+        tensors = as_stored(plan, stored)
+        if dtype is not None:
+            tensors = {
+                name: replace(spec, dtype=widest(spec.dtype, dtype) or spec.dtype)
+                for name, spec in tensors.items()
+            }
+        dtype = dtype or main_dtype(stored.values())
+        config = self.hf_pretrained.hf_config
+        return self.model_bridge.provider_settings(config, dtype, tensors)
+
+    def _options_of(self, model: Model) -> PlanOptions:
+        """What a live model was built with: rows of the embedding, the MTP layer, forms of keys."""
+        from megatron.core.utils import unwrap_model
+
+        from megatron.bridge.checkpoint.live_model import local_tensors
+
+        config = unwrap_model(list(model))[0].config
+        keys = {local.key for local in local_tensors(model)}
+        return PlanOptions(
+            config.padded_vocab_size,
+            with_mtp=bool(config.mtp_num_layers),
+            keys=KeyForms.of(keys, self.model_bridge.layer_paths),
+        )
 
     def _save(
         self,
         model: Model,
         path: Path,
-        dtype: "torch.dtype | None",
+        dtype: "DType | None",
         force: bool,
         *,
+        round: bool,  # noqa: A002 - the name of the option
         side_files: bool,
     ) -> None:
         from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
@@ -318,24 +418,34 @@ class AutoBridge:
 
         check_target(path, [self.hf_pretrained.name_or_path], force=force)
         plan = self._export_plan(model, dtype)
-        source = LiveTensors(model, plan)
+        source, casting = LiveTensors(model, plan), _casting_of(round=round)
 
         def fill(name: str, box: "Box", out: "torch.Tensor") -> None:
             if name in plan.carried:
                 self.hf_pretrained.weights.read_into(name, box, out)
             else:
-                fill_hf(plan, name, box, out, source)
+                fill_hf(plan, name, box, out, source, casting)
 
         files = [*weight_files(plan.hf, self.hf_pretrained)]
         if side_files:
-            files += side_file_copies(self.hf_pretrained)
+            stated = None if dtype is None else weight_dtype(dtype)
+            files += side_file_copies(self.hf_pretrained, dtype=stated)
         with staged_folder(path, force=force) as staged:
             write_files(staged, files, fill)
 
 
-def _options_of(model: Model) -> PlanOptions:
-    """What a live model was built with: rows of the embedding, and the MTP layer or none."""
-    from megatron.core.utils import unwrap_model
+def _casting_of(*, round: bool) -> "Casting":  # noqa: A002 - the name of the option
+    from megatron.bridge.models.conversion.casting import Casting
 
-    config = unwrap_model(list(model))[0].config
-    return PlanOptions(config.padded_vocab_size, with_mtp=bool(config.mtp_num_layers))
+    return Casting(round, "round=True rounds them, dtype=torch.float32 keeps them")
+
+
+def _override(provider: "ModelProvider", fields_: Mapping[str, Any]) -> None:
+    """Set fields of a provider. Raises InputError for one that it lacks."""
+    known = [field.name for field in fields(provider)]
+    for name, value in fields_.items():
+        if name not in known:
+            likely = get_close_matches(name, known, n=1)
+            like = f"; did you mean {likely[0]!r}?" if likely else ""
+            raise InputError(f"mp_overrides: {type(provider).__name__} has no field {name!r}{like}")
+        setattr(provider, name, value)

@@ -6,10 +6,13 @@ config.json names, so that importing the module of a family is all it takes to s
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorLike, TensorSpec
 from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
@@ -35,11 +38,13 @@ class PlanOptions:
     padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
     experts: the disk layout of routed experts, where shapes cannot tell it, or for files to be.
     with_mtp: whether the Megatron model has the MTP layer that the files may hold.
+    keys: how the Megatron keys are formed, where that is known.
     """
 
     padded_vocab_size: int | None = None
     experts: str | None = None
     with_mtp: bool = True
+    keys: KeyForms = BY_CONFIG
 
 
 DEFAULTS = PlanOptions()
@@ -58,6 +63,8 @@ class MegatronModelBridge(ABC):
     """What config.json states beside the architecture; None if that is not looked at."""
     embedding_key: ClassVar[str] = "language_model.embedding.word_embeddings.weight"
     """Checkpoint key whose rows are the vocabulary, padding included."""
+    layer_paths: ClassVar[tuple[str, ...]] = ()
+    """What Megatron names of parameters have before the number of a TransformerBlock's layer."""
 
     @staticmethod
     def register_bridge[Bridge: MegatronModelBridge](
@@ -120,15 +127,31 @@ class MegatronModelBridge(ABC):
         """The dtype of a tensor in files that are not at hand, most of which are in `dtype`."""
         return dtype
 
+    def in_dtype(self, plan: ConversionPlan, config: HFConfig, dtype: str) -> ConversionPlan:
+        """The plan for Hugging Face tensors in `dtype` ("BF16"), as the family is released in it.
+
+        What a release keeps wider stays as wide as it is. Neither what is carried nor what holds
+        no floating numbers is changed.
+        """
+
+        def wanted(spec: TensorSpec) -> TensorSpec:
+            if spec.name in plan.carried or spec.dtype not in MIXABLE:
+                return spec
+            kept = self.assumed_dtype(config, spec.name, dtype) != dtype
+            return replace(spec, dtype=(kept and widest(spec.dtype, dtype)) or dtype)
+
+        return replace(plan, hf={name: wanted(spec) for name, spec in plan.hf.items()})
+
     def options_of_checkpoint(self, tensors: Tensors) -> PlanOptions:
         """What a Megatron checkpoint says of the model that it was written from, by its keys.
 
         The vocabulary was padded for the parallel layout of that model.
         """
+        keys = KeyForms.of(tensors.keys(), self.layer_paths)
         embedding = tensors.get(self.embedding_key)
         if embedding is None or not embedding.shape:
-            return DEFAULTS  # the plan will say what is missing
-        return PlanOptions(padded_vocab_size=embedding.shape[0])
+            return PlanOptions(keys=keys)  # the plan will say what is missing
+        return PlanOptions(padded_vocab_size=embedding.shape[0], keys=keys)
 
     @abstractmethod
     def provider_settings(
@@ -139,6 +162,12 @@ class MegatronModelBridge(ABC):
         tensors: the files, whose headers say which parameters have a dtype of their own.
         Raises ConfigError for a value that is missing or that the Megatron model cannot honour.
         """
+
+    def provider_of(self, settings: Mapping[str, Any]) -> "ModelProvider":
+        """The family's model provider with these fields, as `provider_settings` gives them."""
+        module, _, name = self.provider.rpartition(".")
+        provider: ModelProvider = getattr(import_module(module), name).from_settings(settings)
+        return provider
 
     @abstractmethod
     def provider_bridge(self, hf_pretrained: "PreTrainedVLM") -> "ModelProvider":

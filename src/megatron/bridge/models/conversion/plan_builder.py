@@ -5,10 +5,12 @@
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import NamedTuple
 
+from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import PlanError
 from megatron.bridge.folding import join_numbers, split_numbers
 from megatron.bridge.models.conversion.boxes import Box, Shape
@@ -61,7 +63,9 @@ def build_plan(
 
     tensors: what the Hugging Face side holds, by name; a TensorIndex or `expected_tensors`.
     carried: those of them that the Megatron model has no place for, with the reason.
-    Raises PlanError with every missing, unexpected, misshapen or mixed-dtype tensor.
+    A Megatron tensor has the dtype of the tensors that make it, or the narrowest that holds the
+    values of all. Raises PlanError with every missing, unexpected or misshapen tensor, and where
+    there is no such dtype.
     """
     return _Builder(registry, structure, tensors, carried or {}).build()
 
@@ -195,29 +199,35 @@ class _Builder:
     def _keys(
         self, name: str, numbers: tuple[int, ...], tensors: _Tensors, recipe: Recipe
     ) -> list[str] | None:
-        """The checkpoint keys of one parameter, if its tensors and the other layers agree."""
-        if len(tensors.dtypes) > 1:
+        """The checkpoint keys of one parameter, if its tensors and the other layers agree.
+
+        A key has the narrowest dtype that holds the values of all its tensors.
+        """
+        # A constant added in BF16 would lose bits of the result: such parameters are kept in F32.
+        dtype = widest(*tensors.dtypes, *(["F32"] if recipe.shifted else []))
+        if dtype is None:
             self.problems.append(
-                f"{name}: {_names(tensors)} should have one dtype, found {tensors.dtypes}; "
-                f"convert the files to one dtype first"
+                f"{name}: {_names(tensors)} should have one dtype, or several of "
+                f"{', '.join(MIXABLE)}; found {tensors.dtypes}; convert the files to one first"
             )
             return None
-        # A constant added in BF16 would lose bits of the result: such parameters are kept in F32.
-        dtype = "F32" if recipe.shifted else tensors.dtypes[0]
         keys = []
         for placement, *_ in recipe.parts:
             key, shape = placement.key_of(numbers), placement.key_shape
             known = self.megatron.get(key)
             if known is None:
                 known = self.megatron[key] = TensorSpec(key, shape, dtype)
-            elif known.shape != shape or known.dtype != dtype:
+            shared = widest(known.dtype, dtype)
+            if known.shape != shape or shared is None:
                 self.problems.append(
                     f"{name} from {_names(tensors)}: layers share the checkpoint tensor {key} of "
                     f"shape {known.shape} and dtype {known.dtype}, but this one needs shape "
                     f"{shape} and dtype {dtype}"
                 )
                 return None
-            keys.append(known.name)
+            if shared != known.dtype:
+                self.megatron[key] = replace(known, dtype=shared)
+            keys.append(key)
         return keys
 
     def _report_names(self) -> None:

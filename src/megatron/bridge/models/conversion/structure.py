@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.conversion.boxes import Box, Shape, full_box
+from megatron.bridge.models.conversion.layer_keys import SPARSE_NORM, SPARSE_NORM_AS_FUSED
 from megatron.bridge.models.conversion.patterns import WILDCARD, fill
 
 _RENAMED = ((".mtp_model_layer.", ".transformer_layer."),)
@@ -110,11 +111,11 @@ class ModelStructure:
     fields: what layouts read, by Megatron prefix (``"language_model."``).
     indices: which numbers a wildcard takes, by the Megatron path before it
         (``"language_model.decoder.layers."``).
-    stacked: layer paths whose checkpoint keys carry all layers on a leading axis, as
-        megatron-core's TransformerBlock.sharded_state_dict does for layers that are all alike.
+    stacked: layer paths whose checkpoint keys carry all layers on a leading axis; see KeyForms.
     features: optional parts that are present; a row with ``only="..."`` exists with its feature.
     layer_kinds: the layers of each kind, for rows that are declared with ``layers="..."``.
     experts: routed experts of a layer; 0 for a dense model.
+    sparse_norm_as_fused: see KeyForms.
     """
 
     dims: Mapping[str, int]
@@ -124,6 +125,7 @@ class ModelStructure:
     features: frozenset[str]
     layer_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     experts: int = 0
+    sparse_norm_as_fused: bool = False
 
     def fields_for(self, megatron_param: str) -> LayoutFields:
         """The fields of the part of the model that a parameter belongs to."""
@@ -156,7 +158,7 @@ class ModelStructure:
         """Checkpoint keys of a row's parameters, as megatron-core's sharded_state_dict names them.
 
         megatron_param: the pattern of their names. shape: that of each of them.
-        Layers that are all alike share one key, whose first axis is the layer:
+        Layers that are stacked share one key, whose first axis is the layer:
         ``decoder.layers.7.mlp.linear_fc2.weight`` of 28 layers is row 7 of
         ``decoder.layers.mlp.linear_fc2.weight``. The experts of a layer share one in the same
         way. Sections with a suffix have keys of their own. Raises ValueError where the number of
@@ -172,6 +174,8 @@ class ModelStructure:
                 key, indexed, first = path + rest, (0,), (len(self.indices[path]),)
         for name, stored in _RENAMED:
             key = key.replace(name, stored)
+        if self.sparse_norm_as_fused:
+            key = key.replace(SPARSE_NORM, SPARSE_NORM_AS_FUSED)
         if match := _EXPERT.fullmatch(key):
             _check_wildcard(match["expert"], megatron_param)
             key = f"{match['path']}experts.{match['name']}"

@@ -10,11 +10,13 @@ from typing import Protocol
 import torch
 
 from megatron.bridge.dtypes import torch_dtype
-from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.box_pairs import BoxPair, hf_part, megatron_part
-from megatron.bridge.models.conversion.boxes import Box, box_shape, relative, slices
+from megatron.bridge.models.conversion.boxes import Box, box_shape, relative, row_blocks, slices
+from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
 from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
+
+_CAST_BYTES = 1 << 20
 
 
 class Source(Protocol):
@@ -28,32 +30,58 @@ class Source(Protocol):
 
 
 def to_megatron(
-    tensor: torch.Tensor, pair: BoxPair, shape: tuple[int, ...], dtype: torch.dtype
+    tensor: torch.Tensor,
+    pair: BoxPair,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    culprit: str = "",
 ) -> torch.Tensor:
-    """Elements of a Hugging Face box, arranged and shifted as Megatron holds them."""
+    """Elements of a Hugging Face box, arranged and shifted as Megatron holds them.
+
+    Raises InexactCast, which begins with `culprit`, for values that do not fit `dtype`.
+    """
     if pair.transpose:
         tensor = tensor.transpose(-1, -2)
-    tensor = _widened(tensor.reshape(shape), dtype)
+    tensor = EXACTLY.cast(tensor.reshape(shape), dtype, culprit)
     return tensor + pair.offset if pair.offset else tensor
 
 
 def to_hf(
-    tensor: torch.Tensor, pair: BoxPair, shape: tuple[int, ...], dtype: torch.dtype
+    tensor: torch.Tensor,
+    pair: BoxPair,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    casting: Casting = ROUNDED,
+    culprit: str = "",
 ) -> torch.Tensor:
-    """Elements of a Megatron box, arranged and shifted back as Hugging Face holds them."""
+    """Elements of a Megatron box, arranged and shifted back as Hugging Face holds them.
+
+    Raises InexactCast, which begins with `culprit`, for values that `casting` does not admit.
+    """
     if pair.offset:
-        tensor = (tensor.float() - pair.offset).to(dtype)
-    tensor = _widened(tensor, dtype)
+        tensor = _shifted_back(tensor, pair.offset, dtype, casting, culprit)
+    else:
+        tensor = casting.cast(tensor, dtype, culprit)
     if pair.transpose:
         return tensor.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
     return tensor.reshape(shape)
 
 
-def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` in `dtype`, which holds all values of its own. Raises InputError otherwise."""
-    if tensor.dtype != dtype and torch.promote_types(tensor.dtype, dtype) != dtype:
-        raise InputError(f"values in {tensor.dtype} may not fit into {dtype}; cast them first")
-    return tensor.to(dtype)
+def _shifted_back(
+    tensor: torch.Tensor, offset: float, dtype: torch.dtype, casting: Casting, culprit: str
+) -> torch.Tensor:
+    """``tensor - offset`` in `dtype`.
+
+    A narrow result is exact if it is the difference, or if it makes `tensor` again: the difference
+    itself was rounded, and the narrow value is then as near as anything can be told.
+    """
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    difference = wide - offset
+    result = difference.to(dtype)
+    back = result.to(difference.dtype)
+    exact = (back == difference) | (back + offset == wide) | difference.isnan()
+    casting.check(difference, back, exact, dtype, culprit)
+    return result
 
 
 def fill_megatron(
@@ -73,24 +101,46 @@ def fill_megatron(
         else:
             tensor = torch.empty(box_shape(hf_box), dtype=stored)
             source.read_into(copy.hf_name, hf_box, tensor)
-            part.copy_(to_megatron(tensor, copy, tuple(part.shape), out.dtype))
+            part.copy_(to_megatron(tensor, copy, tuple(part.shape), out.dtype, copy.hf_name))
 
 
-def fill_hf(plan: ConversionPlan, name: str, box: Box, out: torch.Tensor, source: Source) -> None:
+def fill_hf(
+    plan: ConversionPlan,
+    name: str,
+    box: Box,
+    out: torch.Tensor,
+    source: Source,
+    casting: Casting = EXACTLY,
+) -> None:
     """Fill `out` with one box of a Hugging Face tensor, from Megatron tensors.
 
-    out: of shape ``box_shape(box)`` in the dtype that the plan gives the tensor; any strides.
+    out: of shape ``box_shape(box)``, any strides, in the dtype that the tensor is to have. Raises
+    InexactCast for values that do not fit it and that `casting` does not admit.
     """
-    for shared, copy in plan.copies_from(name, box):
-        part, megatron_box = out[slices(relative(shared, box))], megatron_part(copy, shared)
+    for whole, copy in plan.copies_from(name, box):
         stored = torch_dtype(source.dtype_of(copy.megatron_key))
-        if stored == out.dtype and not copy.offset:
-            view = _seen_from_megatron(part, copy, megatron_box)
-            source.read_into(copy.megatron_key, megatron_box, view)
-        else:
-            tensor = torch.empty(box_shape(megatron_box), dtype=stored, device=out.device)
-            source.read_into(copy.megatron_key, megatron_box, tensor)
-            part.copy_(to_hf(tensor, copy, tuple(part.shape), out.dtype))
+        for shared in _cast_at_once(whole, stored, out.dtype):
+            part, megatron_box = out[slices(relative(shared, box))], megatron_part(copy, shared)
+            if stored == out.dtype and not copy.offset:
+                view = _seen_from_megatron(part, copy, megatron_box)
+                source.read_into(copy.megatron_key, megatron_box, view)
+            else:
+                tensor = torch.empty(box_shape(megatron_box), dtype=stored, device=out.device)
+                source.read_into(copy.megatron_key, megatron_box, tensor)
+                culprit = f"{name} from {copy.megatron_key}"
+                part.copy_(to_hf(tensor, copy, tuple(part.shape), out.dtype, casting, culprit))
+
+
+def _cast_at_once(box: Box, stored: torch.dtype, dtype: torch.dtype) -> Iterator[Box]:
+    """A box in parts that are cast one by one: looking for what does not fit takes memory."""
+    if stored.itemsize <= dtype.itemsize:
+        yield box
+        return
+    for part in row_blocks(box_shape(box), stored.itemsize, _CAST_BYTES):
+        yield tuple(
+            (start + first, start + last)
+            for (start, _), (first, last) in zip(box, part, strict=True)
+        )
 
 
 def _seen_from_hf(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tensor:
@@ -113,10 +163,12 @@ def read_megatron(plan: ConversionPlan, key: str, box: Box, source: Source) -> t
     return tensor
 
 
-def read_hf(plan: ConversionPlan, name: str, box: Box, source: Source) -> torch.Tensor:
-    """One box of a Hugging Face tensor in new memory; see `fill_hf`."""
+def read_hf(
+    plan: ConversionPlan, name: str, box: Box, source: Source, casting: Casting = EXACTLY
+) -> torch.Tensor:
+    """One box of a Hugging Face tensor in new memory, in the plan's dtype; see `fill_hf`."""
     tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.hf[name].dtype))
-    fill_hf(plan, name, box, tensor, source)
+    fill_hf(plan, name, box, tensor, source, casting)
     return tensor
 
 
@@ -145,8 +197,11 @@ def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tenso
     """
     shapes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
     shape = layout.megatron_shape(shapes)
-    first = next(iter(tensors.values()))
-    result = first.new_zeros(shape)
+    first, *others = tensors.values()
+    dtype = first.dtype
+    for other in others:
+        dtype = torch.promote_types(dtype, other.dtype)
+    result = first.new_zeros(shape, dtype=dtype)
     for piece in layout.pieces(shapes):
         part = tensors[piece.role][slices(piece.hf_box)]
         target = box_shape(piece.megatron_box)

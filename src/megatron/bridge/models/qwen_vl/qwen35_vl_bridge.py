@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from megatron.bridge.dtypes import TORCH_NAME_OF
+from megatron.bridge.dtypes import MIXABLE, TORCH_NAME_OF, widest
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge, Tensors
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
@@ -35,15 +35,20 @@ def _hybrid_rows() -> list[ParamMapping]:
     ]
 
 
-def _ssm_dtype(tensors: Tensors) -> str:
-    """The dtype of the GDN parameters that the release keeps in F32. Raises ConfigError."""
-    dtypes = {spec.dtype for name, spec in tensors.items() if name.endswith(_SSM_TENSORS)}
-    if len(dtypes) != 1:
+def _ssm_dtype(tensors: Tensors) -> str | None:
+    """The dtype that holds all GDN parameters which the release keeps in F32; None without any.
+
+    A model has one for all of them; files may have several. Raises ConfigError.
+    """
+    dtypes = sorted({spec.dtype for name, spec in tensors.items() if name.endswith(_SSM_TENSORS)})
+    if not dtypes:
+        return None
+    dtype = widest(*dtypes)
+    if dtype not in MIXABLE:
         raise ConfigError(
-            f"{' and '.join(_SSM_TENSORS)} should have one dtype in all layers, found "
-            f"{sorted(dtypes)}"
+            f"{' and '.join(_SSM_TENSORS)} should be in F32, BF16 or F16, found {dtypes}"
         )
-    return TORCH_NAME_OF[dtypes.pop()]
+    return TORCH_NAME_OF[dtype]
 
 
 class _Qwen35Bridge(QwenVLBridge):

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from dataclasses import replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.errors import InputError
@@ -24,7 +23,7 @@ from megatron.bridge.models.qwen_vl.disk_layout import (
     find_expert_layout,
     parse_expert_layout,
 )
-from megatron.bridge.models.qwen_vl.rows import HF_MTP, MTP
+from megatron.bridge.models.qwen_vl.rows import DECODER_LAYERS, HF_MTP, MTP, VISION_LAYERS
 from megatron.bridge.models.qwen_vl.settings import qwen_vl_settings
 from megatron.bridge.models.qwen_vl.structure import (
     expert_sizes,
@@ -35,13 +34,14 @@ from megatron.bridge.models.qwen_vl.structure import (
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
-    from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
+    from megatron.bridge.models.model_provider import ModelProvider
 
 
 class QwenVLBridge(MegatronModelBridge):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
     released_layout: ClassVar[DiskLayout] = DiskLayout()
+    layer_paths = (DECODER_LAYERS, VISION_LAYERS)
 
     @abstractmethod
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
@@ -90,7 +90,9 @@ class QwenVLBridge(MegatronModelBridge):
     ) -> ModelStructure:
         """Counts and dimensions of one model. Raises ConfigError."""
         with_mtp = options.with_mtp and has_mtp(config, tensors)
-        return qwen_vl_structure(config, options.padded_vocab_size, with_mtp=with_mtp)
+        return qwen_vl_structure(
+            config, options.padded_vocab_size, with_mtp=with_mtp, keys=options.keys
+        )
 
     def options_of_checkpoint(self, tensors: Tensors) -> PlanOptions:
         """Also whether the model was built with its MTP layer."""
@@ -110,16 +112,14 @@ class QwenVLBridge(MegatronModelBridge):
         """Fields of the family's provider. Raises ConfigError."""
         return qwen_vl_settings(config, dtype)
 
-    def provider_bridge(self, hf_pretrained: "PreTrainedVLM") -> "Qwen3VLModelProvider":
+    def provider_bridge(self, hf_pretrained: "PreTrainedVLM") -> "ModelProvider":
         """The family's provider, configured like a Hugging Face model.
 
         hf_pretrained: a model, of which only the config and the headers of the files are read.
         Raises ConfigError for a value that is missing or that Qwen3VLModel cannot honour.
         """
-        module, _, name = self.provider.rpartition(".")
-        provider: type[Qwen3VLModelProvider] = getattr(import_module(module), name)
         tensors = hf_pretrained.tensors if hf_pretrained.has_weights else None
         config = hf_pretrained.hf_config
         self.check(config)
         dtype = hf_pretrained.main_dtype
-        return provider.from_settings(self.provider_settings(config, dtype, tensors))
+        return self.provider_of(self.provider_settings(config, dtype, tensors))

@@ -7,14 +7,13 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import field_settings, is_read
 from megatron.bridge.models.qwen_vl.rope_config import read_rope, vision_rope_settings
-from megatron.bridge.models.qwen_vl.rows import LINEAR_ATTENTION, SPARSE_MLP
+from megatron.bridge.models.qwen_vl.rows import DENSE_MLP
 from megatron.bridge.models.qwen_vl.structure import (
-    attention_kinds,
     decoder_layers,
     deepstack_layers,
     expert_sizes,
-    has_delta_net,
     has_experts,
+    layer_patterns,
     mlp_kinds,
 )
 
@@ -31,8 +30,8 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     return {
         "num_layers": text.count("num_hidden_layers"),
         **field_settings(text, "text_config"),
+        **layer_patterns(text),
         **_mlp_settings(text),
-        **_delta_net_settings(text),
         **field_settings(config, ""),
         "rotary_base": rope.theta,
         "rotary_percent": rope.partial_rotary_factor,
@@ -53,13 +52,10 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
     """Sizes of the MLPs, and of the experts where there are any."""
     if not has_experts(text):
         return {"ffn_hidden_size": text.count("intermediate_size")}
-    layers = decoder_layers(text)
-    sparse = mlp_kinds(text, layers)[SPARSE_MLP]
     experts = expert_sizes(text).experts
     settings: dict[str, Any] = {
         "num_moe_experts": experts,
         "moe_router_topk": text.count("num_experts_per_tok", experts),
-        "moe_layer_freq": 1,
         # The loss over all routers, which transformers has where the config asks for them.
         "moe_aux_loss_coeff": 0.0,
         "router_aux_loss_coef": (
@@ -68,18 +64,8 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
             else 0.0
         ),
     }
-    if len(sparse) < len(layers):
-        settings["moe_layer_freq"] = [int(layer in sparse) for layer in layers]
+    if mlp_kinds(text, decoder_layers(text))[DENSE_MLP]:
         settings["ffn_hidden_size"] = text.count("intermediate_size")
     elif is_read(text, "text_config", "intermediate_size") and text.has("intermediate_size"):
         settings["ffn_hidden_size"] = text.count("intermediate_size", least=0)  # of none
     return settings
-
-
-def _delta_net_settings(text: HFConfig) -> dict[str, Any]:
-    """Which layers have Gated DeltaNet: 1 in `linear_attention_freq`."""
-    if not has_delta_net(text):
-        return {}
-    layers = decoder_layers(text)
-    linear = attention_kinds(text, layers)[LINEAR_ATTENTION]
-    return {"linear_attention_freq": [int(layer in linear) for layer in layers]}

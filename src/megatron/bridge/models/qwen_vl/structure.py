@@ -4,6 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.layer_keys import (
+    BY_CONFIG,
+    KeyForms,
+    layers_share_keys,
+)
 from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.structure import (
     AttentionFields,
@@ -51,13 +56,18 @@ class QwenLanguageFields(LanguageFields):
 
 
 def qwen_vl_structure(
-    config: HFConfig, padded_vocab_size: int | None = None, *, with_mtp: bool = False
+    config: HFConfig,
+    padded_vocab_size: int | None = None,
+    *,
+    with_mtp: bool = False,
+    keys: KeyForms = BY_CONFIG,
 ) -> ModelStructure:
     """Structure of a Qwen vision-language model of any family.
 
     padded_vocab_size: rows of the Megatron embedding; without it, the vocabulary is padded as
-    `padded_vocabulary` does. with_mtp: whether there is an MTP layer to be mapped. Raises
-    ConfigError where the config lacks or contradicts a value.
+    `padded_vocabulary` does. with_mtp: whether there is an MTP layer to be mapped. keys: how the
+    checkpoint keys are formed; what it leaves open is as megatron-core does for the provider that
+    is made of the config. Raises ConfigError where the config lacks or contradicts a value.
     """
     text, vision = config.text, config.vision
     fields = _language_fields(config, padded_vocab_size)
@@ -73,7 +83,8 @@ def qwen_vl_structure(
         features.add(WITH_MTP)
     layers = decoder_layers(text)
     kinds = {**attention_kinds(text, layers), **mlp_kinds(text, layers)}
-    alike = all(kind in ((), layers) for kind in kinds.values())
+    stacked = {DECODER_LAYERS: layers_share_keys(layer_patterns(text)), VISION_LAYERS: True}
+    stacked |= keys.stacked
     experts = tuple(range(fields.num_moe_experts))
     indices = {
         DECODER_LAYERS: layers,
@@ -86,10 +97,11 @@ def qwen_vl_structure(
         dims=_language_dims(text, fields, kinds) | _vision_dims(vision),
         fields={LANGUAGE: fields, VISION: vision_fields},
         indices=indices,
-        stacked=frozenset({DECODER_LAYERS, VISION_LAYERS} if alike else {VISION_LAYERS}),
+        stacked=frozenset(path for path, shared in stacked.items() if shared),
         features=frozenset(features),
         layer_kinds=kinds,
         experts=fields.num_moe_experts,
+        sparse_norm_as_fused=keys.sparse_norm_as_fused,
     )
 
 
@@ -187,6 +199,23 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
         )
     sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
     return {SPARSE_MLP: sparse, DENSE_MLP: tuple(sorted(set(layers) - set(sparse)))}
+
+
+def layer_patterns(text: HFConfig) -> dict[str, int | list[int]]:
+    """Fields of the provider that say which layers are of which kind; 1 stands for all layers.
+
+    megatron-core keys checkpoints by them, too: see `layers_share_keys`.
+    """
+    layers = decoder_layers(text)
+    patterns: dict[str, int | list[int]] = {}
+    if has_experts(text):
+        sparse = mlp_kinds(text, layers)[SPARSE_MLP]
+        each = [int(layer in sparse) for layer in layers]
+        patterns["moe_layer_freq"] = 1 if all(each) else each
+    if has_delta_net(text):
+        linear = attention_kinds(text, layers)[LINEAR_ATTENTION]
+        patterns["linear_attention_freq"] = [int(layer in linear) for layer in layers]
+    return patterns
 
 
 def padded_vocabulary(vocab_size: int, divisible_by: int = 128) -> int:
