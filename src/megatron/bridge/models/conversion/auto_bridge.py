@@ -122,7 +122,9 @@ class AutoBridge:
         """
         hf = self.hf_pretrained
         if hf.has_weights:
-            return self.model_bridge.plan(hf.hf_config, hf.weights, options)
+            from megatron.bridge.checkpoint.plans import plan_of
+
+            return plan_of(hf, options)
         return self.model_bridge.plan_from_config(hf.hf_config, hf.main_dtype, options)
 
     def to_megatron_provider(self, load_weights: bool = True) -> "ModelProvider":
@@ -160,7 +162,7 @@ class AutoBridge:
         source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
         if not source.hf_pretrained.has_weights:
             raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
-        plan = source.plan(_options_of(model))
+        plan = source.plan(source._options_of(model))
         load_weights(model, plan, source.hf_pretrained.weights, progress)
 
     def export_hf_weights(
@@ -209,7 +211,7 @@ class AutoBridge:
         save_checkpoint(
             model,
             Path(path),
-            self.plan(_options_of(model)),
+            self.plan(self._options_of(model)),
             provider=self.model_bridge.provider,
             settings=self.model_bridge.provider_settings(
                 hf.hf_config, hf.main_dtype, hf.tensors if hf.has_weights else None
@@ -294,10 +296,16 @@ class AutoBridge:
             raise PlanError(problems)
         return tasks
 
+    def _options_of(self, model: Model) -> PlanOptions:
+        """What a live model was built with: rows of the embedding, and which parts."""
+        from megatron.core.utils import unwrap_model
+
+        return self.model_bridge.options_of_model(unwrap_model(list(model))[0].config)
+
     def _export_plan(self, model: Model, dtype: "torch.dtype | None") -> ConversionPlan:
         from megatron.bridge.checkpoint.live_model import in_dtype
 
-        plan = self.plan(_options_of(model))
+        plan = self.plan(self._options_of(model))
         return plan if dtype is None else in_dtype(plan, dtype)
 
     def _save(
@@ -314,28 +322,17 @@ class AutoBridge:
         from megatron.bridge.checkpoint.staging import staged_folder
         from megatron.bridge.checkpoint.stream import write_files
         from megatron.bridge.checkpoint.targets import check_target
-        from megatron.bridge.models.conversion.transfer import fill_hf
+        from megatron.bridge.models.conversion.transfer import fill_export
 
         check_target(path, [self.hf_pretrained.name_or_path], force=force)
         plan = self._export_plan(model, dtype)
         source = LiveTensors(model, plan)
 
         def fill(name: str, box: "Box", out: "torch.Tensor") -> None:
-            if name in plan.carried:
-                self.hf_pretrained.weights.read_into(name, box, out)
-            else:
-                fill_hf(plan, name, box, out, source)
+            fill_export(plan, name, box, out, source, lambda: self.hf_pretrained.weights)
 
         files = [*weight_files(plan.hf, self.hf_pretrained)]
         if side_files:
             files += side_file_copies(self.hf_pretrained)
         with staged_folder(path, force=force) as staged:
             write_files(staged, files, fill)
-
-
-def _options_of(model: Model) -> PlanOptions:
-    """What a live model was built with: rows of the embedding, and the MTP layer or none."""
-    from megatron.core.utils import unwrap_model
-
-    config = unwrap_model(list(model))[0].config
-    return PlanOptions(config.padded_vocab_size, with_mtp=bool(config.mtp_num_layers))

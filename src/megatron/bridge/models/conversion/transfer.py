@@ -4,8 +4,7 @@ Everything is built on two functions of a pair of boxes, whichever side is read:
 one box lies on the other side, and how the elements are arranged there.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -15,16 +14,7 @@ from megatron.bridge.models.conversion.box_pairs import BoxPair, hf_part, megatr
 from megatron.bridge.models.conversion.boxes import Box, box_shape, relative, slices
 from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
-
-
-class Source(Protocol):
-    """Named tensors that are read by box: files, a checkpoint, a live model."""
-
-    def dtype_of(self, name: str) -> str:
-        """The dtype ("BF16") in which a tensor is read."""
-
-    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        """Fill `out`, a view of any strides of shape ``box_shape(box)`` and the tensor's dtype."""
+from megatron.bridge.models.conversion.source import Source
 
 
 def to_megatron(
@@ -91,6 +81,26 @@ def fill_hf(plan: ConversionPlan, name: str, box: Box, out: torch.Tensor, source
             tensor = torch.empty(box_shape(megatron_box), dtype=stored, device=out.device)
             source.read_into(copy.megatron_key, megatron_box, tensor)
             part.copy_(to_hf(tensor, copy, tuple(part.shape), out.dtype))
+
+
+def fill_export(
+    plan: ConversionPlan,
+    name: str,
+    box: Box,
+    out: torch.Tensor,
+    source: Source,
+    reference: Callable[[], Source],
+) -> None:
+    """Fill `out` with one box of a tensor of an export, whichever side it comes from.
+
+    source: of Megatron tensors. reference: gives the source of what is carried; it is asked for
+    such a tensor only. A copy of another tensor is made anew, so that the two stay equal.
+    """
+    name = plan.equal.get(name, name)
+    if name in plan.carried:
+        reference().read_into(name, box, out)
+    else:
+        fill_hf(plan, name, box, out, source)
 
 
 def _seen_from_hf(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tensor:
