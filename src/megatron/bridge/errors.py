@@ -25,6 +25,8 @@ class BridgeError(Exception):
     """Base of all errors raised on purpose; `exit_status` is the command line's answer."""
 
     exit_status = 2
+    problems: tuple[str, ...] = ()
+    """Where there are several, each of them; the message has the first."""
 
 
 class InputError(BridgeError):
@@ -62,8 +64,8 @@ class TargetExists(InputError):
 class PlanError(BridgeError):
     """The plan is not a proof: all problems of the run, gathered; nothing was written.
 
-    `problems` are all of them, one by one; the message has them as `listing` does, and at its end
-    the next step, if it is the same for all.
+    `problems` are all of them, one by one; the message has them as `listing` does, or in their
+    place the causes that explain them, and at its end the next step, if it is the same for all.
     """
 
     def __init__(
@@ -71,12 +73,13 @@ class PlanError(BridgeError):
         problems: Iterable[str],
         *,
         heading: str = "the conversion is not proven",
+        causes: Iterable[str] = (),
         next_step: str = "",
     ) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
         heading = f"{heading}: {count} problem{'' if count == 1 else 's'}"
-        parts = [heading, listing(self.problems), next_step]
+        parts = [heading, listing(tuple(causes) or self.problems), next_step]
         super().__init__("\n".join(part for part in parts if part))
 
 

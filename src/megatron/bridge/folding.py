@@ -12,7 +12,7 @@ _NUMBER_IN_TEXT = re.compile(
     r"(?=[0-9])(?:(?<=[A-Za-z_]\.)|(?<=\.weight)|(?<=\.bias))(0|[1-9][0-9]*)(?!\w)"
 )
 
-_MOST_LINES = 40
+_MOST_LINES = 3
 _LONGEST_LINE = 2000
 
 
@@ -37,7 +37,7 @@ def fold_texts(texts: Iterable[str]) -> list[str]:
 def listing(problems: Iterable[str]) -> str:
     """Problems as the lines of a message, as `fold_texts` shows them.
 
-    However many there are, a person can read it: some tens of lines, and how many are left out.
+    However many there are, a person can read it: a few lines, and how many are left out.
     """
     lines = fold_texts(problems)
     shown = [
@@ -46,7 +46,10 @@ def listing(problems: Iterable[str]) -> str:
     ]
     more = len(lines) - len(shown)
     return "\n".join(
-        [*(f"  - {line}" for line in shown), *([f"  and {more} more lines"] if more else [])]
+        [
+            *(f"  - {line}" for line in shown),
+            *([f"  and {more} more (--json lists all)"] if more else []),
+        ]
     )
 
 

@@ -102,7 +102,7 @@ def import_checkpoint(
         ),
     )
     return Converted(
-        bridge.source,
+        source.hf_config.architecture,
         target,
         plan,
         _specs(source.tensors),
@@ -140,7 +140,7 @@ def export_checkpoint(
     from megatron.bridge.checkpoint.fp8_writer import Requantizer, fp8_reference
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
     from megatron.bridge.models.conversion.casting import Casting
-    from megatron.bridge.models.conversion.transfer import fill_hf
+    from megatron.bridge.models.conversion.transfer import fill_export
 
     check_target(target, [source, reference.name_or_path], force=run.force)
     if fp8 and experts is not None:
@@ -165,10 +165,7 @@ def export_checkpoint(
         check_scales(reference.weights)
 
     def fill_weight(name: str, box: Box, out: "torch.Tensor") -> None:
-        if name in plan.carried:
-            reference.weights.read_into(name, box, out)
-        else:
-            fill_hf(plan, name, box, out, checkpoint, casting)
+        fill_export(plan, name, box, out, checkpoint, lambda: reference.weights, casting)
 
     requantizer = None if quantized is None else Requantizer(quantized, fill_weight)
     rows_multiple = {} if requantizer is None else requantizer.rows_multiple

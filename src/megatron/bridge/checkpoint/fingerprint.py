@@ -21,7 +21,8 @@ from megatron.bridge.checkpoint.json_fields import fields, is_file_name
 from megatron.bridge.errors import CheckpointError, SourceChanged
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, SUFFIX
+from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
+from megatron.bridge.models.hf_pretrained.weight_files import is_safetensors
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -53,7 +54,7 @@ class SourceFile:
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         with path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            head = _head(file, path.suffix)
+            head = _head(file, path.name)
         return cls(name, status.st_size, max(0, status.st_mtime_ns), head)
 
     @classmethod
@@ -71,14 +72,14 @@ class SourceFile:
         if self.nbytes != old.nbytes:
             return f"size {old.nbytes} -> {self.nbytes}"
         if self.head != old.head:
-            return "another header" if self.name.endswith(SUFFIX) else "other contents"
+            return "another header" if is_safetensors(self.name) else "other contents"
         return None if self.mtime_ns == old.mtime_ns else "modified"
 
 
-def _head(file: BinaryIO, suffix: str) -> str | None:
-    if suffix == TORCH_DIST_SUFFIX:
+def _head(file: BinaryIO, name: str) -> str | None:
+    if name.endswith(TORCH_DIST_SUFFIX):
         return None
-    if suffix == SUFFIX:
+    if is_safetensors(name):
         prefix = file.read(LENGTH_BYTES)
         length = min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)
         return hashlib.sha256(prefix + file.read(length)).hexdigest()

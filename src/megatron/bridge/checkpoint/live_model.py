@@ -30,7 +30,8 @@ from megatron.bridge.models.conversion.boxes import (
 )
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
-from megatron.bridge.models.conversion.transfer import Source, read_hf, read_megatron
+from megatron.bridge.models.conversion.source import Source
+from megatron.bridge.models.conversion.transfer import read_hf, read_megatron
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron.bridge.dtypes import can_be_cast, widest
-from megatron.bridge.errors import CheckpointError, PlanError
+from megatron.bridge.errors import CheckpointError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
     MegatronModelBridge,
@@ -27,7 +28,9 @@ _EXPERTS = ".mlp.experts."
 def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPlan:
     """The proven plan of a Hugging Face folder. Raises PlanError, ConfigError, CheckpointError."""
     bridge = bridge_for(hf.hf_config.architecture)
-    return bridge.plan(hf.hf_config, hf.weights, options)
+    plan = bridge.plan(hf.hf_config, hf.weights, replace(options, files=hf.side_file_names))
+    check_equal(plan, hf.weights)
+    return plan
 
 
 def is_state(key: str) -> bool:
@@ -63,16 +66,31 @@ def plan_export(
     found = weight_tensors(checkpoint)
     options = replace(bridge.options_of_checkpoint(found), experts=experts)
     if not reference.has_weights:
+        _check_whole(checkpoint, bridge, options)
         plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
         plan = replace(plan, hf=as_stored(plan, found))
     elif experts is None:
-        plan = bridge.plan(config, reference.weights, options)
+        plan = plan_of(reference, options)
     else:
+        options = replace(options, files=reference.side_file_names)
         plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
+        check_equal(plan, reference.weights)
     if problems := list(differences(plan.megatron, found)):
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
     return plan, tuple(key for key in checkpoint.tensors if key not in found)
+
+
+def _check_whole(
+    checkpoint: "TorchDistCheckpoint", bridge: MegatronModelBridge, options: PlanOptions
+) -> None:
+    """Raise InputError for a checkpoint without a part that files of the model need."""
+    if lacking := sorted(options.without - bridge.optional_parts):
+        raise InputError(
+            f"{checkpoint.folder}: it holds no {' and no '.join(lacking)} part of the model, and "
+            f"the Hugging Face side has no weights to take it from; name a folder or hub id that "
+            f"has them (--hf)"
+        )
 
 
 def _rearranged(
@@ -84,7 +102,8 @@ def _rearranged(
     over stay as they are.
     """
     known = reference.weights
-    carried = bridge.carried(known, options)
+    options = replace(options, spelling=bridge.spelling(reference.hf_config, known))
+    carried = _carried(bridge, reference, options)
     dtypes = {_experts_of(name): spec.dtype for name, spec in known.items()}
     expected = bridge.expected_tensors(reference.hf_config, reference.main_dtype, options)
     rearranged: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
@@ -92,15 +111,27 @@ def _rearranged(
         module = _experts_of(name)
         if module and module in dtypes:
             rearranged[module][name] = TensorSpec(name, spec.shape, dtypes[module])
-    # In the order of the reference; what is no expert is the plan's to accept or refuse.
+    # In the order of the reference; what is not an expert is the plan's to accept or refuse.
     tensors: dict[str, TensorSpec] = {}
+    modules = set(rearranged)
     for name, stored in known.items():
         module = _experts_of(name)
-        if module and name not in carried:
+        if module in modules and name not in carried:
             tensors |= rearranged.pop(module, {})
         else:
             tensors[name] = TensorSpec(name, stored.shape, stored.dtype)
     return tensors
+
+
+def _carried(
+    bridge: MegatronModelBridge, reference: PreTrainedVLM, options: PlanOptions
+) -> Mapping[str, str]:
+    """What of a reference is carried, and so keeps its layout, whichever is asked for."""
+    config, known = reference.hf_config, reference.weights
+    try:
+        return bridge.extras(config, known, replace(options, experts=None)).carried
+    except InputError:  # square experts: the shape does not tell their layout, the caller does
+        return bridge.extras(config, known, options).carried
 
 
 def _experts_of(name: str) -> str:

@@ -21,7 +21,7 @@ from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from megatron.bridge.models.conversion.transfer import Source
+    from megatron.bridge.models.conversion.source import Source
 
 
 @dataclass(frozen=True)

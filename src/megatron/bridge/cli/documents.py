@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.cli.units import gigabytes_per_second
-from megatron.bridge.errors import BridgeError, PlanError
+from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from megatron.bridge.checkpoint.convert import Converted
@@ -144,6 +144,7 @@ def verify_document(report: VerifyReport, seconds: float) -> Document:
         "only_in_b": report.only_in_b,
         "padding_elements": report.padding,
         "ignored": report.ignored,
+        "carried": report.carried,
         "side_files": (
             None if side_files is None else [{"file": f.file, "what": f.what} for f in side_files]
         ),
@@ -256,7 +257,7 @@ def _rope(rope: Rope) -> Document:
 def _problems(problem: BridgeError | None) -> list[str]:
     if problem is None:
         return []
-    return list(problem.problems) if isinstance(problem, PlanError) else [str(problem)]
+    return list(problem.problems) or [str(problem)]
 
 
 def _distance(distance: Distance) -> Document:

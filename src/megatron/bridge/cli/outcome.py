@@ -95,7 +95,9 @@ def _end(status: int, error: BaseException, message: str, *, as_json: bool) -> N
 def _show_document(status: int, error: BaseException, message: str, *, as_json: bool) -> None:
     """With --json. Of the processes that torchrun started, one has the stdout that all share."""
     if as_json and not output.shown.get() and os.environ.get("RANK", "0") == "0":
+        problems = list(getattr(error, "problems", ()))
         said = {"kind": type(error).__name__, "message": message, "exit_status": status}
+        said |= {"problems": problems} if problems else {}
         try:
             output.write_document(sys.stdout, {"error": said})
         except BrokenPipeError:

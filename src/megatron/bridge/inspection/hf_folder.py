@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.inspection.row_summary import RowSummary, row_summaries
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
+from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
@@ -25,9 +26,9 @@ from megatron.bridge.models.hf_pretrained.fp8 import (
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
+from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
 from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
-from megatron.bridge.models.qwen_vl.rows import HF_MTP
 
 type Origin = Literal["files", "hub headers", "config", "checkpoint"]
 
@@ -151,7 +152,10 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
     config = hf.hf_config
     origin, tensors = _tensors(hf)
     bridge = registered_bridges().get(config.architecture)
+    options = replace(options, files=hf.side_file_names)
     found = _conversion(config, tensors, options)
+    if origin == "files":
+        _check_equal(hf, found)
     rope, rope_problem = _rope(config)
     expected = None if found.plan is None else found.plan.hf
     specs = expected if tensors is None else tensors
@@ -232,12 +236,21 @@ def _conversion(
     return found
 
 
+def _check_equal(hf: PreTrainedVLM, found: _Conversion) -> None:
+    """Whether copies are copies is part of the proof, too."""
+    if found.plan is not None and found.plan.equal:
+        try:
+            check_equal(found.plan, hf.weights)
+        except BridgeError as error:
+            found.plan, found.settings, found.problem = None, None, error
+
+
 def _mtp(
     config: HFConfig, tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None
 ) -> MTPSummary:
     """What config and files say of the MTP layer; a wrong value is in `problem`."""
     layers = _stated(config, "text_config", ("mtp_num_hidden_layers",))
-    present = None if tensors is None else any(name.startswith(HF_MTP) for name in tensors)
+    present = None if tensors is None else has_mtp_tensors(tensors)
     return MTPSummary(any(layers.values()), present)
 
 

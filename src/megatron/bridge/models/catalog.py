@@ -6,6 +6,7 @@ import megatron.bridge.models.qwen_vl  # noqa: F401  (its bridges register thems
 from megatron.bridge.errors import UnsupportedModel
 from megatron.bridge.models.conversion.model_bridge import (
     REGISTERED_BRIDGES,
+    UNSUPPORTED,
     MegatronModelBridge,
 )
 
@@ -17,6 +18,8 @@ def registered_bridges() -> Mapping[str, type[MegatronModelBridge]]:
 
 def bridge_for(architecture: str) -> MegatronModelBridge:
     """The bridge of an architecture. Raises UnsupportedModel, listing what there is."""
+    if architecture in UNSUPPORTED:
+        raise UnsupportedModel(f"{architecture}: {UNSUPPORTED[architecture]}")
     bridge = REGISTERED_BRIDGES.get(architecture)
     if bridge is None:
         known = ", ".join(sorted(REGISTERED_BRIDGES))

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.bridge.checkpoint.fingerprint import TORCH_DIST_SUFFIX
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
-from megatron.bridge.models.hf_pretrained.tensors import SUFFIX
+from megatron.bridge.models.hf_pretrained.weight_files import is_safetensors
 
 type _Places = Sequence[tuple[str, int, int]]
 """Names, and the bytes [start, stop) of a file that each takes."""
@@ -41,7 +41,7 @@ class TensorPlaces:
         )
 
     def _places(self, path: Path) -> _Places:
-        if path.suffix == SUFFIX:
+        if is_safetensors(path.name):
             tensors = read_header(path).tensors
             return [
                 (tensor.name, tensor.offset, tensor.offset + tensor.nbytes) for tensor in tensors

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
-from megatron.bridge.checkpoint.plans import weight_tensors
+from megatron.bridge.checkpoint.plans import plan_of, weight_tensors
 from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY, Budget
 from megatron.bridge.dtypes import torch_dtype, widest
 from megatron.bridge.errors import InexactCast, InputError
@@ -134,7 +134,7 @@ def _across(
 
     found = _weights(checkpoint, report)
     bridge = bridge_for(hf.hf_config.architecture)
-    plan = bridge.plan(hf.hf_config, hf.weights, bridge.options_of_checkpoint(found))
+    plan = plan_of(hf, bridge.options_of_checkpoint(found))
     report.padding = sum(volume(box) for _, box in plan.padding)
 
     only_in_megatron = report.only_in_b if hf_is_a else report.only_in_a
@@ -145,7 +145,8 @@ def _across(
     absent = {copy.hf_name for copy in plan.copies if copy.megatron_key in unusable}
     absent |= set(plan.carried)
     only_in_hf = report.only_in_a if hf_is_a else report.only_in_b
-    only_in_hf.extend(plan.carried)
+    only_in_hf.extend(name for name in plan.carried if name in plan.absent)
+    report.carried.update({n: why for n, why in plan.carried.items() if n not in plan.absent})
     # A key that several tensors share may hold values that not every one of them would.
     comparable = {
         name: replace(spec, dtype=_common_dtype(plan, name, checkpoint))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from megatron.bridge.cli.render.tables import facts, listing, number, verdict
+from megatron.bridge.cli.render.tables import carried_table, facts, listing, number, verdict
 from megatron.bridge.cli.units import format_bytes, format_rate
 from megatron.bridge.folding import fold
 
@@ -48,6 +48,8 @@ def render_verify(report: VerifyReport, seconds: float) -> RenderableType:
         parts += ["", table, *_rest(len(report.different))]
     parts += _names("Only in A", report.only_in_a)
     parts += _names("Only in B", report.only_in_b)
+    if report.carried:
+        parts += ["", carried_table(report.carried)]
     return Group(*parts)
 
 
@@ -116,6 +118,8 @@ def _not_compared(report: VerifyReport) -> str | None:
         parts.append(f"{report.padding:,} elements that pad the vocabulary")
     if report.ignored:
         parts.append(f"{len(report.ignored):,} tensors that are no weights (optimizer state)")
+    if report.carried:
+        parts.append(f"{len(report.carried):,} tensors that the Megatron model has no place for")
     return "; ".join(parts) or None
 
 

@@ -129,7 +129,9 @@ class AutoBridge:
         """
         hf = self.hf_pretrained
         if hf.has_weights:
-            return self.model_bridge.plan(hf.hf_config, hf.weights, options)
+            from megatron.bridge.checkpoint.plans import plan_of
+
+            return plan_of(hf, options)
         return self.model_bridge.plan_from_config(hf.hf_config, hf.main_dtype, options)
 
     def to_megatron_provider(self, load_weights: bool = True) -> "ModelProvider":
@@ -175,7 +177,7 @@ class AutoBridge:
         source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
         if not source.hf_pretrained.has_weights:
             raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
-        plan = source.plan(self._options_of(model))
+        plan = source.plan(source._options_of(model))
         ways_out = "load with round=True to round them, or build the model in a wider dtype"
         casting = Casting(round, ways_out)
         load_weights(model, plan, source.hf_pretrained.weights, progress, casting)
@@ -386,17 +388,16 @@ class AutoBridge:
         return self.model_bridge.provider_settings(config, dtype, tensors)
 
     def _options_of(self, model: Model) -> PlanOptions:
-        """What a live model was built with: rows of the embedding, the MTP layer, forms of keys."""
+        """What a live model was built with: rows of the embedding, its parts, forms of keys."""
         from megatron.core.utils import unwrap_model
 
         from megatron.bridge.checkpoint.live_model import local_tensors
 
-        config = unwrap_model(list(model))[0].config
+        bridge = self.model_bridge
         keys = {local.key for local in local_tensors(model)}
-        return PlanOptions(
-            config.padded_vocab_size,
-            with_mtp=bool(config.mtp_num_layers),
-            keys=KeyForms.of(keys, self.model_bridge.layer_paths),
+        return replace(
+            bridge.options_of_model(unwrap_model(list(model))[0].config),
+            keys=KeyForms.of(keys, bridge.layer_paths),
         )
 
     def _save(
@@ -414,17 +415,14 @@ class AutoBridge:
         from megatron.bridge.checkpoint.staging import staged_folder
         from megatron.bridge.checkpoint.stream import write_files
         from megatron.bridge.checkpoint.targets import check_target
-        from megatron.bridge.models.conversion.transfer import fill_hf
+        from megatron.bridge.models.conversion.transfer import fill_export
 
         check_target(path, [self.hf_pretrained.name_or_path], force=force)
         plan = self._export_plan(model, dtype)
         source, casting = LiveTensors(model, plan), _casting_of(round=round)
 
         def fill(name: str, box: "Box", out: "torch.Tensor") -> None:
-            if name in plan.carried:
-                self.hf_pretrained.weights.read_into(name, box, out)
-            else:
-                fill_hf(plan, name, box, out, source, casting)
+            fill_export(plan, name, box, out, source, lambda: self.hf_pretrained.weights, casting)
 
         files = [*weight_files(plan.hf, self.hf_pretrained)]
         if side_files:

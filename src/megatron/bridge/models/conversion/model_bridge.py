@@ -5,17 +5,20 @@ config.json names, so that importing the module of a family is all it takes to s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.diagnosis import Terms
+from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorLike, TensorSpec
 from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
+from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.quoting import quoted
@@ -27,6 +30,14 @@ if TYPE_CHECKING:
 REGISTERED_BRIDGES: dict[str, type["MegatronModelBridge"]] = {}
 """Bridges by architecture, as far as their modules were imported; see `models.catalog`."""
 
+UNSUPPORTED: dict[str, str] = {}
+"""Architectures that no bridge converts, and the sentence that says what they are."""
+
+
+def register_unsupported(architectures: Sequence[str], sentence: str) -> None:
+    """Let architectures be refused in a sentence of their own."""
+    UNSUPPORTED.update(dict.fromkeys(architectures, sentence))
+
 
 type Tensors = Mapping[str, TensorLike]
 
@@ -37,13 +48,17 @@ class PlanOptions:
 
     padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
     experts: the disk layout of routed experts, where shapes cannot tell it, or for files to be.
-    with_mtp: whether the Megatron model has the MTP layer that the files may hold.
+    without: the parts of the model that the Megatron side was built without, by the family's names.
+    spelling: of the names in the files; found from them where it is not given.
+    files: names of the files that accompany the weights; some say what a model is for.
     keys: how the Megatron keys are formed, where that is known.
     """
 
     padded_vocab_size: int | None = None
     experts: str | None = None
-    with_mtp: bool = True
+    without: frozenset[str] = frozenset()
+    spelling: Spelling | None = None
+    files: frozenset[str] = frozenset()
     keys: KeyForms = BY_CONFIG
 
 
@@ -53,14 +68,16 @@ DEFAULTS = PlanOptions()
 class MegatronModelBridge(ABC):
     """What one family of models needs to be converted."""
 
-    source: ClassVar[str]
-    """The Hugging Face architecture, as config.json names it."""
+    sources: ClassVar[tuple[str, ...]] = ()
+    """The Hugging Face architectures, as config.json names them."""
     target: ClassVar[str]
     """Dotted path of the Megatron model class; a path, since its module imports megatron-core."""
     provider: ClassVar[str]
     """Dotted path of the provider that builds it."""
     model_type: ClassVar[str | None] = None
     """What config.json states beside the architecture; None if that is not looked at."""
+    optional_parts: ClassVar[frozenset[str]] = frozenset()
+    """Parts without which the Hugging Face files are whole, by the names of PlanOptions.without."""
     embedding_key: ClassVar[str] = "language_model.embedding.word_embeddings.weight"
     """Checkpoint key whose rows are the vocabulary, padding included."""
     layer_paths: ClassVar[tuple[str, ...]] = ()
@@ -68,22 +85,25 @@ class MegatronModelBridge(ABC):
 
     @staticmethod
     def register_bridge[Bridge: MegatronModelBridge](
-        *, source: str | type, target: str | type
+        *, source: str | type | Sequence[str | type], target: str | type
     ) -> Callable[[type[Bridge]], type[Bridge]]:
         """Class decorator: this bridge converts architecture `source` to model class `target`.
 
-        Either may be a class, or its name (`source`) and dotted path (`target`). Raises ValueError
-        if the architecture has a bridge already.
+        Either may be a class, or its name (`source`) and dotted path (`target`); there may be
+        several sources. Raises ValueError if an architecture has a bridge already.
         """
+        given = [source] if isinstance(source, str | type) else source
+        names = tuple(one if isinstance(one, str) else one.__name__ for one in given)
 
         def register(bridge: type[Bridge]) -> type[Bridge]:
-            bridge.source = source if isinstance(source, str) else source.__name__
+            bridge.sources = names
             bridge.target = (
                 target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
             )
-            known = REGISTERED_BRIDGES.setdefault(bridge.source, bridge)
-            if known is not bridge:
-                raise ValueError(f"{bridge.source} is converted by {known.__name__} already")
+            for name in names:
+                known = REGISTERED_BRIDGES.setdefault(name, bridge)
+                if known is not bridge:
+                    raise ValueError(f"{name} is converted by {known.__name__} already")
             return bridge
 
         return register
@@ -95,8 +115,9 @@ class MegatronModelBridge(ABC):
         """
         if self.model_type not in (None, config.model_type):
             raise ConfigError(
-                f"{config.origin}: model_type of a {self.source} must be {self.model_type!r}, "
-                f"found {quoted(config.model_type)}; one of the two belongs to another model"
+                f"{config.origin}: model_type of a {config.architecture} must be "
+                f"{self.model_type!r}, found {quoted(config.model_type)}; one of the two belongs "
+                f"to another model"
             )
         config.stated_dtypes()
 
@@ -119,9 +140,17 @@ class MegatronModelBridge(ABC):
         Raises ConfigError.
         """
 
-    def carried(self, tensors: Tensors, options: PlanOptions) -> dict[str, str]:
-        """Tensors that the Megatron model has no place for, and why."""
-        return {}
+    def spelling(self, config: HFConfig, tensors: Tensors) -> Spelling:
+        """How the names in these files are spelled. Raises InputError if that cannot be told."""
+        return Spelling()
+
+    def extras(self, config: HFConfig, tensors: Tensors, options: PlanOptions) -> Extras:
+        """What is known of tensors that no row maps."""
+        return Extras()
+
+    def terms(self, spelling: Spelling) -> Terms:
+        """The family's words for messages about files that are spelled so."""
+        return Terms()
 
     def assumed_dtype(self, config: HFConfig, name: str, dtype: str) -> str:
         """The dtype of a tensor in files that are not at hand, most of which are in `dtype`."""
@@ -153,6 +182,10 @@ class MegatronModelBridge(ABC):
             return PlanOptions(keys=keys)  # the plan will say what is missing
         return PlanOptions(padded_vocab_size=embedding.shape[0], keys=keys)
 
+    def options_of_model(self, provider: "ModelProvider") -> PlanOptions:
+        """What a live model was built with, by its config."""
+        return PlanOptions(provider.padded_vocab_size)
+
     @abstractmethod
     def provider_settings(
         self, config: HFConfig, dtype: str, tensors: Tensors | None = None
@@ -176,13 +209,19 @@ class MegatronModelBridge(ABC):
     def plan(
         self, config: HFConfig, tensors: Tensors, options: PlanOptions = DEFAULTS
     ) -> ConversionPlan:
-        """The proven plan for files with this config. Raises PlanError or ConfigError."""
+        """The proven plan for files with this config. Raises PlanError or ConfigError.
+
+        Where the plan has `equal` tensors, it is proven once `check_equal` has compared them.
+        """
         self.check(config)
+        if options.spelling is None:
+            options = replace(options, spelling=self.spelling(config, tensors))
         return build_plan(
             self.registry_for(config, tensors, options),
             self.structure(config, tensors, options),
             tensors,
-            self.carried(tensors, options),
+            self.extras(config, tensors, options),
+            self.terms(options.spelling or Spelling()),
         )
 
     def expected_tensors(

@@ -14,7 +14,7 @@ to single tensors and the shard that a module holds.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Self, cast
 
@@ -105,6 +105,13 @@ class ParamMapping(ABC):
         row.megatron_param = fill(self.megatron_param, numbers)
         in_names = numbers[: self.hf_wildcards]
         row.hf_params = {role: fill(name, in_names) for role, name in self.hf_params.items()}
+        return row
+
+    def respelled(self, spelling: Callable[[str], str]) -> Self:
+        """The same row for files that have other names: `spelling` gives each of them."""
+        row = object.__new__(type(self))
+        row.__dict__.update(self.__dict__)
+        row.hf_params = {role: spelling(name) for role, name in self.hf_params.items()}
         return row
 
     def hf_to_megatron(

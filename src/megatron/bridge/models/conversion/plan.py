@@ -10,7 +10,7 @@ shapes and dtypes agree, and every name is used. A plan that is not a proof is n
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
 from typing import NamedTuple, Protocol
@@ -90,6 +90,10 @@ class ConversionPlan:
     extra_states: names of the empty objects that megatron-core saves beside its linear layers.
     carried: Hugging Face tensors without a place in the Megatron model, and why; an export takes
         them from its reference, so that nothing of the source is lost.
+    absent: those of them that belong to a part which this Megatron model was built without.
+    equal: those of them that must equal another tensor, and which one; that is a condition of the
+        plan which headers cannot prove (see `equal_copies.check_equal`). An export writes them
+        from the other one.
     """
 
     hf: Mapping[str, TensorSpec]
@@ -100,6 +104,8 @@ class ConversionPlan:
     extra_states: tuple[str, ...]
     carried: Mapping[str, str]
     rows: tuple[RowUse, ...]
+    absent: frozenset[str] = frozenset()
+    equal: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hf_bytes(self) -> int:

@@ -14,6 +14,8 @@ from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import PlanError
 from megatron.bridge.folding import join_numbers, split_numbers
 from megatron.bridge.models.conversion.boxes import Box, Shape
+from megatron.bridge.models.conversion.diagnosis import Terms, find_causes
+from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layout import LayoutError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry, Ranges
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
@@ -29,10 +31,10 @@ from megatron.bridge.models.conversion.plan import (
 from megatron.bridge.models.conversion.recipe import Recipe, RecipeBook
 from megatron.bridge.models.conversion.structure import ModelStructure
 
-_NEXT_STEP = (
-    "Check that config.json belongs to these files; if it does, download again what is missing or "
-    "of another shape."
-)
+NO_EXTRAS = Extras()
+NO_TERMS = Terms()
+
+_NEXT_STEP = "Check that config.json and the weights belong to one and the same model."
 
 
 def expected_tensors(
@@ -57,17 +59,18 @@ def build_plan(
     registry: MegatronMappingRegistry,
     structure: ModelStructure,
     tensors: Mapping[str, TensorLike],
-    carried: Mapping[str, str] | None = None,
+    extras: Extras = NO_EXTRAS,
+    terms: Terms = NO_TERMS,
 ) -> ConversionPlan:
     """The proven plan between `tensors` and the Megatron model of the same structure.
 
-    tensors: what the Hugging Face side holds, by name; a TensorIndex or `expected_tensors`.
-    carried: those of them that the Megatron model has no place for, with the reason.
+    tensors: what the Hugging Face side holds, by name; a TensorIndex or `expected_tensors`. Those
+    that no row needs are carried; extras: what is known of them. terms: words for messages.
     A Megatron tensor has the dtype of the tensors that make it, or the narrowest that holds the
-    values of all. Raises PlanError with every missing, unexpected or misshapen tensor, and where
-    there is no such dtype.
+    values of all. Raises PlanError with every missing or misshapen tensor, and where there is no
+    such dtype; its message is the cause.
     """
-    return _Builder(registry, structure, tensors, carried or {}).build()
+    return _Builder(registry, structure, tensors, extras, terms).build()
 
 
 class _Tensors(NamedTuple):
@@ -87,9 +90,12 @@ class _Builder:
         registry: MegatronMappingRegistry,
         structure: ModelStructure,
         tensors: Mapping[str, TensorLike],
-        carried: Mapping[str, str],
+        extras: Extras,
+        terms: Terms,
     ) -> None:
-        self.carried = carried
+        self.extras = extras
+        self.terms = terms
+        self.carried = dict(extras.carried)
         self.registry = registry
         self.structure = structure
         self.hf = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()}
@@ -109,8 +115,7 @@ class _Builder:
             self._add(row, ranges)
         self._report_names()
         if self.problems:
-            # All experts of a layer find the same fault in the tensor that they share.
-            raise PlanError(dict.fromkeys(self.problems), next_step="" if self.fits else _NEXT_STEP)
+            raise self._refusal()
         plan = ConversionPlan(
             hf=self.hf,
             megatron=self.megatron,
@@ -120,6 +125,8 @@ class _Builder:
             extra_states=tuple(self.extra_states),
             carried=self.carried,
             rows=tuple(self.rows),
+            absent=self.extras.absent,
+            equal=self.extras.equal,
         )
         if faults := list(plan.faults()):
             raise PlanError(faults)
@@ -231,20 +238,52 @@ class _Builder:
         return keys
 
     def _report_names(self) -> None:
-        known = self.used | set(self.carried)
-        unexpected = {name: None for name in self.hf if name not in known}
-        self.fits = self.fits and not (self.missing or unexpected)
-        renamed = _renamed(self.missing, unexpected)
+        self._look_for_needed()
+        unused = {name: None for name in self.hf if not (name in self.used or name in self.carried)}
+        if self.fits and not self.missing:
+            # Everything that the model needs is there: what is left lies beside it.
+            self.carried |= {name: self.extras.reason(name) for name in unused}
+            return
+        self.fits = False
+        renamed = _renamed(self.missing, unused)
         for name, parameter in self.missing.items():
             like = f"; was it renamed to {renamed[name]}?" if name in renamed else ""
             self.problems.append(f"{name}: missing, needed for {parameter}{like}")
-        for name in unexpected:
+        for name in unused:
             tensor = self.hf[name]
-            why = ", tied to the embedding by the config" if name == "lm_head.weight" else ""
             self.problems.append(
-                f"{name}: no row maps it{why} (shape {tensor.shape}, dtype {tensor.dtype}); "
-                f"converting would lose it"
+                f"{name}: no row maps it (shape {tensor.shape}, dtype {tensor.dtype})"
             )
+
+    def _look_for_needed(self) -> None:
+        """Tensors that are carried, and without which the files would not be whole."""
+        for name, (shape, purpose) in self.extras.needed.items():
+            if name not in self.hf:
+                self.missing[name] = purpose
+            elif self.hf[name].shape != shape:
+                self.fits = False
+                self.problems.append(
+                    f"{name}: the config asks for shape {shape}, found {self.hf[name].shape}"
+                )
+
+    def _refusal(self) -> PlanError:
+        """All problems; the message says their cause, where there is one that explains them."""
+        # All experts of a layer find the same fault in the tensor that they share.
+        problems = list(dict.fromkeys(self.problems))
+        if self.fits:
+            return PlanError(problems)
+        unmapped = {name for name in self.hf if name not in self.used}
+        causes, explained = find_causes(
+            self.registry, self.structure, self.hf, self.terms, set(self.extras.needed)
+        )
+        if not causes:
+            return PlanError(problems, next_step=_NEXT_STEP)
+        rest = [
+            problem
+            for problem in problems
+            if (name := problem.partition(": ")[0]) not in explained and name not in unmapped
+        ]
+        return PlanError(problems, causes=causes + rest)
 
 
 def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> dict[str, str]:

@@ -4,8 +4,7 @@ Everything is built on two functions of a pair of boxes, whichever side is read:
 one box lies on the other side, and how the elements are arranged there.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -15,18 +14,9 @@ from megatron.bridge.models.conversion.boxes import Box, box_shape, relative, ro
 from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
 from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.conversion.source import Source
 
 _CAST_BYTES = 1 << 20
-
-
-class Source(Protocol):
-    """Named tensors that are read by box: files, a checkpoint, a live model."""
-
-    def dtype_of(self, name: str) -> str:
-        """The dtype ("BF16") in which a tensor is read."""
-
-    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        """Fill `out`, a view of any strides of shape ``box_shape(box)`` and the tensor's dtype."""
 
 
 def to_megatron(
@@ -141,6 +131,27 @@ def _cast_at_once(box: Box, stored: torch.dtype, dtype: torch.dtype) -> Iterator
             (start + first, start + last)
             for (start, _), (first, last) in zip(box, part, strict=True)
         )
+
+
+def fill_export(
+    plan: ConversionPlan,
+    name: str,
+    box: Box,
+    out: torch.Tensor,
+    source: Source,
+    reference: Callable[[], Source],
+    casting: Casting = EXACTLY,
+) -> None:
+    """Fill `out` with one box of a tensor of an export, whichever side it comes from.
+
+    source: of Megatron tensors. reference: gives the source of what is carried; it is asked for
+    such a tensor only. A copy of another tensor is made anew, so that the two stay equal.
+    """
+    name = plan.equal.get(name, name)
+    if name in plan.carried:
+        reference().read_into(name, box, out)
+    else:
+        fill_hf(plan, name, box, out, source, casting)
 
 
 def _seen_from_hf(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tensor:

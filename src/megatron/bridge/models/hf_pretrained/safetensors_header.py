@@ -91,7 +91,9 @@ def _parse(path: Path) -> Header:
     return Header(tuple(tensors), metadata)
 
 
-def _metadata(value: Any) -> dict[str, str]:
+def _metadata(value: Any) -> dict[str, str] | None:
+    if value is None:  # the safetensors library reads it as no metadata
+        return None
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError(f"{METADATA_KEY} must map strings to strings")
     return value

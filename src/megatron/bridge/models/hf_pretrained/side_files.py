@@ -7,27 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.weight_files import weight_file_names
 from megatron.bridge.quoting import printable
 
-_WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-)
+_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
+"""Weights in another format: of the same model as a rule, and out of date once it was trained."""
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:
-    """Every file below `folder` that is neither weights, an index of weights, nor hidden.
+    """Every file below `folder` that is neither the model's weights, their index, nor hidden.
 
-    Sorted, relative to `folder`. A file may be a symlink, as in the hub's cache. Raises
-    CheckpointError for what cannot be copied as a file: a link that leads nowhere or to a folder,
-    a pipe, a device; or if a folder cannot be read.
+    Safetensors files that are not the model's, such as a value head's or an adapter's, accompany
+    it; weights in other formats do not. Sorted, relative to `folder`. A file may be a symlink, as
+    in the hub's cache. Raises CheckpointError for what cannot be copied as a file: a link that
+    leads nowhere or to a folder, a pipe, a device; or if a folder cannot be read.
     """
     try:
-        return tuple(sorted(_walk(folder)))
+        return tuple(sorted(_walk(folder, weight_file_names(folder))))
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, weights: frozenset[str]) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not _is_hidden(name)]
         here = Path(parent)
@@ -35,7 +36,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             if (here / name).is_symlink():
                 raise _unusable(here / name, "a link to a folder")
         for name in files:
-            if _is_hidden(name) or _is_weights(name):
+            own = parent == str(folder) and name in weights
+            if own or _is_hidden(name) or _is_in_another_format(name):
                 continue
             if not (here / name).is_file():
                 raise _unusable(here / name, "a pipe, a device, or a link that leads nowhere")
@@ -57,6 +59,6 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def _is_weights(name: str) -> bool:
+def _is_in_another_format(name: str) -> bool:
     path = Path(name.removesuffix(".index.json"))
-    return path.suffix.lower() in _WEIGHT_SUFFIXES
+    return path.suffix.lower() in _OTHER_WEIGHTS

@@ -139,6 +139,7 @@ def _assigned(node: ast.ClassDef, *, fields: bool = False) -> dict[str, Any]:
     """Literals of a class by name: of its annotated fields, or of its plain attributes."""
     found = {}
     for statement in node.body:
+        target: ast.expr
         if fields and isinstance(statement, ast.AnnAssign):
             target, value = statement.target, statement.value
         elif not fields and isinstance(statement, ast.Assign) and len(statement.targets) == 1:
@@ -162,7 +163,7 @@ def _sections(node: ast.ClassDef) -> dict[str, str]:
             and isinstance(statement.value, ast.Dict)
         ):
             return {
-                key.value: value.id
+                str(key.value): value.id
                 for key, value in zip(statement.value.keys, statement.value.values, strict=True)
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Name)
             }

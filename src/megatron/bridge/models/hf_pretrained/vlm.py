@@ -27,6 +27,7 @@ from megatron.bridge.models.hf_pretrained.fp8 import (
 from megatron.bridge.models.hf_pretrained.reference import local_folder, resolve_reference
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files
 
 if TYPE_CHECKING:
     from transformers import (
@@ -103,7 +104,7 @@ class PreTrainedVLM:
         if self._reference is None:
             return False
         folder = local_folder(self._reference)
-        return folder is None or any(folder.glob("*.safetensors"))
+        return folder is None or has_weight_files(folder)
 
     @cached_property
     def folder(self) -> Path:
@@ -168,6 +169,11 @@ class PreTrainedVLM:
     def side_files(self) -> tuple[Path, ...]:
         """All files but the weights, relative to `folder`; none for a config alone."""
         return side_files(self.folder) if self.has_files else ()
+
+    @cached_property
+    def side_file_names(self) -> frozenset[str]:
+        """The names of `side_files`, as POSIX paths."""
+        return frozenset(file.as_posix() for file in self.side_files)
 
     @cached_property
     def config(self) -> PretrainedConfig:

@@ -8,9 +8,6 @@ from enum import StrEnum
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.conversion.plan import TensorLike
 
-DECODER_EXPERTS = r"model\.language_model\.layers\.\d+\.mlp\.experts\."
-MTP_EXPERTS = r"mtp\.layers\.\d+\.mlp\.experts\."
-
 
 class ExpertLayout(StrEnum):
     """Disk layouts of routed experts; shapes are those of gate_up and down."""
@@ -55,6 +52,11 @@ class ExpertSizes:
         if layout is ExpertLayout.FUSED_TRANSPOSED:
             up, down = up[::-1], down[::-1]
         return {"gate_up_proj": (self.experts, *up), "down_proj": (self.experts, *down)}
+
+
+def experts_below(root: str) -> str:
+    """A pattern for the beginning of the names of all routed experts of layers below a root."""
+    return rf"{re.escape(root)}layers\.\d+\.mlp\.experts\."
 
 
 def find_expert_layout(
@@ -110,5 +112,13 @@ def find_expert_layout(
             f"{ExpertLayout.FUSED} ([out, in], as transformers 5 saves) or "
             f"{ExpertLayout.FUSED_TRANSPOSED} ([in, out], as released Qwen3-VL-MoE files)"
         )
-    # Shapes that do not fit are a matter of the plan, which names each tensor and its shape.
-    return max(fits, key=fits.__getitem__)
+    # Shapes that do not fit are a matter of the plan, which says what of them does not.
+    likeness = {
+        layout: sum(
+            size == other
+            for name, kind in whole.items()
+            for size, other in zip(tensors[name].shape, sizes.shapes(layout)[kind], strict=False)
+        )
+        for layout in fits
+    }
+    return max(fits, key=lambda layout: (fits[layout], likeness[layout]))

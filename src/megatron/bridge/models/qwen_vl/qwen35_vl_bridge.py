@@ -5,18 +5,31 @@ from typing import Any
 
 from megatron.bridge.dtypes import MIXABLE, TORCH_NAME_OF, widest
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge, Tensors
+from megatron.bridge.models.conversion.model_bridge import (
+    MegatronModelBridge,
+    Tensors,
+    register_unsupported,
+)
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl import rows
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout, ExpertLayout
 from megatron.bridge.models.qwen_vl.qwen3_vl_bridge import MODEL, Qwen3VLMoEBridge
-from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
+from megatron.bridge.models.qwen_vl.qwen_vl_bridge import TEXT_HALF, QwenVLBridge
 
 logger = logging.getLogger(__name__)
 
 _QWEN3_5_DENSE_HF_CLASS_NAME = "Qwen3_5ForConditionalGeneration"
 _QWEN3_5_MOE_HF_CLASS_NAME = "Qwen3_5MoeForConditionalGeneration"
+
+_TEXT_HALVES = (
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5TextModel",
+    "Qwen3_5MoeTextModel",
+    "Qwen3_5TextForSequenceClassification",
+)
+register_unsupported(_TEXT_HALVES, TEXT_HALF)
 
 _SSM_TENSORS = ("linear_attn.A_log", "linear_attn.norm.weight")
 
@@ -67,7 +80,9 @@ class _Qwen35Bridge(QwenVLBridge):
         return super().provider_settings(config, dtype) | {"ssm_dtype": _ssm_dtype(tensors)}
 
 
-@MegatronModelBridge.register_bridge(source=_QWEN3_5_MOE_HF_CLASS_NAME, target=MODEL)
+@MegatronModelBridge.register_bridge(
+    source=(_QWEN3_5_MOE_HF_CLASS_NAME, "Qwen3_5MoeModel"), target=MODEL
+)
 class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
     """Qwen3_5MoeForConditionalGeneration to and from Qwen3VLModel.
 
@@ -92,7 +107,15 @@ class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
         ]
 
 
-@MegatronModelBridge.register_bridge(source=_QWEN3_5_DENSE_HF_CLASS_NAME, target=MODEL)
+@MegatronModelBridge.register_bridge(
+    source=(
+        _QWEN3_5_DENSE_HF_CLASS_NAME,
+        "Qwen3_5Model",
+        "Qwen3_5ForSequenceClassification",
+        "Qwen3_5ForTokenClassification",
+    ),
+    target=MODEL,
+)
 class Qwen35VLBridge(_Qwen35Bridge):
     """Qwen3_5ForConditionalGeneration to and from Qwen3VLModel.
 

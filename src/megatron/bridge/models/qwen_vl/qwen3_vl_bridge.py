@@ -1,6 +1,9 @@
 """Bridges for Qwen3-VL, dense and mixture of experts."""
 
-from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.model_bridge import (
+    MegatronModelBridge,
+    register_unsupported,
+)
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.qwen_vl import rows
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout, ExpertLayout
@@ -8,7 +11,7 @@ from megatron.bridge.models.qwen_vl.expert_mapping import (
     ExpertMLPDownProjMapping,
     ExpertMLPGateUpProjMapping,
 )
-from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
+from megatron.bridge.models.qwen_vl.qwen_vl_bridge import TEXT_HALF, QwenVLBridge
 
 __all__ = [
     "ExpertMLPDownProjMapping",
@@ -19,8 +22,12 @@ __all__ = [
 
 MODEL = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel"
 
+register_unsupported(("Qwen3VLTextModel", "Qwen3VLMoeTextModel"), TEXT_HALF)
 
-@MegatronModelBridge.register_bridge(source="Qwen3VLForConditionalGeneration", target=MODEL)
+
+@MegatronModelBridge.register_bridge(
+    source=("Qwen3VLForConditionalGeneration", "Qwen3VLModel"), target=MODEL
+)
 class Qwen3VLBridge(QwenVLBridge):
     """Qwen3VLForConditionalGeneration to and from Qwen3VLModel."""
 
@@ -38,7 +45,9 @@ class Qwen3VLBridge(QwenVLBridge):
         ]
 
 
-@MegatronModelBridge.register_bridge(source="Qwen3VLMoeForConditionalGeneration", target=MODEL)
+@MegatronModelBridge.register_bridge(
+    source=("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeModel"), target=MODEL
+)
 class Qwen3VLMoEBridge(QwenVLBridge):
     """Qwen3VLMoeForConditionalGeneration to and from Qwen3VLModel with routed experts."""
 

@@ -2,9 +2,13 @@
 
 from abc import abstractmethod
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron.bridge.errors import InputError
+from megatron.bridge.errors import ConfigError, InputError, UnsupportedModel
+from megatron.bridge.models.conversion.boxes import Shape
+from megatron.bridge.models.conversion.diagnosis import Terms
+from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
@@ -13,22 +17,50 @@ from megatron.bridge.models.conversion.model_bridge import (
     Tensors,
 )
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.models.conversion.plan_builder import expected_tensors
+from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import check_keys
 from megatron.bridge.models.qwen_vl.disk_layout import (
-    DECODER_EXPERTS,
-    MTP_EXPERTS,
     DiskLayout,
+    ExpertLayout,
+    experts_below,
     find_expert_layout,
     parse_expert_layout,
 )
-from megatron.bridge.models.qwen_vl.rows import DECODER_LAYERS, HF_MTP, MTP, VISION_LAYERS
+from megatron.bridge.models.qwen_vl.heads import (
+    classifier_tensors,
+    is_headless,
+    is_other_head,
+    needs_no_head,
+)
+from megatron.bridge.models.qwen_vl.mtp import (
+    MTPInFiles,
+    config_obstacle,
+    misfit,
+    stated_mtp,
+)
+from megatron.bridge.models.qwen_vl.names import find_spelling, terms_of
+from megatron.bridge.models.qwen_vl.rows import (
+    DECODER_LAYERS,
+    HF_EMBEDDING,
+    HF_HEAD,
+    HF_LANGUAGE,
+    HF_MTP,
+    HF_VISION,
+    MTP,
+    UNTIED_OUTPUT,
+    VISION,
+    VISION_LAYERS,
+    VISION_PART,
+    WITH_MTP,
+)
 from megatron.bridge.models.qwen_vl.settings import qwen_vl_settings
 from megatron.bridge.models.qwen_vl.structure import (
     expert_sizes,
     has_experts,
-    has_mtp,
     qwen_vl_structure,
 )
 
@@ -37,18 +69,33 @@ if TYPE_CHECKING:
     from megatron.bridge.models.model_provider import ModelProvider
 
 
+TEXT_HALF = (
+    "it describes the text half of a vision-language model, which has no vision tower; put these "
+    "weights in place of the language model of its base model, whose vision tower and config.json "
+    "complete them, and convert that"
+)
+
+
 class QwenVLBridge(MegatronModelBridge):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
     released_layout: ClassVar[DiskLayout] = DiskLayout()
     layer_paths = (DECODER_LAYERS, VISION_LAYERS)
+    optional_parts = frozenset({WITH_MTP})
 
     @abstractmethod
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
         """The rows of the family for files laid out like `disk`."""
 
     def check(self, config: HFConfig) -> None:
-        """As every bridge; also each key that has one value which can be converted."""
+        """Also each key that has one value which can be converted.
+
+        Raises UnsupportedModel for the config of a language model alone.
+        """
+        model_type = config.model_type
+        flat = not config.has("text_config") and config.has("num_hidden_layers")
+        if model_type.endswith("_text") or flat:
+            raise UnsupportedModel(f"{config.origin}: {TEXT_HALF}")
         super().check(config)
         check_keys(config)
 
@@ -56,11 +103,25 @@ class QwenVLBridge(MegatronModelBridge):
         """The rows of the family for files as they are released."""
         return MegatronMappingRegistry(*self.rows(self.released_layout))
 
+    def spelling(self, config: HFConfig, tensors: Tensors) -> Spelling:
+        """How the names in these files are spelled. Raises InputError if that cannot be told."""
+        return find_spelling(tensors, tied=_is_tied(qwen_vl_structure(config)))
+
+    def terms(self, spelling: Spelling) -> Terms:
+        """The words for the parts of these models."""
+        return terms_of(spelling)
+
     def registry_for(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
     ) -> MegatronMappingRegistry:
-        """The rows for the disk layout of these files."""
-        return MegatronMappingRegistry(*self.rows(self.disk_layout(config, tensors, options)))
+        """The rows for the disk layout of these files, with the names that stand in them."""
+        rows = self.rows(self.disk_layout(config, tensors, options))
+        if VISION_PART in options.without:
+            rows = [row for row in rows if not row.megatron_param.startswith(VISION)]
+        if _is_tied(qwen_vl_structure(config)):
+            # The embedding may stand under the name of the output layer.
+            rows = [row for row in rows if row.only != UNTIED_OUTPUT]
+        return MegatronMappingRegistry(*self._spelling(config, tensors, options).rows(rows))
 
     def disk_layout(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
@@ -79,32 +140,142 @@ class QwenVLBridge(MegatronModelBridge):
             return DiskLayout()
         if tensors is None:
             return self.released_layout if given is None else DiskLayout(given, given)
-        sizes = expert_sizes(config.text)
-        decoder = find_expert_layout(tensors, DECODER_EXPERTS, sizes, given)
-        if not options.with_mtp:
-            return DiskLayout(decoder)  # what is carried over may lie as it likes
-        return DiskLayout(decoder, find_expert_layout(tensors, MTP_EXPERTS, sizes, given))
+        below = experts_below(self._spelling(config, tensors, options).of(HF_LANGUAGE))
+        decoder = find_expert_layout(tensors, below, expert_sizes(config.text), given)
+        return DiskLayout(decoder, self._mtp(config, tensors, options).experts)
 
     def structure(
         self, config: HFConfig, tensors: Tensors | None = None, options: PlanOptions = DEFAULTS
     ) -> ModelStructure:
         """Counts and dimensions of one model. Raises ConfigError."""
-        with_mtp = options.with_mtp and has_mtp(config, tensors)
-        return qwen_vl_structure(
+        with_mtp = self._mtp(config, tensors, options).mapped
+        structure = qwen_vl_structure(
             config, options.padded_vocab_size, with_mtp=with_mtp, keys=options.keys
         )
+        if self._has_output_layer(config, tensors, options):
+            return structure
+        return replace(structure, features=structure.features - {UNTIED_OUTPUT})
 
     def options_of_checkpoint(self, tensors: Tensors) -> PlanOptions:
-        """Also whether the model was built with its MTP layer."""
-        with_mtp = any(key.startswith(MTP) for key in tensors)
-        return replace(super().options_of_checkpoint(tensors), with_mtp=with_mtp)
+        """Also whether the model was built with its MTP layer, and with its vision tower."""
+        parts = {WITH_MTP: MTP, VISION_PART: VISION}
+        without = (
+            part
+            for part, prefix in parts.items()
+            if not any(key.startswith(prefix) for key in tensors)
+        )
+        return replace(super().options_of_checkpoint(tensors), without=frozenset(without))
 
-    def carried(self, tensors: Tensors, options: PlanOptions) -> dict[str, str]:
-        """The MTP layer's tensors, where the Megatron model is built without it."""
-        if options.with_mtp:
-            return {}
-        reason = "the Megatron model is built without its MTP layer"
-        return {name: reason for name in tensors if name.startswith(HF_MTP)}
+    def options_of_model(self, provider: "ModelProvider") -> PlanOptions:
+        """Also whether the model was built with its MTP layer."""
+        without = frozenset() if provider.mtp_num_layers else frozenset({WITH_MTP})
+        return replace(super().options_of_model(provider), without=without)
+
+    def extras(self, config: HFConfig, tensors: Tensors, options: PlanOptions) -> Extras:
+        """Parts that the Megatron model is built without, heads, copies of tied weights."""
+        spelling = self._spelling(config, tensors, options)
+        vision, mtp, head = (spelling.of(root) for root in (HF_VISION, HF_MTP, HF_HEAD))
+        structure = qwen_vl_structure(config)
+        carried: dict[str, str] = {}
+        absent: set[str] = set()
+        needed: dict[str, tuple[Shape, str]] = {}
+        if VISION_PART in options.without:
+            reason = "the Megatron model is built without its vision tower"
+            carried |= {name: reason for name in tensors if name.startswith(vision)}
+            absent |= set(carried)
+            rows = [
+                row
+                for row in self.rows(self.released_layout)
+                if row.megatron_param.startswith(VISION)
+            ]
+            registry = MegatronMappingRegistry(*spelling.rows(rows))
+            declared = expected_tensors(registry, structure, lambda _: "")
+            needed |= {name: (spec.shape, "the vision tower") for name, spec in declared.items()}
+        found = [name for name in tensors if name.startswith(mtp)]
+        if WITH_MTP in options.without:
+            carried |= dict.fromkeys(found, "the Megatron model is built without its MTP layer")
+            absent |= set(found)
+        elif obstacle := self._mtp(config, tensors, options).obstacle:
+            carried |= dict.fromkeys(found, obstacle)
+        equal: dict[str, str] = {}
+        name, embedding = f"{head}weight", f"{spelling.of(HF_EMBEDDING)}weight"
+        if _is_tied(structure) and name != embedding and {name, embedding} <= tensors.keys():
+            if not is_headless(config):
+                equal[name] = embedding
+                carried[name] = f"a copy of {embedding}, to which the config ties it"
+        elif name in tensors and not self._has_output_layer(config, tensors, options):
+            carried[name] = f"an output layer, which a {config.architecture} does not have"
+        return Extras(
+            carried=carried,
+            absent=frozenset(absent),
+            equal=equal,
+            needed=needed
+            | classifier_tensors(
+                config, tensors, head.removesuffix(HF_HEAD), config.text.count("hidden_size")
+            ),
+            reason=partial(_why_carried, spelling, config),
+        )
+
+    def _spelling(
+        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
+    ) -> Spelling:
+        if options.spelling is not None:
+            return options.spelling
+        return Spelling() if tensors is None else self.spelling(config, tensors)
+
+    def _mtp(self, config: HFConfig, tensors: Tensors | None, options: PlanOptions) -> MTPInFiles:
+        """The MTP layer of these files, or of those that a config alone would have."""
+        if WITH_MTP in options.without:
+            return MTPInFiles(mapped=False)  # what is carried over may lie as it likes
+        if tensors is None:
+            return stated_mtp(config)
+        root = self._spelling(config, tensors, options).of(HF_MTP)
+        found = [name for name in tensors if name.startswith(root)]
+        if not found:
+            return MTPInFiles(mapped=False)
+        obstacle, experts = config_obstacle(config), None
+        if not obstacle:
+            try:
+                experts = self._mtp_experts(config, tensors, options, root)
+                expected = self._expected_mtp(config, tensors, options, experts)
+            except ConfigError as error:  # experts in two layouts
+                obstacle = f"an MTP layer of another kind: {error}"
+            else:
+                obstacle = misfit(found, tensors, expected)
+        return MTPInFiles(not obstacle, experts, obstacle)
+
+    def _mtp_experts(
+        self, config: HFConfig, tensors: Tensors, options: PlanOptions, root: str
+    ) -> ExpertLayout | None:
+        if not has_experts(config.text):
+            return None
+        given = None if options.experts is None else parse_expert_layout(options.experts)
+        return find_expert_layout(tensors, experts_below(root), expert_sizes(config.text), given)
+
+    def _expected_mtp(
+        self,
+        config: HFConfig,
+        tensors: Tensors,
+        options: PlanOptions,
+        experts: ExpertLayout | None,
+    ) -> dict[str, TensorSpec]:
+        """The tensors that the rows of the MTP layer ask for."""
+        rows = [row for row in self.rows(DiskLayout(mtp=experts)) if row.only == WITH_MTP]
+        rows = self._spelling(config, tensors, options).rows(rows)
+        structure = qwen_vl_structure(config, with_mtp=True)
+        return expected_tensors(MegatronMappingRegistry(*rows), structure, lambda _: "")
+
+    def _has_output_layer(
+        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
+    ) -> bool:
+        """Whether files have an output layer of their own, or should have one."""
+        if tensors is None:
+            return not is_headless(config)
+        head = self._spelling(config, tensors, options).of(f"{HF_HEAD}weight")
+        if head not in tensors:
+            return not needs_no_head(config, tensors, options.files)
+        structure = qwen_vl_structure(config)
+        return not is_headless(config) or tuple(tensors[head].shape) == structure.shape("V H")
 
     def provider_settings(
         self, config: HFConfig, dtype: str, tensors: Tensors | None = None
@@ -121,5 +292,46 @@ class QwenVLBridge(MegatronModelBridge):
         tensors = hf_pretrained.tensors if hf_pretrained.has_weights else None
         config = hf_pretrained.hf_config
         self.check(config)
+        self._check_output_layer(hf_pretrained)
         dtype = hf_pretrained.main_dtype
         return self.provider_of(self.provider_settings(config, dtype, tensors))
+
+    def _check_output_layer(self, hf: "PreTrainedVLM") -> None:
+        """Raise UnsupportedModel for files without one: Qwen3VLModel of Megatron has it."""
+        config, tensors = hf.hf_config, hf.weights if hf.has_weights else None
+        options = PlanOptions(files=hf.side_file_names)
+        if not _is_tied(qwen_vl_structure(config)) and not self._has_output_layer(
+            config, tensors, options
+        ):
+            raise UnsupportedModel(
+                f"{hf.name_or_path}: a {config.architecture} without an output layer can be "
+                f"converted from files to files, but the Megatron model that computes always has "
+                f"one; add lm_head.weight and name the ForConditionalGeneration class to build it"
+            )
+
+
+def _is_tied(structure: ModelStructure) -> bool:
+    """Whether the output layer is the embedding, by the config."""
+    return UNTIED_OUTPUT not in structure.features
+
+
+def _why_carried(spelling: Spelling, config: HFConfig, name: str) -> str:
+    """Why a tensor is carried that lies beside a whole model."""
+    if is_other_head(name):
+        return "the head of a reward, value or classification model"
+    if name.endswith("rotary_emb.inv_freq"):
+        return "a buffer that the model computes by itself"
+    if "lora_" in name or ".base_layer." in name:
+        return "of an adapter, which the model does not apply"
+    for root, key in (
+        (f"{HF_LANGUAGE}layers.", "text_config.num_hidden_layers"),
+        (f"{HF_VISION}blocks.", "vision_config.depth"),
+    ):
+        number = name.removeprefix(spelling.of(root)).partition(".")[0]
+        if name.startswith(spelling.of(root)) and number.isdecimal():
+            section, _, count = key.partition(".")
+            if int(number) >= config.section(section).count(count):
+                return f"of a layer beyond {key}"
+            if name.endswith(".bias"):
+                return "a bias that the config switches off"
+    return "transformers does not read it either"

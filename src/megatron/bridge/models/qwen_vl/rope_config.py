@@ -82,8 +82,9 @@ def _scaling(text: HFConfig, kind: str) -> dict[str, Any]:
     if kind == "default":
         return {}
     completed = text.completed(_FORMS[0])
-    stated = next((text.completed(form) for form in _FORMS if text.has(form)), {})
-    known = completed if isinstance(completed, dict) else stated
+    known: dict[str, Any] = completed if isinstance(completed, dict) else {}
+    if not known:  # transformers refuses the config, for whatever reason
+        known = next((text.require(form, dict) for form in _FORMS if text.has(form)), {})
     return {key: value for key, value in known.items() if key not in _COMMON}
 
 

@@ -41,6 +41,8 @@ LANGUAGE = "language_model."
 VISION = "vision_model."
 HF_LANGUAGE = "model.language_model."
 HF_VISION = "model.visual."
+HF_EMBEDDING = f"{HF_LANGUAGE}embed_tokens."
+HF_HEAD = "lm_head."
 
 DECODER_LAYERS = f"{LANGUAGE}decoder.layers."
 VISION_LAYERS = f"{VISION}decoder.layers."
@@ -55,6 +57,9 @@ HF_MTP_LAYER = f"{HF_MTP}layers.0."
 ATTENTION_BIAS = "attention_bias"
 UNTIED_OUTPUT = "untied_output"
 WITH_MTP = "mtp"
+
+# Parts that a Megatron model may be built without; the MTP layer is one, too.
+VISION_PART = "vision"
 
 # Kinds of layers.
 FULL_ATTENTION = "full_attention"
@@ -86,13 +91,13 @@ def embedding_rows() -> list[ParamMapping]:
     return [
         ColumnParallelMapping(
             f"{LANGUAGE}embedding.word_embeddings.weight",
-            f"{HF_LANGUAGE}embed_tokens.weight",
+            f"{HF_EMBEDDING}weight",
             "V H",
             vocabulary=True,
         ),
         ColumnParallelMapping(
             f"{LANGUAGE}output_layer.weight",
-            "lm_head.weight",
+            f"{HF_HEAD}weight",
             "V H",
             vocabulary=True,
             only=UNTIED_OUTPUT,

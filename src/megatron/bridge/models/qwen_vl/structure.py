@@ -9,7 +9,6 @@ from megatron.bridge.models.conversion.layer_keys import (
     KeyForms,
     layers_share_keys,
 )
-from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.structure import (
     AttentionFields,
     LanguageFields,
@@ -25,7 +24,6 @@ from megatron.bridge.models.qwen_vl.rows import (
     DEEPSTACK_MERGERS,
     DENSE_MLP,
     FULL_ATTENTION,
-    HF_MTP,
     LANGUAGE,
     LINEAR_ATTENTION,
     MTP_MODEL_LAYER,
@@ -120,22 +118,6 @@ def expert_sizes(text: HFConfig) -> ExpertSizes:
     return ExpertSizes(
         _experts(text), text.count("hidden_size"), text.count("moe_intermediate_size")
     )
-
-
-def has_mtp(config: HFConfig, tensors: Mapping[str, TensorLike] | None) -> bool:
-    """Whether there is an MTP layer: in the files, or in the config where there are no files.
-
-    transformers drops the layer when it loads a model and keeps its config when it saves one.
-    """
-    layers = config.text.get("mtp_num_hidden_layers", 0)
-    if layers not in (0, 1):
-        raise ConfigError(
-            f"{config.origin}: text_config.mtp_num_hidden_layers is {quoted(layers)}; 0 or 1 is "
-            "supported"
-        )
-    if tensors is None:
-        return bool(layers)
-    return any(name.startswith(HF_MTP) for name in tensors)
 
 
 def decoder_layers(text: HFConfig) -> tuple[int, ...]:

@@ -1,0 +1,262 @@
+"""The cause of tensors that are missing or of another shape: the one that a person can act on.
+
+A stale number in config.json, a part that was left out or a prefix of all names make hundreds of
+tensors wrong. What is said is the cause; tensors are named where there is none that explains them.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+
+from megatron.bridge.folding import fold_numbers
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.patterns import WILDCARD, fill
+from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.models.conversion.structure import ModelStructure
+
+_SIZE = re.compile(r"(?P<times>\d*)(?P<symbol>[A-Za-z]+)")
+_ADAPTER = re.compile(r"(^|\.)(lora_|base_layer\b|modules_to_save\b|original_module\b)")
+_MOST_OF = 0.9
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The words of a family, for messages.
+
+    parts: root of Hugging Face names -> (what that part is called, what to do without it), longer
+        roots first.
+    counts: Megatron path before a wildcard -> (key of the config, what it counts).
+    sizes: symbol of a shape -> key of the config.
+    """
+
+    parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    counts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """A tensor that a row asks for. layer: Megatron path and number of the layer it is in."""
+
+    symbols: str
+    layer: tuple[str, int] | None
+
+
+def find_causes(
+    registry: MegatronMappingRegistry,
+    structure: ModelStructure,
+    tensors: Mapping[str, TensorSpec],
+    terms: Terms,
+    carried: Collection[str] = (),
+) -> tuple[list[str], set[str]]:
+    """Sentences that explain what is missing or misshapen, and the tensors that they explain.
+
+    carried: names of further tensors that have to be there.
+    """
+    needs = _needs(registry, structure) | {name: _Need("", None) for name in carried}
+    missing = {name: need for name, need in needs.items() if name not in tensors}
+    extra = [name for name in tensors if name not in needs]
+    causes: list[str] = []
+    explained: set[str] = set()
+    for find in (_other_names, _word_too_much, _absent_parts, _absent_layers):
+        for cause, names in find(needs, missing, extra, terms):
+            causes.append(cause)
+            explained |= names
+            missing = {name: need for name, need in missing.items() if name not in names}
+    for cause, names in _sizes(needs, structure, tensors, terms):
+        causes.append(cause)
+        explained |= names
+    return causes, explained
+
+
+def _needs(registry: MegatronMappingRegistry, structure: ModelStructure) -> dict[str, _Need]:
+    needs: dict[str, _Need] = {}
+    for row, ranges in registry.expand(structure):
+        path, wildcard, _ = row.megatron_param.partition(WILDCARD)
+        for numbers in product(*ranges[: row.hf_wildcards]):
+            layer = (path, numbers[0]) if wildcard and numbers else None
+            for role, pattern in row.hf_params.items():
+                needs[fill(pattern, numbers)] = _Need(row.hf_symbols.get(role, ""), layer)
+    return needs
+
+
+type _Found = Iterator[tuple[str, set[str]]]
+
+
+def _other_names(
+    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
+) -> _Found:
+    if len(missing) == len(needs) and extra:
+        yield (
+            (
+                f"none of the {len(extra)} names is one of this model's: the files begin with "
+                f"{extra[0]}, the model with {next(iter(needs))}; they are of another model, or "
+                f"written by another program in names of its own"
+            ),
+            set(missing),
+        )
+
+
+def _word_too_much(
+    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
+) -> _Found:
+    """A wrapper of a training program that left its name inside of those of the tensors."""
+    if not missing:
+        return
+    known = {word for name in needs for word in name.split(".")}
+    words = Counter(word for name in extra for word in dict.fromkeys(name.split(".")))
+    for word, count in words.most_common():
+        if word in known or word.isdecimal() or count < len(missing) * _MOST_OF / 2:
+            continue
+        without = {name.replace(f"{word}.", "", 1): name for name in extra if f"{word}." in name}
+        hit = {name for name in missing if name in without or name in _unrepeated(without, word)}
+        if len(hit) >= _MOST_OF * len(missing):
+            example = next(iter(without.values()))
+            if _ADAPTER.search(example):
+                yield (
+                    (
+                        f"these are adapter weights that are not merged: {len(hit)} names have "
+                        f"{word}., such as {example}; merge the adapter into its base model "
+                        f"(merge_and_unload) and save that"
+                    ),
+                    set(missing),
+                )
+            else:
+                yield (
+                    (
+                        f"{len(hit)} names have {word}. in their middle, such as {example}; save "
+                        f"the model that is wrapped, not its wrapper"
+                    ),
+                    set(missing),
+                )
+            return
+    adapters = [name for name in extra if _ADAPTER.search(name)]
+    if len(adapters) >= len(missing) * _MOST_OF:
+        yield (
+            (
+                f"these are adapter weights that are not merged, such as {adapters[0]}; merge the "
+                f"adapter into its base model (merge_and_unload) and save that"
+            ),
+            set(missing),
+        )
+
+
+def _unrepeated(without: Mapping[str, str], word: str) -> set[str]:
+    """The names without any occurrence of a word."""
+    return {name.replace(f"{word}.", "") for name in without}
+
+
+def _absent_parts(
+    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
+) -> _Found:
+    for root, (part, advice) in terms.parts.items():
+        of_part = {name for name in needs if _part_of(name, terms) == root}
+        if of_part and all(name in missing for name in of_part):
+            yield f"the {part} is absent: {_count(of_part)} ({_shown(of_part)}); {advice}", of_part
+
+
+def _part_of(name: str, terms: Terms) -> str | None:
+    return next((root for root in terms.parts if name.startswith(root)), None)
+
+
+def _count(names: Collection[str]) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}"
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return names[0] if len(names) == 1 else f"{names[0]} and others"
+
+
+def _absent_layers(
+    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
+) -> _Found:
+    layers: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, need in needs.items():
+        if need.layer is not None:
+            path, number = need.layer
+            layers[path][number].append(name)
+    for path, names_of in layers.items():
+        if path not in terms.counts:
+            continue
+        gone = {n: names for n, names in names_of.items() if all(one in missing for one in names)}
+        if not gone or len(gone) == len(names_of):
+            continue
+        key, what = terms.counts[path]
+        names = {name for of_layer in gone.values() for name in of_layer}
+        held = len(names_of) - len(gone)
+        if min(gone) == held:
+            yield (
+                (
+                    f"{key} is {len(names_of)}, the files hold {held} {what} "
+                    f"({fold_numbers(n for n in names_of if n not in gone)}); set it to {held}, or "
+                    f"take the rest from where the files come from"
+                ),
+                names,
+            )
+        else:
+            numbers = "{" + fold_numbers(gone) + "}" if len(gone) > 1 else str(min(gone))
+            yield f"{what} {numbers} absent: {_count(names)} ({_shown(names)})", names
+
+
+def _sizes(
+    needs: Mapping[str, _Need],
+    structure: ModelStructure,
+    tensors: Mapping[str, TensorSpec],
+    terms: Terms,
+) -> _Found:
+    """Sizes in the config for which all tensors that depend on them agree on another one."""
+    known = {symbols: structure.shape(symbols) for symbols in {n.symbols for n in needs.values()}}
+    asked: dict[str, int] = {}
+    said: dict[str, dict[int, None]] = defaultdict(dict)
+    wrong: dict[str, list[str]] = defaultdict(list)
+    fitting: set[str] = set()
+    unclear: set[str] = set()
+    for name, need in needs.items():
+        if name not in tensors or not need.symbols:
+            continue
+        words, expected, found = need.symbols.split(), known[need.symbols], tensors[name].shape
+        if len(found) != len(expected):
+            unclear.add(name)
+            continue
+        for word, size, other in zip(words, expected, found, strict=True):
+            match = _SIZE.fullmatch(word)
+            if match is None:
+                continue
+            times, symbol = int(match["times"] or 1), match["symbol"]
+            if size == other:
+                fitting.add(symbol)
+            elif other % times:
+                unclear.add(name)
+            else:
+                asked[symbol] = size // times
+                said[symbol][other // times] = None
+                wrong[symbol].append(name)
+    good = [symbol for symbol in said if symbol not in fitting and len(said[symbol]) == 1]
+    bad = {name for symbol in said if symbol not in good for name in wrong[symbol]} | unclear
+    explained = {name for symbol in good for name in wrong[symbol]} - bad
+    good = [symbol for symbol in good if explained.intersection(wrong[symbol])]
+    keys = [symbol for symbol in good if symbol in terms.sizes]
+    if not keys:
+        return
+    differences = [
+        f"{terms.sizes[symbol]} is {asked[symbol]}, the files have {next(iter(said[symbol]))}"
+        for symbol in keys
+    ]
+    if len(keys) > 2:
+        shown = "; ".join(differences[:3])
+        yield f"config.json belongs to another model than the weights: {shown}", explained
+        return
+    for symbol, difference in zip(keys, differences, strict=True):
+        names = [name for name in wrong[symbol] if name in explained]
+        example = names[0]
+        yield (
+            (
+                f"{difference}: set it ({_count(names)}, such as {example}: "
+                f"the config asks for shape {known[needs[example].symbols]} "
+                f"[{needs[example].symbols}], found {tensors[example].shape})"
+            ),
+            explained,
+        )

@@ -1,0 +1,145 @@
+"""Which files of a model folder are its weights: those that transformers reads.
+
+`model.safetensors` where it is there, otherwise the files that the weight index names, otherwise
+the only safetensors file. Any other safetensors file lies beside the model.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.regular_file import read_regular
+from megatron.bridge.models.hf_pretrained.safetensors_header import MAX_HEADER_BYTES
+from megatron.bridge.models.hf_pretrained.strict_json import parse_object
+from megatron.bridge.quoting import is_name, printable, quoted
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+SUFFIX = ".safetensors"
+
+_MAX_FILE_NAME = 255
+
+
+class WeightFiles:
+    """The files that hold a model's weights.
+
+    names: sorted. index: what the weight index maps the names of tensors to; None without one.
+    metadata: the `metadata` object of the index, empty where it has none.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        index: dict[str, str] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.names = names
+        self.index = index
+        self.metadata = metadata or {}
+
+    @classmethod
+    def of(cls, folder: Path) -> WeightFiles:
+        """Those of a folder. Raises CheckpointError where there are none, or no one can tell."""
+        index_path = folder / INDEX_FILE
+        has_single = (folder / SINGLE_FILE).is_file()
+        if not os.path.lexists(index_path):
+            return cls([SINGLE_FILE] if has_single else [_only_file(folder)])
+        if has_single:
+            try:
+                content = cls._indexed(index_path)
+            except CheckpointError:
+                return cls([SINGLE_FILE])
+            return content if content.names == [SINGLE_FILE] else cls([SINGLE_FILE])
+        return cls._indexed(index_path)
+
+    @classmethod
+    def _indexed(cls, path: Path) -> WeightFiles:
+        weight_map, metadata = _read_index(path)
+        return cls(sorted(set(weight_map.values())), weight_map, metadata)
+
+
+def is_safetensors(file_name: str) -> bool:
+    """Whether a name is that of a safetensors file; some savers put a number behind the suffix."""
+    return SUFFIX in file_name and not file_name.endswith(".json")
+
+
+def has_weight_files(folder: Path) -> bool:
+    """Whether there are safetensors files, or an index that names files which are there."""
+    if any(folder.glob(f"*{SUFFIX}")):
+        return True
+    try:
+        return any((folder / name).exists() for name in WeightFiles.of(folder).names)
+    except CheckpointError:
+        return False
+
+
+def weight_file_names(folder: Path) -> frozenset[str]:
+    """Names of the weights' files and of their index; none where that cannot be told."""
+    try:
+        files = WeightFiles.of(folder)
+    except CheckpointError:
+        return frozenset()
+    return frozenset(files.names) | ({INDEX_FILE} if files.index is not None else set())
+
+
+def _only_file(folder: Path) -> str:
+    names = (path.name for path in folder.glob(f"*{SUFFIX}"))
+    found = sorted(name for name in names if not name.startswith("."))
+    if not found:
+        raise CheckpointError(
+            f"{folder}: no safetensors weights; expected {INDEX_FILE} or {SINGLE_FILE}. "
+            "Weights in another format have to be converted to safetensors first."
+        )
+    if len(found) > 1:
+        shown = ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
+        raise CheckpointError(
+            f"{folder}: {len(found)} safetensors files ({printable(shown)}), and neither "
+            f"{SINGLE_FILE} nor {INDEX_FILE}, so that nothing says which belong to the model; if "
+            f"they are its shards, add the {INDEX_FILE} that was saved with them"
+        )
+    return found[0]
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        content = parse_object(read_regular(path, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path}: the weight index cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: the weight index cannot be read: {error}; download it again"
+        ) from error
+    weight_map = content.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file_name, str) for file_name in weight_map.values())
+    ):
+        raise CheckpointError(
+            f"{path}: weight_map must map tensor names to file names; download it again"
+        )
+    for name, file_name in weight_map.items():
+        if not is_name(name):
+            raise CheckpointError(
+                f"{path}: {quoted(name)} cannot be the name of a tensor: too long, or not printable"
+            )
+        if not _is_plain(file_name):
+            raise CheckpointError(
+                f"{path}: {name} points to {quoted(file_name)}, which is not a plain {SUFFIX} file "
+                f"name inside the folder"
+            )
+    metadata = content.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _is_plain(file_name: str) -> bool:
+    return (
+        is_safetensors(file_name)
+        and not file_name.startswith(".")
+        and file_name.isprintable()
+        and len(file_name) <= _MAX_FILE_NAME
+        and not any(mark in file_name for mark in "/\\")
+    )

@@ -1,0 +1,70 @@
+"""The multi-token-prediction layer of files: mapped where it is what the rows describe.
+
+transformers does not read it, so files are whole without it, or with another one: that is carried.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.plan import TensorLike
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
+from megatron.bridge.quoting import quoted
+
+_KEY = "mtp_num_hidden_layers"
+_DEDICATED = "mtp_use_dedicated_embeddings"
+
+
+class MTPInFiles(NamedTuple):
+    """The MTP layer of some files, or of files to be.
+
+    mapped: whether there is one that the rows map. experts: how its routed experts lie.
+    obstacle: why the tensors of one are carried instead; empty where there is none.
+    """
+
+    mapped: bool
+    experts: ExpertLayout | None = None
+    obstacle: str = ""
+
+
+def config_obstacle(config: HFConfig) -> str:
+    """Why the config's MTP layers are not those of the rows; empty if they are, or there are none.
+
+    Raises ConfigError for a number of layers that none can have.
+    """
+    layers = config.text.get(_KEY, 0)
+    if layers < 0:
+        raise ConfigError(
+            f"{config.origin}: text_config.{_KEY} is {quoted(layers)}; expected 0 or more"
+        )
+    if layers > 1:
+        return f"{layers} MTP layers, of which the Megatron model has one"
+    if layers and config.text.get(_DEDICATED, False):
+        return f"an MTP layer with an embedding of its own ({_DEDICATED})"
+    return ""
+
+
+def stated_mtp(config: HFConfig) -> MTPInFiles:
+    """The MTP layer that files of a config would have."""
+    obstacle = config_obstacle(config)
+    return MTPInFiles(bool(config.text.get(_KEY, 0)) and not obstacle)
+
+
+def misfit(
+    found: Collection[str],
+    tensors: Mapping[str, TensorLike],
+    expected: Mapping[str, TensorLike],
+) -> str:
+    """Why tensors of an MTP layer are not those that rows describe; empty if they are."""
+    for name, spec in expected.items():
+        if name not in tensors:
+            return f"an incomplete MTP layer: {name} is missing"
+        if tuple(tensors[name].shape) != tuple(spec.shape):
+            return (
+                f"an MTP layer of another size than the model: {name} has shape "
+                f"{tuple(tensors[name].shape)}, the model's would have {tuple(spec.shape)}"
+            )
+    if further := [name for name in found if name not in expected]:
+        return f"an MTP layer of another kind: the Megatron model has no {further[0]}"
+    return ""
