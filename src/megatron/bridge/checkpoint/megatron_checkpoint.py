@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron.bridge.checkpoint.iterations import Iteration
 from megatron.bridge.checkpoint.live_model import LiveTensors, LocalTensor, local_tensors
 from megatron.bridge.checkpoint.megatron_folder import megatron_files
 from megatron.bridge.checkpoint.staging import staged_folder
@@ -54,14 +55,17 @@ def save_checkpoint(
 
 
 @torch.no_grad()
-def load_checkpoint(model: Sequence[torch.nn.Module], source: Path) -> None:
+def load_checkpoint(
+    model: Sequence[torch.nn.Module], source: Path, iteration: Iteration | None = None
+) -> None:
     """Fill a model from a torch_dist checkpoint, whatever layout it was written with.
 
     Each rank reads only what it holds. A vocabulary that was padded to another size is cut or
-    filled up with zeros. Raises CheckpointError if there is no checkpoint or it is damaged,
-    PlanError if it does not hold the model.
+    filled up with zeros. iteration: see `iteration_folder`. Raises CheckpointError if there is no
+    checkpoint or it is damaged, PlanError if it does not hold the model.
     """
-    checkpoint = TorchDistCheckpoint(source)
+    checkpoint = TorchDistCheckpoint(source, iteration)
+    checkpoint.require_torch_dist()
     tensors = local_tensors(model)
     if problems := list(_misfits(tensors, checkpoint.tensors)):
         raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")

@@ -14,6 +14,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     PlanOptions,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPla
 def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
     """The tensors of a Megatron checkpoint that are weights, not state of an optimizer.
 
-    Raises CheckpointError if there are none.
+    Raises CheckpointError if there are none, or if the format is not torch_dist.
     """
+    checkpoint.require_torch_dist()
     found = {k: t for k, t in checkpoint.tensors.items() if not k.startswith(_OPTIMIZER_PREFIX)}
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: it holds no weights of a model")
@@ -54,15 +56,58 @@ def plan_export(
     found = weight_tensors(checkpoint)
     options = replace(bridge.options_of_checkpoint(found), experts=experts)
     if not reference.has_weights:
-        plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
+        plan = _plan_without_files(bridge, config, found, options)
     elif experts is None:
         plan = bridge.plan(config, reference.weights, options)
     else:
         plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
+    require_common_key(checkpoint, plan)
     if problems := list(_differences(plan.megatron, found)):
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
     return plan, tuple(key for key in checkpoint.tensors if key not in found)
+
+
+def require_common_key(checkpoint: "TorchDistCheckpoint", plan: ConversionPlan) -> None:
+    """Raise CheckpointError if no key is one of the model's: then it is another kind of file."""
+    if not checkpoint.tensors.keys() & plan.megatron.keys():
+        found, expected = next(iter(checkpoint.tensors)), next(iter(plan.megatron))
+        raise CheckpointError(
+            f"{checkpoint.folder}: none of its tensors has a key of this model in megatron-core: "
+            f"expected such as {expected}, found such as {found}. It is of another model, or of "
+            "another program; then save it with megatron-core as torch_dist"
+        )
+
+
+def left_out(
+    reference: PreTrainedVLM, plan: ConversionPlan, experts: str | None = None
+) -> tuple[str, ...]:
+    """Tensors that a config names and neither a checkpoint nor a reference with weights holds."""
+    if reference.has_weights:
+        return ()
+    config = reference.hf_config
+    bridge = bridge_for(config.architecture)
+    named = bridge.expected_tensors(
+        config, main_dtype(plan.hf.values()), PlanOptions(experts=experts)
+    )
+    return tuple(name for name in named if name not in plan.hf)
+
+
+def _plan_without_files(
+    bridge: MegatronModelBridge,
+    config: HFConfig,
+    found: Mapping[str, TensorSpec],
+    options: PlanOptions,
+) -> ConversionPlan:
+    """The plan of a config, in the dtypes of the checkpoint: no file says others."""
+    plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
+    tensors = dict(plan.hf)
+    for copy in plan.copies:
+        spec, key = plan.hf[copy.hf_name], copy.megatron_key
+        # Where the plan itself has two dtypes, as of what is kept as w - 1, they stay.
+        if key in found and plan.megatron[key].dtype == spec.dtype:
+            tensors[spec.name] = replace(spec, dtype=found[key].dtype)
+    return plan if tensors == plan.hf else bridge.plan(config, tensors, options)
 
 
 def _rearranged(

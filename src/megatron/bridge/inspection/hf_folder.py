@@ -6,8 +6,9 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError, InputError
 from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
@@ -19,16 +20,18 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
 from megatron.bridge.models.hf_pretrained.fp8 import (
     BlockFP8,
+    Weights,
     dequantized_view,
     quantization_of,
 )
+from megatron.bridge.models.hf_pretrained.reference import local_folder
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
 from megatron.bridge.models.qwen_vl.rows import HF_MTP
 
-type Origin = Literal["files", "hub headers", "config", "checkpoint"]
+type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference"]
 
 TEXT_KEYS = (
     "num_hidden_layers",
@@ -83,7 +86,8 @@ class HFReport:
 
     origin: where the tensors below are known from; "config" means that no weights are at hand and
     the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
-    them. bridge: the class that converts it, or None.
+    them, "reference" that it gives them in the layout of a reference. bridge: the class that
+    converts it, or None.
     text, vision: what the config states, of the keys that size a model. experts: how routed experts
     lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
     and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not
@@ -173,6 +177,24 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
         settings=found.settings,
         problem=found.problem or rope_problem,
     )
+
+
+class _HeadersOnly(PreTrainedVLM):
+    """A model on the hub of whose weights the headers are read: to plan with, not to convert."""
+
+    @cached_property
+    def weights(self) -> Weights:
+        _, tensors = _tensors(self)
+        view = dequantized_view(tensors or {}, self.quantization, self.hf_config.origin)
+        return cast("Weights", view)
+
+
+def headers_only(hf: PreTrainedVLM) -> PreTrainedVLM:
+    """The same model to plan with: the weights of a hub id are not fetched."""
+    if not hf.has_files or local_folder(hf.name_or_path) is not None:
+        return hf
+    repository = hf.name_or_path.partition("@")[0]
+    return _HeadersOnly.from_pretrained(repository, hf.folder.name)
 
 
 def _tensors(

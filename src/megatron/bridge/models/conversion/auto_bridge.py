@@ -219,16 +219,21 @@ class AutoBridge:
         )
 
     def load_megatron_model(
-        self, path: PathLike, *, wrap_with_ddp: bool = False
+        self,
+        path: PathLike,
+        *,
+        iteration: int | str | None = None,
+        wrap_with_ddp: bool = False,
     ) -> "list[torch.nn.Module]":
         """Build this rank's chunks of the model, filled from a torch_dist checkpoint of any layout.
 
-        Raises CheckpointError, or PlanError if the checkpoint does not hold this model.
+        iteration: a number, or "release"; by default the one that the tracker file names. Raises
+        CheckpointError, or PlanError if the checkpoint does not hold this model.
         """
         from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
 
         provider = self.to_megatron_provider(load_weights=False)
-        provider.register_pre_wrap_hook(lambda model: load_checkpoint(model, Path(path)))
+        provider.register_pre_wrap_hook(lambda model: load_checkpoint(model, Path(path), iteration))
         return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
 
     @classmethod
@@ -257,6 +262,7 @@ class AutoBridge:
         megatron_path: PathLike,
         hf_path: PathLike,
         *,
+        iteration: int | str | None = None,
         experts: str | None = None,
         fp8: bool = False,
         force: bool = False,
@@ -264,7 +270,8 @@ class AutoBridge:
     ) -> None:
         """A Megatron checkpoint to a folder laid out like this model's, files to files.
 
-        experts, fp8: see `checkpoint.convert.export_checkpoint`, and there for what is raised.
+        iteration, experts, fp8: see `checkpoint.convert.export_checkpoint`, and there for what is
+        raised.
         """
         from megatron.bridge.checkpoint.convert import export_checkpoint
         from megatron.bridge.checkpoint.run import Run
@@ -273,10 +280,26 @@ class AutoBridge:
             Path(megatron_path),
             Path(hf_path),
             self.hf_pretrained,
+            iteration=iteration,
             experts=experts,
             fp8=fp8,
             run=Run(force=force, progress=progress or Silent()),
         )
+
+    @staticmethod
+    def get_hf_model_id_from_checkpoint(
+        path: PathLike, *, iteration: int | str | None = None
+    ) -> str | None:
+        """The Hugging Face model that a checkpoint's run_config.yaml names as `hf_model_id`.
+
+        path, iteration: as of `load_megatron_model`. None if there is no such record, or none in
+        it. Raises CheckpointError if there is no checkpoint.
+        """
+        from megatron.bridge.checkpoint.config_record import read_record
+        from megatron.bridge.checkpoint.iterations import iteration_folder
+
+        record = read_record(iteration_folder(Path(path), iteration))
+        return None if record is None else record.hf_model_id
 
     def get_conversion_tasks(self, model: Model) -> list[ConversionTask]:
         """The row of every parameter of a live model. Raises PlanError for one without a row."""

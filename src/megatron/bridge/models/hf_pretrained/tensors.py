@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.folding import listing
+from megatron.bridge.models.hf_pretrained.other_formats import other_weights
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.safetensors_header import (
     MAX_HEADER_BYTES,
@@ -174,8 +175,8 @@ def _single_file(folder: Path) -> str:
     found = _safetensors_files(folder)
     if not found:
         raise CheckpointError(
-            f"{folder}: no safetensors weights; expected {INDEX_FILE} or {SINGLE_FILE}. "
-            "Weights in another format have to be converted to safetensors first."
+            other_weights(folder)
+            or f"{folder}: no safetensors weights; expected {INDEX_FILE} or {SINGLE_FILE}"
         )
     if len(found) > 1:
         shown = ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])

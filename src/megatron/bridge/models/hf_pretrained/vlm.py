@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from megatron.bridge.errors import InputError
+from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import (
     CONFIG_KEY,
@@ -24,6 +24,7 @@ from megatron.bridge.models.hf_pretrained.fp8 import (
     quantization_of,
     weights_of,
 )
+from megatron.bridge.models.hf_pretrained.other_formats import other_weights
 from megatron.bridge.models.hf_pretrained.reference import local_folder, resolve_reference
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
@@ -70,10 +71,12 @@ class PreTrainedVLM:
         """A model folder, or a hub id `org/name` or `org/name@revision`.
 
         A hub id's small files are fetched here, its weights when they are first needed. Raises
-        ReferenceNotFound.
+        ReferenceNotFound; CheckpointError for a folder of another format, or an adapter.
         """
         model = cls(reference, revision=revision, trust_remote_code=trust_remote_code)
-        _ = model.folder  # a reference that leads nowhere is an error now, not later
+        # What leads nowhere, or to something else, is an error now, not later.
+        if (other := other_weights(model.folder)) is not None:
+            raise CheckpointError(other)
         return model
 
     @classmethod
