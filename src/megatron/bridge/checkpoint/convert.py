@@ -21,7 +21,8 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
-from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8, check_scales
+from megatron.bridge.models.hf_pretrained.fp8 import check_scales
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 

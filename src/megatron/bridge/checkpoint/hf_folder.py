@@ -10,7 +10,7 @@ from megatron.bridge.checkpoint.safetensors_layout import shard_layout
 from megatron.bridge.checkpoint.safetensors_writer import index_text, plan_shards
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
-from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
+from megatron.bridge.models.hf_pretrained.quantization import states_quantization
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -88,7 +88,7 @@ def side_file_copies(reference: PreTrainedVLM, *, quantized: bool = False) -> It
     A reference that is only a config is written as config.json. quantized: whether the weights
     beside them are; if not, config.json does not say so either.
     """
-    restated = reference.hf_config.has(CONFIG_KEY) and not quantized
+    restated = states_quantization(reference.hf_config) and not quantized
     if restated or not reference.has_files:
         config = reference.hf_config if quantized else reference.unquantized_config
         text = json.dumps(config.data, indent=2, ensure_ascii=False)

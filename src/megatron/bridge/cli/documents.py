@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.summary import FileSummary, TensorSummary
     from megatron.bridge.models.hf_pretrained.config import Rope
-    from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8
+    from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
     from megatron.bridge.verification.distance import Distance
     from megatron.bridge.verification.logits import CompareReport
     from megatron.bridge.verification.report import FastReport, VerifyReport

@@ -18,12 +18,8 @@ from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig, Rope
-from megatron.bridge.models.hf_pretrained.fp8 import (
-    BlockFP8,
-    Weights,
-    dequantized_view,
-    quantization_of,
-)
+from megatron.bridge.models.hf_pretrained.fp8 import Weights, dequantized_view
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8, quantization_of
 from megatron.bridge.models.hf_pretrained.reference import local_folder
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -231,7 +227,7 @@ def _conversion(
     """Settings of the Megatron model are part of the proof."""
     found = _Conversion()
     try:
-        found.quantization = quantization_of(config)
+        found.quantization = quantization_of(config, tensors)
         bridge = bridge_for(config.architecture)
         view = None
         if tensors is not None:

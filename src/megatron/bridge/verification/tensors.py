@@ -21,7 +21,7 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, volume
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
-from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
+from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.verification.report import (

@@ -122,12 +122,12 @@ def other_weights(folder: Path) -> str | None:
             f"{printable(str(folder))} is a Megatron checkpoint ({mark}), and a Hugging Face model "
             "is asked for; `megatron-bridge export` makes one of it"
         )
-    return _described(folder, paths, _HUGGINGFACE, "safetensors files")
+    return _described(folder, paths, _HUGGINGFACE, "safetensors weights")
 
 
 def other_checkpoint(folder: Path) -> str | None:
     """What a folder without a torch_dist index holds of another trainer, and the way out."""
-    return _described(folder, _paths(folder), (*_MEGATRON, _DEEPSPEED), "torch_dist checkpoints")
+    return _described(folder, _paths(folder), (*_MEGATRON, _DEEPSPEED), "torch_dist checkpoint")
 
 
 def is_older_checkpoint(folder: Path) -> bool:
@@ -143,7 +143,7 @@ def _described(
         if (found := _first(form.paths, paths)) is not None:
             name = printable(str(folder))
             way_out = form.way_out.replace("{folder}", repr(name))
-            return f"{name}: it holds {form.what}: {found}. Only {readable} are read; {way_out}"
+            return f"{name}: no {readable}: it holds {form.what}, {found}; {way_out}"
     return None
 
 

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.hf_pretrained.fp8 import (
+from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, Weights, weights_of
+from megatron.bridge.models.hf_pretrained.other_formats import other_weights
+from megatron.bridge.models.hf_pretrained.quantization import (
     CONFIG_KEY,
     BlockFP8,
-    DequantizedTensors,
-    Weights,
     quantization_of,
-    weights_of,
 )
-from megatron.bridge.models.hf_pretrained.other_formats import other_weights
 from megatron.bridge.models.hf_pretrained.reference import local_folder, resolve_reference
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
