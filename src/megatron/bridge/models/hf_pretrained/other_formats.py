@@ -112,6 +112,11 @@ def other_weights(folder: Path) -> str | None:
     paths = _paths(folder)
     if _ADAPTER_CONFIG in paths and not _holds_a_model(paths):
         return _adapter(folder)
+    return other_files(str(folder), paths)
+
+
+def other_files(name: str, paths: Sequence[str]) -> str | None:
+    """The same by the paths of all files. name: of the folder or repository."""
     files = [path for path in paths if path.endswith(".safetensors") and "/" not in path]
     if any(not path.startswith("consolidated") for path in files):
         return None
@@ -119,15 +124,23 @@ def other_weights(folder: Path) -> str | None:
         return None  # the shards that it names are missing, and their reader says so
     if not files and (mark := _first(MEGATRON_MARKS, paths)) is not None:
         return (
-            f"{printable(str(folder))} is a Megatron checkpoint ({mark}), and a Hugging Face model "
-            "is asked for; `megatron-bridge export` makes one of it"
+            f"{printable(name)} is a Megatron checkpoint ({mark}), and a Hugging Face model is "
+            "asked for; `megatron-bridge export` makes one of it"
         )
-    return _described(folder, paths, _HUGGINGFACE, "safetensors weights")
+    return _described(name, paths, _HUGGINGFACE, "safetensors weights")
+
+
+def bare_adapter(folder: Path) -> str | None:
+    """The same for the small files of a hub id, of which an adapter without a config tells."""
+    if (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _adapter(folder)
+    return None
 
 
 def other_checkpoint(folder: Path) -> str | None:
     """What a folder without a torch_dist index holds of another trainer, and the way out."""
-    return _described(folder, _paths(folder), (*_MEGATRON, _DEEPSPEED), "torch_dist checkpoint")
+    forms = (*_MEGATRON, _DEEPSPEED)
+    return _described(str(folder), _paths(folder), forms, "torch_dist checkpoint")
 
 
 def is_older_checkpoint(folder: Path) -> bool:
@@ -137,13 +150,12 @@ def is_older_checkpoint(folder: Path) -> bool:
 
 
 def _described(
-    folder: Path, paths: Sequence[str], forms: Sequence[_Format], readable: str
+    name: str, paths: Sequence[str], forms: Sequence[_Format], readable: str
 ) -> str | None:
     for form in forms:
         if (found := _first(form.paths, paths)) is not None:
-            name = printable(str(folder))
             way_out = form.way_out.replace("{folder}", repr(name))
-            return f"{name}: no {readable}: it holds {form.what}, {found}; {way_out}"
+            return f"{printable(name)}: no {readable}: it holds {form.what}, {found}; {way_out}"
     return None
 
 

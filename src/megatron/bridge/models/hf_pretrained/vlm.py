@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any, Self
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, Weights, weights_of
-from megatron.bridge.models.hf_pretrained.other_formats import other_weights
+from megatron.bridge.models.hf_pretrained.other_formats import (
+    bare_adapter,
+    other_files,
+    other_weights,
+)
 from megatron.bridge.models.hf_pretrained.quantization import (
     CONFIG_KEY,
     BlockFP8,
     quantization_of,
 )
-from megatron.bridge.models.hf_pretrained.reference import local_folder, resolve_reference
+from megatron.bridge.models.hf_pretrained.reference import (
+    local_folder,
+    repository_files,
+    resolve_reference,
+)
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 
@@ -73,7 +81,9 @@ class PreTrainedVLM:
         """
         model = cls(reference, revision=revision, trust_remote_code=trust_remote_code)
         # What leads nowhere, or to something else, is an error now, not later.
-        if (other := other_weights(model.folder)) is not None:
+        is_local = local_folder(reference) is not None
+        other = other_weights(model.folder) if is_local else bare_adapter(model.folder)
+        if other is not None:
             raise CheckpointError(other)
         return model
 
@@ -119,7 +129,12 @@ class PreTrainedVLM:
             return self.folder
         # The snapshot is named after its commit: the weights have to be of the same one.
         repository = os.fspath(reference).partition("@")[0]
-        return resolve_reference(repository, self.folder.name)
+        folder = resolve_reference(repository, self.folder.name)
+        if not any(folder.glob("*.safetensors")):
+            files = repository_files(repository, self.folder.name)
+            if (other := other_files(repository, files)) is not None:
+                raise CheckpointError(other)
+        return folder
 
     @cached_property
     def hf_config(self) -> HFConfig:
