@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, config_record, read_hf_config
 from megatron.bridge.checkpoint.iterations import TRACKER_FILE
+from megatron.bridge.cli import main
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from refusals import export_refused, refused
 
@@ -46,8 +48,8 @@ RECORDS: dict[str, tuple[str, str]] = {
     "a tag that runs code": ("hf: !!python/object/apply:os.system [true]", "ConstructorError"),
     "a tag of a module": ("hf: !!python/module:os", "ConstructorError"),
     "a tag that makes an object": ("hf: !!python/object/new:set {}", "ConstructorError"),
-    "a milliard of laughs": (BILLION, "it has an alias"),
-    "a milliard of merges": (MERGED, "it has an alias"),
+    "a milliard of laughs": (f"{BILLION}hf: {{config: {{a: *a60}}}}", "it has an alias"),
+    "a milliard of merges": (f"{MERGED}hf: {{config: *a60}}", "it has an alias"),
     "a list in itself": ("hf: {config: &a [*a]}", "it has an alias"),
     "nested": ("hf: {config: " + "[" * 5000, "cannot be read"),
     "a date": ("hf: {config: {day: 2026-01-01}}", "cannot be read"),
@@ -58,10 +60,7 @@ RECORDS: dict[str, tuple[str, str]] = {
     "an integer of 5000 digits": ("hf: {config: {a: " + "9" * 5000 + "}}", "cannot be read"),
     "a key of two types": ("hf: {config: {1: a, '1': b}}", "duplicate key '1'"),
     "two documents": ("hf: 1\n---\nhf: 2", "cannot be read"),
-    "no record": ("", "cannot be read"),
-    "text": ("hf", "cannot be read"),
     "what the terminal obeys": ('hf: {config: {architectures: ["\\e[2J"]}}', r"\x1b[2J"),
-    "two megabytes": ("#" * (2 << 20), "the limit is 1048576"),
 }  # fmt: skip
 
 
@@ -74,6 +73,46 @@ def test_records(case: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
         assert said in message
         assert CONFIG_RECORD in message
         assert len(message) < 20_000
+
+
+FOREIGN: dict[str, tuple[str, str | None]] = {
+    "nothing": ("", None),
+    "text": ("hf", None),
+    "two megabytes": ("#" * (2 << 20) + "\nmodel: {hf_model_id: a/b}", None),
+    "a milliard of laughs": (f"{BILLION}hf_model_id: a/b", "a/b"),
+    "a milliard of merges": (f"{MERGED}hf_model_id: [a/b]", None),
+    "tags that run code": (
+        "model: !!python/object/apply:os.system\n  args: [false]\n  hf_model_id: a/b", "a/b"
+    ),
+    "an alias": ("names: [&id a/b]\nmodel: {hf_model_id: *id}", "a/b"),
+    "an alias of nothing": ("model: {hf_model_id: *id}", None),
+    "deep inside": ("model: [{inner: {? [x] : y, hf_model_id: 'a/b'}}]", "a/b"),
+    "as a value": ("model: hf_model_id\nother: a/b", None),
+    "null": ("hf_model_id: null\nmodel: {hf_model_id: a/b}", "a/b"),
+    "a list": ("hf_model_id: [a/b]", None),
+    "what the terminal obeys": ('hf_model_id: "\\e[2J"', None),
+    "damaged behind it": ("model: {hf_model_id: a/b}\nother: [", "a/b"),
+    "damaged before it": ("other: ]\nmodel: {hf_model_id: a/b}", None),
+    "nested": ("hf_model_id: a/b\nmodel: " + "[" * 5000, "a/b"),
+    "bytes that are no text": ("\udcff\udcfe", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_records_of_other_programs(
+    case: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They describe nothing, whatever is in them; nothing in them is built or followed."""
+    content, model_id = FOREIGN[case]
+    path = checkpoint / ITERATION / CONFIG_RECORD
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["config_record"], found["architecture"]) == (False, None)
+    assert (found["other_record"], found["hf_model_id"]) == (True, model_id)
+    message = refused(capsys, "plan", checkpoint)
+    assert f"{path}: a record of another program" in message
+    assert ("--hf a/b" in message) == (model_id is not None)
 
 
 def test_what_we_write_has_no_alias(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from megatron.bridge.errors import BridgeError, CheckpointError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, tiling_faults
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.hf_pretrained.fp8 import quantization_of
+from megatron.bridge.models.hf_pretrained.quantization import quantization_of
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
 from megatron.bridge.synthetic.families import find_family
 from megatron.bridge.synthetic.settings import resolve_settings

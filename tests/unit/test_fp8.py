@@ -19,12 +19,8 @@ from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.conversion.boxes import Box, slices
 from megatron.bridge.models.conversion.plan import TensorSpec
-from megatron.bridge.models.hf_pretrained.fp8 import (
-    SCALE_SUFFIX,
-    BlockFP8,
-    DequantizedTensors,
-    dequantize,
-)
+from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, dequantize
+from megatron.bridge.models.hf_pretrained.quantization import SCALE_SUFFIX, BlockFP8
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.synthetic import FAMILIES, make_model
 from megatron.bridge.verification.tensors import verify

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.bridge.checkpoint.config_record import read_hf_config
 from megatron.bridge.checkpoint.fingerprint import hf_fingerprint, megatron_fingerprint
 from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
-from megatron.bridge.checkpoint.plans import main_dtype, plan_export, plan_of
+from megatron.bridge.checkpoint.iterations import Iteration
+from megatron.bridge.checkpoint.plans import left_out, main_dtype, plan_export, plan_of
 from megatron.bridge.checkpoint.run import Conversion, Run, Written
 from megatron.bridge.checkpoint.targets import check_target
 from megatron.bridge.dtypes import weight_dtype
@@ -20,7 +22,8 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
-from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8, check_scales
+from megatron.bridge.models.hf_pretrained.fp8 import check_scales
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -39,6 +42,10 @@ class Converted:
 
     written: bytes that were written, taken over from an earlier run and read back.
     dropped: tensors of a Megatron checkpoint that are no weights (optimizer state).
+    left_out: names of tensors that the config has and an export without a reference cannot take
+        from anywhere (an MTP layer that the model was trained without).
+    reference, side_files: of an export, what it is laid out like, None for the config that the
+        checkpoint keeps; the files beside the weights and their index.
     inexact: tensors that will not come back exactly, with the largest error; only norms that
         Megatron keeps as w - 1, and only for values outside of [0.5, 2].
     hf: tensors of the Hugging Face files as they lie there; those of the plan are dequantized.
@@ -52,6 +59,9 @@ class Converted:
     written: Written
     quantization: BlockFP8 | None = None
     dropped: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    reference: str | None = None
+    side_files: tuple[str, ...] = ()
     inexact: tuple[tuple[str, float], ...] = ()
 
 
@@ -115,8 +125,9 @@ def import_checkpoint(
 def export_checkpoint(
     source: Path,
     target: Path,
-    reference: PreTrainedVLM,
+    reference: PreTrainedVLM | None = None,
     *,
+    iteration: Iteration | None = None,
     experts: str | None = None,
     fp8: bool = False,
     dtype: "str | torch.dtype | None" = None,
@@ -129,20 +140,28 @@ def export_checkpoint(
     weights, the dtypes are the checkpoint's. What the checkpoint has no place for, such as the MTP
     layer of a model that was trained without it, comes from the reference.
 
-    experts: another disk layout of routed experts (ExpertLayout). fp8: quantize what the reference
-    has quantized; without it the weights are BF16, and config.json says nothing else. dtype: of
-    the tensors ("bfloat16"), instead of each one's in the reference; what the release keeps in
-    float32 stays so, and what comes from the reference as it is. round: round values that do not
-    fit their dtype. Raises PlanError, InputError or one of its kinds before anything is written,
-    TargetExists if `target` exists and is not to be replaced, and InexactCast, which leaves
-    nothing behind, for a value that does not fit and is not to be rounded.
+    reference: None for the config that the checkpoint keeps, which has no tokenizer and no other
+    side files. iteration: see `iteration_folder`. experts: another disk layout of routed experts
+    (ExpertLayout). fp8: quantize what the reference has quantized; without it the weights are BF16,
+    and config.json says nothing else. dtype: of the tensors ("bfloat16"), instead of each one's in
+    the reference; what the release keeps in float32 stays so, and what comes from the reference as
+    it is. round: round values that do not fit their dtype. Raises PlanError, InputError or one of
+    its kinds before anything is written, TargetExists if `target` exists and is not to be replaced,
+    and InexactCast, which leaves nothing behind, for a value that does not fit and is not to be
+    rounded.
     """
     from megatron.bridge.checkpoint.fp8_writer import Requantizer, fp8_reference
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.conversion.transfer import fill_export
 
-    check_target(target, [source, reference.name_or_path], force=run.force)
+    given = reference
+    check_target(
+        target, [source, *([] if given is None else [given.name_or_path])], force=run.force
+    )
+    checkpoint = TorchDistCheckpoint(source, iteration)
+    if reference is None:
+        reference = PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
     if fp8 and experts is not None:
         raise InputError(
             "FP8 files are written in the layout of their reference: fp8 and experts exclude each "
@@ -154,7 +173,6 @@ def export_checkpoint(
         )
     wanted = None if dtype is None else weight_dtype(dtype)
     quantized = fp8_reference(reference) if fp8 else None
-    checkpoint = TorchDistCheckpoint(source)
     plan, dropped = plan_export(checkpoint, reference, experts)
     if wanted is not None:
         bridge = bridge_for(reference.hf_config.architecture)
@@ -170,6 +188,7 @@ def export_checkpoint(
     requantizer = None if quantized is None else Requantizer(quantized, fill_weight)
     rows_multiple = {} if requantizer is None else requantizer.rows_multiple
     hf = plan.hf if quantized is None else _specs(quantized.index)
+    side_files = tuple(side_file_copies(reference, quantized=fp8, dtype=wanted))
     files = (
         *weight_files(
             hf,
@@ -178,7 +197,7 @@ def export_checkpoint(
             piece_bytes=run.budget.piece_bytes,
             rows_multiple=rows_multiple,
         ),
-        *side_file_copies(reference, quantized=fp8, dtype=wanted),
+        *side_files,
     )
     written = run.write(
         target,
@@ -186,7 +205,7 @@ def export_checkpoint(
             "export",
             {"experts": experts, "fp8": fp8, "dtype": wanted, "round": round},
             {
-                "source": megatron_fingerprint(source),
+                "source": megatron_fingerprint(source, iteration),
                 "reference": hf_fingerprint(reference, side_files=True),
             },
             files,
@@ -205,6 +224,9 @@ def export_checkpoint(
         written,
         reference.quantization if fp8 else None,
         dropped,
+        left_out(reference, plan, experts),
+        None if given is None else given.name_or_path,
+        tuple(file.name for file in side_files),
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from megatron.bridge.checkpoint.config_record import CONFIG_RECORD
-from megatron.bridge.checkpoint.iterations import METADATA_FILE, iteration_folder
+from megatron.bridge.checkpoint.iterations import METADATA_FILE, Iteration, iteration_folder
 from megatron.bridge.checkpoint.json_fields import fields, is_file_name
 from megatron.bridge.errors import CheckpointError, SourceChanged
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
@@ -169,13 +169,10 @@ def hf_fingerprint(hf: PreTrainedVLM, *, side_files: bool) -> Fingerprint:
     return Fingerprint.of(folder, names)
 
 
-def megatron_fingerprint(folder: Path) -> Fingerprint:
-    """Of the latest iteration below `folder`: index, data and config record.
-
-    Raises CheckpointError if there is none.
-    """
-    iteration = iteration_folder(folder)
-    names = [METADATA_FILE, *(path.name for path in iteration.glob(f"*{TORCH_DIST_SUFFIX}"))]
-    if (iteration / CONFIG_RECORD).is_file():
+def megatron_fingerprint(folder: Path, iteration: Iteration | None = None) -> Fingerprint:
+    """Of an iteration: index, data and config record. Raises what `iteration_folder` does."""
+    found = iteration_folder(folder, iteration)
+    names = [METADATA_FILE, *(path.name for path in found.glob(f"*{TORCH_DIST_SUFFIX}"))]
+    if (found / CONFIG_RECORD).is_file():
         names.append(CONFIG_RECORD)
-    return Fingerprint.of(iteration, names)
+    return Fingerprint.of(found, names)

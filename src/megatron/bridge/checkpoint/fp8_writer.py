@@ -14,12 +14,11 @@ from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.conversion.boxes import Box, box_shape, row_blocks, slices
 from megatron.bridge.models.hf_pretrained.fp8 import (
-    SCALE_SUFFIX,
-    BlockFP8,
     DequantizedTensors,
     block_rows,
     e4m3_to_float,
 )
+from megatron.bridge.models.hf_pretrained.quantization import SCALE_SUFFIX, BlockFP8
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 if TYPE_CHECKING:

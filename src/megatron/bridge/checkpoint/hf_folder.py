@@ -12,6 +12,7 @@ from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
+from megatron.bridge.models.hf_pretrained.quantization import states_quantization
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -93,7 +94,8 @@ def side_file_copies(
     ("BF16"), if it is not the reference's; then config.json states it.
     """
     given = reference.hf_config
-    config = given if quantized else reference.unquantized_config
+    plain = quantized or not states_quantization(given)
+    config = given if plain else reference.unquantized_config
     if dtype is not None:
         config = config_in_dtype(config, TORCH_NAME_OF[dtype])
     restated = config.data != given.data

@@ -44,8 +44,9 @@ def is_state(key: str) -> bool:
 def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
     """The tensors of a Megatron checkpoint that are weights, not state of training (`is_state`).
 
-    Raises CheckpointError if there are none.
+    Raises CheckpointError if there are none, or if the format is not torch_dist.
     """
+    checkpoint.require_torch_dist()
     found = {key: spec for key, spec in checkpoint.tensors.items() if not is_state(key)}
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: it holds no weights of a model")
@@ -75,6 +76,7 @@ def plan_export(
         options = replace(options, files=reference.side_file_names)
         plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
         check_equal(plan, reference.weights)
+    require_common_key(checkpoint, plan)
     if problems := list(differences(plan.megatron, found)):
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
@@ -91,6 +93,31 @@ def _check_whole(
             f"the Hugging Face side has no weights to take it from; name a folder or hub id that "
             f"has them (--hf)"
         )
+
+
+def require_common_key(checkpoint: "TorchDistCheckpoint", plan: ConversionPlan) -> None:
+    """Raise CheckpointError if no key is one of the model's: then it is another kind of file."""
+    if not checkpoint.tensors.keys() & plan.megatron.keys():
+        found, expected = next(iter(checkpoint.tensors)), next(iter(plan.megatron))
+        raise CheckpointError(
+            f"{checkpoint.folder}: none of its tensors has a key of this model in megatron-core: "
+            f"expected such as {expected}, found such as {found}. It is of another model, or of "
+            "another program; then save it with megatron-core as torch_dist"
+        )
+
+
+def left_out(
+    reference: PreTrainedVLM, plan: ConversionPlan, experts: str | None = None
+) -> tuple[str, ...]:
+    """Tensors that a config names and neither a checkpoint nor a reference with weights holds."""
+    if reference.has_weights:
+        return ()
+    config = reference.hf_config
+    bridge = bridge_for(config.architecture)
+    named = bridge.expected_tensors(
+        config, main_dtype(plan.hf.values()), PlanOptions(experts=experts)
+    )
+    return tuple(name for name in named if name not in plan.hf)
 
 
 def _rearranged(

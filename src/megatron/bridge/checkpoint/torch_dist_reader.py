@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.bridge.checkpoint.iterations import METADATA_FILE, iteration_folder
+from megatron.bridge.checkpoint.index_format import index_format
+from megatron.bridge.checkpoint.iterations import METADATA_FILE, Iteration, iteration_folder
 from megatron.bridge.checkpoint.saved_tensor_reader import find_saved_tensor
 from megatron.bridge.checkpoint.torch_dist_metadata import read_metadata
 from megatron.bridge.dtypes import itemsize, safetensors_dtype, torch_dtype
@@ -52,13 +53,17 @@ class _Chunk:
 class TorchDistCheckpoint:
     """Tensors of a torch_dist checkpoint, read by box. Safe to use from several threads.
 
-    tensors: shape and dtype by key. objects: names of everything else. data_files: those that hold
-    tensors. metadata_file: the index.
-    Raises CheckpointError where the index contradicts itself or the files.
+    folder: of the iteration. tensors: shape and dtype by key. objects: names of everything else.
+    data_files: those that hold tensors. metadata_file: the index. format: torch_dist, or another
+    format with the same kind of index, whose tensors can be read all the same.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = iteration_folder(folder)
+    def __init__(self, folder: Path, iteration: Iteration | None = None) -> None:
+        """See `iteration_folder`, which raises what it says.
+
+        Raises CheckpointError, too, where the index contradicts itself or the files.
+        """
+        self.folder = iteration_folder(folder, iteration)
         self.metadata_file = self.folder / METADATA_FILE
         metadata = read_metadata(self.folder)
         entries = metadata.state_dict_metadata
@@ -68,6 +73,7 @@ class TorchDistCheckpoint:
             for key, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self.format = index_format(self.folder, self.tensors)
         stored = list(_stored_chunks(metadata))
         chunks = [chunk for chunk in stored if chunk.key in self.tensors]
         self._refuse([*_index_faults(self.tensors, chunks), *_file_faults(self.folder, stored)])
@@ -124,6 +130,14 @@ class TorchDistCheckpoint:
         for shared, chunk in self._chunks[key].overlapping(box):
             part = out[slices(relative(shared, box))]
             self._reader.read_into(self._place(chunk), relative(shared, chunk.box), part)
+
+    def require_torch_dist(self) -> None:
+        """Raise CheckpointError for another format, whose keys are not megatron-core's."""
+        if self.format.why is not None:
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint in the format {self.format.name}, not torch_dist: "
+                f"{self.format.why}"
+            )
 
     def close(self) -> None:
         """Close the files; a later read opens them again. Not while another thread reads."""

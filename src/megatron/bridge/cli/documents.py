@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron.bridge.inspection.hf_folder import HFReport
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.summary import FileSummary, TensorSummary
-    from megatron.bridge.models.hf_pretrained.fp8 import BlockFP8
+    from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
     from megatron.bridge.models.qwen_vl.rope_config import Rope
     from megatron.bridge.verification.distance import Distance
     from megatron.bridge.verification.logits import CompareReport
@@ -76,8 +76,14 @@ def megatron_document(report: MegatronReport) -> Document:
         "source": report.source,
         "folder": str(report.folder),
         "iteration": report.iteration,
+        "iterations": list(report.iterations),
+        "tracked_iteration": report.tracked,
+        "checkpoint_format": report.format.name,
+        "exportable": report.format.is_torch_dist,
         "architecture": report.architecture,
         "config_record": report.config_record,
+        "other_record": report.other_record,
+        "hf_model_id": report.hf_model_id,
         "megatron": summary_document(report.megatron),
         "files": [{"name": name, "bytes": size} for name, size in report.files.items()],
         "objects": len(report.objects),
@@ -99,6 +105,7 @@ def conversion_document(command: str, source: str, done: Converted, seconds: flo
         "command": command,
         "source": source,
         "target": str(done.target),
+        "reference": done.reference,
         "architecture": done.architecture,
         "hf": {"keys": len(done.hf), "bytes": hf_bytes},
         "megatron": {"keys": len(plan.megatron), "bytes": plan.megatron_bytes},
@@ -110,6 +117,8 @@ def conversion_document(command: str, source: str, done: Converted, seconds: flo
         },
         "carried": dict(plan.carried),
         "dropped": list(done.dropped),
+        "left_out": list(done.left_out),
+        "side_files": list(done.side_files),
         "inexact": [{"name": name, "max_abs_error": error} for name, error in done.inexact],
         "keys": len(written),
         "bytes": size,

@@ -64,6 +64,24 @@ VerifyWritten = Annotated[
 ]
 
 
+def _iteration(text: str) -> str:
+    if text == "release" or (text.isascii() and text.isdecimal() and len(text) <= 18):
+        return text
+    raise typer.BadParameter(f"{text[:40]!r} is not a number of an iteration, nor release")
+
+
+Iteration = Annotated[
+    str | None,
+    typer.Option(
+        "--iteration",
+        parser=_iteration,
+        metavar="N",
+        help="Iteration of the Megatron checkpoint, a number or release. By default the one that "
+        "its tracker file names; inspect lists them.",
+    ),
+]
+
+
 MOST_RANKS = 1 << 17
 
 
@@ -108,15 +126,27 @@ def not_negative(text: str) -> float:
 
 def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:
     """The Hugging Face model that was given. Raises what `PreTrainedVLM.from_pretrained` does."""
-    from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
+    from megatron.bridge.checkpoint.iterations import is_megatron_folder
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
-    if is_megatron_checkpoint(Path(reference).expanduser()):
+    if is_megatron_folder(Path(reference).expanduser()):
         raise InputError(
             f"{reference} is a Megatron checkpoint, and a Hugging Face model is asked for; "
             "`megatron-bridge export` makes one of it"
         )
     return PreTrainedVLM.from_pretrained(reference, revision)
+
+
+def no_revision(revision: str | None) -> None:
+    """Raise InputError for --revision where no hub id is given."""
+    if revision is not None:
+        raise InputError("--revision is that of a hub id, which --hf gives")
+
+
+def no_iteration(source: str, iteration: str | None) -> None:
+    """Raise InputError for --iteration of what is not a Megatron checkpoint."""
+    if iteration is not None:
+        raise InputError(f"{source} is not a Megatron checkpoint: --iteration means nothing for it")
 
 
 def size_of(text: str, option: str) -> int:

@@ -31,6 +31,7 @@ def plan_document(
         "source": report.source,
         "megatron": None if report.megatron is None else summary_document(report.megatron),
         "dropped": list(report.dropped),
+        "left_out": list(report.left_out),
         "conversion": None if report.cost is None else _cost(report.cost),
         "parallel": None if request is None else _parallel(request, legal=illegal is None),
         "ranks": [] if layout is None else _ranks(layout),

@@ -6,8 +6,9 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError, InputError
 from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
@@ -18,11 +19,9 @@ from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.hf_pretrained.fp8 import (
-    BlockFP8,
-    dequantized_view,
-    quantization_of,
-)
+from megatron.bridge.models.hf_pretrained.fp8 import Weights, dequantized_view
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8, quantization_of
+from megatron.bridge.models.hf_pretrained.reference import local_folder
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
@@ -30,7 +29,7 @@ from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
 from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
 
-type Origin = Literal["files", "hub headers", "config", "checkpoint"]
+type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference"]
 
 TEXT_KEYS = (
     "num_hidden_layers",
@@ -85,10 +84,11 @@ class HFReport:
 
     origin: where the tensors below are known from; "config" means that no weights are at hand and
     the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
-    them. bridge: the class that converts it, or None.
+    them, "reference" that it gives them in the layout of a reference. bridge: the class that
+    converts it, or None.
     text, vision: what the config states, of the keys that size a model. filled_in: what it leaves
     out and transformers' config class fills in, of the keys that were needed, by path. experts: how
-    routed experts lie in the files, or would by the release. dtypes_assumed: the dtypes are those of the config
+    routed experts lie in the files, or would by the release. dtypes_assumed: they are the config's
     and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not
     proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized model.
     settings: fields of the family's provider; None where they are not known to be right.
@@ -183,6 +183,24 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
     )
 
 
+class _HeadersOnly(PreTrainedVLM):
+    """A model on the hub of whose weights the headers are read: to plan with, not to convert."""
+
+    @cached_property
+    def weights(self) -> Weights:
+        _, tensors = _tensors(self)
+        view = dequantized_view(tensors or {}, self.quantization, self.hf_config.origin)
+        return cast("Weights", view)
+
+
+def headers_only(hf: PreTrainedVLM) -> PreTrainedVLM:
+    """The same model to plan with: the weights of a hub id are not fetched."""
+    if not hf.has_files or local_folder(hf.name_or_path) is not None:
+        return hf
+    repository = hf.name_or_path.partition("@")[0]
+    return _HeadersOnly.from_pretrained(repository, hf.folder.name)
+
+
 def _tensors(
     hf: PreTrainedVLM,
 ) -> tuple[Origin, Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None]:
@@ -217,7 +235,7 @@ def _conversion(
     """Settings of the Megatron model are part of the proof."""
     found = _Conversion()
     try:
-        found.quantization = quantization_of(config)
+        found.quantization = quantization_of(config, tensors)
         bridge = bridge_for(config.architecture)
         view = None
         if tensors is not None:

@@ -9,6 +9,8 @@ from pathlib import PurePosixPath
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError, ReferenceNotFound
+from megatron.bridge.models.hf_pretrained.other_formats import other_files
+from megatron.bridge.models.hf_pretrained.reference import repository_files
 from megatron.bridge.models.hf_pretrained.safetensors_header import check_tensor
 
 _OF_BAD_HEADERS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -52,7 +54,12 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
     except (hub.HfHubHTTPError, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise ReferenceNotFound(f"{repository}: the hub answered: {first_line}") from error
-    except (hub.NotASafetensorsRepoError, hub.SafetensorsParsingError, *_OF_BAD_HEADERS) as error:
+    except hub.NotASafetensorsRepoError as error:
+        other = other_files(repository, repository_files(repository, revision))
+        raise CheckpointError(
+            other or f"{repository}: no safetensors weights in the repository"
+        ) from error
+    except (hub.SafetensorsParsingError, *_OF_BAD_HEADERS) as error:
         raise CheckpointError(f"{repository}: no usable safetensors weights: {error}") from error
     tensors: dict[str, RemoteTensor] = {}
     for file_name, header in sorted(answer.files_metadata.items()):

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.bridge.checkpoint.config_record import read_hf_config
+from megatron.bridge.checkpoint.iterations import Iteration
 from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
-from megatron.bridge.errors import InputError
-from megatron.bridge.inspection.hf_folder import HFReport, inspect_hf, inspect_model
+from megatron.bridge.inspection.hf_folder import (
+    HFReport,
+    headers_only,
+    inspect_hf,
+    inspect_model,
+)
 from megatron.bridge.inspection.summary import TensorSummary
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
@@ -48,8 +53,9 @@ class PlanReport:
     """A planned conversion, in either direction.
 
     model: the Hugging Face side with the plan; of a Megatron checkpoint, the files that its config
-    record describes. megatron: the tensors of the checkpoint. dropped: those of a Megatron source
-    that are no weights and stay behind. cost: None, as `megatron`, where no plan is proven.
+    record or a reference describes. megatron: the tensors of the checkpoint. dropped: those of a
+    Megatron source that are no weights and stay behind. cost: None, as `megatron`, where no plan is
+    proven. left_out: of an export, tensors that the config has and nothing at hand holds.
     """
 
     source: str
@@ -58,24 +64,20 @@ class PlanReport:
     megatron: TensorSummary | None
     dropped: tuple[str, ...]
     cost: ConversionCost | None
+    left_out: tuple[str, ...] = ()
 
 
-def plan_source(source: str, revision: str | None = None, experts: str | None = None) -> PlanReport:
-    """Plan the import of a Hugging Face model, or the export of a Megatron checkpoint.
+def plan_import_of(
+    source: str, revision: str | None = None, experts: str | None = None
+) -> PlanReport:
+    """Plan the import of a Hugging Face model.
 
-    source: a folder with or without weights, a config.json, a hub id, of which only headers are
-    fetched, or a checkpoint with a config record. experts: the disk layout of routed experts, where
-    shapes cannot tell it, or for files to be. Raises InputError or one of its kinds where there is
-    nothing to report on; a Hugging Face model that cannot be converted is reported.
+    source: a folder with or without weights, a config.json, or a hub id, of which only headers are
+    fetched. experts: the disk layout of routed experts, where shapes cannot tell it, or for files
+    to be. Raises InputError or one of its kinds where there is nothing to report on; a model that
+    cannot be converted is reported.
     """
-    from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
-
-    path = Path(source).expanduser()
-    if not is_megatron_checkpoint(path):
-        return plan_model(inspect_hf(source, revision, PlanOptions(experts=experts)))
-    if revision is not None:
-        raise InputError(f"{source} is a folder: --revision means nothing for it")
-    return _plan_export(path, experts)
+    return plan_model(inspect_hf(source, revision, PlanOptions(experts=experts)))
 
 
 def plan_model(model: HFReport) -> PlanReport:
@@ -88,18 +90,33 @@ def plan_model(model: HFReport) -> PlanReport:
     return PlanReport(model.source, "huggingface", model, megatron, (), cost)
 
 
-def _plan_export(source: Path, experts: str | None) -> PlanReport:
-    from megatron.bridge.checkpoint.plans import main_dtype, plan_export
+def plan_export_of(
+    source: Path,
+    reference: PreTrainedVLM | None = None,
+    iteration: Iteration | None = None,
+    experts: str | None = None,
+) -> PlanReport:
+    """Plan the export of a Megatron checkpoint.
+
+    reference: what it would be exported like, of which only headers are read; None for the config
+    that the checkpoint keeps. iteration, experts: see `export_checkpoint`. Raises InputError or one
+    of its kinds, PlanError if the checkpoint does not hold the model.
+    """
+    from megatron.bridge.checkpoint.plans import left_out, main_dtype, plan_export
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
-    checkpoint = TorchDistCheckpoint(source)
-    hf = PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
+    checkpoint = TorchDistCheckpoint(source, iteration)
+    if reference is None:
+        checkpoint.require_torch_dist()
+        hf = PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
+    else:
+        hf = headers_only(reference)
     plan, dropped = plan_export(checkpoint, hf, experts)
     bridge = bridge_for(hf.hf_config.architecture)
     dtype = main_dtype(plan.hf.values())
     model = replace(
         inspect_model(hf, str(source), PlanOptions(experts=experts)),
-        origin="checkpoint",
+        origin="checkpoint" if reference is None else "reference",
         plan=plan,
         hf=TensorSummary.of(plan.hf.values()),
         settings=bridge.provider_settings(hf.hf_config, dtype, plan.hf),
@@ -108,4 +125,6 @@ def _plan_export(source: Path, experts: str | None) -> PlanReport:
     weights = [spec for key, spec in checkpoint.tensors.items() if key in plan.megatron]
     megatron = TensorSummary.of(weights)
     cost = ConversionCost("export", megatron.bytes, plan.hf_bytes)
-    return PlanReport(str(source), "megatron", model, megatron, dropped, cost)
+    return PlanReport(
+        str(source), "megatron", model, megatron, dropped, cost, left_out(hf, plan, experts)
+    )

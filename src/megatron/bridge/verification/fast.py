@@ -15,6 +15,7 @@ from megatron.bridge.checkpoint.checksums import check_files
 from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.checkpoint.iterations import (
     METADATA_FILE,
+    Iteration,
     is_megatron_checkpoint,
     iteration_folder,
 )
@@ -42,19 +43,21 @@ def verify_fast(
     b: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     *,
+    iteration: Iteration | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> FastReport:
     """Read the files of a target again and compare them with the checksums in its manifest.
 
     a, b: the target, and what it was converted from, in either order; without `b` no source is
     looked at. A file of the source that was modified since counts as a difference, even if it
-    holds the same bytes. memory: as in `verify`.
+    holds the same bytes. iteration: of a source that is a Megatron checkpoint. memory: as in
+    `verify`.
     Raises InputError if no side is a target with a manifest, or for a source that cannot be found;
     CheckpointError for a manifest that cannot be read. Differences are in the report.
     """
     begin = time.perf_counter()
     budget = Budget.of(memory)
-    target, source, changes = _assigned(a, b)
+    target, source, changes = _assigned(a, b, iteration)
     reads, writes = _KINDS[target.manifest.job.command]
     faults = check_files(target.folder, target.manifest, progress, budget.threads)
     seconds = time.perf_counter() - begin
@@ -93,7 +96,9 @@ class _Target:
 
 
 def _assigned(
-    a: str | os.PathLike[str], b: str | os.PathLike[str] | None
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str] | None,
+    iteration: Iteration | None,
 ) -> tuple[_Target, str | None, list[str]]:
     """The target, its source, and how that is not the one that is recorded."""
     if b is None:
@@ -101,7 +106,7 @@ def _assigned(
             return target, None, []
         raise _no_manifest(os.fspath(a))
     found = [
-        (target, os.fspath(source), _changes(target, source))
+        (target, os.fspath(source), _changes(target, source, iteration))
         for side, source in ((b, a), (a, b))
         if (target := _target(side))
     ]
@@ -135,13 +140,15 @@ def _target(reference: str | os.PathLike[str]) -> _Target | None:
     return None
 
 
-def _changes(target: _Target, source: str | os.PathLike[str]) -> list[str]:
+def _changes(
+    target: _Target, source: str | os.PathLike[str], iteration: Iteration | None
+) -> list[str]:
     """How a source differs from the one that is recorded, file by file."""
     megatron = is_megatron_checkpoint(folder := Path(source).expanduser())
     if not target.reads(source):
         return [f"it is a {'Megatron checkpoint' if megatron else 'Hugging Face model'}"]
     if megatron:
-        return _differences(target.recorded, iteration_folder(folder))
+        return _differences(target.recorded, iteration_folder(folder, iteration))
     return _differences(target.recorded, PreTrainedVLM.from_pretrained(source).weights_folder)
 
 

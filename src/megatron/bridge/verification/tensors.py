@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
-from megatron.bridge.checkpoint.plans import plan_of, weight_tensors
+from megatron.bridge.checkpoint.iterations import METADATA_FILE, Iteration, is_megatron_folder
+from megatron.bridge.checkpoint.plans import plan_of, require_common_key, weight_tensors
 from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY, Budget
 from megatron.bridge.dtypes import torch_dtype, widest
 from megatron.bridge.errors import InexactCast, InputError
@@ -22,7 +22,7 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box, full_box, volume
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
-from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
+from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.verification.report import (
@@ -46,18 +46,25 @@ def verify(
     b: str | os.PathLike[str],
     progress: Progress | None = None,
     *,
+    iteration: Iteration | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> VerifyReport:
     """Compare two checkpoints; each a Hugging Face folder or hub id, or a Megatron folder.
 
     Files of different formats are compared as Hugging Face tensors, through the plan that `export`
     would follow. FP8 files are compared as they are with files quantized in the same way, and as
-    the BF16 weights that they stand for with anything else. memory: bytes that buffers may take.
+    the BF16 weights that they stand for with anything else. iteration: of each side that holds
+    several; see `iteration_folder`. memory: bytes that buffers may take.
     Raises InputError for what cannot be read, PlanError for a Hugging Face side that cannot be
     converted; differences are no errors but in the report.
     """
     budget = Budget.of(memory)
-    left, right = _open(a), _open(b)
+    if iteration is not None and not any(_has_iterations(side) for side in (a, b)):
+        raise InputError(
+            f"neither {os.fspath(a)} nor {os.fspath(b)} holds iterations: --iteration (iteration=) "
+            "means nothing for them"
+        )
+    left, right = (_open(side, iteration if _has_iterations(side) else None) for side in (a, b))
     report = VerifyReport(os.fspath(a), os.fspath(b), _kind(left), _kind(right))
     if isinstance(left, PreTrainedVLM):
         if isinstance(right, PreTrainedVLM):
@@ -80,12 +87,17 @@ class _Side:
     fill: FillTensor
 
 
-def _open(reference: str | os.PathLike[str]) -> Checkpoint:
+def _has_iterations(reference: str | os.PathLike[str]) -> bool:
     folder = Path(reference).expanduser()
-    if is_megatron_checkpoint(folder):
+    return is_megatron_folder(folder) and not (folder / METADATA_FILE).is_file()
+
+
+def _open(reference: str | os.PathLike[str], iteration: Iteration | None) -> Checkpoint:
+    folder = Path(reference).expanduser()
+    if is_megatron_folder(folder):
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
-        return TorchDistCheckpoint(folder)
+        return TorchDistCheckpoint(folder, iteration)
     hf = PreTrainedVLM.from_pretrained(reference)
     if not hf.has_weights:
         raise InputError(
@@ -135,6 +147,7 @@ def _across(
     found = _weights(checkpoint, report)
     bridge = bridge_for(hf.hf_config.architecture)
     plan = plan_of(hf, bridge.options_of_checkpoint(found))
+    require_common_key(checkpoint, plan)
     report.padding = sum(volume(box) for _, box in plan.padding)
 
     only_in_megatron = report.only_in_b if hf_is_a else report.only_in_a

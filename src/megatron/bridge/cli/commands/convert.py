@@ -14,6 +14,7 @@ import typer
 from megatron.bridge.cli.options import (
     Force,
     HFModel,
+    Iteration,
     Json,
     MaxShardSize,
     Memory,
@@ -24,6 +25,7 @@ from megatron.bridge.cli.options import (
     choice_option,
     experts_option,
     hf_model,
+    no_revision,
     size_of,
 )
 from megatron.bridge.cli.output import Output, import_torch, open_output
@@ -80,15 +82,17 @@ def export_command(
     target: Target,
     *,
     reference: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--hf",
             metavar="REF",
             help="Hugging Face model whose layout and side files DST gets: a folder (a config.json "
-            "will do) or a hub id.",
+            "will do) or a hub id. By default the config that import left in SRC: then DST has "
+            "weights and config.json.",
         ),
-    ],
+    ] = None,
     revision: Revision = None,
+    iteration: Iteration = None,
     experts: Annotated[
         str | None, experts_option("another disk layout of routed experts than REF's")
     ] = None,
@@ -134,22 +138,36 @@ def export_command(
 
     Names, shapes, dtypes, shards and side files (tokenizer, processor, chat template) are those of
     REF; where REF holds no weights, the dtypes are the checkpoint's. A checkpoint in another dtype
-    than REF is exported exactly or, with --round, rounded. What SRC has no place for,
-    such as the MTP layer of a model that was trained without it, comes from REF.
+    than REF is exported exactly or, with --round, rounded. What SRC has no place for, such as the
+    MTP layer of a model that was trained without it, comes from REF; without --hf it is left out,
+    and named.
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import export_checkpoint
         from megatron.bridge.checkpoint.targets import check_target
 
-        check_target(target, [source, reference], force=force)
-        hf = hf_model(reference, revision)
+        hf = None
+        if reference is None:
+            check_target(target, [source], force=force)
+            no_revision(revision)
+        else:
+            check_target(target, [source, reference], force=force)
+            hf = hf_model(reference, revision)
         import_torch()
         begin = time.perf_counter()
         _note_what_is_resumed(output, target, resume=resume)
         with _run(output, memory, max_shard_size, verify, resume, force) as run:
             run = replace(run, keep_manifest=keep_manifest)
             done = export_checkpoint(
-                source, target, hf, experts=experts, fp8=fp8, dtype=dtype, round=rounds, run=run
+                source,
+                target,
+                hf,
+                iteration=iteration,
+                experts=experts,
+                fp8=fp8,
+                dtype=dtype,
+                round=rounds,
+                run=run,
             )
         _show(output, "export", str(source), run, done, time.perf_counter() - begin)
 

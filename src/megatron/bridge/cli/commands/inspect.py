@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Json, Revision
+from megatron.bridge.cli.options import Iteration, Json, Revision, no_iteration
 from megatron.bridge.cli.output import Output, open_output
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def inspect(
     ],
     *,
     revision: Revision = None,
+    iteration: Iteration = None,
     as_json: Json = False,
 ) -> None:
     """Show what SRC holds and, for a Hugging Face model, whether and how it converts.
@@ -32,12 +33,13 @@ def inspect(
     Reads headers and configs only. Exits with 2 if the model cannot be converted, after showing
     what is known of it.
     """
-    from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
+    from megatron.bridge.checkpoint.iterations import is_megatron_folder
 
     with open_output(as_json=as_json) as output:
-        if is_megatron_checkpoint(Path(source).expanduser()):
-            _inspect_megatron(Path(source).expanduser(), revision, output)
+        if is_megatron_folder(Path(source).expanduser()):
+            _inspect_megatron(Path(source).expanduser(), revision, iteration, output)
         else:
+            no_iteration(source, iteration)
             _inspect_hf(source, revision, output)
 
 
@@ -57,14 +59,16 @@ def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
         raise report.problem
 
 
-def _inspect_megatron(source: Path, revision: str | None, output: Output) -> None:
+def _inspect_megatron(
+    source: Path, revision: str | None, iteration: str | None, output: Output
+) -> None:
     from megatron.bridge.cli.documents import megatron_document
     from megatron.bridge.errors import InputError
     from megatron.bridge.inspection.megatron_folder import inspect_megatron
 
     if revision is not None:
         raise InputError(f"{source} is a folder: --revision means nothing for it")
-    report = inspect_megatron(source)
+    report = inspect_megatron(source, iteration)
 
     def render() -> RenderableType:
         from megatron.bridge.cli.render.inspection import render_megatron

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Json, Revision, experts_option, size_option
+from megatron.bridge.cli.options import (
+    Iteration,
+    Json,
+    Revision,
+    experts_option,
+    hf_model,
+    no_iteration,
+    no_revision,
+    size_option,
+)
 from megatron.bridge.cli.output import Output, open_output
 
 if TYPE_CHECKING:
@@ -29,6 +39,15 @@ def plan(
     ],
     *,
     revision: Revision = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--hf",
+            metavar="REF",
+            help="Hugging Face model that a checkpoint would be exported like; see export.",
+        ),
+    ] = None,
+    iteration: Iteration = None,
     experts: Annotated[
         str | None,
         experts_option("how the routed experts of SRC lie; see import and export"),
@@ -56,16 +75,39 @@ def plan(
     converted or laid out so, after showing what is known of it.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.inspection.plan_report import plan_source
-
         request = _request(
             no_mtp, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, world_size=world_size
         )
-        report = plan_source(source, revision, experts)
+        report = _report(source, reference, revision, iteration, experts)
         layout, illegal = _layout(report, request, output, with_mtp=not no_mtp)
         _show(report, request, layout, illegal, output)
         if problem := report.model.problem or illegal:
             raise problem
+
+
+def _report(
+    source: str,
+    reference: str | None,
+    revision: str | None,
+    iteration: str | None,
+    experts: str | None,
+) -> PlanReport:
+    from megatron.bridge.checkpoint.iterations import is_megatron_folder
+    from megatron.bridge.errors import InputError
+    from megatron.bridge.inspection.plan_report import plan_export_of, plan_import_of
+
+    path = Path(source).expanduser()
+    if not is_megatron_folder(path):
+        if reference is not None:
+            raise InputError(
+                f"{source} is not a Megatron checkpoint: --hf is what a checkpoint is exported like"
+            )
+        no_iteration(source, iteration)
+        return plan_import_of(source, revision, experts)
+    if reference is None:
+        no_revision(revision)
+        return plan_export_of(path, None, iteration, experts)
+    return plan_export_of(path, hf_model(reference, revision), iteration, experts)
 
 
 def _request(wanted: bool, **sizes: int | None) -> ParallelRequest | None:

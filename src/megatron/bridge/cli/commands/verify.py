@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Json, Memory, size_of
+from megatron.bridge.cli.options import Iteration, Json, Memory, size_of
 from megatron.bridge.cli.output import Output, import_torch, open_output
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def verify(
             "has to be what was converted, not modified since.",
         ),
     ] = False,
+    iteration: Iteration = None,
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
@@ -46,17 +47,17 @@ def verify(
 
         size = None if memory is None else size_of(memory, "--memory")
         if fast:
-            _verify_fast(output, a, b, size)
+            _verify_fast(output, a, b, iteration, size)
         elif b is None:
             raise InputError(
                 f"B is missing: give what {a} is to be compared with, or --fast to compare it with "
                 "the checksums that were taken when it was written"
             )
         else:
-            _verify(output, a, b, size)
+            _verify(output, a, b, iteration, size)
 
 
-def _verify(output: Output, a: str, b: str, memory: int | None) -> None:
+def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int | None) -> None:
     from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
     from megatron.bridge.cli.documents import verify_document
     from megatron.bridge.cli.units import count
@@ -66,7 +67,9 @@ def _verify(output: Output, a: str, b: str, memory: int | None) -> None:
     import_torch()
     begin = time.perf_counter()
     with output.progress() as progress:
-        report = compare_tensors(a, b, progress, memory=memory or DEFAULT_MEMORY)
+        report = compare_tensors(
+            a, b, progress, iteration=iteration, memory=memory or DEFAULT_MEMORY
+        )
     seconds = time.perf_counter() - begin
 
     def render() -> RenderableType:
@@ -82,7 +85,9 @@ def _verify(output: Output, a: str, b: str, memory: int | None) -> None:
         )
 
 
-def _verify_fast(output: Output, a: str, b: str | None, memory: int | None) -> None:
+def _verify_fast(
+    output: Output, a: str, b: str | None, iteration: str | None, memory: int | None
+) -> None:
     from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
     from megatron.bridge.cli.documents import verify_fast_document
     from megatron.bridge.cli.units import count
@@ -90,7 +95,7 @@ def _verify_fast(output: Output, a: str, b: str | None, memory: int | None) -> N
     from megatron.bridge.verification.fast import verify_fast
 
     with output.progress() as progress:
-        report = verify_fast(a, b, progress, memory=memory or DEFAULT_MEMORY)
+        report = verify_fast(a, b, progress, iteration=iteration, memory=memory or DEFAULT_MEMORY)
 
     def render() -> RenderableType:
         from megatron.bridge.cli.render.verification import render_verify_fast

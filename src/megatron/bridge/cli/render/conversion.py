@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, number
-from megatron.bridge.cli.units import format_bytes, format_rate
+from megatron.bridge.cli.units import count, format_bytes, format_rate
 
 
 def render_conversion(document: Mapping[str, Any]) -> RenderableType:
@@ -27,6 +27,8 @@ def render_conversion(document: Mapping[str, Any]) -> RenderableType:
                 ("bytes", f"{size:,} ({format_bytes(size)})"),
                 ("quantization", _quantization(document)),
                 ("left behind", left),
+                ("left out", left_out(document["left_out"])),
+                ("side files", _side_files(document)),
                 (
                     "resumed",
                     format_bytes(resumed) if (resumed := written["resumed_bytes"]) else None,
@@ -45,6 +47,24 @@ def render_conversion(document: Mapping[str, Any]) -> RenderableType:
             table.add_row(Text(entry["name"]), number(entry["max_abs_error"]))
         parts += ["", table]
     return Group(*parts)
+
+
+def left_out(names: Sequence[str]) -> str | None:
+    """What the config names, and neither a checkpoint nor a reference holds."""
+    if not names:
+        return None
+    return (
+        f"{count(len(names), 'tensor')} that config.json names and nothing at hand holds, such as "
+        f"{names[0]}; --hf takes them from a reference"
+    )
+
+
+def _side_files(document: Mapping[str, Any]) -> str | None:
+    """Only said where there was no reference to take them from."""
+    if document["reference"] or document["command"] != "export":
+        return None
+    names = ", ".join(document["side_files"])
+    return f"{names}, and no others (tokenizer, processor): --hf takes them from a reference"
 
 
 def _quantization(document: Mapping[str, Any]) -> str | None:

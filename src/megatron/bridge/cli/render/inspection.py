@@ -26,6 +26,7 @@ _ORIGINS = {
     "hub headers": "headers of the files on the hub",
     "config": "what the config asks for (no weights at hand)",
     "checkpoint": "the checkpoint, and the config that it keeps",
+    "reference": "the checkpoint, in the layout of --hf",
 }
 _SHOWN_SHARDS = 8
 
@@ -89,7 +90,6 @@ def plan_rows(report: HFReport) -> list[RenderableType]:
 
 def render_megatron(report: MegatronReport) -> RenderableType:
     """A Megatron checkpoint: what it is, and its tensors."""
-    record = "present" if report.config_record else "none: the model is not described"
     table = listing("Tensors", "key", "shape", "dtype")
     alike: dict[tuple[str, str], list[str]] = {}
     for key, spec in report.tensors.items():
@@ -101,14 +101,17 @@ def render_megatron(report: MegatronReport) -> RenderableType:
             table.add_row(Text(name), shape, dtype)
     return Group(
         facts(
-            "Megatron checkpoint (torch_dist)",
+            f"Megatron checkpoint ({report.format.name})",
             [
                 ("source", report.source),
                 ("iteration", f"{report.iteration} ({report.folder.name})"),
+                ("iterations", _iterations(report)),
+                ("format", report.format.why),
                 *_sizes(report.megatron),
                 ("files", _named_sizes(report.files)),
                 ("objects", _objects(report.objects)),
-                ("config record", record),
+                ("config record", _record(report)),
+                ("hf_model_id", report.hf_model_id),
                 ("architecture", report.architecture),
             ],
         ),
@@ -202,6 +205,21 @@ def _megatron(report: HFReport) -> str | None:
         return None
     size = plan.megatron_bytes
     return f"{count(len(plan.megatron), 'tensor')}, {size:,} bytes ({format_bytes(size)})"
+
+
+def _iterations(report: MegatronReport) -> str | None:
+    """Where there is a choice: all, and which one the tracker file names."""
+    if len(report.iterations) < 2 and report.tracked in report.iterations:
+        return None
+    shown = [f"{name} (tracked)" if name == report.tracked else name for name in report.iterations]
+    return ", ".join(shown) or None
+
+
+def _record(report: MegatronReport) -> str:
+    if report.config_record:
+        return "present"
+    found = "of another program" if report.other_record else "none"
+    return f"{found}: the model is not described, so export and plan need --hf"
 
 
 def _objects(objects: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron.bridge.cli.render.conversion import left_out
 from megatron.bridge.cli.render.inspection import identity, peculiarities, plan_rows
 from megatron.bridge.cli.render.tables import facts, listing, verdict
 from megatron.bridge.cli.units import count, format_bytes
@@ -75,6 +76,7 @@ def _cost(report: PlanReport) -> Table:
             ("memory", f"{cost.memory / 2**30:g} GiB of buffers (--memory), and the interpreter's"),
             ("seconds", f"{cost.seconds:.2f} at {rate}, an assumed rate: nothing was measured"),
             ("left behind", _left_behind(report)),
+            ("left out", left_out(report.left_out)),
         ],
     )
 

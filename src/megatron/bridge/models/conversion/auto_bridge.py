@@ -262,6 +262,7 @@ class AutoBridge:
         self,
         path: PathLike,
         *,
+        iteration: int | str | None = None,
         dtype: "DType | None" = None,
         round: bool = False,  # noqa: A002 - the name of the option
         mp_overrides: Mapping[str, Any] | None = None,
@@ -269,16 +270,17 @@ class AutoBridge:
     ) -> "list[torch.nn.Module]":
         """Build this rank's chunks of the model, filled from a torch_dist checkpoint of any layout.
 
-        dtype: of the model, without it that of the checkpoint. round: round values that the model
-        does not hold instead of raising InexactCast. mp_overrides: fields of the provider, set
-        before it builds, such as the parallel sizes. Raises CheckpointError, PlanError if the
-        checkpoint does not hold this model, or InputError for a field that the provider lacks.
+        iteration: a number, or "release"; by default the one that the tracker file names. dtype: of
+        the model, without it that of the checkpoint. round: round values that the model does not
+        hold instead of raising InexactCast. mp_overrides: fields of the provider, set before it
+        builds, such as the parallel sizes. Raises CheckpointError, PlanError if the checkpoint does
+        not hold this model, or InputError for a field that the provider lacks.
         """
         from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
         from megatron.bridge.checkpoint.plans import differences, main_dtype, weight_tensors
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
-        checkpoint = TorchDistCheckpoint(Path(path))
+        checkpoint = TorchDistCheckpoint(Path(path), iteration)
         bridge, config = self.model_bridge, self.hf_pretrained.hf_config
         found = weight_tensors(checkpoint)
         options = bridge.options_of_checkpoint(found)
@@ -320,6 +322,7 @@ class AutoBridge:
         megatron_path: PathLike,
         hf_path: PathLike,
         *,
+        iteration: int | str | None = None,
         experts: str | None = None,
         fp8: bool = False,
         dtype: "DType | None" = None,
@@ -329,8 +332,8 @@ class AutoBridge:
     ) -> None:
         """A Megatron checkpoint to a folder laid out like this model's, files to files.
 
-        experts, fp8, dtype, round: see `checkpoint.convert.export_checkpoint`, and there for what
-        is raised.
+        iteration, experts, fp8, dtype, round: see `checkpoint.convert.export_checkpoint`, and there
+        for what is raised.
         """
         from megatron.bridge.checkpoint.convert import export_checkpoint
         from megatron.bridge.checkpoint.run import Run
@@ -339,12 +342,28 @@ class AutoBridge:
             Path(megatron_path),
             Path(hf_path),
             self.hf_pretrained,
+            iteration=iteration,
             experts=experts,
             fp8=fp8,
             dtype=dtype,
             round=round,
             run=Run(force=force, progress=progress or Silent()),
         )
+
+    @staticmethod
+    def get_hf_model_id_from_checkpoint(
+        path: PathLike, *, iteration: int | str | None = None
+    ) -> str | None:
+        """The Hugging Face model that a checkpoint's run_config.yaml names as `hf_model_id`.
+
+        path, iteration: as of `load_megatron_model`. None if there is no such record, or none in
+        it. Raises CheckpointError if there is no checkpoint.
+        """
+        from megatron.bridge.checkpoint.config_record import read_record
+        from megatron.bridge.checkpoint.iterations import iteration_folder
+
+        record = read_record(iteration_folder(Path(path), iteration))
+        return None if record is None else record.hf_model_id
 
     def get_conversion_tasks(self, model: Model) -> list[ConversionTask]:
         """The row of every parameter of a live model. Raises PlanError for one without a row."""

@@ -11,42 +11,30 @@ at the edges are smaller. Which weights are quantized is read from the files; co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from megatron.bridge.dtypes import itemsize
-from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
-from megatron.bridge.folding import listing
-from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, HFConfig
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.quantization import (
+    SCALE_SUFFIX,
+    BlockFP8,
+    StoredTensor,
+    check_tensors,
+    quantization_of,
+)
 from megatron.bridge.models.hf_pretrained.slice_reader import Box
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
-from megatron.bridge.quoting import quoted
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_KEY = "quantization_config"
-SCALE_SUFFIX = "_scale_inv"
-STORED_DTYPE = "F8_E4M3"
 DEQUANTIZED_DTYPE = "BF16"
-_SCALE_DTYPES = ("F32", "BF16")
 _CHECKED_BYTES = 4 << 20
-
-# Tensors of other formats: GPTQ, AWQ, and FP8 with scales of activations.
-_FOREIGN = re.compile(r".*\.(qweight|qzeros|g_idx|scales|input_scale|activation_scale)")
-
-
-class StoredTensor(Protocol):
-    """What a header says of a tensor; `dtype` is the safetensors name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,70 +51,14 @@ class TensorView:
         return prod(self.shape) * itemsize(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockFP8:
-    """How a model is quantized: the rows and columns that share a scale."""
-
-    rows: int
-    columns: int
-
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of a weight [..., out, in]."""
-        *leading, rows, columns = shape
-        return (*leading, -(-rows // self.rows), -(-columns // self.columns))
-
-    def __str__(self) -> str:
-        return f"fp8, one scale for each block of {self.rows}x{self.columns}"
-
-
-def quantization_of(config: HFConfig) -> BlockFP8 | None:
-    """How the weights of a model are quantized, by its config; None if they are not.
-
-    Raises UnsupportedModel for any other quantization, ConfigError for an incomplete one.
-    """
-    if config.has(f"text_config.{CONFIG_KEY}"):
-        raise UnsupportedModel(
-            f"{config.origin}: {CONFIG_KEY} stands in text_config; a model that is quantized in "
-            f"part is not supported. Use the release in BF16, or in FP8 as a whole"
-        )
-    if not config.has(CONFIG_KEY):
-        return None
-    section = config.section(CONFIG_KEY)
-    method = section.require("quant_method", str)
-    if method != "fp8":
-        raise UnsupportedModel(
-            f"{config.origin}: the weights are quantized by {quoted(method)}; supported is 'fp8' "
-            f"with blocks (weight_block_size). Use the release in BF16 or FP8"
-        )
-    for key, only in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
-        if section.has(key) and section.require(key, str) != only:
-            raise UnsupportedModel(
-                f"{config.origin}: {CONFIG_KEY}.{key} is {quoted(section.require(key, str))}; "
-                f"supported is {only!r}"
-            )
-    block = section.list_of("weight_block_size", int)
-    if len(block) != 2 or not all(0 < size <= MAX_COUNT for size in block):
-        raise ConfigError(
-            f"{config.origin}: {CONFIG_KEY}.weight_block_size must be two counts, as in "
-            f"[128, 128]; found {quoted(block)}"
-        )
-    return BlockFP8(*block)
-
-
 def dequantized_view(
     tensors: Mapping[str, StoredTensor], quantization: BlockFP8 | None, origin: str
 ) -> dict[str, TensorView]:
     """The tensors of the dequantized model, in the order of the files; scales are left out.
 
-    Without a quantization, the tensors as they are. Raises CheckpointError, naming every tensor
-    that does not fit: quantized without a scale or against the config, a scale without its weight,
-    of another shape or dtype; or that belongs to another kind of quantization.
+    Without a quantization, the tensors as they are. Raises what `check_tensors` does.
     """
-    if problems := list(_problems(tensors, quantization)):
-        raise CheckpointError(
-            f"{origin}: the quantized weights cannot be used; check that config.json belongs to "
-            f"these files, and download again what is missing:\n{listing(problems)}"
-        )
+    check_tensors(tensors, quantization, origin)
     view = {}
     for name, tensor in tensors.items():
         if name.endswith(SCALE_SUFFIX):
@@ -135,45 +67,6 @@ def dequantized_view(
         dtype = DEQUANTIZED_DTYPE if quantized else tensor.dtype
         view[name] = TensorView(name, tuple(tensor.shape), dtype)
     return view
-
-
-def _problems(tensors: Mapping[str, StoredTensor], quantization: BlockFP8 | None) -> Iterator[str]:
-    for name, tensor in tensors.items():
-        if _FOREIGN.fullmatch(name):
-            yield f"{name}: it belongs to a quantization that is not supported"
-        elif name.endswith(SCALE_SUFFIX):
-            weight = name.removesuffix(SCALE_SUFFIX)
-            if quantization is None:
-                yield f"{name}: a scale, but config.json has no {CONFIG_KEY}"
-            elif weight not in tensors:
-                yield f"{name}: its weight {weight} is missing"
-            else:
-                yield from _scale_problems(name, tensor, tensors[weight], quantization)
-        elif tensor.dtype.startswith("F8_"):
-            if quantization is None:
-                yield f"{name}: {tensor.dtype}, but config.json has no {CONFIG_KEY}"
-            elif tensor.dtype != STORED_DTYPE:
-                yield f"{name}: {tensor.dtype}; quantized weights are {STORED_DTYPE}"
-            elif name + SCALE_SUFFIX not in tensors:
-                yield f"{name}: {tensor.dtype}, but its scale {name + SCALE_SUFFIX} is missing"
-
-
-def _scale_problems(
-    name: str, scale: StoredTensor, weight: StoredTensor, quantization: BlockFP8
-) -> Iterator[str]:
-    if weight.dtype != STORED_DTYPE:
-        yield f"{name}: its weight is {weight.dtype}, not {STORED_DTYPE}"
-    if scale.dtype not in _SCALE_DTYPES:
-        yield f"{name}: {scale.dtype}; scales are {' or '.join(_SCALE_DTYPES)}"
-    if len(weight.shape) < 2:
-        yield f"{name}: its weight has shape {tuple(weight.shape)}; blocks need two axes"
-        return
-    expected, found = quantization.scale_shape(tuple(weight.shape)), tuple(scale.shape)
-    if expected != found:
-        yield (
-            f"{name}: a weight of shape {tuple(weight.shape)} in blocks of {quantization.rows}x"
-            f"{quantization.columns} has scales of shape {expected}, found {found}"
-        )
 
 
 class DequantizedTensors(Mapping[str, TensorView]):
@@ -292,7 +185,7 @@ def weights_of(index: TensorIndex, config: HFConfig) -> Weights:
 
     Raises UnsupportedModel, ConfigError, or CheckpointError if files and config do not agree.
     """
-    quantization = quantization_of(config)
+    quantization = quantization_of(config, index)
     if quantization is not None:
         return DequantizedTensors(index, quantization)
     dequantized_view(index, None, str(index.folder))  # nothing may be quantized behind its back

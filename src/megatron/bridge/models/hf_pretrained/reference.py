@@ -54,6 +54,17 @@ def local_folder(reference: str | os.PathLike[str]) -> Path | None:
     return path.absolute() if text and path.is_dir() else None
 
 
+def repository_files(repository: str, revision: str) -> list[str]:
+    """The paths of all files of a repository on the hub; none if it does not answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    try:
+        return sorted(HfApi().list_repo_files(repository, revision=revision))
+    except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.HFValidationError, OSError):
+        return []
+
+
 def _split_revision(text: str, revision: str | None) -> tuple[str, str | None]:
     repository, mark, suffix = text.partition("@")
     if not mark:

@@ -14,17 +14,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from megatron.bridge.errors import InputError
+from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.hf_pretrained.fp8 import (
+from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, Weights, weights_of
+from megatron.bridge.models.hf_pretrained.other_formats import (
+    bare_adapter,
+    other_files,
+    other_weights,
+)
+from megatron.bridge.models.hf_pretrained.quantization import (
     CONFIG_KEY,
     BlockFP8,
-    DequantizedTensors,
-    Weights,
     quantization_of,
-    weights_of,
 )
-from megatron.bridge.models.hf_pretrained.reference import local_folder, resolve_reference
+from megatron.bridge.models.hf_pretrained.reference import (
+    local_folder,
+    repository_files,
+    resolve_reference,
+)
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files
@@ -71,10 +78,14 @@ class PreTrainedVLM:
         """A model folder, or a hub id `org/name` or `org/name@revision`.
 
         A hub id's small files are fetched here, its weights when they are first needed. Raises
-        ReferenceNotFound.
+        ReferenceNotFound; CheckpointError for a folder of another format, or an adapter.
         """
         model = cls(reference, revision=revision, trust_remote_code=trust_remote_code)
-        _ = model.folder  # a reference that leads nowhere is an error now, not later
+        # What leads nowhere, or to something else, is an error now, not later.
+        is_local = local_folder(reference) is not None
+        other = other_weights(model.folder) if is_local else bare_adapter(model.folder)
+        if other is not None:
+            raise CheckpointError(other)
         return model
 
     @classmethod
@@ -119,7 +130,12 @@ class PreTrainedVLM:
             return self.folder
         # The snapshot is named after its commit: the weights have to be of the same one.
         repository = os.fspath(reference).partition("@")[0]
-        return resolve_reference(repository, self.folder.name)
+        folder = resolve_reference(repository, self.folder.name)
+        if not any(folder.glob("*.safetensors")):
+            files = repository_files(repository, self.folder.name)
+            if (other := other_files(repository, files)) is not None:
+                raise CheckpointError(other)
+        return folder
 
     @cached_property
     def hf_config(self) -> HFConfig:

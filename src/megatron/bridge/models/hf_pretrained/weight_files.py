@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.other_formats import other_weights
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.safetensors_header import MAX_HEADER_BYTES
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
@@ -90,8 +91,8 @@ def _only_file(folder: Path) -> str:
     found = sorted(name for name in names if not name.startswith("."))
     if not found:
         raise CheckpointError(
-            f"{folder}: no safetensors weights; expected {INDEX_FILE} or {SINGLE_FILE}. "
-            "Weights in another format have to be converted to safetensors first."
+            other_weights(folder)
+            or f"{folder}: no safetensors weights; expected {INDEX_FILE} or {SINGLE_FILE}"
         )
     if len(found) > 1:
         shown = ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
