@@ -33,7 +33,7 @@ class PlanOptions:
     """What a plan depends on beside the files.
 
     padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
-    experts: the disk layout of routed experts, where shapes cannot tell it, or for files to be.
+    experts: the disk layout of routed experts, as the user says it, or for files to be.
     with_mtp: whether the Megatron model has the MTP layer that the files may hold.
     """
 

@@ -20,6 +20,7 @@ from megatron.bridge.models.qwen_vl.disk_layout import (
     DECODER_EXPERTS,
     MTP_EXPERTS,
     DiskLayout,
+    ExpertLayout,
     find_expert_layout,
     parse_expert_layout,
 )
@@ -61,7 +62,7 @@ class QwenVLBridge(MegatronModelBridge):
     ) -> DiskLayout:
         """How the experts lie in these files; without files, as `options` or releases have them.
 
-        Raises InputError where files cannot tell, ConfigError for an unknown layout.
+        Raises InputError where the files lie otherwise than `options` say.
         """
         given = None if options.experts is None else parse_expert_layout(options.experts)
         if not has_experts(config.text):
@@ -75,6 +76,11 @@ class QwenVLBridge(MegatronModelBridge):
             return self.released_layout if given is None else DiskLayout(given, given)
         sizes = expert_sizes(config.text)
         decoder = find_expert_layout(tensors, DECODER_EXPERTS, sizes, given)
+        if decoder is ExpertLayout.PER_EXPERT and given not in (None, decoder):
+            raise InputError(
+                f"{config.origin}: the routed experts lie {decoder}, not {given}; leave their layout "
+                f"to be found from names and shapes"
+            )
         if not options.with_mtp:
             return DiskLayout(decoder)  # what is carried over may lie as it likes
         return DiskLayout(decoder, find_expert_layout(tensors, MTP_EXPERTS, sizes, given))
