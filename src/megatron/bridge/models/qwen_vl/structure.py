@@ -22,6 +22,7 @@ from megatron.bridge.models.qwen_vl.rows import (
     HF_MTP,
     LANGUAGE,
     LINEAR_ATTENTION,
+    MTP_ATTENTION_BIAS,
     MTP_MODEL_LAYER,
     SPARSE_MLP,
     UNTIED_OUTPUT,
@@ -70,6 +71,8 @@ def qwen_vl_structure(
         features.add(UNTIED_OUTPUT)
     if with_mtp:
         features.add(WITH_MTP)
+        if ATTENTION_BIAS in features:
+            features.add(MTP_ATTENTION_BIAS)
     layers = decoder_layers(text)
     kinds = {**attention_kinds(text, layers), **mlp_kinds(text, layers)}
     alike = all(kind in ((), layers) for kind in kinds.values())
