@@ -64,8 +64,8 @@ def plan_source(source: str, revision: str | None = None, experts: str | None = 
     """Plan the import of a Hugging Face model, or the export of a Megatron checkpoint.
 
     source: a folder with or without weights, a config.json, a hub id, of which only headers are
-    fetched, or a checkpoint with a config record. experts: the disk layout of routed experts, as the
-    user says it, or for files to be. Raises InputError or one of its kinds where there is
+    fetched, or a checkpoint with a config record. experts: the disk layout of routed experts, as
+    the user says it, or for files to be. Raises InputError or one of its kinds where there is
     nothing to report on; a Hugging Face model that cannot be converted is reported.
     """
     from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint

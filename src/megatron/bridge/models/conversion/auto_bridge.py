@@ -335,7 +335,7 @@ class AutoBridge:
 
 def _options_of(model: Model) -> PlanOptions:
     """What a live model was built with: rows of the embedding, and the MTP layer or none."""
-    from megatron.core.utils import unwrap_model
+    from megatron.bridge.models.wrapping import unwrapped
 
-    config = unwrap_model(list(model))[0].config
+    config = unwrapped(model)[0].config
     return PlanOptions(config.padded_vocab_size, with_mtp=bool(config.mtp_num_layers))

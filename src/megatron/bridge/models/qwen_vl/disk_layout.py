@@ -65,8 +65,8 @@ def find_expert_layout(
 ) -> ExpertLayout | None:
     """The layout of the experts whose names start with the pattern `prefix`; None for no experts.
 
-    given: what the user says it is. Raises InputError if the shapes contradict that, ConfigError for
-    names of two layouts.
+    given: what the user says it is. Raises InputError if the shapes contradict that, ConfigError
+    for names of two layouts.
     """
     one = re.compile(prefix + r"\d+\.(gate|up|down)_proj\.weight")
     fused = re.compile(prefix + r"(gate_up_proj|down_proj)")

@@ -12,6 +12,10 @@ from torch import Tensor
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
+    DecoderSpec,
+    decoder_spec,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -30,6 +34,10 @@ class Qwen3VLModelProvider(ModelProvider):
         rotary_percent: part of a head that is rotated.
         mrope_section: frequencies per axis (temporal, height, width); they sum to half of the
             rotated part of a head.
+        transformer_layer_spec: the decoder's layers, in the place of those of the family: a spec of
+            megatron-core (of every layer, or TransformerBlockSubmodules of a pipeline stage), or a
+            callable that makes one, called with the provider, and with `vp_stage` if it takes that.
+            Layers of multi-token prediction are not made by it.
         add_attention_output_bias: bias of the attention's output projection, which megatron-core
             otherwise ties to that of the MLP (`add_bias_linear`).
         image_token_id: placeholder of one image feature in the prompt.
@@ -57,6 +65,8 @@ class Qwen3VLModelProvider(ModelProvider):
     rotary_percent: float = 1.0
     mrope_section: list[int] = field(default_factory=lambda: [24, 20, 20])
     scatter_embedding_sequence_parallel: bool = False
+
+    transformer_layer_spec: DecoderSpec | Callable[..., DecoderSpec] = decoder_spec
 
     # Required like the sizes of the language model: `finalize()` refuses its absence.
     vision: VisionConfig = None  # type: ignore[assignment]

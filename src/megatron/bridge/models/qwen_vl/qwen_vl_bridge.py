@@ -78,8 +78,8 @@ class QwenVLBridge(MegatronModelBridge):
         decoder = find_expert_layout(tensors, DECODER_EXPERTS, sizes, given)
         if decoder is ExpertLayout.PER_EXPERT and given not in (None, decoder):
             raise InputError(
-                f"{config.origin}: the routed experts lie {decoder}, not {given}; leave their layout "
-                f"to be found from names and shapes"
+                f"{config.origin}: the routed experts lie {decoder}, not {given}; leave their "
+                f"layout to be found from names and shapes"
             )
         if not options.with_mtp:
             return DiskLayout(decoder)  # what is carried over may lie as it likes
