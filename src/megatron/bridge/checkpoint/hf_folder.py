@@ -1,6 +1,5 @@
 """A Hugging Face folder laid out like a reference: weights, weight index, side files."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from megatron.bridge.checkpoint.safetensors_layout import shard_layout
 from megatron.bridge.checkpoint.safetensors_writer import index_text, plan_shards
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
-from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -86,13 +84,12 @@ def side_file_copies(reference: PreTrainedVLM, *, quantized: bool = False) -> It
     """Config, tokenizer, processor, chat template and whatever else is not weights.
 
     A reference that is only a config is written as config.json. quantized: whether the weights
-    beside them are; if not, config.json does not say so either.
+    beside them are; if not, config.json does not say so either. What was set on the reference's
+    `config` is in it.
     """
-    restated = reference.hf_config.has(CONFIG_KEY) and not quantized
-    if restated or not reference.has_files:
-        config = reference.hf_config if quantized else reference.unquantized_config
-        text = json.dumps(config.data, indent=2, ensure_ascii=False)
-        yield OutputFile.of_bytes(CONFIG_FILE, f"{text}\n".encode())
+    config = reference.restated_config(quantized=quantized)
+    if config is not None:
+        yield OutputFile.of_bytes(CONFIG_FILE, config)
     for file in reference.side_files:
-        if not (restated and file == Path(CONFIG_FILE)):
+        if config is None or file != Path(CONFIG_FILE):
             yield OutputFile.copy_of(file.as_posix(), reference.folder / file)

@@ -8,8 +8,7 @@ bridge.save_hf_pretrained(model, "out")
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -42,6 +41,16 @@ class HFWeight(NamedTuple):
     name: str
     tensor: "torch.Tensor"
 
+    @property
+    def param_name(self) -> str:
+        """`name`, as other bridges call it."""
+        return self.name
+
+    @property
+    def weight(self) -> "torch.Tensor":
+        """`tensor`, as other bridges call it."""
+        return self.tensor
+
 
 @dataclass(frozen=True)
 class ConversionTask:
@@ -59,18 +68,27 @@ class ConversionTask:
 class AutoBridge:
     """Converts one Hugging Face model; make it by `from_hf_pretrained` or `from_hf_config`."""
 
-    def __init__(self, hf_pretrained: PreTrainedVLM) -> None:
+    def __init__(self, hf_pretrained: PreTrainedVLM, *, experts: str | None = None) -> None:
         self.hf_pretrained = hf_pretrained
+        self.experts = experts
 
     @classmethod
     def from_hf_pretrained(
-        cls, path: PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+        cls,
+        path: PathLike,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        experts: str | None = None,
     ) -> Self:
         """A folder, or a hub id ("org/name" or "org/name@revision").
 
-        Raises ReferenceNotFound, ConfigError, or UnsupportedModel if no bridge converts it.
+        experts: how routed experts lie in the files (ExpertLayout); found from names and shapes if
+        not given, and refused where they say otherwise. Raises ReferenceNotFound, ConfigError, or
+        UnsupportedModel if no bridge converts it.
         """
-        bridge = cls(PreTrainedVLM.from_pretrained(path, revision, trust_remote_code))
+        hf = PreTrainedVLM.from_pretrained(path, revision, trust_remote_code)
+        bridge = cls(hf, experts=experts)
         _ = bridge.model_bridge
         return bridge
 
@@ -103,9 +121,9 @@ class AutoBridge:
         except InputError:
             return False
 
-    @cached_property
+    @property
     def model_bridge(self) -> MegatronModelBridge:
-        """The family's bridge. Raises UnsupportedModel."""
+        """The family's bridge, by the architecture of the config. Raises UnsupportedModel."""
         return bridge_for(self.hf_pretrained.hf_config.architecture)
 
     @property
@@ -121,6 +139,7 @@ class AutoBridge:
         Raises PlanError, ConfigError or CheckpointError.
         """
         hf = self.hf_pretrained
+        options = replace(options, experts=options.experts or self.experts)
         if hf.has_weights:
             return self.model_bridge.plan(hf.hf_config, hf.weights, options)
         return self.model_bridge.plan_from_config(hf.hf_config, hf.main_dtype, options)
@@ -149,18 +168,24 @@ class AutoBridge:
         return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
 
     def load_hf_weights(
-        self, model: Model, hf_path: PathLike | None = None, progress: Progress | None = None
+        self,
+        model: Model,
+        hf_path: PathLike | None = None,
+        progress: Progress | None = None,
+        *,
+        experts: str | None = None,
     ) -> None:
         """Fill a live model, at any parallel layout, from this model's files or those at `hf_path`.
 
-        Each rank reads only what it holds. Raises PlanError if files and model do not fit.
+        experts: as in `from_hf_pretrained`. Each rank reads only what it holds. Raises PlanError if
+        files and model do not fit.
         """
         from megatron.bridge.checkpoint.live_model import load_weights
 
         source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
         if not source.hf_pretrained.has_weights:
             raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
-        plan = source.plan(_options_of(model))
+        plan = source.plan(replace(_options_of(model), experts=experts))
         load_weights(model, plan, source.hf_pretrained.weights, progress)
 
     def export_hf_weights(

@@ -7,7 +7,7 @@ config.json names, so that importing the module of a family is all it takes to s
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
@@ -26,6 +26,12 @@ REGISTERED_BRIDGES: dict[str, type["MegatronModelBridge"]] = {}
 
 
 type Tensors = Mapping[str, TensorLike]
+
+
+class HasConfig(Protocol):
+    """Any object with a config, of transformers or as plain values."""
+
+    config: Any
 
 
 @dataclass(frozen=True)
@@ -61,22 +67,29 @@ class MegatronModelBridge(ABC):
 
     @staticmethod
     def register_bridge[Bridge: MegatronModelBridge](
-        *, source: str | type, target: str | type
+        *,
+        source: str | type,
+        target: str | type,
+        provider: str | type | None = None,
+        model_type: str | None = None,
+        override: bool = True,
     ) -> Callable[[type[Bridge]], type[Bridge]]:
         """Class decorator: this bridge converts architecture `source` to model class `target`.
 
-        Either may be a class, or its name (`source`) and dotted path (`target`). Raises ValueError
-        if the architecture has a bridge already.
+        Each may be a class, or its name (`source`) and dotted path (`target`, `provider`). provider
+        and model_type: in the place of those that the class states. override: take the place of
+        a bridge that the architecture has already.
         """
 
         def register(bridge: type[Bridge]) -> type[Bridge]:
             bridge.source = source if isinstance(source, str) else source.__name__
-            bridge.target = (
-                target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
-            )
-            known = REGISTERED_BRIDGES.setdefault(bridge.source, bridge)
-            if known is not bridge:
-                raise ValueError(f"{bridge.source} is converted by {known.__name__} already")
+            bridge.target = _dotted(target)
+            if provider is not None:
+                bridge.provider = _dotted(provider)
+            if model_type is not None:
+                bridge.model_type = model_type
+            if override or bridge.source not in REGISTERED_BRIDGES:
+                REGISTERED_BRIDGES[bridge.source] = bridge
             return bridge
 
         return register
@@ -141,7 +154,7 @@ class MegatronModelBridge(ABC):
         """
 
     @abstractmethod
-    def provider_bridge(self, hf_pretrained: "PreTrainedVLM") -> "ModelProvider":
+    def provider_bridge(self, hf_pretrained: "PreTrainedVLM | HasConfig") -> "ModelProvider":
         """The family's model provider, configured like a Hugging Face model."""
 
     def plan(
@@ -172,3 +185,9 @@ class MegatronModelBridge(ABC):
     ) -> ConversionPlan:
         """The plan that files of this config would have; see `expected_tensors`."""
         return self.plan(config, self.expected_tensors(config, dtype, options), options)
+
+
+def _dotted(path_or_class: str | type) -> str:
+    if isinstance(path_or_class, str):
+        return path_or_class
+    return f"{path_or_class.__module__}.{path_or_class.__qualname__}"

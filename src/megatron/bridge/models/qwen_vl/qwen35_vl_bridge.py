@@ -62,7 +62,9 @@ class _Qwen35Bridge(QwenVLBridge):
         return super().provider_settings(config, dtype) | {"ssm_dtype": _ssm_dtype(tensors)}
 
 
-@MegatronModelBridge.register_bridge(source=_QWEN3_5_MOE_HF_CLASS_NAME, target=MODEL)
+@MegatronModelBridge.register_bridge(
+    source=_QWEN3_5_MOE_HF_CLASS_NAME, target=MODEL, override=False
+)
 class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
     """Qwen3_5MoeForConditionalGeneration to and from Qwen3VLModel.
 
@@ -87,7 +89,9 @@ class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
         ]
 
 
-@MegatronModelBridge.register_bridge(source=_QWEN3_5_DENSE_HF_CLASS_NAME, target=MODEL)
+@MegatronModelBridge.register_bridge(
+    source=_QWEN3_5_DENSE_HF_CLASS_NAME, target=MODEL, override=False
+)
 class Qwen35VLBridge(_Qwen35Bridge):
     """Qwen3_5ForConditionalGeneration to and from Qwen3VLModel.
 

@@ -20,7 +20,9 @@ __all__ = [
 MODEL = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel"
 
 
-@MegatronModelBridge.register_bridge(source="Qwen3VLForConditionalGeneration", target=MODEL)
+@MegatronModelBridge.register_bridge(
+    source="Qwen3VLForConditionalGeneration", target=MODEL, override=False
+)
 class Qwen3VLBridge(QwenVLBridge):
     """Qwen3VLForConditionalGeneration to and from Qwen3VLModel."""
 
@@ -38,7 +40,9 @@ class Qwen3VLBridge(QwenVLBridge):
         ]
 
 
-@MegatronModelBridge.register_bridge(source="Qwen3VLMoeForConditionalGeneration", target=MODEL)
+@MegatronModelBridge.register_bridge(
+    source="Qwen3VLMoeForConditionalGeneration", target=MODEL, override=False
+)
 class Qwen3VLMoEBridge(QwenVLBridge):
     """Qwen3VLMoeForConditionalGeneration to and from Qwen3VLModel with routed experts."""
 

@@ -9,6 +9,7 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
+    HasConfig,
     MegatronModelBridge,
     PlanOptions,
     Tensors,
@@ -16,6 +17,7 @@ from megatron.bridge.models.conversion.model_bridge import (
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DECODER_EXPERTS,
     MTP_EXPERTS,
@@ -34,7 +36,6 @@ from megatron.bridge.models.qwen_vl.structure import (
 )
 
 if TYPE_CHECKING:
-    from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
     from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
 
 
@@ -110,14 +111,17 @@ class QwenVLBridge(MegatronModelBridge):
         """Fields of the family's provider. Raises ConfigError."""
         return qwen_vl_settings(config, dtype)
 
-    def provider_bridge(self, hf_pretrained: "PreTrainedVLM") -> "Qwen3VLModelProvider":
+    def provider_bridge(self, hf_pretrained: PreTrainedVLM | HasConfig) -> "Qwen3VLModelProvider":
         """The family's provider, configured like a Hugging Face model.
 
-        hf_pretrained: a model, of which only the config and the headers of the files are read.
-        Raises ConfigError for a value that is missing or that Qwen3VLModel cannot honour.
+        hf_pretrained: a model, of which only the config and the headers of the files are read; or
+        any object with a `config`, which then is all there is to go by. Raises ConfigError for a
+        value that is missing or that Qwen3VLModel cannot honour.
         """
         module, _, name = self.provider.rpartition(".")
         provider: type[Qwen3VLModelProvider] = getattr(import_module(module), name)
+        if not isinstance(hf_pretrained, PreTrainedVLM):
+            hf_pretrained = PreTrainedVLM.from_config(hf_pretrained.config)
         tensors = hf_pretrained.tensors if hf_pretrained.has_weights else None
         config = hf_pretrained.hf_config
         self.check(config)
