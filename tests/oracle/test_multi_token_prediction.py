@@ -18,13 +18,17 @@ from oracle.test_logits import image_and_video
 from oracle.test_packed import packed
 
 TOLERANCE = 1e-4
-CASES = ["qwen3_5-3x_value_heads-one_kv_head", "qwen3_5_moe-2x_value_heads"]
+CASES = {
+    "dense": ("qwen3_5-3x_value_heads-one_kv_head", {}),
+    "experts": ("qwen3_5_moe-2x_value_heads", {}),
+    "biases": ("qwen3_5-3x_value_heads-one_kv_head", {"attention_bias": True}),
+}
 # Large, so that the gradients of the second loss weigh as much as those of the first.
 FACTOR = 40.0
 FIELDS = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": FACTOR, "moe_aux_loss_coeff": 0.0}
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def pair(build: Any, request: pytest.FixtureRequest) -> SimpleNamespace:
     """hf, ours, bridge, and `predictor`, whose weights are in ours too."""
     predictors: list[Predictor] = []
@@ -33,8 +37,9 @@ def pair(build: Any, request: pytest.FixtureRequest) -> SimpleNamespace:
         predictors.append(Predictor(hf))
         predictors[0].add_to(folder)
 
-    config = {"text_config": {"mtp_num_hidden_layers": 1}}
-    pair = build(config, FIELDS, case=request.param, prepare=add_predictor)
+    case, text = request.param
+    config = {"text_config": {"mtp_num_hidden_layers": 1, **text}}
+    pair = build(config, FIELDS, case=case, prepare=add_predictor)
     pair.predictor = predictors[0]
     return pair
 

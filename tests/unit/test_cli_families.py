@@ -156,12 +156,17 @@ def test_experts_options_that_mean_nothing(
     moe_checkpoint: Path,
     small_model: Path,
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    each = make_model(
+        "qwen3-vl-moe", tmp_path_factory.mktemp("each") / "model", {"experts": "per-expert"}
+    )
     for args, said in (
         (["import", moe, tmp_path / "out", "--experts", "packed"], "fused, fused-transposed, per"),
         (["import", moe, tmp_path / "out", "--experts", "fused-transposed"], "lies fused, not"),
         (["import", small_model, tmp_path / "out", "--experts", "fused"], "no routed experts"),
+        (["import", each, tmp_path / "out", "--experts", "fused"], "lie per-expert, not fused"),
         (
             ["export", moe_checkpoint, tmp_path / "out", "--hf", moe, "--experts", "x"],
             "fused, fused-transposed, per-expert",
@@ -173,20 +178,25 @@ def test_experts_options_that_mean_nothing(
 
 
 @pytest.mark.parametrize("answer", ["fused", "fused-transposed"])
-def test_square_experts_are_asked_about(
-    answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("intermediate", [80, 160], ids=["gate_up is square", "down is square"])
+def test_of_square_experts_the_other_matrix_decides(
+    answer: str, intermediate: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither gate_up nor down tell: both are asked about at once, and the answer is honoured."""
-    settings = {"text.moe_intermediate_size": 80, "experts": answer}
+    """Every command finds how they lie; a word to the contrary is refused."""
+    settings = {"text.moe_intermediate_size": intermediate, "experts": answer}
     model = make_model("qwen3-vl-moe", tmp_path / "model", settings)
-    assert main(["import", str(model), str(tmp_path / "megatron")]) == 2
+    found = {"decoder": answer, "mtp": None}
+    assert document(capsys, "inspect", model)["experts"] == found
+    assert document(capsys, "plan", model)["experts"] == found
+    other = "fused" if answer == "fused-transposed" else "fused-transposed"
+    assert main(["import", str(model), str(tmp_path / "megatron"), "--experts", other]) == 2
     message = capsys.readouterr().err
-    assert "its matrices are square" in message
-    assert "by --experts" in message
-    document(capsys, "import", model, tmp_path / "megatron", "--experts", answer)
-    out = tmp_path / "out"
-    document(capsys, "export", tmp_path / "megatron", out, "--hf", model, "--experts", answer)
-    assert document(capsys, "verify", model, out)["identical"] is True
+    assert f"lies {answer}, not {other}" in message
+    assert ("down_proj of shape" if intermediate == 80 else "gate_up_proj of shape") in message
+    document(capsys, "import", model, tmp_path / "megatron")
+    document(capsys, "export", tmp_path / "megatron", tmp_path / "out", "--hf", model)
+    assert document(capsys, "verify", model, tmp_path / "out")["identical"] is True
+    assert document(capsys, "verify", tmp_path / "megatron", model)["identical"] is True
 
 
 def test_what_will_not_come_back_exactly(

@@ -189,16 +189,21 @@ def test_main_and_mtp_experts_may_differ() -> None:
     [{"hidden_size": 56}, {"hidden_size": 28}],
     ids=["hidden = 2 intermediate", "hidden = intermediate"],
 )
-def test_square_experts_are_a_question(text: dict[str, int]) -> None:
+def test_of_square_experts_the_other_matrix_decides(text: dict[str, int]) -> None:
     config = small(released.QWEN3_VL_30B_A3B, **text)
     config["vision_config"]["out_hidden_size"] = text["hidden_size"]
     for layout in (ExpertLayout.FUSED, ExpertLayout.FUSED_TRANSPOSED):
         tensors = tensors_of(config, layout)
-        with pytest.raises(InputError, match=r"matrices are square.*Say which it is"):
-            plan_of(config, tensors)
-        plan = plan_of(config, tensors, PlanOptions(experts=layout))
-        turned = {c.transpose for c in plan.copies if ".experts." in c.hf_name}
-        assert turned == {layout is ExpertLayout.FUSED_TRANSPOSED}
+        for options in (PlanOptions(), PlanOptions(experts=layout)):
+            plan = plan_of(config, tensors, options)
+            turned = {c.transpose for c in plan.copies if ".experts." in c.hf_name}
+            assert turned == {layout is ExpertLayout.FUSED_TRANSPOSED}
+        # Without the other matrix neither would do: that it is absent is what is wrong.
+        square = "gate_up_proj" if text["hidden_size"] == 56 else "down_proj"
+        alone = {name: spec for name, spec in tensors.items() if name.endswith(square)}
+        alone |= {name: spec for name, spec in tensors.items() if ".experts." not in name}
+        with pytest.raises(PlanError, match=r"_proj: missing, needed for .*linear_fc"):
+            plan_of(config, alone)
     per_expert = tensors_of(config, ExpertLayout.PER_EXPERT)
     assert plan_of(config, per_expert).megatron  # names tell
 

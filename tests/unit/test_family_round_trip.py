@@ -22,6 +22,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "3.5, tied": ("qwen3.5", {"tie_word_embeddings": True, "num_shards": 2}),
     "3.6: all BF16": ("qwen3.5", {"ssm_dtype": "bfloat16"}),
     "3.5, no MTP": ("qwen3.5", {"text.mtp_num_hidden_layers": 0}),
+    "3.5: biases": ("qwen3.5", {"text.attention_bias": True}),
+    "3.5-moe: biases": ("qwen3.5-moe", {"text.attention_bias": True}),
     "3.5, one key-value head": ("qwen3.5", {"text.num_key_value_heads": 1}),
     "3.5-moe": ("qwen3.5-moe", {}),
     "3.6-moe: fused MTP": ("qwen3.5-moe", {"mtp_experts": "fused", "ssm_dtype": "bfloat16"}),

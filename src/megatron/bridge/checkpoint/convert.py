@@ -71,7 +71,7 @@ def import_checkpoint(
     """Write `source` as a Megatron checkpoint: target/iter_0000000 and the tracker file.
 
     The weights of an FP8 release are dequantized to BF16. experts: how the source's routed experts
-    lie (ExpertLayout), where square shapes cannot tell.
+    lie (ExpertLayout); found from their shapes if not given.
     Raises PlanError, CheckpointError or ConfigError before anything is written, TargetExists if
     `target` exists and is not to be replaced.
     """

@@ -1,6 +1,5 @@
 """A Hugging Face folder laid out like a reference: weights, weight index, side files."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,8 @@ from pathlib import Path
 from megatron.bridge.checkpoint.pieces import PIECE_BYTES, OutputFile
 from megatron.bridge.checkpoint.safetensors_layout import shard_layout
 from megatron.bridge.checkpoint.safetensors_writer import index_text, plan_shards
-from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
-from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
-from megatron.bridge.models.hf_pretrained.quantization import states_quantization
 from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -91,17 +87,12 @@ def side_file_copies(
 
     A reference that is only a config is written as config.json. quantized: whether the weights
     beside them are; if not, config.json does not say so either. dtype: of most of the weights
-    ("BF16"), if it is not the reference's; then config.json states it.
+    ("BF16"), if it is not the reference's; then config.json states it. What was set on the
+    reference's `config` is in it.
     """
-    given = reference.hf_config
-    plain = quantized or not states_quantization(given)
-    config = given if plain else reference.unquantized_config
-    if dtype is not None:
-        config = config_in_dtype(config, TORCH_NAME_OF[dtype])
-    restated = config.data != given.data
-    if restated or not reference.has_files:
-        text = json.dumps(config.data, indent=2, ensure_ascii=False)
-        yield OutputFile.of_bytes(CONFIG_FILE, f"{text}\n".encode())
+    config = reference.restated_config(quantized=quantized, dtype=dtype)
+    if config is not None:
+        yield OutputFile.of_bytes(CONFIG_FILE, config)
     for file in reference.side_files:
-        if not (restated and file == Path(CONFIG_FILE)):
+        if config is None or file != Path(CONFIG_FILE):
             yield OutputFile.copy_of(file.as_posix(), reference.folder / file)

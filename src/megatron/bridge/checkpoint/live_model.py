@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.utils import unwrap_model
 
 from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
@@ -32,6 +31,7 @@ from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.conversion.source import Source
 from megatron.bridge.models.conversion.transfer import read_hf, read_megatron
+from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -53,7 +53,7 @@ class LocalTensor:
 def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
     """Everything that this rank's chunks hold; `data` are views of the parameters."""
     found = []
-    for chunk in unwrap_model(list(model)):
+    for chunk in unwrapped(model):
         with megatron_on_cpu():
             state = chunk.sharded_state_dict()
             apply_factories(state)
@@ -78,7 +78,7 @@ def named_parameters(
 
     A layer's number is that in the whole model, not that on this pipeline stage.
     """
-    for chunk in unwrap_model(list(model)):
+    for chunk in unwrapped(model):
         modules = dict(chunk.named_modules())
         for local_name, parameter in chunk.named_parameters():
             module_name, _, own_name = local_name.rpartition(".")

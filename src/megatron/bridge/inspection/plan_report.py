@@ -73,9 +73,9 @@ def plan_import_of(
     """Plan the import of a Hugging Face model.
 
     source: a folder with or without weights, a config.json, or a hub id, of which only headers are
-    fetched. experts: the disk layout of routed experts, where shapes cannot tell it, or for files
-    to be. Raises InputError or one of its kinds where there is nothing to report on; a model that
-    cannot be converted is reported.
+    fetched. experts: the disk layout of routed experts, as the user says it, or for files to be.
+    Raises InputError or one of its kinds where there is nothing to report on; a model that cannot
+    be converted is reported.
     """
     return plan_model(inspect_hf(source, revision, PlanOptions(experts=experts)))
 

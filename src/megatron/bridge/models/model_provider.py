@@ -1,10 +1,12 @@
 """Providers: a megatron-core config that also builds the model it describes."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, Self
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -20,10 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.backends.selection import uses_transformer_engine
+from megatron.bridge.models.wrapping import Chunks, PreWrapHook, chunks_after
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
 from megatron.bridge.runtime.parallel import ParallelSizes, initialize_process_groups
-
-PreWrapHook = Callable[[list[MegatronModule]], None]
 
 
 @dataclass
@@ -66,6 +67,17 @@ class ModelProvider(TransformerConfig, ABC):
         """Deferred to `finalize()`."""
         self._pre_wrap_hooks: list[PreWrapHook] = []
         self._derived: dict[str, Any] = {}
+        self._set_by_megatron_core: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A provider of its own. Functions, and so the hooks, are the same ones."""
+        memo[id(self._pre_wrap_hooks)] = list(self._pre_wrap_hooks)
+        # A hook or a callback may be a method: of a bridge with its files, of a wrapper.
+        memo.update((id(value), value) for value in vars(self).values() if callable(value))
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def padded_vocab_size(self) -> int:
@@ -97,11 +109,15 @@ class ModelProvider(TransformerConfig, ABC):
             self.pipeline_dtype = self.params_dtype
         if self.moe_grouped_gemm is None:
             self.moe_grouped_gemm = uses_transformer_engine(self.transformer_impl)
+        known = vars(self).keys()
+        before = set(known)
         try:
             with self._admitted_by_megatron_core():
                 TransformerConfig.__post_init__(self)
         except (AssertionError, ValueError) as error:
             raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
+        finally:
+            self._set_by_megatron_core |= known - before
         self._derived = {
             name: value for name in open_names if (value := getattr(self, name)) is not None
         }
@@ -124,6 +140,11 @@ class ModelProvider(TransformerConfig, ABC):
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""
         problems = [
+            f"{name} is set: {self._unknown(name)}"
+            for name in vars(self)
+            if not (self._is_known(name) or name.startswith("_"))
+        ]
+        problems += [
             f"{field} is {getattr(self, field)}: it must be set to a positive number"
             for field in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
             if getattr(self, field) <= 0
@@ -156,6 +177,47 @@ class ModelProvider(TransformerConfig, ABC):
             )
         return problems
 
+    def apply_overrides_and_finalize(
+        self, dtype: torch.dtype | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Set fields, and finalize.
+
+        Args:
+            dtype: of the parameters, bfloat16, float16 or float32; None leaves it.
+            overrides: further fields by name.
+
+        Returns:
+            The provider itself.
+
+        Raises:
+            AttributeError: for a name that is not a field; nothing is set then.
+            ConfigError: as `finalize`.
+        """
+        for name in overrides or {}:
+            if not self._is_known(name):
+                raise AttributeError(f"{name}: {self._unknown(name)}")
+        if dtype is not None:
+            self.params_dtype = dtype
+            self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        for name, value in (overrides or {}).items():
+            setattr(self, name, value)
+        self.finalize()
+        return self
+
+    def _is_known(self, name: str) -> bool:
+        """Whether an attribute is a field, a replaced method, or megatron-core's own."""
+        return (
+            name in self._set_by_megatron_core
+            or hasattr(type(self), name)
+            or name in {one.name for one in fields(self)}
+        )
+
+    def _unknown(self, name: str) -> str:
+        """Why an attribute cannot be honoured, and the field that may have been meant."""
+        close = get_close_matches(name, [one.name for one in fields(self)], n=1)
+        meant = f"; was {close[0]} meant?" if close else ""
+        return f"{type(self).__name__} has no field of this name{meant}"
+
     @abstractmethod
     def provide(
         self,
@@ -187,9 +249,13 @@ class ModelProvider(TransformerConfig, ABC):
             post_process = is_vp_last_stage(vp_stage, stages) and is_pp_last_stage(pp_group)
         return pre_process, post_process
 
-    def register_pre_wrap_hook(self, hook: PreWrapHook) -> None:
-        """Call `hook` with the list of built chunks, on their device, before DDP wraps them."""
-        self._pre_wrap_hooks.append(hook)
+    def register_pre_wrap_hook(self, hook: PreWrapHook, prepend: bool = False) -> None:
+        """Call `hook` with the list of built chunks, on their device, before DDP wraps them.
+
+        It may change the chunks in place and return None, or return those to use from there on, as
+        many as it got. prepend: call it before all hooks that are registered already.
+        """
+        self._pre_wrap_hooks.insert(0 if prepend else len(self._pre_wrap_hooks), hook)
 
     def provide_distributed_model(
         self,
@@ -197,7 +263,7 @@ class ModelProvider(TransformerConfig, ABC):
         *,
         wrap_with_ddp: bool = True,
         seed: int = 1234,
-    ) -> list[MegatronModule]:
+    ) -> Chunks:
         """Build this rank's part of the model, ready for training or inference.
 
         Makes process groups and random states where there are none. Without CUDA, megatron-core
@@ -210,6 +276,10 @@ class ModelProvider(TransformerConfig, ABC):
 
         Returns:
             The chunks of this rank: one, or one per virtual pipeline stage.
+
+        Raises:
+            ConfigError: see `finalize`.
+            InputError: a hook returned something else than as many modules as it got.
         """
         self.finalize()
         activate_megatron_on_cpu()
@@ -217,9 +287,9 @@ class ModelProvider(TransformerConfig, ABC):
         stages = self.virtual_pipeline_model_parallel_size
         vp_stages = [None] if stages is None else list(range(stages))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        chunks = [self.provide(vp_stage=vp_stage).to(device) for vp_stage in vp_stages]
+        chunks: Chunks = [self.provide(vp_stage=vp_stage).to(device) for vp_stage in vp_stages]
         for hook in self._pre_wrap_hooks:
-            hook(chunks)
+            chunks = chunks_after(hook, chunks)
         if not wrap_with_ddp:
             return chunks
         ddp_config = ddp_config or DistributedDataParallelConfig()

@@ -45,10 +45,7 @@ def import_command(
     revision: Revision = None,
     experts: Annotated[
         str | None,
-        experts_option(
-            "how the routed experts of SRC lie; only asked for where their matrices are square, so "
-            "that shapes cannot tell"
-        ),
+        experts_option("how the routed experts of SRC lie; refused if their shapes say otherwise"),
     ] = None,
     memory: Memory = None,
     max_shard_size: MaxShardSize = None,

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -49,6 +48,16 @@ class HFWeight(NamedTuple):
     name: str
     tensor: "torch.Tensor"
 
+    @property
+    def param_name(self) -> str:
+        """`name`, as other bridges call it."""
+        return self.name
+
+    @property
+    def weight(self) -> "torch.Tensor":
+        """`tensor`, as other bridges call it."""
+        return self.tensor
+
 
 @dataclass(frozen=True)
 class ConversionTask:
@@ -66,18 +75,27 @@ class ConversionTask:
 class AutoBridge:
     """Converts one Hugging Face model; make it by `from_hf_pretrained` or `from_hf_config`."""
 
-    def __init__(self, hf_pretrained: PreTrainedVLM) -> None:
+    def __init__(self, hf_pretrained: PreTrainedVLM, *, experts: str | None = None) -> None:
         self.hf_pretrained = hf_pretrained
+        self.experts = experts
 
     @classmethod
     def from_hf_pretrained(
-        cls, path: PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+        cls,
+        path: PathLike,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        experts: str | None = None,
     ) -> Self:
         """A folder, or a hub id ("org/name" or "org/name@revision").
 
-        Raises ReferenceNotFound, ConfigError, or UnsupportedModel if no bridge converts it.
+        experts: how routed experts lie in the files (ExpertLayout); found from names and shapes if
+        not given, and refused where they say otherwise. Raises ReferenceNotFound, ConfigError, or
+        UnsupportedModel if no bridge converts it.
         """
-        bridge = cls(PreTrainedVLM.from_pretrained(path, revision, trust_remote_code))
+        hf = PreTrainedVLM.from_pretrained(path, revision, trust_remote_code)
+        bridge = cls(hf, experts=experts)
         _ = bridge.model_bridge
         return bridge
 
@@ -110,9 +128,9 @@ class AutoBridge:
         except InputError:
             return False
 
-    @cached_property
+    @property
     def model_bridge(self) -> MegatronModelBridge:
-        """The family's bridge. Raises UnsupportedModel."""
+        """The family's bridge, by the architecture of the config. Raises UnsupportedModel."""
         return bridge_for(self.hf_pretrained.hf_config.architecture)
 
     @property
@@ -128,6 +146,7 @@ class AutoBridge:
         Raises PlanError, ConfigError or CheckpointError.
         """
         hf = self.hf_pretrained
+        options = replace(options, experts=options.experts or self.experts)
         if hf.has_weights:
             from megatron.bridge.checkpoint.plans import plan_of
 
@@ -163,13 +182,14 @@ class AutoBridge:
         hf_path: PathLike | None = None,
         progress: Progress | None = None,
         *,
+        experts: str | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
     ) -> None:
         """Fill a live model, at any parallel layout, from this model's files or those at `hf_path`.
 
-        Each rank reads only what it holds. Values are cast to the parameters' dtypes. Raises
-        PlanError if files and model do not fit, InexactCast if a norm that Megatron keeps as w - 1
-        does not fit its parameter, unless `round` is set.
+        experts: as in `from_hf_pretrained`. Each rank reads only what it holds. Values are cast to
+        the parameters' dtypes. Raises PlanError if files and model do not fit, InexactCast if a
+        norm that Megatron keeps as w - 1 does not fit its parameter, unless `round` is set.
         """
         from megatron.bridge.checkpoint.live_model import load_weights
         from megatron.bridge.models.conversion.casting import Casting
@@ -177,7 +197,7 @@ class AutoBridge:
         source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
         if not source.hf_pretrained.has_weights:
             raise InputError(f"{source.hf_pretrained.name_or_path}: there are no weights to load")
-        plan = source.plan(source._options_of(model))
+        plan = source.plan(replace(source._options_of(model), experts=experts))
         ways_out = "load with round=True to round them, or build the model in a wider dtype"
         casting = Casting(round, ways_out)
         load_weights(model, plan, source.hf_pretrained.weights, progress, casting)
@@ -408,14 +428,13 @@ class AutoBridge:
 
     def _options_of(self, model: Model) -> PlanOptions:
         """What a live model was built with: rows of the embedding, its parts, forms of keys."""
-        from megatron.core.utils import unwrap_model
-
         from megatron.bridge.checkpoint.live_model import local_tensors
+        from megatron.bridge.models.wrapping import unwrapped
 
         bridge = self.model_bridge
         keys = {local.key for local in local_tensors(model)}
         return replace(
-            bridge.options_of_model(unwrap_model(list(model))[0].config),
+            bridge.options_of_model(unwrapped(model)[0].config),
             keys=KeyForms.of(keys, bridge.layer_paths),
         )
 

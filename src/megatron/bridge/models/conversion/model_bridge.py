@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import ConfigError
@@ -42,12 +42,18 @@ def register_unsupported(architectures: Sequence[str], sentence: str) -> None:
 type Tensors = Mapping[str, TensorLike]
 
 
+class HasConfig(Protocol):
+    """Any object with a config, of transformers or as plain values."""
+
+    config: Any
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """What a plan depends on beside the files.
 
     padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
-    experts: the disk layout of routed experts, where shapes cannot tell it, or for files to be.
+    experts: the disk layout of routed experts, as the user says it, or for files to be.
     without: the parts of the model that the Megatron side was built without, by the family's names.
     spelling: of the names in the files; found from them where it is not given.
     files: names of the files that accompany the weights; some say what a model is for.
@@ -85,25 +91,32 @@ class MegatronModelBridge(ABC):
 
     @staticmethod
     def register_bridge[Bridge: MegatronModelBridge](
-        *, source: str | type | Sequence[str | type], target: str | type
+        *,
+        source: str | type | Sequence[str | type],
+        target: str | type,
+        provider: str | type | None = None,
+        model_type: str | None = None,
+        override: bool = True,
     ) -> Callable[[type[Bridge]], type[Bridge]]:
         """Class decorator: this bridge converts architecture `source` to model class `target`.
 
-        Either may be a class, or its name (`source`) and dotted path (`target`); there may be
-        several sources. Raises ValueError if an architecture has a bridge already.
+        Each may be a class, or its name (`source`) and dotted path (`target`, `provider`); there
+        may be several sources. provider and model_type: in the place of those that the class
+        states. override: take the place of a bridge that an architecture has already.
         """
         given = [source] if isinstance(source, str | type) else source
         names = tuple(one if isinstance(one, str) else one.__name__ for one in given)
 
         def register(bridge: type[Bridge]) -> type[Bridge]:
             bridge.sources = names
-            bridge.target = (
-                target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
-            )
+            bridge.target = _dotted(target)
+            if provider is not None:
+                bridge.provider = _dotted(provider)
+            if model_type is not None:
+                bridge.model_type = model_type
             for name in names:
-                known = REGISTERED_BRIDGES.setdefault(name, bridge)
-                if known is not bridge:
-                    raise ValueError(f"{name} is converted by {known.__name__} already")
+                if override or name not in REGISTERED_BRIDGES:
+                    REGISTERED_BRIDGES[name] = bridge
             return bridge
 
         return register
@@ -203,7 +216,7 @@ class MegatronModelBridge(ABC):
         return provider
 
     @abstractmethod
-    def provider_bridge(self, hf_pretrained: "PreTrainedVLM") -> "ModelProvider":
+    def provider_bridge(self, hf_pretrained: "PreTrainedVLM | HasConfig") -> "ModelProvider":
         """The family's model provider, configured like a Hugging Face model."""
 
     def plan(
@@ -240,3 +253,9 @@ class MegatronModelBridge(ABC):
     ) -> ConversionPlan:
         """The plan that files of this config would have; see `expected_tensors`."""
         return self.plan(config, self.expected_tensors(config, dtype, options), options)
+
+
+def _dotted(path_or_class: str | type) -> str:
+    if isinstance(path_or_class, str):
+        return path_or_class
+    return f"{path_or_class.__module__}.{path_or_class.__qualname__}"

@@ -211,6 +211,10 @@ class ParamMapping(ABC):
         return f"{type(self).__name__}({self.megatron_param!r}, {self.hf_param!r})"
 
 
+MegatronParamMapping = ParamMapping
+"""The name that other bridges give it."""
+
+
 class _NamedLayoutErrors:
     """Turns a LayoutError into an InputError that names the row."""
 

@@ -7,6 +7,8 @@ hf.weights.read("model.language_model.norm.weight")
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -14,8 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.errors import CheckpointError, InputError
-from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE, HFConfig
+from megatron.bridge.models.hf_pretrained.config_changes import with_changes
+from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, Weights, weights_of
 from megatron.bridge.models.hf_pretrained.other_formats import (
     bare_adapter,
@@ -26,6 +31,7 @@ from megatron.bridge.models.hf_pretrained.quantization import (
     CONFIG_KEY,
     BlockFP8,
     quantization_of,
+    states_quantization,
 )
 from megatron.bridge.models.hf_pretrained.reference import (
     local_folder,
@@ -33,6 +39,7 @@ from megatron.bridge.models.hf_pretrained.reference import (
     resolve_reference,
 )
 from megatron.bridge.models.hf_pretrained.side_files import side_files
+from megatron.bridge.models.hf_pretrained.state import StateDict
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files
 
@@ -65,6 +72,7 @@ class PreTrainedVLM:
         self._reference = reference
         self._revision = revision
         self._given_config = config
+        self._config_before: dict[str, Any] | None = None
         self.trust_remote_code = trust_remote_code
         """Whether transformers may run Python code that comes with the model."""
 
@@ -105,6 +113,11 @@ class PreTrainedVLM:
         return os.fspath(self._reference)
 
     @property
+    def model_name_or_path(self) -> str:
+        """As transformers calls `name_or_path`."""
+        return self.name_or_path
+
+    @property
     def has_files(self) -> bool:
         """False if there is a config and nothing else."""
         return self._reference is not None
@@ -137,9 +150,23 @@ class PreTrainedVLM:
                 raise CheckpointError(other)
         return folder
 
-    @cached_property
+    @property
     def hf_config(self) -> HFConfig:
-        """config.json as plain JSON; ConfigError if it cannot be read."""
+        """config.json as plain JSON, with what was set on `config` since.
+
+        Raises ConfigError if it cannot be read, or for a change that cannot be honoured.
+        """
+        if self._config_before is None:
+            return self._stated_config
+        return with_changes(self._stated_config, self.config, self._config_before)
+
+    @property
+    def config_is_changed(self) -> bool:
+        """Whether something was set on `config`, so that config.json says otherwise."""
+        return self.hf_config is not self._stated_config
+
+    @cached_property
+    def _stated_config(self) -> HFConfig:
         return self._given_config or HFConfig.from_file(self.folder)
 
     @cached_property
@@ -156,35 +183,77 @@ class PreTrainedVLM:
         """
         return weights_of(self.tensors, self.hf_config)
 
-    @cached_property
+    @property
+    def state(self) -> StateDict:
+        """`weights` as whole tensors by name, each read when it is asked for."""
+        return StateDict(self.weights)
+
+    @property
     def quantization(self) -> BlockFP8 | None:
         """How the files are quantized, by the config; None if they are not."""
         return quantization_of(self.hf_config)
 
-    @cached_property
+    @property
     def unquantized_config(self) -> HFConfig:
         """config.json as it describes `weights`: without a word of quantization."""
         data = self.hf_config.data
         data.pop(CONFIG_KEY, None)
         return HFConfig.from_dict(data, self.hf_config.origin)
 
-    @cached_property
+    @property
     def main_dtype(self) -> str:
         """The safetensors dtype of most of the weights; without files, that of the config.
 
         Raises ConfigError for a config alone that names none.
         """
-        if self.has_weights:
-            sizes: Counter[str] = Counter()
-            for tensor in self.weights.values():
-                sizes[tensor.dtype] += tensor.nbytes
-            return sizes.most_common(1)[0][0]
-        return self.hf_config.dtype
+        return self._dtype_of_files if self.has_weights else self.hf_config.dtype
+
+    @cached_property
+    def _dtype_of_files(self) -> str:
+        sizes: Counter[str] = Counter()
+        for tensor in self.weights.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        return sizes.most_common(1)[0][0]
 
     @cached_property
     def side_files(self) -> tuple[Path, ...]:
         """All files but the weights, relative to `folder`; none for a config alone."""
         return side_files(self.folder) if self.has_files else ()
+
+    def restated_config(self, *, quantized: bool = False, dtype: str | None = None) -> bytes | None:
+        """The config.json of a saved model, where the model's own file would not do.
+
+        That is so where there is none, where something was set on `config`, where the file says
+        that the weights are quantized, but they are not, by `quantized`, or where most of them get
+        another `dtype` ("BF16").
+        """
+        config = self.hf_config
+        if states_quantization(config) and not quantized:
+            config = self.unquantized_config
+        if dtype is not None:
+            config = config_in_dtype(config, TORCH_NAME_OF[dtype])
+        fits = self.has_files and not self.config_is_changed
+        if fits and config.data == self.hf_config.data:
+            return None
+        return f"{json.dumps(config.data, indent=2, ensure_ascii=False)}\n".encode()
+
+    def save_artifacts(self, path: str | os.PathLike[str]) -> None:
+        """Write config, tokenizer, processor and all else but weights into a folder.
+
+        The folder is made if need be; files of the same names in it are replaced, one by one. The
+        config describes weights that are not quantized. Raises InputError if that is impossible.
+        """
+        target, config = Path(path).expanduser(), self.restated_config()
+        if self.has_files and target.resolve() == self.folder.resolve():
+            raise InputError(f"{path}: these files come from there; name another folder")
+        try:
+            for file in self.side_files:
+                if config is None or file != Path(CONFIG_FILE):
+                    _replace(target / file, (self.folder / file).read_bytes())
+            if config is not None:
+                _replace(target / CONFIG_FILE, config)
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}") from error
 
     @cached_property
     def side_file_names(self) -> frozenset[str]:
@@ -193,13 +262,19 @@ class PreTrainedVLM:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The config as a transformers object."""
+        """The config as a transformers object. What is set on it counts, here and in `hf_config`.
+
+        Dtypes of weights are those of the files.
+        """
         from transformers import AutoConfig
 
         if self.has_files:
-            return self._load("config", AutoConfig, self.folder, **self._remote_code)
-        data = self.hf_config.data
-        return AutoConfig.for_model(data.pop("model_type"), **data)
+            config = self._load("config", AutoConfig, self.folder, **self._remote_code)
+        else:
+            data = self._stated_config.data
+            config = AutoConfig.for_model(data.pop("model_type"), **data)
+        self._config_before = config.to_dict()
+        return config
 
     @cached_property
     def processor(self) -> ProcessorMixin:
@@ -232,10 +307,12 @@ class PreTrainedVLM:
         import transformers
 
         options = {"attn_implementation": "eager"} | self._remote_code | kwargs
+        if self.config_is_changed:
+            options = {"config": copy.deepcopy(self.config)} | options
         if not isinstance(self.weights, DequantizedTensors):
             auto_class = transformers.AutoModelForImageTextToText
             return self._load("model", auto_class, self.weights_folder, **options)
-        config = transformers.AutoConfig.from_pretrained(self.folder, **self._remote_code)
+        config = copy.deepcopy(self.config)
         del config.quantization_config
         options |= {
             "config": config,
@@ -263,3 +340,14 @@ class PreTrainedVLM:
                 "use PreTrainedVLM.from_pretrained with a folder or a hub id"
             )
         return self._reference
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file; it is there as it was, or whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

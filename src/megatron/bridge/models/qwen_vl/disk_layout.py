@@ -67,9 +67,8 @@ def find_expert_layout(
 ) -> ExpertLayout | None:
     """The layout of the experts whose names start with the pattern `prefix`; None for no experts.
 
-    given: what the user says it is, for shapes that cannot tell. Raises InputError for square
-    matrices without an answer, or an answer that shapes contradict; ConfigError for names of two
-    layouts.
+    given: what the user says it is. Raises InputError if the shapes contradict that, ConfigError
+    for names of two layouts.
     """
     one = re.compile(prefix + r"\d+\.(gate|up|down)_proj\.weight")
     fused = re.compile(prefix + r"(gate_up_proj|down_proj)")
@@ -92,27 +91,18 @@ def find_expert_layout(
         for layout in (ExpertLayout.FUSED, ExpertLayout.FUSED_TRANSPOSED)
     }
     fitting = {layout for layout, count in fits.items() if count == len(whole)}
-    straight = sizes.shapes(ExpertLayout.FUSED)
-    turned = sizes.shapes(ExpertLayout.FUSED_TRANSPOSED)
-    square = [name for name, kind in whole.items() if straight[kind] == turned[kind]]
     if given is not None and fitting and given not in fitting:
-        name = next(iter(whole))
+        wanted = sizes.shapes(given)
+        name = max(whole, key=lambda name: tuple(tensors[name].shape) != wanted[whole[name]])
         raise InputError(
             f"{name} of shape {tuple(tensors[name].shape)} lies "
             f"{' or '.join(sorted(fitting))}, not {given}; leave the layout of the experts to be "
-            f"found, unless it is asked for"
+            f"found from names and shapes"
         )
-    if square and fitting:
-        if given is not None:
-            return given
-        raise InputError(
-            f"{square[0]}: its matrices are square, {tuple(tensors[square[0]].shape)}, so its "
-            f"shape does not tell whether they are stored transposed. Say which it is, by "
-            f"--experts: "
-            f"{ExpertLayout.FUSED} ([out, in], as transformers 5 saves) or "
-            f"{ExpertLayout.FUSED_TRANSPOSED} ([in, out], as released Qwen3-VL-MoE files)"
-        )
-    # Shapes that do not fit are a matter of the plan, which says what of them does not.
+    if given in fitting:
+        return given
+    # One of the two matrices may be square; the other one is not, and decides. Shapes that do not
+    # fit, and a matrix that is absent, are a matter of the plan, which says what does not.
     likeness = {
         layout: sum(
             size == other

@@ -81,7 +81,7 @@ class _Qwen35Bridge(QwenVLBridge):
 
 
 @MegatronModelBridge.register_bridge(
-    source=(_QWEN3_5_MOE_HF_CLASS_NAME, "Qwen3_5MoeModel"), target=MODEL
+    source=(_QWEN3_5_MOE_HF_CLASS_NAME, "Qwen3_5MoeModel"), target=MODEL, override=False
 )
 class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
     """Qwen3_5MoeForConditionalGeneration to and from Qwen3VLModel.
@@ -115,6 +115,7 @@ class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
         "Qwen3_5ForTokenClassification",
     ),
     target=MODEL,
+    override=False,
 )
 class Qwen35VLBridge(_Qwen35Bridge):
     """Qwen3_5ForConditionalGeneration to and from Qwen3VLModel.

@@ -26,7 +26,7 @@ register_unsupported(("Qwen3VLTextModel", "Qwen3VLMoeTextModel"), TEXT_HALF)
 
 
 @MegatronModelBridge.register_bridge(
-    source=("Qwen3VLForConditionalGeneration", "Qwen3VLModel"), target=MODEL
+    source=("Qwen3VLForConditionalGeneration", "Qwen3VLModel"), target=MODEL, override=False
 )
 class Qwen3VLBridge(QwenVLBridge):
     """Qwen3VLForConditionalGeneration to and from Qwen3VLModel."""
@@ -46,7 +46,9 @@ class Qwen3VLBridge(QwenVLBridge):
 
 
 @MegatronModelBridge.register_bridge(
-    source=("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeModel"), target=MODEL
+    source=("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeModel"),
+    target=MODEL,
+    override=False,
 )
 class Qwen3VLMoEBridge(QwenVLBridge):
     """Qwen3VLMoeForConditionalGeneration to and from Qwen3VLModel with routed experts."""

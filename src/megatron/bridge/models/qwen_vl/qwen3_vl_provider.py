@@ -13,6 +13,10 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.backends.activations import activation, activation_problem
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
+    DecoderSpec,
+    decoder_spec,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_frequencies import (
     DEFAULT,
     RotaryFrequencies,
@@ -41,6 +45,10 @@ class Qwen3VLModelProvider(ModelProvider):
         rope_parameters: `rope_type` and what belongs to it, with the keys and the meaning of
             `rope_parameters` in transformers; empty for the default type. What rotary_base,
             rotary_percent and mrope_section say does not stand here.
+        transformer_layer_spec: the decoder's layers, in the place of those of the family: a spec of
+            megatron-core (of every layer, or TransformerBlockSubmodules of a pipeline stage), or a
+            callable that makes one, called with the provider, and with `vp_stage` if it takes that.
+            Layers of multi-token prediction are not made by it.
         add_attention_output_bias: bias of the attention's output projection, which megatron-core
             otherwise ties to that of the MLP (`add_bias_linear`).
         image_token_id: placeholder of one image feature in the prompt.
@@ -69,6 +77,8 @@ class Qwen3VLModelProvider(ModelProvider):
     mrope_section: list[int] = field(default_factory=lambda: [24, 20, 20])
     rope_parameters: dict[str, Any] = field(default_factory=dict)
     scatter_embedding_sequence_parallel: bool = False
+
+    transformer_layer_spec: DecoderSpec | Callable[..., DecoderSpec] = decoder_spec
 
     # Required like the sizes of the language model: `finalize()` refuses its absence.
     vision: VisionConfig = None  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
+    HasConfig,
     MegatronModelBridge,
     PlanOptions,
     Tensors,
@@ -22,6 +23,7 @@ from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.config_keys import check_keys
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
@@ -65,7 +67,6 @@ from megatron.bridge.models.qwen_vl.structure import (
 )
 
 if TYPE_CHECKING:
-    from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
     from megatron.bridge.models.model_provider import ModelProvider
 
 
@@ -128,7 +129,7 @@ class QwenVLBridge(MegatronModelBridge):
     ) -> DiskLayout:
         """How the experts lie in these files; without files, as `options` or releases have them.
 
-        Raises InputError where files cannot tell, ConfigError for an unknown layout.
+        Raises InputError where the files lie otherwise than `options` say.
         """
         given = None if options.experts is None else parse_expert_layout(options.experts)
         if not has_experts(config.text):
@@ -142,6 +143,11 @@ class QwenVLBridge(MegatronModelBridge):
             return self.released_layout if given is None else DiskLayout(given, given)
         below = experts_below(self._spelling(config, tensors, options).of(HF_LANGUAGE))
         decoder = find_expert_layout(tensors, below, expert_sizes(config.text), given)
+        if decoder is ExpertLayout.PER_EXPERT and given not in (None, decoder):
+            raise InputError(
+                f"{config.origin}: the routed experts lie {decoder}, not {given}; leave their "
+                f"layout to be found from names and shapes"
+            )
         return DiskLayout(decoder, self._mtp(config, tensors, options).experts)
 
     def structure(
@@ -283,12 +289,15 @@ class QwenVLBridge(MegatronModelBridge):
         """Fields of the family's provider. Raises ConfigError."""
         return qwen_vl_settings(config, dtype)
 
-    def provider_bridge(self, hf_pretrained: "PreTrainedVLM") -> "ModelProvider":
+    def provider_bridge(self, hf_pretrained: PreTrainedVLM | HasConfig) -> "ModelProvider":
         """The family's provider, configured like a Hugging Face model.
 
-        hf_pretrained: a model, of which only the config and the headers of the files are read.
-        Raises ConfigError for a value that is missing or that Qwen3VLModel cannot honour.
+        hf_pretrained: a model, of which only the config and the headers of the files are read; or
+        any object with a `config`, which then is all there is to go by. Raises ConfigError for a
+        value that is missing or that Qwen3VLModel cannot honour.
         """
+        if not isinstance(hf_pretrained, PreTrainedVLM):
+            hf_pretrained = PreTrainedVLM.from_config(hf_pretrained.config)
         tensors = hf_pretrained.tensors if hf_pretrained.has_weights else None
         config = hf_pretrained.hf_config
         self.check(config)

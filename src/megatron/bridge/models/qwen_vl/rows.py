@@ -57,6 +57,7 @@ HF_MTP_LAYER = f"{HF_MTP}layers.0."
 ATTENTION_BIAS = "attention_bias"
 UNTIED_OUTPUT = "untied_output"
 WITH_MTP = "mtp"
+MTP_ATTENTION_BIAS = "mtp_attention_bias"
 
 # Parts that a Megatron model may be built without; the MTP layer is one, too.
 VISION_PART = "vision"
@@ -70,12 +71,16 @@ SPARSE_MLP = "sparse_mlp"
 
 @dataclass(frozen=True)
 class Layer:
-    """Where the rows of one layer apply: its names on both sides, a kind of layer, a feature."""
+    """Where the rows of one layer apply: its names on both sides, a kind of layer, its features.
+
+    only: without which there is no such layer. bias: without which its attention has no biases.
+    """
 
     megatron: str
     hf: str
     kind: str | None = None
     only: str | None = None
+    bias: str = ATTENTION_BIAS
 
     def of_kind(self, kind: str) -> "Layer":
         """The same layers, but only those of one kind."""
@@ -83,7 +88,7 @@ class Layer:
 
 
 DECODER_LAYER = Layer(f"{DECODER_LAYERS}*.", f"{HF_LANGUAGE}layers.*.")
-MTP_MODEL_LAYER = Layer(MTP_LAYER, HF_MTP_LAYER, only=WITH_MTP)
+MTP_MODEL_LAYER = Layer(MTP_LAYER, HF_MTP_LAYER, only=WITH_MTP, bias=MTP_ATTENTION_BIAS)
 
 
 def embedding_rows() -> list[ParamMapping]:
@@ -109,12 +114,12 @@ def embedding_rows() -> list[ParamMapping]:
 
 
 def attention_rows(layer: Layer, *, gated: bool = False) -> list[ParamMapping]:
-    """Self-attention with its input norm and per-head query and key norms.
+    """Self-attention with its input norm, per-head query and key norms, and biases.
 
     gated: q_proj also makes a gate for every head.
     """
     linear, hf = f"{layer.megatron}self_attention.", f"{layer.hf}self_attn."
-    rows: list[ParamMapping] = [
+    return [
         _norm(layer, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         QKVMapping(
             f"{linear}linear_qkv.weight",
@@ -135,11 +140,6 @@ def attention_rows(layer: Layer, *, gated: bool = False) -> list[ParamMapping]:
             only=layer.only,
             layers=layer.kind,
         ),
-    ]
-    if layer.only is not None:
-        return rows
-    return [
-        *rows,
         QKVMapping(
             f"{linear}linear_qkv.bias",
             f"{hf}q_proj.bias",
@@ -147,14 +147,14 @@ def attention_rows(layer: Layer, *, gated: bool = False) -> list[ParamMapping]:
             f"{hf}v_proj.bias",
             ("2Q" if gated else "Q", "K"),
             gated=gated,
-            only=ATTENTION_BIAS,
+            only=layer.bias,
             layers=layer.kind,
         ),
         ReplicatedMapping(
             f"{linear}linear_proj.bias",
             f"{hf}o_proj.bias",
             "H",
-            only=ATTENTION_BIAS,
+            only=layer.bias,
             layers=layer.kind,
         ),
     ]

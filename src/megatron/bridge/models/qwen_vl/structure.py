@@ -26,6 +26,7 @@ from megatron.bridge.models.qwen_vl.rows import (
     FULL_ATTENTION,
     LANGUAGE,
     LINEAR_ATTENTION,
+    MTP_ATTENTION_BIAS,
     MTP_MODEL_LAYER,
     SPARSE_MLP,
     UNTIED_OUTPUT,
@@ -79,6 +80,8 @@ def qwen_vl_structure(
         features.add(UNTIED_OUTPUT)
     if with_mtp:
         features.add(WITH_MTP)
+        if ATTENTION_BIAS in features:
+            features.add(MTP_ATTENTION_BIAS)
     layers = decoder_layers(text)
     kinds = {**attention_kinds(text, layers), **mlp_kinds(text, layers)}
     stacked = {DECODER_LAYERS: layers_share_keys(layer_patterns(text)), VISION_LAYERS: True}

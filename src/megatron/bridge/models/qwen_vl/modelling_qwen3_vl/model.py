@@ -1,6 +1,6 @@
 """Vision encoder and language model in one megatron-core module, for all Qwen families."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.model_copy import deep_copy
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.inputs import (
     VisualInputs,
     deepstack_context,
@@ -72,6 +73,10 @@ class Qwen3VLModel(MegatronModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Qwen3VLModel":
+        """A model of its own on the same process groups; see `deep_copy`."""
+        return deep_copy(self, memo)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the hidden states of the previous pipeline stage, [s, b, h]."""

@@ -8,8 +8,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
-    decoder_spec,
     predictor_spec,
+    stage_spec,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.following_token import FollowingTokens
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import (
@@ -59,7 +59,7 @@ class Qwen3VLTextModel(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            transformer_layer_spec=decoder_spec(config, vp_stage, pg_collection.pp.rank()),
+            transformer_layer_spec=stage_spec(config, vp_stage, pg_collection.pp.rank()),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
