@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron.bridge.checkpoint.fingerprint import hf_fingerprint, megatron_fingerprint
 from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
+from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.plans import main_dtype, plan_export, plan_of
 from megatron.bridge.checkpoint.run import Conversion, Run, Written
 from megatron.bridge.checkpoint.targets import check_target
@@ -52,6 +53,7 @@ class Converted:
     inexact: tuple[tuple[str, float], ...] = ()
 
 
+@done_means_done()
 def import_checkpoint(
     source: PreTrainedVLM, target: Path, *, experts: str | None = None, run: Run = _DEFAULTS
 ) -> Converted:
@@ -109,6 +111,7 @@ def import_checkpoint(
     )
 
 
+@done_means_done()
 def export_checkpoint(
     source: Path,
     target: Path,

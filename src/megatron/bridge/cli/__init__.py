@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     print_somewhere()
     given = sys.argv[1:] if args is None else list(args)
     try:
-        with terminable():
+        with terminable(for_good=args is None):
             from megatron.bridge.cli.app import app
 
             return app(args=given, prog_name="megatron-bridge", standalone_mode=False) or 0

@@ -17,12 +17,10 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
@@ -123,18 +121,14 @@ def print_somewhere() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Turn SIGTERM into an orderly end, so that unfinished output is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def terminable(*, for_good: bool) -> AbstractContextManager[None]:
+    """Turn SIGTERM into an orderly end, so that unfinished output is removed.
+
+    for_good: the process ends with the command.
+    """
+    from megatron.bridge.checkpoint.interruption import orderly_end
 
     def leave(_number: int, _frame: FrameType | None) -> NoReturn:
         sys.exit(TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return orderly_end(leave, for_good=for_good)
