@@ -11,6 +11,7 @@ import typer
 
 from megatron.bridge.cli.units import parse_size
 from megatron.bridge.errors import InputError
+from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -111,7 +112,7 @@ def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:
     from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
-    if is_megatron_checkpoint(Path(reference).expanduser()):
+    if is_megatron_checkpoint(local_path(reference)):
         raise InputError(
             f"{reference} is a Megatron checkpoint, and a Hugging Face model is asked for; "
             "`megatron-bridge export` makes one of it"

@@ -14,6 +14,7 @@ from megatron.bridge.inspection.summary import TensorSummary
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.paths import local_path
 
 ASSUMED_BYTES_PER_SECOND = 1_000_000_000
 """Of a disk that is read and written at once; assumed, not measured."""
@@ -70,7 +71,7 @@ def plan_source(source: str, revision: str | None = None, experts: str | None = 
     """
     from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
 
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not is_megatron_checkpoint(path):
         return plan_model(inspect_hf(source, revision, PlanOptions(experts=experts)))
     if revision is not None:

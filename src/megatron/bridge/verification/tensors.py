@@ -23,6 +23,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.fp8 import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.verification.report import (
     Kind,
@@ -80,7 +81,7 @@ class _Side:
 
 
 def _open(reference: str | os.PathLike[str]) -> Checkpoint:
-    folder = Path(reference).expanduser()
+    folder = local_path(reference)
     if is_megatron_checkpoint(folder):
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 

@@ -9,6 +9,7 @@ import typer
 
 from megatron.bridge.cli.options import Json, Revision
 from megatron.bridge.cli.output import Output, open_output
+from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,8 +36,8 @@ def inspect(
     from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
 
     with open_output(as_json=as_json) as output:
-        if is_megatron_checkpoint(Path(source).expanduser()):
-            _inspect_megatron(Path(source).expanduser(), revision, output)
+        if is_megatron_checkpoint(local_path(source)):
+            _inspect_megatron(local_path(source), revision, output)
         else:
             _inspect_hf(source, revision, output)
 
