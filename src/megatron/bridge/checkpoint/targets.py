@@ -50,16 +50,16 @@ def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) ->
     or checkpoint; InputError if replacing it would remove one of `sources`, or write into one, or
     if its name is that of an unfinished target; also if no folder can be made or renamed there, or
     if an earlier run was killed while it replaced it, and `force` is not set.
+
+    sources: none where they are read and found good already.
     """
-    target = target.absolute()
+    target, given = target.absolute(), list(sources)
     partial = partial_of(target)
     for path in (target, partial):
         if os.path.lexists(path):
             _check_that_it_moves(path)
-    for source in sources:
-        if not is_given_folder(source):
-            continue
-        folder = local_path(source)
+    folders = [local_path(source) for source in given if is_given_folder(source)]
+    for folder in folders:
         for path in (target, partial):
             if _overlap(path.resolve(), folder.resolve()):
                 raise InputError(
@@ -82,7 +82,9 @@ def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) ->
             f"{left[0]} is what {target} was before a run that replaced it was killed; rename it "
             "back, or give --force (force=True) to have it removed when the new one is there"
         )
-    _check_parent(target)
+    # Of sources that are at hand, their own faults are said first; a download is not begun in vain.
+    if not given or len(folders) < len(given):
+        _check_parent(target)
 
 
 def put_in_place(folder: Path, target: Path, *, force: bool, but: Iterable[str] = ()) -> None:

@@ -33,8 +33,30 @@ HFModel = Annotated[
         metavar="SRC", help="Hugging Face model: a folder, or a hub id such as org/name."
     ),
 ]
+
+
+def given_path(text: str) -> Path:
+    """A path that was given, with `~` expanded. Raises typer.BadParameter if it is none."""
+    try:
+        return local_path(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def given_file(text: str) -> Path:
+    """A path of a file that is there. Raises typer.BadParameter."""
+    path = given_path(text)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise typer.BadParameter(f"{text!r} {what}")
+    return path
+
+
 Target = Annotated[
-    Path, typer.Argument(metavar="DST", help="Folder to make; it appears when it is complete.")
+    Path,
+    typer.Argument(
+        parser=given_path, metavar="DST", help="Folder to make; it appears when it is complete."
+    ),
 ]
 Memory = Annotated[
     str | None,
