@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron.bridge.checkpoint.config_record import read_hf_config
 from megatron.bridge.checkpoint.fingerprint import hf_fingerprint, megatron_fingerprint
 from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
+from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.iterations import Iteration
 from megatron.bridge.checkpoint.plans import left_out, main_dtype, plan_export, plan_of
 from megatron.bridge.checkpoint.run import Conversion, Run, Written
@@ -65,6 +66,7 @@ class Converted:
     inexact: tuple[tuple[str, float], ...] = ()
 
 
+@done_means_done()
 def import_checkpoint(
     source: PreTrainedVLM, target: Path, *, experts: str | None = None, run: Run = _DEFAULTS
 ) -> Converted:
@@ -122,6 +124,7 @@ def import_checkpoint(
     )
 
 
+@done_means_done()
 def export_checkpoint(
     source: Path,
     target: Path,

@@ -14,6 +14,7 @@ boot is another one, and a piece is believed only when it was read back.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import threading
@@ -126,17 +127,18 @@ class Recorded:
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise CheckpointError(f"{path}: longer than {MAX_MANIFEST_BYTES} bytes")
-            first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
+            text = io.BytesIO(path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         try:
+            first = _whole(text.readline())
             job, boot = fields(parse_object(first), {"job": dict, "boot": (str, type(None))})
             known = cls(Job.from_json(job), boot, pieces := {})
         except ValueError:
             return None
-        for line in lines:
+        for line in text:
             try:
-                key, crc = _parse(line)
+                key, crc = _parse(_whole(line))
             except ValueError:
                 break
             pieces[key] = crc
@@ -159,6 +161,12 @@ def _line(key: PieceKey, crc32: int) -> bytes:
 
 def _dumps(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _whole(line: bytes) -> bytes:
+    if not line.endswith(b"\n"):
+        raise ValueError("the line is torn")
+    return line
 
 
 def _parse(line: bytes) -> tuple[PieceKey, int]:

@@ -25,6 +25,9 @@ JOURNAL_FOLDER = ".megatron-bridge"
 MAX_MANIFEST_BYTES = 256 << 20
 """Ten times what 100 TB of pieces need."""
 
+_MAX_MARKS = 16_000_000
+"""Of its JSON: 4 a piece. Pieces are of 8 MiB, or of 64 KiB in a very small memory."""
+
 _MAX_CRC = (1 << 32) - 1
 
 
@@ -97,7 +100,7 @@ class Manifest:
     @classmethod
     def from_text(cls, text: bytes) -> Self:
         """What `to_text` gave. Raises ValueError for anything else."""
-        job, files = fields(parse_object(text), {"job": dict, "files": list})
+        job, files = fields(parse_object(text, _MAX_MARKS), {"job": dict, "files": list})
         records = tuple(_file_record(file) for file in files)
         names = [record.name for record in records]
         if names != sorted(set(names)):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.live_model import LiveTensors, LocalTensor, local_tensors
 from megatron.bridge.checkpoint.megatron_folder import megatron_files
 from megatron.bridge.checkpoint.staging import staged_folder
@@ -28,6 +29,7 @@ from megatron.bridge.models.hf_pretrained.config import HFConfig
 
 
 @torch.no_grad()
+@done_means_done()
 def save_checkpoint(
     source: LiveTensors,
     target: Path,

@@ -8,7 +8,7 @@
 
 However a run ends, by an error, a kill or a power cut, it leaves nothing, a `.partial` that a later
 run can resume, or the target. A target is complete when its manifest is written; the journals go
-next, then the folder is renamed.
+next, then the folder is renamed. From the first of these on, Ctrl-C and SIGTERM come too late.
 
 Several processes share one: the first makes, resumes and commits it; all write and record.
 """
@@ -24,6 +24,7 @@ from typing import Self
 from megatron.bridge.checkpoint import unfinished
 from megatron.bridge.checkpoint.folder_lock import FolderLock
 from megatron.bridge.checkpoint.folder_sync import sync, sync_all
+from megatron.bridge.checkpoint.interruption import uninterrupted
 from megatron.bridge.checkpoint.job import Job
 from megatron.bridge.checkpoint.journal import Journal, Ranged, read_journals
 from megatron.bridge.checkpoint.manifest import (
@@ -187,7 +188,7 @@ class PartialFolder:
             nbytes - min(nbytes, max(have[name], _allocated(self.path / name)))
             for name, nbytes in self._sizes.items()
         )
-        system = os.statvfs(self._target.parent)
+        system = os.statvfs(self.path if self.path.exists() else self._target.parent)
         free = system.f_bavail * system.f_frsize
         if needed > free:
             raise InputError(
@@ -207,13 +208,17 @@ class PartialFolder:
         # Whoever finds no journal any more is kept out by the lock on the manifest.
         manifest_lock = FolderLock(new)
         try:
-            new.rename(self.path / MANIFEST_FILE)
-            self._is_complete = True
-            sync(self.path)
-            unfinished.remove_journals(self.path, held)
-            put_in_place(self.path, self._target, force=self._force)
-            if not self._keep_manifest:
-                (self._target / MANIFEST_FILE).unlink()
+            with uninterrupted():
+                new.rename(self.path / MANIFEST_FILE)
+                self._is_complete = True
+                sync(self.path)
+                unfinished.remove_journals(self.path, held)
+                put_in_place(
+                    self.path,
+                    self._target,
+                    force=self._force,
+                    but=() if self._keep_manifest else (MANIFEST_FILE,),
+                )
         finally:
             manifest_lock.close()
 

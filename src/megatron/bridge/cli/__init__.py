@@ -23,18 +23,24 @@ def main(args: Sequence[str] | None = None) -> int:
 
     from typer.exceptions import TyperException
 
-    from megatron.bridge.cli.outcome import INTERRUPTED, misused, print_somewhere, terminable
+    from megatron.bridge.cli.outcome import INTERRUPTED, misused, terminable, unprinted
+    from megatron.bridge.cli.streams import sturdy_streams
 
-    print_somewhere()
     given = sys.argv[1:] if args is None else list(args)
-    try:
-        with terminable():
-            from megatron.bridge.cli.app import app
+    for_good = args is None
+    with sturdy_streams(for_good=for_good):
+        try:
+            with terminable(for_good=for_good):
+                from megatron.bridge.cli.app import app
 
-            return app(args=given, prog_name="megatron-bridge", standalone_mode=False) or 0
-    except TyperException as error:
-        return misused(error, as_json="--json" in given)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    except KeyboardInterrupt:  # between the commands' own handling and here
-        return INTERRUPTED
+                return app(args=given, prog_name="megatron-bridge", standalone_mode=False) or 0
+        except TyperException as error:
+            return misused(error, as_json="--json" in given)
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):
+                return unprinted(end.__context__)
+            return end.code if isinstance(end.code, int) else 0
+        except KeyboardInterrupt:  # between the commands' own handling and here
+            return INTERRUPTED
+        except OSError as error:  # of a help or version that cannot be printed
+            return unprinted(error)

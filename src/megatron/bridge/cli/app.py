@@ -6,9 +6,10 @@ top: `--help` answers at once.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from megatron.bridge.cli import outcome
 from megatron.bridge.cli.commands.compare import compare
@@ -89,5 +90,13 @@ _COMMANDS = (
     ("make-model", make_model, "Make a small random model in the released layout."),
 )
 
+
+class _Command(TyperCommand):
+    """Its usage line has the arguments as manuals write them: SRC, where typer has {SRC}."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
 for _name, _command, _summary in _COMMANDS:
-    app.command(_name, short_help=_summary, epilog=_EPILOG)(guarded(_command))
+    app.command(_name, cls=_Command, short_help=_summary, epilog=_EPILOG)(guarded(_command))

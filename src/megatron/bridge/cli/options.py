@@ -11,6 +11,7 @@ import typer
 
 from megatron.bridge.cli.units import parse_size
 from megatron.bridge.errors import InputError
+from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -32,8 +33,30 @@ HFModel = Annotated[
         metavar="SRC", help="Hugging Face model: a folder, or a hub id such as org/name."
     ),
 ]
+
+
+def given_path(text: str) -> Path:
+    """A path that was given, with `~` expanded. Raises typer.BadParameter if it is none."""
+    try:
+        return local_path(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def given_file(text: str) -> Path:
+    """A path of a file that is there. Raises typer.BadParameter."""
+    path = given_path(text)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise typer.BadParameter(f"{text!r} {what}")
+    return path
+
+
 Target = Annotated[
-    Path, typer.Argument(metavar="DST", help="Folder to make; it appears when it is complete.")
+    Path,
+    typer.Argument(
+        parser=given_path, metavar="DST", help="Folder to make; it appears when it is complete."
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -129,7 +152,7 @@ def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:
     from megatron.bridge.checkpoint.iterations import is_megatron_folder
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
-    if is_megatron_folder(Path(reference).expanduser()):
+    if is_megatron_folder(local_path(reference)):
         raise InputError(
             f"{reference} is a Megatron checkpoint, and a Hugging Face model is asked for; "
             "`megatron-bridge export` makes one of it"

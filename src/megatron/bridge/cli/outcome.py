@@ -17,12 +17,10 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
@@ -31,8 +29,9 @@ import typer
 from typer.exceptions import TyperException
 
 from megatron.bridge.cli import output
-from megatron.bridge.cli.output import printable_lines
-from megatron.bridge.errors import BridgeError
+from megatron.bridge.cli.output import say
+from megatron.bridge.cli.streams import print_nothing_more
+from megatron.bridge.errors import BridgeError, InputError
 
 DIFFERENT = 1
 BAD_INPUT = 2
@@ -61,7 +60,7 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as error:
             _end(INTERRUPTED, error, "interrupted", as_json=as_json)
         except BrokenPipeError:
-            _print_nothing_more()
+            print_nothing_more()
             raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
             _end(BAD_INPUT, error, f"error: {_describe(error)}", as_json=as_json)
@@ -77,9 +76,25 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
 
 def misused(error: TyperException, *, as_json: bool) -> int:
     """Say what is wrong with the arguments; returns the exit status."""
-    error.show()  # type: ignore[attr-defined]  # it has the usage, too; its class is typer's own
-    _show_document(error.exit_code, error, error.format_message(), as_json=as_json)
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if context is not None and message == context.get_help():  # called without any argument
+        say(message)
+    else:
+        say(f"error: {message}")
+        # What is said of a value says all; of a name that is missing or unknown it does not.
+        if context is not None and type(error) is not typer.BadParameter:
+            say(f"usage: {' '.join(context.get_usage().split()[1:])}")
+    _show_document(error.exit_code, error, message, as_json=as_json)
     return error.exit_code
+
+
+def unprinted(error: OSError) -> int:
+    """The exit status where stdout does not take a help text."""
+    print_nothing_more()
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+    say(f"error: stdout: {error.strerror or error}")
+    return BAD_INPUT
 
 
 def _end(status: int, error: BaseException, message: str, *, as_json: bool) -> NoReturn:
@@ -87,7 +102,7 @@ def _end(status: int, error: BaseException, message: str, *, as_json: bool) -> N
     if debug.get() or os.environ.get(DEBUG_VARIABLE):
         traceback.print_exc()
     message = "\n".join([message, *getattr(error, "__notes__", ())])
-    print(printable_lines(message), file=sys.stderr)  # noqa: T201
+    say(message)
     _show_document(status, error, message.removeprefix("error: "), as_json=as_json)
     raise typer.Exit(status) from None
 
@@ -101,12 +116,9 @@ def _show_document(status: int, error: BaseException, message: str, *, as_json: 
         try:
             output.write_document(sys.stdout, {"error": said})
         except BrokenPipeError:
-            _print_nothing_more()
-
-
-def _print_nothing_more() -> None:
-    """The reader went away: what Python flushes at exit must not meet the broken pipe again."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+            print_nothing_more()
+        except InputError as fault:
+            say(f"error: {fault}")
 
 
 def _describe(error: OSError) -> str:
@@ -118,25 +130,14 @@ def _describe(error: OSError) -> str:
     return f"{where}{reason}"
 
 
-def print_somewhere() -> None:
-    """Let there be streams: Python has none where the caller has closed them."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+def terminable(*, for_good: bool) -> AbstractContextManager[None]:
+    """Turn SIGTERM into an orderly end, so that unfinished output is removed.
 
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Turn SIGTERM into an orderly end, so that unfinished output is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    for_good: the process ends with the command.
+    """
+    from megatron.bridge.checkpoint.interruption import orderly_end
 
     def leave(_number: int, _frame: FrameType | None) -> NoReturn:
         sys.exit(TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return orderly_end(leave, for_good=for_good)

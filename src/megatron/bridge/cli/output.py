@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron.bridge.cli.streams import write_result
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.quoting import printable
 
@@ -45,15 +46,14 @@ class Output:
     def note(self, message: str) -> None:
         """Say on stderr what is going on; not with --json."""
         if not self.as_json:
-            print(printable_lines(message), file=sys.stderr, flush=True)  # noqa: T201
+            say(message)
 
     def show(self, document: Mapping[str, Any], render: Callable[[], RenderableType]) -> None:
         """Write the result: the document as JSON, or what `render` makes of it."""
         if self.as_json:
             write_document(self._stdout, document)
         else:
-            self._stdout.write(self._as_text(render()))
-            self._stdout.flush()
+            write_result(self._stdout, self._as_text(render()))
         shown.set(True)
 
     def _as_text(self, renderable: RenderableType) -> str:
@@ -71,8 +71,12 @@ class Output:
 
 def write_document(stdout: TextIO, document: Mapping[str, Any]) -> None:
     """Write JSON."""
-    stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    stdout.flush()
+    write_result(stdout, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def say(message: str) -> None:
+    """Write a line on stderr, or several."""
+    print(printable_lines(message), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def printable_lines(message: str) -> str:

@@ -28,6 +28,7 @@ from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
 from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
+from megatron.bridge.paths import local_path
 
 type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference"]
 
@@ -137,7 +138,7 @@ def inspect_hf(
     weights are fetched. Raises InputError where there is nothing to report on: no such model, an
     unreadable config, damaged weights. A model that cannot be converted is reported.
     """
-    path = Path(reference).expanduser()
+    path = local_path(reference)
     if path.is_file():
         if revision is not None:
             raise InputError(f"{reference} is a file: --revision means nothing for it")
@@ -208,7 +209,7 @@ def _tensors(
         if hf.has_files and (hf.folder / INDEX_FILE).exists():
             return "files", hf.tensors  # raises: the index names shards that are not there
         return "config", None
-    if Path(hf.name_or_path).expanduser().is_dir():
+    if local_path(hf.name_or_path).is_dir():
         return "files", hf.tensors
     try:
         return "files", TensorIndex.from_folder(hf.folder)

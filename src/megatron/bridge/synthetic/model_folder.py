@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.staging import staged_folder
 from megatron.bridge.synthetic.families import find_family
 from megatron.bridge.synthetic.settings import resolve_settings
 
 
+@done_means_done()
 def make_model(
     family: str,
     out: str | os.PathLike[str],

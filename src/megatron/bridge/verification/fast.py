@@ -23,6 +23,7 @@ from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, Manifest, read_ma
 from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY, Budget
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress
 from megatron.bridge.quoting import quoted
 from megatron.bridge.verification.file_ranges import TensorPlaces
@@ -91,7 +92,7 @@ class _Target:
 
     def reads(self, source: str | os.PathLike[str]) -> bool:
         """Whether it was converted from something of this kind."""
-        megatron = is_megatron_checkpoint(Path(source).expanduser())
+        megatron = is_megatron_checkpoint(local_path(source))
         return _KINDS[self.manifest.job.command][0] == ("megatron" if megatron else "huggingface")
 
 
@@ -125,7 +126,7 @@ def _no_manifest(where: str) -> InputError:
 
 def _target(reference: str | os.PathLike[str]) -> _Target | None:
     """A folder with a manifest; of a Megatron checkpoint also the folder of an iteration."""
-    folder = Path(reference).expanduser()
+    folder = local_path(reference)
     for candidate in (folder, folder.absolute().parent):
         if manifest := read_manifest(candidate):
             command, sources = manifest.job.command, manifest.job.sources
@@ -144,7 +145,7 @@ def _changes(
     target: _Target, source: str | os.PathLike[str], iteration: Iteration | None
 ) -> list[str]:
     """How a source differs from the one that is recorded, file by file."""
-    megatron = is_megatron_checkpoint(folder := Path(source).expanduser())
+    megatron = is_megatron_checkpoint(folder := local_path(source))
     if not target.reads(source):
         return [f"it is a {'Megatron checkpoint' if megatron else 'Hugging Face model'}"]
     if megatron:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.checkpoint.iterations import METADATA_FILE, Iteration, is_megatron_folder
@@ -24,6 +23,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.verification.report import (
     Kind,
@@ -88,12 +88,12 @@ class _Side:
 
 
 def _has_iterations(reference: str | os.PathLike[str]) -> bool:
-    folder = Path(reference).expanduser()
+    folder = local_path(reference)
     return is_megatron_folder(folder) and not (folder / METADATA_FILE).is_file()
 
 
 def _open(reference: str | os.PathLike[str], iteration: Iteration | None) -> Checkpoint:
-    folder = Path(reference).expanduser()
+    folder = local_path(reference)
     if is_megatron_folder(folder):
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 

@@ -12,6 +12,7 @@ from megatron.bridge.cli.options import (
     Json,
     Revision,
     choice_option,
+    given_file,
     hf_model,
     not_negative,
 )
@@ -25,7 +26,8 @@ def compare(
     source: HFModel,
     *,
     image: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Image to ask about.")
+        Path | None,
+        typer.Option(parser=given_file, metavar="FILE", help="Image to ask about."),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What to ask. By default a short question.")

@@ -24,6 +24,7 @@ from megatron.bridge.cli.options import (
     VerifyWritten,
     choice_option,
     experts_option,
+    given_path,
     hf_model,
     no_revision,
     size_of,
@@ -75,7 +76,9 @@ def import_command(
 
 
 def export_command(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Megatron checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(parser=given_path, metavar="SRC", help="Megatron checkpoint.")
+    ],
     target: Target,
     *,
     reference: Annotated[

@@ -9,6 +9,7 @@ import typer
 
 from megatron.bridge.cli.options import Iteration, Json, Revision, no_iteration
 from megatron.bridge.cli.output import Output, open_output
+from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,8 +37,8 @@ def inspect(
     from megatron.bridge.checkpoint.iterations import is_megatron_folder
 
     with open_output(as_json=as_json) as output:
-        if is_megatron_folder(Path(source).expanduser()):
-            _inspect_megatron(Path(source).expanduser(), revision, iteration, output)
+        if is_megatron_folder(local_path(source)):
+            _inspect_megatron(local_path(source), revision, iteration, output)
         else:
             no_iteration(source, iteration)
             _inspect_hf(source, revision, output)

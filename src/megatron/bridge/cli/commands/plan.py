@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -95,8 +94,9 @@ def _report(
     from megatron.bridge.checkpoint.iterations import is_megatron_folder
     from megatron.bridge.errors import InputError
     from megatron.bridge.inspection.plan_report import plan_export_of, plan_import_of
+    from megatron.bridge.paths import local_path
 
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not is_megatron_folder(path):
         if reference is not None:
             raise InputError(

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from megatron.bridge.errors import InputError, ReferenceNotFound
+from megatron.bridge.paths import is_given_folder, local_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -49,9 +50,7 @@ def resolve_reference(
 
 def local_folder(reference: str | os.PathLike[str]) -> Path | None:
     """The absolute path of the folder that `reference` names; None if it names none."""
-    text = os.fspath(reference)
-    path = Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser raises for "~nobody")
-    return path.absolute() if text and path.is_dir() else None
+    return local_path(reference).absolute() if is_given_folder(reference) else None
 
 
 def repository_files(repository: str, revision: str) -> list[str]:

@@ -12,19 +12,30 @@ from megatron.bridge.quoting import quoted
 MAX_DEPTH = 64
 """Levels of nesting: far beyond any honest file, far from the limit of recursive code."""
 
+MAX_MARKS = 8_000_000
+"""Brackets, commas and colons: no more values than these, of up to 100 bytes of memory each.
 
-def parse_object(text: bytes) -> dict[str, Any]:
+A tensor in a header has 12 of them, and the largest headers have 100,000 tensors.
+"""
+
+_MAX_DIGITS = 1000
+"""Of an integer: no format has as many, and Python takes their square in time."""
+
+
+def parse_object(text: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:
     """Parse UTF-8 JSON text whose top level is an object.
 
-    Raises ValueError for invalid UTF-8 or JSON, NaN and infinities, integers of thousands of
-    digits, duplicate keys at any depth, more than MAX_DEPTH levels, or a top level that is no
-    object.
+    Raises ValueError for invalid UTF-8 or JSON, NaN and infinities, integers of over 1,000 digits,
+    duplicate keys at any depth, more than MAX_DEPTH levels or `max_marks` values, or a top level
+    that is not an object.
     """
+    _check_marks(text, max_marks)
     try:
         value = json.loads(
             _decoded(text),
             object_pairs_hook=_without_duplicates,
             parse_constant=_no_number,
+            parse_int=_integer,
             parse_float=_finite,
         )
     except json.JSONDecodeError as error:
@@ -36,6 +47,14 @@ def parse_object(text: bytes) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     _check_depth(value)
     return value
+
+
+def _check_marks(text: bytes, most: int) -> None:
+    """Text of tiny values would take a hundred times its bytes. Marks in strings count, too."""
+    if len(text) > most:
+        marks = sum(map(text.count, (b"[", b"{", b",", b":")))
+        if marks > most:
+            raise ValueError(f"it has about {marks:,} values, the limit is {most:,}")
 
 
 def _decoded(text: bytes) -> str:
@@ -57,6 +76,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"{quoted(text)} is a number with too many digits: {len(text):,}")
+    return int(text)
 
 
 def _finite(text: str) -> float:

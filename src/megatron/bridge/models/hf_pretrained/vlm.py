@@ -42,6 +42,7 @@ from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.state import StateDict
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files
+from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import (
@@ -243,7 +244,7 @@ class PreTrainedVLM:
         The folder is made if need be; files of the same names in it are replaced, one by one. The
         config describes weights that are not quantized. Raises InputError if that is impossible.
         """
-        target, config = Path(path).expanduser(), self.restated_config()
+        target, config = local_path(path), self.restated_config()
         if self.has_files and target.resolve() == self.folder.resolve():
             raise InputError(f"{path}: these files come from there; name another folder")
         try:
