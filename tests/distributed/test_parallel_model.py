@@ -48,6 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "data": ("untied", {}),
     # In training, megatron-core has experts and tensor parallelism with sequence parallelism only.
     "experts_sequence": ("experts", SEQUENCE),
+    "experts_counted_together": ("counted_together", SEQUENCE),
+    "experts_counted_together_recompute": ("counted_together", SEQUENCE | RECOMPUTE),
     "hybrid_tensor": ("hybrid", TENSOR),
     "hybrid_experts_sequence": ("hybrid_experts", SEQUENCE),
     "hybrid_experts_sequence_recompute": (
@@ -72,6 +74,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "one_kv_head": ("qwen3_vl", {"text_config": {"num_key_value_heads": 1}}, {}),
     "experts": ("qwen3_vl_moe", {}, BALANCE),
+    "counted_together": (
+        "qwen3_vl_moe",
+        {"text_config": {"output_router_logits": True, "router_aux_loss_coef": 10.0}},
+        {},
+    ),
     "hybrid": ("qwen3_5-3x_value_heads-one_kv_head", {}, {}),
     "hybrid_experts": (HYBRID_EXPERTS, MTP_CONFIG, BALANCE | PREDICTOR),
     "hybrid_experts_of_one_loss": (HYBRID_EXPERTS, {}, BALANCE),

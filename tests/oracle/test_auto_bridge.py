@@ -92,7 +92,6 @@ def test_the_provider_has_the_released_values() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "relu"}, "text_config.hidden_act is 'relu'"),
         ({"rope_theta": None}, "rope_theta"),
         ({"num_key_value_heads": None}, "text_config.num_key_value_heads is missing"),
         ({"head_dim": "128"}, "text_config.head_dim must be of type int"),

@@ -128,6 +128,35 @@ def test_full_mask_and_nothing_visible() -> None:
     assert not found[3, 1].any()
 
 
+def test_dropout_is_of_probabilities_as_in_hugging_face() -> None:
+    """The same draw drops the same, so that values and gradients can be compared."""
+    from types import SimpleNamespace
+
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
+
+    # With sequence parallelism the caller has set the random state of the rank already.
+    parallel = {"sequence_parallel": True, "tensor_model_parallel_size": 2}
+    ours = TorchCoreAttention(
+        config(attention_dropout=0.4, **parallel), 1, AttnMaskType.no_mask, "self"
+    )
+    inputs = [tensor.requires_grad_() for tensor in qkv()]
+    torch.manual_seed(5)
+    found = ours.train()(*inputs, None)
+    found_gradients = torch.autograd.grad(found.square().sum(), inputs)
+
+    theirs: Any = SimpleNamespace(num_key_value_groups=3, training=True)
+    heads = [tensor.permute(1, 2, 0, 3) for tensor in inputs]
+    torch.manual_seed(5)
+    expected, _ = eager_attention_forward(
+        theirs, *heads, None, scaling=heads[0].shape[-1] ** -0.5, dropout=0.4
+    )
+    expected = expected.transpose(0, 1).flatten(2)
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found_gradients, gradients)
+    assert not torch.allclose(ours.eval()(*inputs, None), found)
+
+
 @pytest.mark.parametrize("mask_type", [AttnMaskType.causal, AttnMaskType.no_mask])
 def test_packed_sequences(mask_type: AttnMaskType) -> None:
     lengths = [3, 5, 3, 0, 2, 3]

@@ -33,12 +33,16 @@ def float64_throughout() -> Iterator[None]:
 def restore_frequencies(model: torch.nn.Module) -> None:
     """Compute the rotary frequencies of a transformers model again, without rounding to float32.
 
-    They are buffers made with the model, so a cast of the model comes too late for them.
+    They are buffers made with the model, so a cast of the model comes too late for them. A rope
+    type whose frequencies depend on the length has one more, from which it restores the others.
     """
     with float64_throughout():
         for module in model.modules():
-            if "inv_freq" in dict(module.named_buffers(recurse=False)):
-                module.inv_freq = type(module)(module.config).inv_freq
+            names = [name for name, _ in module.named_buffers(recurse=False) if "inv_freq" in name]
+            if "inv_freq" in names:
+                exact = type(module)(module.config)
+                for name in names:
+                    setattr(module, name, getattr(exact, name))
 
 
 class _Float64ForFloat32(TorchFunctionMode):

@@ -300,13 +300,14 @@ def uses_router_loss(coef: float, megatron_coeff: float | list[float]) -> bool:
 
 
 def router_loss_problems(provider: Qwen3VLModelProvider) -> list[str]:
-    """Layouts in which no rank has the routers of all layers and all tokens."""
-    if not provider.has_router_loss:
+    """A layout in which no rank has the routers of all layers."""
+    stages = provider.pipeline_model_parallel_size
+    if not provider.has_router_loss or stages == 1:
         return []
-    return [
-        f"{name} is {size} with router_aux_loss_coef (output_router_logits in the config): that "
-        f"loss needs the routers of all layers on every rank. Set {name}=1, or take "
-        f"router_aux_loss_coef=0, or megatron-core's own loss with moe_aux_loss_coeff"
-        for name in ("pipeline_model_parallel_size", "tensor_model_parallel_size")
-        if (size := getattr(provider, name)) != 1
-    ]
+    problem = (
+        f"pipeline_model_parallel_size is {stages} with router_aux_loss_coef "
+        f"(output_router_logits in the config): that loss needs the routers of all layers on one "
+        f"stage. Set pipeline_model_parallel_size=1, or take router_aux_loss_coef=0, or "
+        f"megatron-core's own loss with moe_aux_loss_coeff"
+    )
+    return [problem]

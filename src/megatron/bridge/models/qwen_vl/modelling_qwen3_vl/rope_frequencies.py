@@ -101,8 +101,9 @@ class RotaryFrequencies:
         if problems:
             return problems
         try:
-            frequencies, scaling = self._computed(torch.device("cpu"))
-            fits = bool(frequencies.isfinite().all()) and isfinite(scaling)
+            ends = [self.inv_freq(torch.tensor([end])) for end in (0, 1 << 60)]
+            fits = all(bool(end.isfinite().all()) for end in ends)
+            fits = fits and isfinite(self.attention_scaling())
         except _REFUSALS as error:
             lines = str(error).splitlines()
             found = lines[-1].strip() if lines else type(error).__name__
@@ -155,7 +156,10 @@ def rope_parameters_of_type(
         max_position_embeddings: of the same config.
     """
     stated = {key: value for key, value in parameters.items() if key not in FIELD_OF_KEY}
-    if stated.get("rope_type") in _STATED and stated.get("factor") is None:
+    rope_type = stated.get("rope_type")
+    # Absent it is a mistake in yarn, null it is not.
+    optional = rope_type == LONGROPE or (rope_type == "yarn" and "factor" in stated)
+    if optional and stated.get("factor") is None:
         trained = stated.get("original_max_position_embeddings")
         if isinstance(trained, int | float) and trained > 0:
             stated["factor"] = max_position_embeddings / trained

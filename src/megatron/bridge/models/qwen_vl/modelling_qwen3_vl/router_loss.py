@@ -7,38 +7,50 @@ a time, does not. Every router counts when it routes, and what all have counted 
 gradient comes back to it: d loss / d probability = experts * tokens of the expert / all tokens^2.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron.bridge.errors import InputError
 
-@dataclass
+
 class RouterCounts:
-    """What the routers of one forward pass counted.
+    """What the routers of one forward pass count.
 
-    Attributes:
+    Args:
         weight: of the loss, the coefficient times the number of tokens where gradients are divided
             by that later (`calculate_per_token_loss`).
-        chosen: by layer number, fp32 [experts], how many tokens chose each expert.
-        tokens: by layer number, fp32 [], how many there are, without padding.
     """
 
-    weight: Tensor | float
-    chosen: dict[int, Tensor] = field(default_factory=dict)
-    tokens: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, weight: Tensor | float) -> None:
+        self.weight = weight
+        self.layers: list[Tensor] = []
+        self.total: Tensor | None = None
 
-    def count(self, layer: int, chosen: Tensor, tokens: Tensor) -> None:
-        """Take what a router counted; a recomputed layer counts the same again."""
-        self.chosen[layer], self.tokens[layer] = chosen, tokens
+    def count(self, chosen: Tensor, tokens: Tensor) -> None:
+        """What one router counted: fp32 [experts] tokens that chose each expert, fp32 [] tokens.
+
+        A layer that is recomputed counts the same again, which is not taken.
+        """
+        if self.total is None:
+            self.layers.append(torch.cat((chosen, tokens.view(1))))
+
+    def close(self, sequence_parts: dist.ProcessGroup | None) -> None:
+        """All routers have counted, on each rank of `sequence_parts` its part of the sequence."""
+        total = torch.stack(self.layers).sum(0)
+        if sequence_parts is not None:
+            dist.all_reduce(total, group=sequence_parts)
+        self.total = total
 
     def loss_by_probability(self) -> Tensor:
         """fp32 [experts], d loss / d probability, the same for all tokens of all layers."""
-        chosen = torch.stack(list(self.chosen.values())).sum(0)
-        tokens = torch.stack(list(self.tokens.values())).sum()
+        if self.total is None:
+            raise InputError("the gradient of the routers' loss was asked for during the forward")
+        chosen, tokens = self.total[:-1], self.total[-1]
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale
         weight = self.weight if scale is None else self.weight * scale
         return weight * chosen.numel() * chosen / tokens**2
@@ -50,13 +62,13 @@ class RouterLoss:
     def __init__(self) -> None:
         self.counts: RouterCounts | None = None
 
-    def attach(self, loss: Tensor, counts: RouterCounts) -> Tensor:
-        """The loss of the tokens, whose gradient brings that of the routers along.
+    def attach(self, output: Tensor, counts: RouterCounts | None) -> Tensor:
+        """The output of a forward pass, whose gradient brings that of the routers along.
 
         Recomputed layers route anew during the backward pass, which begins here: they find the
-        counts of their own forward pass again, whatever ran in between.
+        counts of their own forward pass again, or none, whatever ran in between.
         """
-        attached: Tensor = _BeginBackward.apply(loss, self, counts)
+        attached: Tensor = _BeginBackward.apply(output, self, counts)
         return attached
 
 
@@ -84,7 +96,7 @@ class CountedRouter(TopKRouter):
                     real = real.masked_fill(padding_mask.unsqueeze(-1), 0.0)
                 best = probabilities.topk(self.topk, dim=-1).indices
                 chosen = torch.zeros_like(probabilities).scatter(-1, best, 1.0) * real
-                counts.count(self.layer_number, chosen.sum((0, 1)), real.sum())
+                counts.count(chosen.sum((0, 1)), real.sum())
             if torch.is_grad_enabled():
                 logits = _AddGradient.apply(logits, probabilities, real, counts)
         routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask=padding_mask)
@@ -111,9 +123,11 @@ class _AddGradient(torch.autograd.Function):
 
 class _BeginBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, router_loss: RouterLoss, counts: RouterCounts) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, router_loss: RouterLoss, counts: RouterCounts | None
+    ) -> Tensor:
         ctx.router_loss, ctx.counts = router_loss, counts
-        return loss.view_as(loss)
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -94,20 +94,26 @@ class Qwen3VLTextModel(GPTModel):
         That loss is meant for a mean over the tokens: the gradients of the mean of what is
         returned are those of that mean plus `router_aux_loss_coef` times the routers' loss.
         """
-        self.router_loss.counts = None
         given |= {"labels": labels, "loss_mask": loss_mask}
-        if not self.config.has_router_loss or labels is None or not torch.is_grad_enabled():
+        if not self.config.has_router_loss:
             return super().forward(*args, **given)
-        weight = self.config.router_aux_loss_coef
-        if self.config.calculate_per_token_loss:
-            counted = labels != IGNORED_LABEL
-            weight = weight * (counted if loss_mask is None else loss_mask).sum()
-        counts = self.router_loss.counts = RouterCounts(weight)
+        counts = None
+        if labels is not None and torch.is_grad_enabled():
+            counts = RouterCounts(self._router_loss_weight(labels, loss_mask))
+        self.router_loss.counts = counts
         try:
-            loss = super().forward(*args, **given)
+            output = super().forward(*args, **given)
         finally:
             self.router_loss.counts = None
-        return self.router_loss.attach(loss, counts)
+        if counts is not None:
+            counts.close(self.pg_collection.tp if self.config.sequence_parallel else None)
+        return self.router_loss.attach(output, counts)
+
+    def _router_loss_weight(self, labels: Tensor, loss_mask: Tensor | None) -> Tensor | float:
+        coef: float = self.config.router_aux_loss_coef
+        if not self.config.calculate_per_token_loss:
+            return coef
+        return coef * (labels != IGNORED_LABEL if loss_mask is None else loss_mask).sum()
 
     def _postprocess(
         self,
