@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from megatron.bridge.dtypes import MIXABLE, widest
-from megatron.bridge.errors import ConfigError
+from megatron.bridge.errors import ConfigError, PlanError
 from megatron.bridge.models.conversion.diagnosis import Terms
 from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
@@ -229,13 +229,28 @@ class MegatronModelBridge(ABC):
         self.check(config)
         if options.spelling is None:
             options = replace(options, spelling=self.spelling(config, tensors))
-        return build_plan(
-            self.registry_for(config, tensors, options),
-            self.structure(config, tensors, options),
-            tensors,
-            self.extras(config, tensors, options),
-            self.terms(options.spelling or Spelling()),
-        )
+        terms = self.terms(options.spelling or Spelling())
+        try:
+            plan = build_plan(
+                self.registry_for(config, tensors, options),
+                self.structure(config, tensors, options),
+                tensors,
+                self.extras(config, tensors, options),
+                terms,
+            )
+        except PlanError as error:
+            if assumed := _assumed_sizes(config):
+                raise PlanError(error.problems, causes=[assumed]) from None
+            raise
+        beyond = {key for key, _ in terms.counts.values() if key in config.filled_in}
+        cut = [
+            f"{name}: {reason}"
+            for name, reason in plan.carried.items()
+            if any(reason.endswith(key) for key in beyond)
+        ]
+        if cut:  # a number that nobody stated does not decide what is left out
+            raise PlanError(cut, causes=[_assumed_sizes(config)])
+        return plan
 
     def expected_tensors(
         self, config: HFConfig, dtype: str, options: PlanOptions = DEFAULTS
@@ -253,6 +268,20 @@ class MegatronModelBridge(ABC):
     ) -> ConversionPlan:
         """The plan that files of this config would have; see `expected_tensors`."""
         return self.plan(config, self.expected_tensors(config, dtype, options), options)
+
+
+def _assumed_sizes(config: HFConfig) -> str:
+    """What to say where files contradict sizes that the config leaves out; empty for none."""
+    sizes = {
+        path: value for path, value in config.filled_in.items() if type(value) in (int, list)
+    }
+    if not sizes:
+        return ""
+    shown = ", ".join(f"{path} ({quoted(value)})" for path, value in sizes.items())
+    return (
+        f"{config.origin} does not state {shown}: these are transformers' defaults, and do not fit "
+        f"the files; state what they have"
+    )
 
 
 def _dotted(path_or_class: str | type) -> str:
