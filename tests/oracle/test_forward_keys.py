@@ -158,6 +158,13 @@ def test_activations(build: Any, prompts: list[dict[str, Tensor]], family: str) 
     assert not any("activation" in name for name, _ in pair.ours.named_modules())
 
 
+def test_fewer_layers_than_features_of_deepstack(
+    build: Any, prompts: list[dict[str, Tensor]]
+) -> None:
+    """As in a pruned model: the features that no layer is there for are left over."""
+    assert_equal_logits(build({"text_config": {"num_hidden_layers": 1}}), prompts)
+
+
 def test_dropout_is_for_training_only(build: Any, prompts: list[dict[str, Tensor]]) -> None:
     pair = build({"text_config": {"attention_dropout": 0.25}})
     assert_equal_logits(pair, prompts)

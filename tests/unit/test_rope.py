@@ -124,13 +124,18 @@ def test_interleaved_rotary_embedding(percent: float, section: list[int]) -> Non
     torch.testing.assert_close(angles.sin()[:, :, 0].transpose(0, 1), sin, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("parameters", [{}, {"rope_type": "linear", "factor": 3.0}])
+YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 50}
+
+
+@pytest.mark.parametrize("parameters", [{}, YARN])
 def test_frequencies_survive_meta_and_casts(parameters: dict[str, Any]) -> None:
     positions = torch.arange(21).view(3, 1, 7)
     frequencies = RotaryFrequencies(16, 1.0, 5e6, parameters)
     expected = InterleavedMultimodalRotaryEmbedding(frequencies)(positions, [4, 2, 2])
     with torch.device("meta"):
-        module = InterleavedMultimodalRotaryEmbedding(frequencies)
+        assert not frequencies.problems()
+        assert frequencies.attention_scaling() == pytest.approx(1.11 if parameters else 1, abs=1e-3)
+        module = InterleavedMultimodalRotaryEmbedding(RotaryFrequencies(16, 1.0, 5e6, parameters))
     module = module.to_empty(device="cpu").bfloat16()
     assert torch.equal(module(positions, [4, 2, 2]), expected)
     assert not module.state_dict()

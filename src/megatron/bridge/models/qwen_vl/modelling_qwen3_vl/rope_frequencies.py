@@ -101,7 +101,7 @@ class RotaryFrequencies:
         if problems:
             return problems
         try:
-            ends = [self.inv_freq(torch.tensor([end])) for end in (0, 1 << 60)]
+            ends = [self.inv_freq(torch.tensor([end], device="cpu")) for end in (0, 1 << 60)]
             fits = all(bool(end.isfinite().all()) for end in ends)
             fits = fits and isfinite(self.attention_scaling())
         except _REFUSALS as error:
@@ -124,7 +124,8 @@ class RotaryFrequencies:
             return 1.0 / self.rotary_base ** (exponents / rotated), 1.0
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        return ROPE_INIT_FUNCTIONS[self.rope_type](self._config, device, seq_len=length)
+        with device:  # a part of them is made on the device of the context, which may be meta
+            return ROPE_INIT_FUNCTIONS[self.rope_type](self._config, device, seq_len=length)
 
     @cached_property
     def _config(self) -> Any:
