@@ -239,7 +239,7 @@ class MegatronModelBridge(ABC):
                 terms,
             )
         except PlanError as error:
-            if assumed := _assumed_sizes(config):
+            if assumed := _assumed_sizes(config, str(error)):
                 raise PlanError(error.problems, causes=[assumed]) from None
             raise
         beyond = {key for key, _ in terms.counts.values() if key in config.filled_in}
@@ -249,7 +249,7 @@ class MegatronModelBridge(ABC):
             if any(reason.endswith(key) for key in beyond)
         ]
         if cut:  # a number that nobody stated does not decide what is left out
-            raise PlanError(cut, causes=[_assumed_sizes(config)])
+            raise PlanError(cut, causes=[_assumed_sizes(config, "\n".join(cut))])
         return plan
 
     def expected_tensors(
@@ -270,13 +270,16 @@ class MegatronModelBridge(ABC):
         return self.plan(config, self.expected_tensors(config, dtype, options), options)
 
 
-def _assumed_sizes(config: HFConfig) -> str:
-    """What to say where files contradict sizes that the config leaves out; empty for none."""
-    sizes = {
-        path: value for path, value in config.filled_in.items() if type(value) in (int, list)
-    }
+def _assumed_sizes(config: HFConfig, problems: str) -> str:
+    """What to say where files contradict sizes that the config leaves out; empty for none.
+
+    problems: text that names some of them, perhaps.
+    """
+    filled = config.filled_in.items()
+    sizes = {path: value for path, value in filled if type(value) in (int, list)}
     if not sizes:
         return ""
+    sizes = {path: value for path, value in sizes.items() if path in problems} or sizes
     shown = ", ".join(f"{path} ({quoted(value)})" for path, value in sizes.items())
     return (
         f"{config.origin} does not state {shown}: these are transformers' defaults, and do not fit "

@@ -51,12 +51,13 @@ def read_rope(config: HFConfig) -> Rope:
             f"{config.origin}: text_config.{_FORMS[0]}.mrope_section must be a list of three "
             f"counts, found {quoted(section)}"
         )
-    rotated = 1.0
-    if config.model_type in PARTIAL_ROTARY:
-        places = _places("partial_rotary_factor", anywhere=True)
-        rotated = text.agreed(places, partial(text.positive, limit=1.0))
     kinds = [place for name in ("rope_type", "type") for place in _places(name)]
     kind = text.agreed(kinds, partial(text.require, kind=str))
+    rotated, places = 1.0, _places("partial_rotary_factor", anywhere=True)
+    # Where heads are rotated as a whole, transformers reads it for scaled types all the same.
+    scaled = kind != "default" and any(map(text.has, places))
+    if config.model_type in PARTIAL_ROTARY or scaled:
+        rotated = text.agreed(places, partial(text.positive, limit=1.0))
     return Rope(theta, tuple(section), rotated, kind, _scaling(text, kind))
 
 
