@@ -7,9 +7,12 @@ RUN := $(PYTHON_BIN) -m
 PIP := $(RUN) pip --disable-pip-version-check
 # Passed on to the tool that a target runs: make test ARGS="-k layout -x"
 ARGS ?=
+# Processes that share the tests, by file. Tests that need the machine for themselves come after.
+WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile -m
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup demo test test-all lint format fuzz bench clean distclean
+.PHONY: FORCE help setup demo test test-all test-keys lint format fuzz bench clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,10 +37,19 @@ demo: $(STAMP) ## small models of all families there and back; MODEL=<folder or 
 	@$(PYTHON_BIN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(FAMILY),--family "$(FAMILY)") $(ARGS)
 
 test: $(STAMP) ## the fast test suite
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest $(SHARED) "not slow and not alone" $(ARGS)
+	$(RUN) pytest -m "not slow and alone" $(ARGS)
 
 test-all: $(STAMP) ## every test, the slow ones included
-	$(RUN) pytest -m "slow or not slow" $(ARGS)
+	$(RUN) pytest $(SHARED) "not alone" $(ARGS)
+	$(RUN) pytest -m alone $(ARGS)
+
+test-keys: $(STAMP) ## the table of config keys beside another transformers; VERSION=5.24.0
+	@mkdir -p build && rm -rf build/transformers
+	$(PIP) download --quiet --no-deps --dest build/transformers "transformers==$(VERSION)"
+	@cd build/transformers && ../../$(PYTHON_BIN) -m zipfile -e transformers-*.whl .
+	TRANSFORMERS_SOURCE=build/transformers/transformers \
+	    $(RUN) pytest tests/oracle/test_config_keys.py -k "config_classes or modeling or mrope" $(ARGS)
 
 fuzz: $(STAMP) ## fuzz all that reads files of strangers; SECONDS=<for each reader>, ARGS=<of libFuzzer>
 	@for target in $$(PYTHONPATH=tests $(RUN) fuzz 2>/dev/null); do \

@@ -168,8 +168,10 @@ def test_defaults_read_from_the_source_are_those_of_the_class(model_type: str) -
     declared = declared_defaults(model_type)
     assert len(declared) > 30
     for path, value in declared.items():
-        section, _, key = path.rpartition(".")
-        found = made[section] if section else made
+        *sections, key = path.split(".")
+        found = made
+        for section in sections:
+            found = found[section]
         names = [key, *(n.rpartition(".")[2] for n in declared_aliases(model_type).get(path, ()))]
         [stored] = [found[name] for name in names if name in found] or [None]
         if value is not None:  # what is None there is made by code

@@ -94,13 +94,19 @@ class TransformersDefaults:
 def declared_defaults(model_type: str) -> Mapping[str, Any]:
     """Defaults in the source of a model type's config classes, by dotted path.
 
-    Only literals: what is None there is filled in by code. Tuples become lists, as in JSON.
+    Only literals: what is None there is filled in by code. Tuples become lists, as in JSON. Base
+    and type of a rotation stand beside the fields, or in the class that all config classes share.
     """
-    return {
-        f"{prefix}{key}": value
-        for prefix, node in _config_classes(model_type).items()
-        for key, value in _assigned(node, fields=True).items()
-    }
+    found: dict[str, Any] = {}
+    for prefix, node in _config_classes(model_type).items():
+        declared = _assigned(node, fields=True)
+        found |= {f"{prefix}{key}": value for key, value in declared.items()}
+        if "rope_parameters" in declared:
+            rope = {**_defaults_of_rotations(), **_assigned(node)}
+            for key, name in (("rope_theta", "default_theta"), ("rope_type", "default_rope_type")):
+                if name in rope:
+                    found[f"{prefix}rope_parameters.{key}"] = rope[name]
+    return found
 
 
 @cache
@@ -119,20 +125,34 @@ def declared_aliases(model_type: str) -> Mapping[str, tuple[str, ...]]:
 def _config_classes(model_type: str) -> Mapping[str, ast.ClassDef]:
     """The source of a model type's config class, and of those inside by their prefix."""
     name = model_type.replace("-", "_")
-    package = importlib.util.find_spec("transformers")
-    if package is None or not package.submodule_search_locations or not name.isidentifier():
+    if not name.isidentifier():
         return {}
-    folder = Path(next(iter(package.submodule_search_locations)), "models", name)
-    try:
-        tree = ast.parse((folder / f"configuration_{name}.py").read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return {}  # then the class itself says it
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = _classes_in(f"models/{name}/configuration_{name}.py")
     for node in classes.values():
         if _assigned(node).get("model_type") == model_type:
             inside = _sections(node).items()
             return {"": node} | {f"{key}.": classes[one] for key, one in inside if one in classes}
     return {}
+
+
+@cache
+def _defaults_of_rotations() -> Mapping[str, Any]:
+    """What the class that fills in the parameters of rotations takes where a config has none."""
+    node = _classes_in("modeling_rope_utils.py").get("RotaryEmbeddingConfigMixin")
+    return {} if node is None else _assigned(node)
+
+
+def _classes_in(file: str) -> dict[str, ast.ClassDef]:
+    """The source of the classes in a file of the installed package; none if it is not there."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or not package.submodule_search_locations:
+        return {}
+    path = Path(next(iter(package.submodule_search_locations)), file)
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return {}  # then the class itself says it
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _assigned(node: ast.ClassDef, *, fields: bool = False) -> dict[str, Any]:

@@ -51,8 +51,7 @@ def read_rope(config: HFConfig) -> Rope:
             f"{config.origin}: text_config.{_FORMS[0]}.mrope_section must be a list of three "
             f"counts, found {quoted(section)}"
         )
-    kinds = [place for name in ("rope_type", "type") for place in _places(name)]
-    kind = text.agreed(kinds, partial(text.require, kind=str))
+    kind = text.agreed(_kinds(), partial(text.require, kind=str))
     rotated, places = 1.0, _places("partial_rotary_factor", anywhere=True)
     # Where heads are rotated as a whole, transformers reads it for scaled types all the same.
     scaled = kind != "default" and any(map(text.has, places))
@@ -62,16 +61,17 @@ def read_rope(config: HFConfig) -> Rope:
 
 
 def vision_rope_settings(vision: HFConfig) -> dict[str, Any]:
-    """Fields of the vision tower's rotation; none where the config states nothing of it."""
-    settings: dict[str, Any] = {}
-    places = _places("rope_theta", anywhere=True)
-    if any(map(vision.has, places)):
-        settings["rope_theta"] = vision.agreed(places, vision.positive)
-    kinds = [place for name in ("rope_type", "type") for place in _places(name)]
-    if any(map(vision.has, kinds)):
-        kind = vision.agreed(kinds, partial(vision.require, kind=str))
-        settings["rope_type"] = "axial" if kind == "default" else kind
-    return settings
+    """Fields of the vision tower's rotation."""
+    kind = vision.agreed(_kinds(), partial(vision.require, kind=str))
+    return {
+        "rope_theta": vision.agreed(_places("rope_theta", anywhere=True), vision.positive),
+        "rope_type": "axial" if kind == "default" else kind,
+    }
+
+
+def _kinds() -> list[str]:
+    """Where the type of a rotation may stand; the first of them is where it is filled in."""
+    return [place for name in ("rope_type", "type") for place in _places(name)]
 
 
 def _places(key: str, *, anywhere: bool = False) -> list[str]:
