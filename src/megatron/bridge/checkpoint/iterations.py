@@ -122,7 +122,8 @@ def _checked(found: Path, otherwise: str, there: Sequence[str]) -> Path:
         return found
     if found.is_dir() and (other := other_checkpoint(found)) is not None:
         raise CheckpointError(other)
-    raise CheckpointError(f"{printable(otherwise)}; {_choice(there)}")
+    others = [name for name in there if folder_name(name) != found.name]
+    raise CheckpointError(f"{printable(otherwise)}; {_choice(others)}")
 
 
 def _choice(there: Sequence[str]) -> str:
