@@ -397,7 +397,7 @@ def test_unusable_arguments(
         ["import"],
         ["import", "a", "b", "--unknown"],
         ["no-such-command"],
-        ["export", "a", "b"],
+        ["export", "a"],
         ["make-model", "--family", "qwen3-vl", "--out", "out", "--set", "no-equals-sign"],
         ["make-model", "--family", "qwen3-vl", "--out", "out", "--set", "a=1", "--set", "a=2"],
     ],

@@ -18,7 +18,7 @@ from refusals import refused
     [
         (["inspect", "nothing-here"], "ReferenceNotFound", "nothing-here"),
         (["import", "nothing-here", "out"], "ReferenceNotFound", "nothing-here"),
-        (["export", "nothing-here", "out"], "MissingParameter", "--hf"),
+        (["export", "nothing-here"], "MissingParameter", "DST"),
         (["verify", "nothing-here"], "InputError", "nothing-here"),
         (["plan", "x", "--tp", "abc"], "BadParameter", "'abc' is no whole number from 1 to"),
         (["plan", "x", "--pp", "0"], "BadParameter", "'0' is no whole number from 1 to"),

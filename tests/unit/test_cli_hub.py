@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -97,14 +99,30 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
-@pytest.fixture
-def hub(small_model: Path) -> Iterator[Hub]:
-    with Hub(small_model) as server:
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
+    with Hub(folder) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def hub(small_model: Path) -> Iterator[Hub]:
+    with serving(small_model) as server:
+        yield server
+
+
+@pytest.fixture
+def pickled(small_model: Path, tmp_path: Path) -> Iterator[Hub]:
+    """A hub whose repository has weights in another format."""
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(small_model / "config.json", tmp_path / "pickled")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_text("not to be fetched")
+    with serving(tmp_path / "pickled") as server:
+        yield server
 
 
 def run_online(hub: Hub, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -162,3 +180,33 @@ def test_no_such_repository(hub: Hub, tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: someone/else: ")
     assert "Traceback" not in done.stderr
+
+
+def test_weights_in_another_format(pickled: Hub, tmp_path: Path) -> None:
+    """Named as in a folder, from the list of the repository's files."""
+    for args in (("plan", REPOSITORY), ("import", REPOSITORY, str(tmp_path / "out"))):
+        done = run_online(pickled, tmp_path / "home", *args)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        *_, said = done.stderr.splitlines()  # behind the progress of a download
+        assert said.startswith(f"error: {REPOSITORY}: no safetensors weights: it holds ")
+        assert "pytorch_model.bin" in said
+    assert not list((tmp_path / "home").rglob("*.bin"))
+
+
+def test_a_reference_is_planned_with_by_its_headers(
+    hub: Hub,
+    small_checkpoint: Path,
+    small_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ("plan", str(small_checkpoint), "--json", "--hf")
+    done = run_online(hub, tmp_path / "home", *args, REPOSITORY)
+    assert (done.returncode, done.stderr) == (0, "")
+    main([*args, str(small_model)])
+    assert json.loads(done.stdout) | {"folder": ""} == json.loads(capsys.readouterr().out) | {
+        "folder": ""
+    }
+    assert 0 < hub.weight_bytes <= 2 * 3 * 101_000
+    assert not list((tmp_path / "home").rglob("*.safetensors"))

@@ -42,7 +42,9 @@ def is_megatron_folder(folder: Path) -> bool:
         return True
     if not folder.is_dir() or (folder / CONFIG_FILE).is_file():
         return False
-    return bool(iterations(folder)) or is_older_checkpoint(folder)
+    # A folder by the name of release can be anything.
+    released = (folder / RELEASE / METADATA_FILE).is_file()
+    return released or any(map(str.isdecimal, iterations(folder))) or is_older_checkpoint(folder)
 
 
 def iterations(folder: Path) -> list[str]:
@@ -101,10 +103,11 @@ def iteration_folder(folder: Path, iteration: Iteration | None = None) -> Path:
         )
     if (other := other_checkpoint(folder)) is not None:
         raise CheckpointError(other)
+    is_model = (folder / CONFIG_FILE).is_file() or any(folder.glob("*.safetensors"))
     hint = "; it is a Hugging Face model, which import makes one of"
     raise CheckpointError(
         f"{folder}: not a Megatron checkpoint: neither {TRACKER_FILE} nor {METADATA_FILE}"
-        f"{hint if (folder / CONFIG_FILE).is_file() else ''}"
+        f"{hint if is_model else ''}"
     )
 
 
@@ -119,7 +122,8 @@ def _checked(found: Path, otherwise: str, there: Sequence[str]) -> Path:
         return found
     if found.is_dir() and (other := other_checkpoint(found)) is not None:
         raise CheckpointError(other)
-    raise CheckpointError(f"{printable(otherwise)}; {_choice(there)}")
+    others = [name for name in there if folder_name(name) != found.name]
+    raise CheckpointError(f"{printable(otherwise)}; {_choice(others)}")
 
 
 def _choice(there: Sequence[str]) -> str:

@@ -98,11 +98,12 @@ def _check_whole(
 def require_common_key(checkpoint: "TorchDistCheckpoint", plan: ConversionPlan) -> None:
     """Raise CheckpointError if no key is one of the model's: then it is another kind of file."""
     if not checkpoint.tensors.keys() & plan.megatron.keys():
-        found, expected = next(iter(checkpoint.tensors)), next(iter(plan.megatron))
+        found, expected = next(iter(checkpoint.tensors.values())), next(iter(plan.megatron))
         raise CheckpointError(
             f"{checkpoint.folder}: none of its tensors has a key of this model in megatron-core: "
-            f"expected such as {expected}, found such as {found}. It is of another model, or of "
-            "another program; then save it with megatron-core as torch_dist"
+            f"expected such as {expected}, found such as {found.name}: {found.dtype} of shape "
+            f"{found.shape}. It is of another model, or of another program; then save it with "
+            "megatron-core as torch_dist"
         )
 
 
