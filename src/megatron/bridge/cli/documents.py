@@ -78,6 +78,7 @@ def megatron_document(report: MegatronReport) -> Document:
         "architecture": report.architecture,
         "config_record": report.config_record,
         "megatron": summary_document(report.megatron),
+        "state": summary_document(report.state),
         "files": [{"name": name, "bytes": size} for name, size in report.files.items()],
         "objects": len(report.objects),
         "tensors": [

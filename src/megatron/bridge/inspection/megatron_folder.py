@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, read_hf_config
+from megatron.bridge.checkpoint.plans import is_state
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.inspection.summary import TensorSummary
 from megatron.bridge.models.conversion.plan import TensorSpec
@@ -16,8 +17,9 @@ from megatron.bridge.models.conversion.plan import TensorSpec
 class MegatronReport:
     """A torch_dist checkpoint, as its index describes it.
 
-    folder: of the iteration. iteration: "0", or "release". tensors: every tensor by key.
-    objects: names of what is no tensor. files: name -> bytes of the data files.
+    folder: of the iteration. iteration: "0", or "release". megatron, tensors: the weights, by key.
+    state: the other tensors, which are state of training. objects: names of what is no tensor.
+    files: name -> bytes of the data files.
     architecture: the Hugging Face architecture in the config record, None without a record.
     """
 
@@ -25,6 +27,7 @@ class MegatronReport:
     folder: Path
     iteration: str
     megatron: TensorSummary
+    state: TensorSummary
     tensors: Mapping[str, TensorSpec]
     objects: tuple[str, ...]
     files: Mapping[str, int]
@@ -36,13 +39,16 @@ def inspect_megatron(source: Path) -> MegatronReport:
     """Look at a checkpoint, or at the folder of one iteration. Raises CheckpointError."""
     checkpoint = TorchDistCheckpoint(source)
     folder = checkpoint.folder
+    weights = {key: spec for key, spec in checkpoint.tensors.items() if not is_state(key)}
+    state = (spec for key, spec in checkpoint.tensors.items() if key not in weights)
     recorded = (folder / CONFIG_RECORD).is_file()
     return MegatronReport(
         source=str(source),
         folder=folder,
         iteration=_iteration(folder.name),
-        megatron=TensorSummary.of(checkpoint.tensors.values()),
-        tensors=checkpoint.tensors,
+        megatron=TensorSummary.of(weights.values()),
+        state=TensorSummary.of(state),
+        tensors=weights,
         objects=tuple(checkpoint.objects),
         files={file.name: file.stat().st_size for file in sorted(folder.glob("*.distcp"))},
         config_record=recorded,

@@ -105,6 +105,7 @@ def render_megatron(report: MegatronReport) -> RenderableType:
                 ("source", report.source),
                 ("iteration", f"{report.iteration} ({report.folder.name})"),
                 *_sizes(report.megatron),
+                ("training state", _state(report.state)),
                 ("files", _named_sizes(report.files)),
                 ("objects", _objects(report.objects)),
                 ("config record", record),
@@ -201,6 +202,13 @@ def _megatron(report: HFReport) -> str | None:
         return None
     size = plan.megatron_bytes
     return f"{count(len(plan.megatron), 'tensor')}, {size:,} bytes ({format_bytes(size)})"
+
+
+def _state(state: TensorSummary) -> str | None:
+    if not state.keys:
+        return None
+    size = f"{state.bytes:,} bytes ({format_bytes(state.bytes)})"
+    return f"{count(state.keys, 'tensor')}, {size}: of optimizers and the like, not weights"
 
 
 def _objects(objects: tuple[str, ...]) -> str:
