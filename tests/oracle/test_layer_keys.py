@@ -176,6 +176,8 @@ def test_state_of_several_optimizers_is_not_weights(
     provider = bridge.to_megatron_provider()
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
     chunks = provider.provide_distributed_model(ddp)
+    for name, parameter in chunks[0].named_parameters():
+        parameter.allreduce = ".experts." not in name  # as in expert parallelism
     # It asks for one number on the GPU.
     on_cpu = SimpleNamespace(**vars(torch) | {"tensor": lambda *values, **_: torch.tensor(*values)})
     monkeypatch.setattr(optimizer, "torch", on_cpu)
