@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,38 @@ def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
     """A file from a header as JSON text or object, without any check."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+def read_tensors(folder: Path) -> dict[str, Any]:
+    """Every tensor of a model folder, by name."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def change_tensors(folder: Path, change: Callable[[str, Any], Any]) -> None:
+    """Replace every tensor by ``change(name, tensor)``; all lie in one file then."""
+    from safetensors.torch import save_file
+
+    tensors = {name: change(name, tensor) for name, tensor in read_tensors(folder).items()}
+    for path in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
+        path.unlink()
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def same_tensors(left: Path, right: Path) -> bool:
+    """Whether two folders hold the same tensors in the same dtypes, bit by bit."""
+    import torch
+
+    here, there = read_tensors(left), read_tensors(right)
+    return here.keys() == there.keys() and all(
+        tensor.dtype == there[name].dtype
+        and tensor.shape == there[name].shape
+        and torch.equal(tensor.view(torch.uint8), there[name].view(torch.uint8))
+        for name, tensor in here.items()
+    )

@@ -197,17 +197,26 @@ def test_a_head_that_the_config_ties_is_refused() -> None:
         Qwen3VLBridge().plan(config, small_tensors())
 
 
-def test_dtypes_of_one_parameter_must_agree() -> None:
+def test_a_parameter_holds_the_dtypes_of_all_its_tensors() -> None:
     tensors = small_tensors()
-    tensors[K] = replace(tensors[K], dtype="F32")
-    with pytest.raises(PlanError, match=r"should have one dtype, found \['BF16', 'F32'\]"):
+    tensors[K] = replace(tensors[K], dtype="F16")
+    plan = small_plan(tensors)
+    assert plan.megatron[f"{LAYERS}self_attention.linear_qkv.weight"].dtype == "F32"
+    assert (plan.hf[K].dtype, plan.hf[Q].dtype) == ("F16", "BF16")
+    tensors[K] = replace(tensors[K], dtype="F8_E4M3")
+    with pytest.raises(PlanError, match=r"found \['BF16', 'F8_E4M3'\]; convert the files to one"):
         small_plan(tensors)
 
 
-def test_dtypes_of_layers_that_share_a_key_must_agree() -> None:
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_key_of_several_layers_holds_the_dtypes_of_all(layer: int) -> None:
     tensors = small_tensors()
-    name = "model.language_model.layers.2.self_attn.o_proj.weight"
+    name = f"model.language_model.layers.{layer}.self_attn.o_proj.weight"
     tensors[name] = replace(tensors[name], dtype="F32")
+    plan = small_plan(tensors)
+    assert plan.megatron[f"{LAYERS}self_attention.linear_proj.weight"].dtype == "F32"
+    assert {plan.hf[n].dtype for n in tensors if n != name} == {"BF16"}
+    tensors[name] = replace(tensors[name], dtype="I16")
     with pytest.raises(PlanError, match=r"o_proj.weight: layers share the checkpoint tensor"):
         small_plan(tensors)
 

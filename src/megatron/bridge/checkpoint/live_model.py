@@ -167,7 +167,7 @@ class LiveTensors:
         if sum(volume(shared) for shared, _ in parts) != volume(box):
             raise self._split(name)
         for shared, local in parts:
-            whole = local.data.reshape(box_shape(local.box))
+            whole = local.data.detach().reshape(box_shape(local.box))
             part = EXACTLY.cast(whole[slices(relative(shared, local.box))], out.dtype, name)
             out[slices(relative(shared, box))] = part
 

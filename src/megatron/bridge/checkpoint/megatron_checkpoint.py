@@ -59,7 +59,7 @@ def save_checkpoint(
 @torch.no_grad()
 def load_checkpoint(
     model: Sequence[torch.nn.Module],
-    checkpoint: TorchDistCheckpoint,
+    source: Path | TorchDistCheckpoint,
     *,
     layer_paths: Collection[str] = (),
     casting: Casting = EXACTLY,
@@ -72,6 +72,7 @@ def load_checkpoint(
     hold. Raises CheckpointError if the checkpoint is damaged, PlanError if it does not hold the
     model, InexactCast.
     """
+    checkpoint = source if isinstance(source, TorchDistCheckpoint) else TorchDistCheckpoint(source)
     stored = checkpoint.tensors
     tensors = [
         (local, *stored_place(local.key, local.box, stored.keys(), layer_paths))

@@ -85,6 +85,7 @@ def megatron_document(report: MegatronReport) -> Document:
         "other_record": report.other_record,
         "hf_model_id": report.hf_model_id,
         "megatron": summary_document(report.megatron),
+        "state": summary_document(report.state),
         "files": [{"name": name, "bytes": size} for name, size in report.files.items()],
         "objects": len(report.objects),
         "tensors": [

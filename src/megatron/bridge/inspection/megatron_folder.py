@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.bridge.checkpoint.config_record import read_record
 from megatron.bridge.checkpoint.index_format import IndexFormat
 from megatron.bridge.checkpoint.iterations import Iteration, iterations, tracked_iteration
+from megatron.bridge.checkpoint.plans import is_state
 from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.inspection.summary import TensorSummary
@@ -22,10 +23,10 @@ class MegatronReport:
     folder: of the iteration. iteration: "0", or "release". iterations: those that lie in the
     folder that was given; none in that of one iteration. tracked: the one of them that the tracker
     file names, None without such a file. format: torch_dist, or another with such an index.
-    tensors: every tensor by key. objects: names of what is no tensor. files: name -> bytes of the
-    data files. config_record: whether a record keeps the Hugging Face config; architecture: that
-    of this config. other_record: whether the record is of another program; hf_model_id: the model
-    that it names.
+    megatron, tensors: the weights, by key. state: the other tensors, which are state of training.
+    objects: names of what is no tensor. files: name -> bytes of the data files. config_record:
+    whether a record keeps the Hugging Face config; architecture: that of this config. other_record:
+    whether the record is of another program; hf_model_id: the model that it names.
     """
 
     source: str
@@ -35,6 +36,7 @@ class MegatronReport:
     tracked: str | None
     format: IndexFormat
     megatron: TensorSummary
+    state: TensorSummary
     tensors: Mapping[str, TensorSpec]
     objects: tuple[str, ...]
     files: Mapping[str, int]
@@ -55,6 +57,8 @@ def inspect_megatron(source: Path, iteration: Iteration | None = None) -> Megatr
     several = folder.absolute() != source.absolute()
     record = read_record(folder)
     hf = None if record is None else record.hf
+    weights = {key: spec for key, spec in checkpoint.tensors.items() if not is_state(key)}
+    state = (spec for key, spec in checkpoint.tensors.items() if key not in weights)
     return MegatronReport(
         source=str(source),
         folder=folder,
@@ -62,8 +66,9 @@ def inspect_megatron(source: Path, iteration: Iteration | None = None) -> Megatr
         iterations=tuple(iterations(source)) if several else (),
         tracked=_tracked(source) if several else None,
         format=checkpoint.format,
-        megatron=TensorSummary.of(checkpoint.tensors.values()),
-        tensors=checkpoint.tensors,
+        megatron=TensorSummary.of(weights.values()),
+        state=TensorSummary.of(state),
+        tensors=weights,
         objects=tuple(checkpoint.objects),
         files={file.name: file.stat().st_size for file in sorted(folder.glob("*.distcp"))},
         config_record=hf is not None,

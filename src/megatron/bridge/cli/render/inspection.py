@@ -108,6 +108,7 @@ def render_megatron(report: MegatronReport) -> RenderableType:
                 ("iterations", _iterations(report)),
                 ("format", report.format.why),
                 *_sizes(report.megatron),
+                ("training state", _state(report.state)),
                 ("files", _named_sizes(report.files)),
                 ("objects", _objects(report.objects)),
                 ("config record", _record(report)),
@@ -220,6 +221,13 @@ def _record(report: MegatronReport) -> str:
         return "present"
     found = "of another program" if report.other_record else "none"
     return f"{found}: the model is not described, so export and plan need --hf"
+
+
+def _state(state: TensorSummary) -> str | None:
+    if not state.keys:
+        return None
+    size = f"{state.bytes:,} bytes ({format_bytes(state.bytes)})"
+    return f"{count(state.keys, 'tensor')}, {size}: of optimizers and the like, not weights"
 
 
 def _objects(objects: tuple[str, ...]) -> str:

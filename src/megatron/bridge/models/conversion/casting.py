@@ -76,15 +76,13 @@ def _carry_nans(source: torch.Tensor, result: torch.Tensor) -> None:
     nans = source.isnan()
     if not bool(nans.any()):
         return
-    integers, width = _INTEGERS[result.element_size()], 8 * result.element_size()
+    # As integers throughout: filling in a float may go through a double, which has one NaN.
+    width, out = 8 * result.element_size(), result.view(_INTEGERS[result.element_size()])
     here, there = _MANTISSA_BITS[source.dtype], _MANTISSA_BITS[result.dtype]
-    bits = source[nans].view(_INTEGERS[source.element_size()]).long()
+    bits = source.view(_INTEGERS[source.element_size()])[nans].long()
     payload = bits & ((1 << here) - 1)
     moved = payload << (there - here) if there >= here else payload >> (here - there)
     kept = (moved != 0) & ((moved >> max(there - here, 0)) << max(here - there, 0) == payload)
     exponent = (1 << (width - 1)) - (1 << there)
     sign = torch.where(bits < 0, -1 << (width - 1), 0)
-    found = result[nans].view(integers)
-    result[nans] = torch.where(kept, (moved | exponent | sign).to(integers), found).view(
-        result.dtype
-    )
+    out[nans] = torch.where(kept, (moved | exponent | sign).to(out.dtype), out[nans])
