@@ -1,8 +1,8 @@
 """Seeded changes of a small model folder: as people bring them, and as they break.
 
-    folder = Folder.of(model)
-    change(folder, random)          # one of WHOLE or BROKEN
-    folder.write(path)
+folder = Folder.of(model)
+change(folder, random)          # one of WHOLE or BROKEN
+folder.write(path)
 """
 
 from __future__ import annotations
@@ -245,7 +245,8 @@ def stale_index(folder: Folder, random: Random) -> None:
     """One file was saved over a model in shards, some of which are gone."""
 
     def leave(path: Path) -> None:
-        files = {"a.weight": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}  # fmt: skip
+        shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        files = dict(zip(["a.weight", "b"], shards, strict=True))
         (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
     folder.beside["model-00001-of-00002.safetensors"] = {"a.weight": _noise(5, 3)}
@@ -307,7 +308,9 @@ def left_out_keys(folder: Folder, random: Random) -> None:
     """Keys with a default that is the value which they have."""
     import transformers
 
-    default = getattr(transformers, f"{folder.config['architectures'][0].partition('For')[0]}Config")
+    default = getattr(
+        transformers, f"{folder.config['architectures'][0].partition('For')[0]}Config"
+    )
     for section, defaults in ((folder.text, default().text_config.to_dict()),
                               (folder.vision, default().vision_config.to_dict())):  # fmt: skip
         same = [key for key in section if key in defaults and defaults[key] == section[key]]
@@ -374,9 +377,7 @@ def page_in_place_of_a_shard(folder: Folder, random: Random) -> None:
 
 
 def other_count(folder: Folder, random: Random) -> None:
-    section, key = random.choice(
-        [(folder.text, "num_hidden_layers"), (folder.vision, "depth")]
-    )
+    section, key = random.choice([(folder.text, "num_hidden_layers"), (folder.vision, "depth")])
     section[key] += random.randint(1, 3)
     if key == "num_hidden_layers" and "layer_types" in section:
         section["layer_types"] += ["full_attention"] * (section[key] - len(section["layer_types"]))
@@ -415,9 +416,7 @@ def without_a_part(folder: Folder, random: Random) -> None:
 def without_layers(folder: Folder, random: Random) -> None:
     root = random.choice([f"{LANGUAGE}layers.", f"{VISION}blocks."])
     gone = random.choice([0, 1])
-    folder.tensors = {
-        n: t for n, t in folder.tensors.items() if not n.startswith(f"{root}{gone}.")
-    }
+    folder.tensors = {n: t for n, t in folder.tensors.items() if not n.startswith(f"{root}{gone}.")}
 
 
 def without_a_head(folder: Folder, random: Random) -> None:
@@ -522,5 +521,3 @@ def draw(seed: int, changes: Mapping[Change, frozenset[str]], family: str) -> Ch
     """The change number `seed` for a family: each in its turn."""
     fitting = [change for change, families in changes.items() if family in families]
     return fitting[seed % len(fitting)]
-
-
