@@ -61,7 +61,14 @@ def find_causes(
     extra = [name for name in tensors if name not in needs]
     causes: list[str] = []
     explained: set[str] = set()
-    for find in (_other_names, _word_too_much, _other_word, _absent_parts, _absent_layers):
+    for find in (
+        _adapters_alone,
+        _other_names,
+        _word_too_much,
+        _other_word,
+        _absent_parts,
+        _absent_layers,
+    ):
         for cause, names in find(needs, missing, extra, terms):
             causes.append(cause)
             explained |= names
@@ -84,6 +91,19 @@ def _needs(registry: MegatronMappingRegistry, structure: ModelStructure) -> dict
 
 
 type _Found = Iterator[tuple[str, set[str]]]
+
+
+def _adapters_alone(
+    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
+) -> _Found:
+    if len(missing) == len(needs) and extra and all(map(_ADAPTER.search, extra)):
+        yield (
+            (
+                f"all {len(extra)} tensors are of an adapter, such as {extra[0]}; merge it into its "
+                f"base model (merge_and_unload) and save that"
+            ),
+            set(missing),
+        )
 
 
 def _other_names(
