@@ -373,3 +373,19 @@ def test_what_a_megatron_model_has_no_place_for_is_not_a_difference(
     }
     assert main(["verify", str(small_checkpoint), str(model), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["carried"]) == ["v_head.weight"]
+
+
+def test_headers_alone_do_not_prove_a_copy(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.bridge.inspection import hf_folder
+    from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+
+    folder = Folder.of(tied)
+    folder.tensors[HEAD] = folder.tensors[EMBEDDING] * 2
+    hf = PreTrainedVLM.from_pretrained(folder.write(tmp_path / "model"))
+    headers = TensorIndex.from_folder(hf.folder)
+    monkeypatch.setattr(hf_folder, "_tensors", lambda _hf: ("hub headers", headers))
+    report = hf_folder.inspect_model(hf, "someone/model")
+    assert report.plan is not None
+    assert report.plan.carried[HEAD].endswith("not compared: only headers were read")

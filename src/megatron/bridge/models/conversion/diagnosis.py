@@ -99,8 +99,8 @@ def _adapters_alone(
     if len(missing) == len(needs) and extra and all(map(_ADAPTER.search, extra)):
         yield (
             (
-                f"all {len(extra)} tensors are of an adapter, such as {extra[0]}; merge it into its "
-                f"base model (merge_and_unload) and save that"
+                f"all {len(extra)} tensors are of an adapter, such as {extra[0]}; merge it into "
+                f"its base model (merge_and_unload) and save that"
             ),
             set(missing),
         )
