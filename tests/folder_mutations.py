@@ -245,8 +245,8 @@ def stale_index(folder: Folder, random: Random) -> None:
     """One file was saved over a model in shards, some of which are gone."""
 
     def leave(path: Path) -> None:
-        shards = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-        files = dict(zip(("a.weight", "b"), shards, strict=True))
+        shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        files = dict(zip(["a.weight", "b"], shards, strict=True))
         (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
     folder.beside["model-00001-of-00002.safetensors"] = {"a.weight": _noise(5, 3)}

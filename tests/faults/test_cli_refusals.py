@@ -289,7 +289,8 @@ def test_checkpoint_of_another_model(
         reference / "config.json", lambda config: config["text_config"].update(num_hidden_layers=4)
     )
     message = refused(capsys, "export", small_checkpoint, tmp_path / "out", "--hf", reference)
-    assert "language_model.decoder.layers.mlp.linear_fc1.weight" in message
+    assert "language_model.decoder.layers." in message
+    assert len(message.splitlines()) <= 6
     assert files_below(tmp_path) == ["reference", "reference/config.json"]
 
 

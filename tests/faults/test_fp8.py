@@ -78,7 +78,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] =
     "no size": (section(weight_block_size=[0, 128]), ("weight_block_size", "[0, 128]")),
     "other blocks": (
         section(weight_block_size=[64, 128]),
-        (f"{IN_ALL_LAYERS}_scale_inv", "(3, 2)", "(2, 2)"),
+        ("{0...4}", "_proj.weight_scale_inv", "(6, 2)", "(3, 2)"),
     ),
     "other format": (section(fmt="e5m2"), ("fmt", "'e5m2'")),
     "static": (section(activation_scheme="static"), ("activation_scheme", "'static'")),

@@ -167,3 +167,47 @@ def test_float64_is_refused_on_a_gpu(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "CUDA_VISIBLE_DEVICES" in printed.err
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model."])
+def test_names_with_a_prefix_are_those_of_the_release_for_transformers(
+    prefix: str, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would make up random weights for names that it does not know."""
+    from folder_mutations import Folder
+
+    folder = Folder.of(small_model)
+    folder.rename(lambda name: prefix + name)
+    assert main(["compare", str(folder.write(tmp_path / "model"))]) == 0
+    capsys.readouterr()
+
+
+def test_a_tied_head_and_files_of_other_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from random import Random
+
+    from folder_mutations import Folder, tied_under_the_other_name
+    from megatron.bridge.synthetic import make_model
+
+    settings = {"tie_word_embeddings": True, "text.num_hidden_layers": 2}
+    folder = Folder.of(make_model("qwen3-vl", tmp_path / "made", settings))
+    tied_under_the_other_name(folder, Random(0))
+    folder.split(Random(0), "model.safetensors-00001-of-00002", "model.safetensors-00002-of-00002")
+    assert main(["compare", str(folder.write(tmp_path / "model"))]) == 0
+    capsys.readouterr()
+
+
+def test_a_model_without_an_output_layer_is_refused_at_once(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from random import Random
+
+    from folder_mutations import Folder, bare_model
+
+    folder = Folder.of(small_model)
+    bare_model(folder, Random(0))
+    assert main(["compare", str(folder.write(tmp_path / "model"))]) == 2
+    said = capsys.readouterr().err
+    assert "Qwen3VLModel without an output layer can be converted from files to files" in said
+    assert "Loading weights" not in said

@@ -116,10 +116,10 @@ def test_sentences_that_differ_in_other_numbers() -> None:
 
 
 def test_a_listing_is_short() -> None:
-    few = [f"x{n}: gone" for n in range(40)]
+    few = [f"x{n}: gone" for n in range(3)]
     assert listing(few) == "\n".join(f"  - {text}" for text in few)
     assert listing(few * 2) == listing(few)
     lines = listing([f"x{n}: {'gone ' * 1000}" for n in range(1000)]).splitlines()
-    assert len(lines) == 41
+    assert len(lines) == 4
     assert max(map(len, lines)) < 2100
-    assert lines[-1] == "  and 960 more lines"
+    assert lines[-1] == "  and 997 more (--json lists all)"

@@ -99,8 +99,17 @@ def test_a_config_alone(kind: str) -> None:
 
 
 def test_side_files(tmp_path: Path) -> None:
-    side = ["config.json", "chat_template.jinja", "merges.txt", "extra/notes.md", "tokenizer.json"]
-    weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    side = [
+        "config.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "extra/notes.md",
+        "tokenizer.json",
+        "value_head.safetensors",
+        "model.safetensors.index.json",
+        "sub/model.safetensors",
+    ]
+    weights = ["model.safetensors", "pytorch_model.bin",
                "pytorch_model.bin.index.json", "consolidated.pth", "q4.GGUF"]  # fmt: skip
     hidden = [".gitattributes", ".cache/huggingface/x.json", "extra/.secret"]
     for name in side + weights + hidden:

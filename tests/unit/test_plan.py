@@ -139,34 +139,27 @@ def test_one_wrong_number_is_a_short_message() -> None:
     config["text_config"]["num_hidden_layers"] = 100_000
     with pytest.raises(PlanError) as error:
         Qwen3VLBridge().plan(HFConfig.from_dict(config), small_tensors())
-    heading, *lines, advice = str(error.value).splitlines()
+    heading, cause = str(error.value).splitlines()
     assert heading == f"the conversion is not proven: {len(error.value.problems)} problems"
-    assert len(error.value.problems) == 99_997 * len(lines) > 1_000_000
-    assert len(lines) < 20
-    assert (
-        "  - model.language_model.layers.{3...99999}.self_attn.q_proj.weight: missing, needed for "
-        f"{LAYERS}{{3...99999}}.self_attention.linear_qkv.weight"
-    ) in lines
-    assert advice.startswith("Check that config.json belongs to these files; if it does, download")
+    assert len(error.value.problems) > 1_000_000
+    assert cause.startswith(
+        "  - text_config.num_hidden_layers is 100000, the files hold 3 layers (0...2): set it to 3"
+    )
 
 
 def test_problems_of_all_layers_are_folded_and_name_each() -> None:
-    config = copy.deepcopy(SMALL)
-    config["text_config"]["intermediate_size"] += 1
+    tensors = small_tensors()
+    for name, spec in tensors.items():
+        if name.endswith("gate_proj.weight"):
+            tensors[name] = replace(spec, shape=(57, 40))
     with pytest.raises(PlanError) as error:
-        Qwen3VLBridge().plan(HFConfig.from_dict(config), small_tensors())
-    assert str(error.value).splitlines()[:-1] == [
-        "the conversion is not proven: 9 problems",
-        *(
-            f"  - model.language_model.layers.{{0...2}}.mlp.{name}_proj.weight: the config asks "
-            f"for shape {asked}, found {found}"
-            for name, asked, found in (
-                ("gate", "(57, 40) [I H]", "(56, 40)"),
-                ("up", "(57, 40) [I H]", "(56, 40)"),
-                ("down", "(40, 57) [H I]", "(40, 56)"),
-            )
-        ),
-    ]
+        small_plan(tensors)
+    heading, problem, _ = str(error.value).splitlines()
+    assert heading == "the conversion is not proven: 3 problems"
+    assert problem == (
+        "  - model.language_model.layers.{0...2}.mlp.gate_proj.weight: the config asks for shape "
+        "(56, 40) [I H], found (57, 40)"
+    )
 
 
 def test_many_renamed_keys_are_recognized_at_once() -> None:
@@ -191,10 +184,11 @@ def test_a_transposed_tensor_is_refused() -> None:
         small_plan(tensors)
 
 
-def test_a_head_that_the_config_ties_is_refused() -> None:
+def test_a_head_that_the_config_ties_has_to_be_the_embedding() -> None:
     config = HFConfig.from_dict(SMALL | {"tie_word_embeddings": True})
-    with pytest.raises(PlanError, match=r"lm_head.weight: no row maps it, tied to the embedding"):
-        Qwen3VLBridge().plan(config, small_tensors())
+    plan = Qwen3VLBridge().plan(config, small_tensors())
+    assert plan.equal == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    assert set(plan.carried) == {"lm_head.weight"}
 
 
 def test_a_parameter_holds_the_dtypes_of_all_its_tensors() -> None:

@@ -116,7 +116,7 @@ def without_mtp(model: Converted, folder: Path) -> Path:
 
     hf = model.hf
     bridge = bridge_for(hf.hf_config.architecture)
-    plan = bridge.plan(hf.hf_config, hf.weights, PlanOptions(with_mtp=False))
+    plan = bridge.plan(hf.hf_config, hf.weights, PlanOptions(without=frozenset({"mtp"})))
     write_torch_dist(
         folder / "iter_0000003",
         plan.megatron,

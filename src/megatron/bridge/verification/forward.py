@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import UnsupportedModel
+from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
@@ -52,7 +53,10 @@ def run_transformers(
     Eager attention, on the CPU. Raises UnsupportedModel for a model of another build.
     """
     # torch has no grouped matrix product of float64: one expert at a time.
-    options = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
+    options: dict[str, Any] = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
+    spelling = bridge_for(hf.hf_config.architecture).spelling(hf.hf_config, hf.weights)
+    if not spelling.is_declared:  # transformers reads names of a release only
+        options["key_mapping"] = spelling.to_declared()
     with _no_progress_bars():
         model = hf.load_model(dtype=dtype, **options).eval()
     text = getattr(getattr(model, "model", None), "language_model", None)

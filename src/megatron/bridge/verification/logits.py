@@ -98,7 +98,9 @@ def compare(
         )
     hf = PreTrainedVLM.from_pretrained(source, revision)
     bridge = AutoBridge(hf)
-    bridge.plan()  # what cannot be converted is said before gigabytes are loaded
+    # What cannot be converted, or has no live model, is said before gigabytes are loaded.
+    bridge.plan()
+    bridge.to_megatron_provider(load_weights=False)
     picture = _open_image(image)
     text = prompt if prompt is not None else IMAGE_PROMPT if picture else TEXT_PROMPT
     inputs = prompt_inputs(hf, text, picture)

@@ -19,6 +19,7 @@ from megatron.bridge.models.conversion.structure import ModelStructure
 _SIZE = re.compile(r"(?P<times>\d*)(?P<symbol>[A-Za-z]+)")
 _ADAPTER = re.compile(r"(^|\.)(lora_|base_layer\b|modules_to_save\b|original_module\b)")
 _MOST_OF = 0.9
+_MANY = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,14 @@ def find_causes(
     extra = [name for name in tensors if name not in needs]
     causes: list[str] = []
     explained: set[str] = set()
-    for find in (_other_names, _word_too_much, _absent_parts, _absent_layers):
+    for find in (
+        _adapters_alone,
+        _other_names,
+        _word_too_much,
+        _other_word,
+        _absent_parts,
+        _absent_layers,
+    ):
         for cause, names in find(needs, missing, extra, terms):
             causes.append(cause)
             explained |= names
@@ -83,6 +91,19 @@ def _needs(registry: MegatronMappingRegistry, structure: ModelStructure) -> dict
 
 
 type _Found = Iterator[tuple[str, set[str]]]
+
+
+def _adapters_alone(
+    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
+) -> _Found:
+    if len(missing) == len(needs) and extra and all(map(_ADAPTER.search, extra)):
+        yield (
+            (
+                f"all {len(extra)} tensors are of an adapter, such as {extra[0]}; merge it into "
+                f"its base model (merge_and_unload) and save that"
+            ),
+            set(missing),
+        )
 
 
 def _other_names(
@@ -148,6 +169,39 @@ def _unrepeated(without: Mapping[str, str], word: str) -> set[str]:
     return {name.replace(f"{word}.", "") for name in without}
 
 
+def _other_word(
+    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
+) -> _Found:
+    """One word of many names stands where the model has another."""
+    if len(missing) < _MANY:
+        return
+    unused = set(extra)
+    example = next(iter(missing))
+    words = example.split(".")
+    for other in extra:
+        others = other.split(".")
+        if len(others) != len(words):
+            continue
+        unlike = [n for n, pair in enumerate(zip(words, others, strict=True)) if len({*pair}) > 1]
+        if len(unlike) != 1 or words[unlike[0]].isdecimal():
+            continue
+        old, new = words[unlike[0]], others[unlike[0]]
+        swapped = {
+            name: ".".join(new if word == old else word for word in name.split("."))
+            for name in missing
+        }
+        hit = {name for name, would_be in swapped.items() if would_be in unused}
+        if len(hit) >= _MOST_OF * len(missing):
+            yield (
+                (
+                    f"{len(hit)} names have {new} where this model has {old}, such as {other}; "
+                    f"convert them to the names of transformers first"
+                ),
+                set(missing),
+            )
+            return
+
+
 def _absent_parts(
     needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
 ) -> _Found:
@@ -182,23 +236,29 @@ def _absent_layers(
         if path not in terms.counts:
             continue
         gone = {n: names for n, names in names_of.items() if all(one in missing for one in names)}
-        if not gone or len(gone) == len(names_of):
+        if not gone:
             continue
         key, what = terms.counts[path]
         names = {name for of_layer in gone.values() for name in of_layer}
         held = len(names_of) - len(gone)
-        if min(gone) == held:
+        if held and min(gone) == held:
             yield (
                 (
                     f"{key} is {len(names_of)}, the files hold {held} {what} "
-                    f"({fold_numbers(n for n in names_of if n not in gone)}); set it to {held}, or "
+                    f"({fold_numbers(n for n in names_of if n not in gone)}): set it to {held}, or "
                     f"take the rest from where the files come from"
                 ),
                 names,
             )
         else:
-            numbers = "{" + fold_numbers(gone) + "}" if len(gone) > 1 else str(min(gone))
-            yield f"{what} {numbers} absent: {_count(names)} ({_shown(names)})", names
+            which = f"all {len(gone)} {what} are absent"
+            if held:
+                one = len(gone) == 1
+                which = (
+                    f"of {len(names_of)} {what}, number{'' if one else 's'} {fold_numbers(gone)} "
+                    f"{'is' if one else 'are'} absent"
+                )
+            yield f"{which}: {_count(names)} ({_shown(names)})", names
 
 
 def _sizes(

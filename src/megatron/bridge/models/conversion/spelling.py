@@ -32,10 +32,23 @@ class Spelling:
                 return found + name.removeprefix(declared)
         return name
 
+    @property
+    def is_declared(self) -> bool:
+        """Whether the names are spelled as rows declare them."""
+        return all(declared == found for declared, found in self.roots)
+
+    def to_declared(self) -> dict[str, str]:
+        """Regular expression for a root in the files -> root as declared, for other programs.
+
+        The longest root in the files stands first.
+        """
+        changed = {found: declared for declared, found in self.roots if declared != found}
+        roots = sorted(changed, key=len, reverse=True)
+        return {f"^{re.escape(root)}": changed[root] for root in roots}
+
     def rows(self, rows: Iterable[ParamMapping]) -> list[ParamMapping]:
         """The rows with their Hugging Face names spelled like the files."""
-        changed = any(declared != found for declared, found in self.roots)
-        return [row.respelled(self.of) for row in rows] if changed else list(rows)
+        return list(rows) if self.is_declared else [row.respelled(self.of) for row in rows]
 
 
 def find_root(

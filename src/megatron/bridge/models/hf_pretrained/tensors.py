@@ -25,6 +25,7 @@ from megatron.bridge.models.hf_pretrained.slice_reader import Box, SliceReader
 from megatron.bridge.models.hf_pretrained.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
+    SUFFIX,
     WeightFiles,
 )
 from megatron.bridge.quoting import printable
@@ -96,6 +97,13 @@ class TensorIndex(Mapping[str, TensorInfo]):
             error.problems = tuple(problems)
             raise error
         return cls(folder, headers, None if files.index is None else files.metadata)
+
+    @property
+    def files_as_released(self) -> bool:
+        """Whether transformers finds the files by their names."""
+        names = [shard.file_name for shard in self.shards]
+        indexed = self.index_metadata is not None and all(n.endswith(SUFFIX) for n in names)
+        return indexed or names == [SINGLE_FILE]
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]

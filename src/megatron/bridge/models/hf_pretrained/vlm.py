@@ -307,20 +307,32 @@ class PreTrainedVLM:
         """
         import transformers
 
-        options = {"attn_implementation": "eager"} | self._remote_code | kwargs
+        options: dict[str, Any] = {"attn_implementation": "eager", "output_loading_info": True}
+        options |= self._remote_code | kwargs
         if self.config_is_changed:
             options = {"config": copy.deepcopy(self.config)} | options
-        if not isinstance(self.weights, DequantizedTensors):
+        quantized = isinstance(self.weights, DequantizedTensors)
+        if not quantized and self.tensors.files_as_released:
             auto_class = transformers.AutoModelForImageTextToText
-            return self._load("model", auto_class, self.weights_folder, **options)
-        config = copy.deepcopy(self.config)
-        del config.quantization_config
-        options |= {
-            "config": config,
-            "state_dict": {name: self.weights.read(name) for name in self.weights},
-        }
-        # Without a folder, only a class of its own loads.
-        return self._load("model", getattr(transformers, self.hf_config.architecture), **options)
+            loaded = self._load("model", auto_class, self.weights_folder, **options)
+        else:
+            config = copy.deepcopy(self.config)
+            if quantized:
+                del config.quantization_config
+            options |= {
+                "config": config,
+                "state_dict": {name: self.weights.read(name) for name in self.weights},
+            }
+            # Without a folder, only a class of its own loads.
+            own_class = getattr(transformers, self.hf_config.architecture)
+            loaded = self._load("model", own_class, **options)
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):
+            raise InputError(
+                f"{self.name_or_path}: transformers finds no {missing[0]} "
+                f"({len(missing)} tensors are missing for it) and would make up random ones"
+            )
+        return model
 
     @property
     def _remote_code(self) -> dict[str, bool]:
