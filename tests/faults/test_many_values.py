@@ -19,6 +19,7 @@ from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex
 from model_folders import safetensors_bytes
 from unfinished_target import JOB, killed
 
+
 def many(value: bytes, megabytes: int = 52) -> bytes:
     """An object with an array of nothing but such values."""
     count = (megabytes << 20) // (len(value) + 1)

@@ -62,8 +62,7 @@ def outcomes(program: str, home: Path, number: int, *args: str | Path) -> list[l
     done = subprocess.run(
         [sys.executable, "-c", _PREAMBLE + program, str(home), str(number), *map(str, args)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from megatron.bridge.checkpoint.interruption import uninterrupted
 from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
 from megatron.bridge.checkpoint.mounts import mount_points_within
 from megatron.bridge.errors import CheckpointError, InputError, TargetExists
-from megatron.bridge.paths import is_given_folder, local_path
+from megatron.bridge.paths import PathLike, is_given_folder, local_path
 from megatron.bridge.quoting import printable
 
 PARTIAL_SUFFIX = ".partial"
@@ -43,7 +43,7 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
-def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) -> None:
+def check_target(target: Path, sources: Iterable[PathLike], *, force: bool) -> None:
     """Refuse a target before anything is read.
 
     Raises TargetExists if it exists and `force` is not set, or if it is neither empty nor a model
@@ -141,7 +141,10 @@ def _replaced(target: Path) -> list[Path]:
 def _check_that_it_moves(path: Path) -> None:
     """Raise InputError if a folder that is there cannot be renamed, or nobody wants it to be."""
     where = path.resolve()
-    for place, what in ((Path.cwd(), "the folder in which you are"), (local_path("~"), "your home")):
+    for place, what in (
+        (Path.cwd(), "the folder in which you are"),
+        (local_path("~"), "your home"),
+    ):
         if _holds(where, place.resolve()):
             raise InputError(
                 f"{path} cannot be replaced: it is or holds {what}; give another folder's name"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron.bridge.cli.units import parse_size
 from megatron.bridge.errors import InputError
 from megatron.bridge.paths import local_path
 
@@ -140,11 +139,3 @@ def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:
             "`megatron-bridge export` makes one of it"
         )
     return PreTrainedVLM.from_pretrained(reference, revision)
-
-
-def size_of(text: str, option: str) -> int:
-    """The bytes that were given to an option. Raises InputError, see `parse_size`."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise InputError(f"{option}: {error}") from error

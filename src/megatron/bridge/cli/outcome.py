@@ -82,7 +82,7 @@ def misused(error: TyperException, *, as_json: bool) -> int:
     else:
         say(f"error: {message}")
         # What is said of a value says all; of a name that is missing or unknown it does not.
-        if context is not None and not (type(error) is typer.BadParameter):
+        if context is not None and type(error) is not typer.BadParameter:
             say(f"usage: {' '.join(context.get_usage().split()[1:])}")
     _show_document(error.exit_code, error, message, as_json=as_json)
     return error.exit_code

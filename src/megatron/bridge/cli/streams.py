@@ -96,4 +96,4 @@ def _open(stream: TextIO | None) -> TextIO:
 
 
 def _null() -> TextIO:
-    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123

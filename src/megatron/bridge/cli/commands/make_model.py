@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 def make_model(
     *,
     family: Annotated[str, typer.Option(help="qwen3-vl, qwen3-vl-moe, qwen3.5 or qwen3.5-moe.")],
-    out: Annotated[Path, typer.Option(parser=given_path, metavar="DST", help="Folder to make; it appears when it is complete.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=given_path, metavar="DST", help="Folder to make; it appears when it is complete."
+        ),
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Option(

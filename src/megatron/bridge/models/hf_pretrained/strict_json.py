@@ -26,8 +26,8 @@ def parse_object(text: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:
     """Parse UTF-8 JSON text whose top level is an object.
 
     Raises ValueError for invalid UTF-8 or JSON, NaN and infinities, integers of over 1,000 digits,
-    duplicate keys at any depth, more than MAX_DEPTH levels or `max_marks` values, or a top level that
-    is not an object.
+    duplicate keys at any depth, more than MAX_DEPTH levels or `max_marks` values, or a top level
+    that is not an object.
     """
     _check_marks(text, max_marks)
     try:
