@@ -152,7 +152,7 @@ def test_ctrl_c(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command says what is left and how to go on; then it does."""
-    from megatron.bridge.cli.progress_display import ProgressLines
+    from megatron.bridge.progress_lines import ProgressLines
 
     press = after(AFTER, lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(ProgressLines, "advance", lambda self, nbytes: press())

@@ -17,8 +17,8 @@ import pytest
 from cli_documentation import DOCUMENTATION, documented_keys
 from megatron.bridge.cli import main, outcome
 from megatron.bridge.cli.output import WIDTH
-from megatron.bridge.cli.progress_display import ProgressLines
-from megatron.bridge.cli.units import format_bytes
+from megatron.bridge.progress_lines import ProgressLines
+from megatron.bridge.sizes import format_bytes
 
 COMMANDS = ("inspect", "plan", "import", "export", "verify", "compare", "make-model")
 

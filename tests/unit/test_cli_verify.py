@@ -13,10 +13,9 @@ import pytest
 from cli_documentation import documented_keys
 from megatron.bridge.checkpoint.manifest import MANIFEST_FILE
 from megatron.bridge.cli import main
-from megatron.bridge.cli.options import size_of
 from megatron.bridge.cli.output import WIDTH
-from megatron.bridge.cli.units import parse_size
 from megatron.bridge.errors import InputError
+from megatron.bridge.sizes import parse_size, size_of
 
 # --- sizes ---
 

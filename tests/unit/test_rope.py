@@ -97,7 +97,7 @@ def test_grids_that_do_not_fit_the_tokens() -> None:
     grid = torch.tensor([[1, 4, 4]])
     with pytest.raises(InputError, match=r"3 consecutive image tokens .* grid of \(2, 2\)"):
         get_rope_index(types, grid, None, None, 2)
-    with pytest.raises(InputError, match=r"3 consecutive image tokens remain, .* no grid at all"):
+    with pytest.raises(InputError, match="tokens remain, and all grids are used"):
         get_rope_index(types, None, None, None, 2)
     with pytest.raises(InputError, match="1 video grids have no tokens"):
         get_rope_index(torch.zeros(1, 3).long(), None, grid, None, 2)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron.bridge.checkpoint.difference import Difference, difference
 from megatron.bridge.dtypes import DTYPE_NAMES, torch_dtype
-from megatron.bridge.verification.difference import Difference, difference
 from megatron.bridge.verification.distance import distance, logits_distance
 from megatron.bridge.verification.tensors import verify
 

@@ -14,7 +14,7 @@ from megatron.bridge.checkpoint.interruption import uninterrupted
 from megatron.bridge.checkpoint.iterations import is_megatron_checkpoint
 from megatron.bridge.checkpoint.mounts import mount_points_within
 from megatron.bridge.errors import CheckpointError, InputError, TargetExists
-from megatron.bridge.paths import is_given_folder, local_path
+from megatron.bridge.paths import PathLike, is_given_folder, local_path
 from megatron.bridge.quoting import printable
 
 PARTIAL_SUFFIX = ".partial"
@@ -43,7 +43,7 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
-def check_target(target: Path, sources: Iterable[str | Path], *, force: bool) -> None:
+def check_target(target: Path, sources: Iterable[PathLike], *, force: bool) -> None:
     """Refuse a target before anything is read.
 
     Raises TargetExists if it exists and `force` is not set, or if it is neither empty nor a model

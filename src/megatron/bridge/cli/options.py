@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron.bridge.cli.units import parse_size
 from megatron.bridge.errors import InputError
 from megatron.bridge.paths import local_path
 
@@ -170,11 +169,3 @@ def no_iteration(source: str, iteration: str | None) -> None:
     """Raise InputError for --iteration of what is not a Megatron checkpoint."""
     if iteration is not None:
         raise InputError(f"{source} is not a Megatron checkpoint: --iteration means nothing for it")
-
-
-def size_of(text: str, option: str) -> int:
-    """The bytes that were given to an option. Raises InputError, see `parse_size`."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise InputError(f"{option}: {error}") from error

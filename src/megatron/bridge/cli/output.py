@@ -39,7 +39,7 @@ class Output:
             from megatron.bridge.cli.progress_display import progress_bars
 
             return progress_bars()
-        from megatron.bridge.cli.progress_display import ProgressLines
+        from megatron.bridge.progress_lines import ProgressLines
 
         return contextlib.nullcontext(ProgressLines(sys.stderr))
 

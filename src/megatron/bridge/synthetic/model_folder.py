@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.staging import staged_folder
+from megatron.bridge.paths import local_path
 from megatron.bridge.synthetic.families import find_family
 from megatron.bridge.synthetic.settings import resolve_settings
 
@@ -32,7 +33,8 @@ def make_model(
     """
     declaration = find_family(family)
     resolved = resolve_settings(declaration, settings or {})
-    with staged_folder(Path(out), force=force) as folder:
+    target = local_path(out)
+    with staged_folder(target, force=force) as folder:
         # Only here, since they import torch and transformers.
         from megatron.bridge.synthetic.disk_tensors import disk_tensors
         from megatron.bridge.synthetic.fp8 import quantization_config
@@ -45,4 +47,4 @@ def make_model(
             config["quantization_config"] = quantization_config(tensor.name for tensor in tensors)
         write_side_files(folder, declaration, config, resolved.first_token_id)
         write_weights(folder, tensors, resolved.num_shards, resolved.max_shard_size, seed)
-    return Path(out)
+    return target

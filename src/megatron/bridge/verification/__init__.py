@@ -2,6 +2,5 @@
 
 tensors   two checkpoints on disk, in either format, without building a model
 fast      a checkpoint on disk against the checksums that were taken when it was written
-written   what a conversion is about to leave, against what it should leave
 logits    transformers' own model against the Megatron model, on one prompt
 """

@@ -222,7 +222,7 @@ def _unusable_keys(
 
 
 def _compare(report: VerifyReport, a: _Side, b: _Side, budget: Budget, progress: Progress) -> None:
-    from megatron.bridge.verification.comparison import compare_tensors
+    from megatron.bridge.checkpoint.comparison import compare_tensors
 
     report.only_in_a.extend(name for name in a.tensors if name not in b.tensors)
     report.only_in_b.extend(name for name in b.tensors if name not in a.tensors)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,10 +24,8 @@ from megatron.bridge.cli.options import (
     given_path,
     hf_model,
     no_revision,
-    size_of,
 )
 from megatron.bridge.cli.output import Output, import_torch, open_output
-from megatron.bridge.progress import Silent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -63,6 +58,7 @@ def import_command(
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import import_checkpoint
+        from megatron.bridge.checkpoint.options import ConversionOptions
         from megatron.bridge.checkpoint.targets import check_target
 
         check_target(target, [source], force=force)
@@ -70,7 +66,15 @@ def import_command(
         import_torch()
         begin = time.perf_counter()
         _note_what_is_resumed(output, target, resume=resume)
-        with _run(output, memory, max_shard_size, verify, resume, force) as run:
+        options = ConversionOptions(
+            experts=experts,
+            memory=memory,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            resume=resume,
+            force=force,
+        )
+        with options.run(output.progress) as run:
             done = import_checkpoint(hf, target, experts=experts, run=run)
         _show(output, "import", source, run, done, time.perf_counter() - begin)
 
@@ -144,6 +148,7 @@ def export_command(
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.checkpoint.convert import export_checkpoint
+        from megatron.bridge.checkpoint.options import ConversionOptions
         from megatron.bridge.checkpoint.targets import check_target
 
         hf = None
@@ -156,19 +161,21 @@ def export_command(
         import_torch()
         begin = time.perf_counter()
         _note_what_is_resumed(output, target, resume=resume)
-        with _run(output, memory, max_shard_size, verify, resume, force) as run:
-            run = replace(run, keep_manifest=keep_manifest)
-            done = export_checkpoint(
-                source,
-                target,
-                hf,
-                iteration=iteration,
-                experts=experts,
-                fp8=fp8,
-                dtype=dtype,
-                round=rounds,
-                run=run,
-            )
+        options = ConversionOptions(
+            experts=experts,
+            memory=memory,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            resume=resume,
+            force=force,
+            iteration=iteration,
+            fp8=fp8,
+            dtype=dtype,
+            round=rounds,
+            keep_manifest=keep_manifest,
+        )
+        with options.run(output.progress) as run:
+            done = export_checkpoint(source, target, hf, **options.of_export, run=run)
         _show(output, "export", str(source), run, done, time.perf_counter() - begin)
 
 
@@ -178,40 +185,6 @@ def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None
 
     if resume and not (partial := partial_of(target.absolute())).exists():
         output.note(f"nothing to resume: there is no {partial.name}; beginning anew")
-
-
-@contextmanager
-def _run(
-    output: Output,
-    memory: str | None,
-    max_shard_size: str | None,
-    verify: bool,
-    resume: bool,
-    force: bool,
-) -> Iterator[Run]:
-    """How the conversion is carried out: alone, or as one of the processes that torchrun started.
-
-    Only the first of them shows how far it is.
-    """
-    from megatron.bridge.checkpoint.processes import Processes
-    from megatron.bridge.checkpoint.run import Run
-    from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
-    from megatron.bridge.verification.written import check_written
-
-    budget = DEFAULT_MEMORY if memory is None else size_of(memory, "--memory")
-    largest = None if max_shard_size is None else size_of(max_shard_size, "--max-shard-size")
-    with Processes.from_environment() as processes:
-        shown = output.progress() if processes.is_first else nullcontext(Silent())
-        with shown as progress:
-            yield Run(
-                memory=budget,
-                max_shard_bytes=largest,
-                force=force,
-                resume=resume,
-                check=check_written if verify else None,
-                processes=processes,
-                progress=progress,
-            )
 
 
 def _show(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Iteration, Json, Memory, size_of
+from megatron.bridge.cli.options import Iteration, Json, Memory
 from megatron.bridge.cli.output import Output, import_torch, open_output
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def verify(
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.errors import InputError
+        from megatron.bridge.sizes import size_of
 
         size = None if memory is None else size_of(memory, "--memory")
         if fast:

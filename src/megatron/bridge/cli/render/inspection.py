@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, verdict
-from megatron.bridge.cli.units import count, format_bytes
+from megatron.bridge.cli.units import count
 from megatron.bridge.folding import fold, fold_words, template
 from megatron.bridge.quoting import quoted
+from megatron.bridge.sizes import format_bytes
 
 if TYPE_CHECKING:
     from megatron.bridge.inspection.hf_folder import HFReport, MTPSummary

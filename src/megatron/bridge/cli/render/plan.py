@@ -12,9 +12,10 @@ from rich.text import Text
 from megatron.bridge.cli.render.conversion import left_out
 from megatron.bridge.cli.render.inspection import identity, peculiarities, plan_rows
 from megatron.bridge.cli.render.tables import facts, listing, verdict
-from megatron.bridge.cli.units import count, format_bytes
+from megatron.bridge.cli.units import count
 from megatron.bridge.folding import fold, fold_numbers, template
 from megatron.bridge.inspection.plan_report import ASSUMED_BYTES_PER_SECOND
+from megatron.bridge.sizes import format_bytes
 
 if TYPE_CHECKING:
     from megatron.bridge.inspection.parallel_layout import ParallelLayout

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, number, verdict
-from megatron.bridge.cli.units import format_bytes, format_rate
+from megatron.bridge.cli.units import format_rate
 from megatron.bridge.folding import fold
+from megatron.bridge.sizes import format_bytes
 
 if TYPE_CHECKING:
     from megatron.bridge.verification.report import (

@@ -6,13 +6,17 @@ model = provider.provide_distributed_model(wrap_with_ddp=False)
 bridge.save_hf_pretrained(model, "out")
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
+from megatron.bridge.checkpoint.interruption import done_means_done
+from megatron.bridge.checkpoint.options import ConversionOptions, ExportKeywords, ImportKeywords
+from megatron.bridge.checkpoint.targets import check_target
 from megatron.bridge.dtypes import TORCH_NAME_OF, weight_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
@@ -25,7 +29,9 @@ from megatron.bridge.models.conversion.model_bridge import (
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.paths import PathLike, local_path
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.progress_lines import ProgressLines
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
     from megatron.bridge.models.model_provider import ModelProvider
 
 type Model = Sequence[torch.nn.Module]
-type PathLike = str | os.PathLike[str]
 type DType = str | torch.dtype
 """One of float32, bfloat16, float16, or its name."""
 
@@ -233,7 +238,7 @@ class AutoBridge:
         force: bool = False,
     ) -> None:
         """Write a live model's weights and nothing else; see export_hf_weights."""
-        self._save(model, Path(path), dtype, force, round=round, side_files=False)
+        self._save(model, local_path(path), dtype, force, round=round, side_files=False)
 
     def save_hf_pretrained(
         self,
@@ -249,7 +254,7 @@ class AutoBridge:
         With `dtype` config.json states it, too. Raises TargetExists if `path` exists and `force`
         is not set; see export_hf_weights.
         """
-        self._save(model, Path(path), dtype, force, round=round, side_files=True)
+        self._save(model, local_path(path), dtype, force, round=round, side_files=True)
 
     def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
         """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
@@ -260,17 +265,16 @@ class AutoBridge:
         from megatron.bridge.checkpoint.live_model import LiveTensors
         from megatron.bridge.checkpoint.megatron_checkpoint import save_checkpoint
         from megatron.bridge.checkpoint.plans import main_dtype
-        from megatron.bridge.checkpoint.targets import check_target
         from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 
-        hf = self.hf_pretrained
-        check_target(Path(path), [hf.name_or_path], force=force)
+        hf, target = self.hf_pretrained, local_path(path)
+        check_target(target, [hf.name_or_path], force=force)
         plan = self.plan(self._options_of(model))
         source = LiveTensors(model, plan)
         saved = TORCH_NAME_OF[main_dtype(source.tensors.values())]
         save_checkpoint(
             source,
-            Path(path),
+            target,
             plan,
             provider=self.model_bridge.provider,
             settings=self._settings_of(plan, source.tensors),
@@ -300,7 +304,7 @@ class AutoBridge:
         from megatron.bridge.checkpoint.plans import differences, main_dtype, weight_tensors
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
-        checkpoint = TorchDistCheckpoint(Path(path), iteration)
+        checkpoint = TorchDistCheckpoint(local_path(path), iteration)
         bridge, config = self.model_bridge, self.hf_pretrained.hf_config
         found = weight_tensors(checkpoint)
         options = bridge.options_of_checkpoint(found)
@@ -317,58 +321,74 @@ class AutoBridge:
         return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
 
     @classmethod
+    @done_means_done()
     def import_ckpt(
         cls,
-        hf_path: PathLike,
+        hf_model_id: PathLike,
         megatron_path: PathLike,
         *,
-        experts: str | None = None,
-        force: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        torch_dtype: "torch.dtype | str | None" = None,
+        device_map: Any = None,
+        show_progress: bool = False,
         progress: Progress | None = None,
+        **options: Unpack[ImportKeywords],
     ) -> None:
         """A Hugging Face folder or hub id to a Megatron checkpoint, files to files.
 
-        experts: see `checkpoint.convert.import_checkpoint`, and there for what is raised.
+        options: those of the command, see ConversionOptions; also as one of the processes that
+        torchrun started. show_progress: as lines on stderr. torch_dtype: every tensor keeps its
+        own, so the files' main dtype or "auto". device_map: no model is built, so "cpu" or "auto".
+        Raises InputError for an option that cannot be honoured, and what
+        `checkpoint.convert.import_checkpoint` raises.
         """
         from megatron.bridge.checkpoint.convert import import_checkpoint
-        from megatron.bridge.checkpoint.run import Run
 
-        source = cls.from_hf_pretrained(hf_path).hf_pretrained
-        run = Run(force=force, progress=progress or Silent())
-        import_checkpoint(source, Path(megatron_path), experts=experts, run=run)
+        chosen = ConversionOptions.of("import_ckpt", _names(ImportKeywords), options)
+        if device_map not in (None, "cpu", "auto"):
+            raise InputError(
+                f"device_map={device_map!r}: import_ckpt builds no model, files are converted to "
+                "files; leave it out"
+            )
+        target = local_path(megatron_path)
+        check_target(target, [hf_model_id], force=chosen.force)
+        source = cls.from_hf_pretrained(
+            hf_model_id, revision=revision, trust_remote_code=trust_remote_code
+        ).hf_pretrained
+        _check_dtype(torch_dtype, source)
+        with chosen.run(_shown(progress, show_progress)) as run:
+            import_checkpoint(source, target, experts=chosen.experts, run=run)
 
+    @done_means_done()
     def export_ckpt(
         self,
         megatron_path: PathLike,
         hf_path: PathLike,
+        show_progress: bool = False,
+        strict: bool = True,
+        source_path: PathLike | None = None,
         *,
-        iteration: int | str | None = None,
-        experts: str | None = None,
-        fp8: bool = False,
-        dtype: "DType | None" = None,
-        round: bool = False,  # noqa: A002 - the name of the option
-        force: bool = False,
         progress: Progress | None = None,
+        **options: Unpack[ExportKeywords],
     ) -> None:
         """A Megatron checkpoint to a folder laid out like this model's, files to files.
 
-        iteration, experts, fp8, dtype, round: see `checkpoint.convert.export_checkpoint`, and there
-        for what is raised.
+        options: those of the command, see ConversionOptions; also as one of the processes that
+        torchrun started. show_progress: as lines on stderr. strict: what is not proven is not
+        written, with False neither. source_path: another model than this one to be laid out like.
+        Raises InputError for an option that cannot be honoured, and what
+        `checkpoint.convert.export_checkpoint` raises.
         """
         from megatron.bridge.checkpoint.convert import export_checkpoint
-        from megatron.bridge.checkpoint.run import Run
 
-        export_checkpoint(
-            Path(megatron_path),
-            Path(hf_path),
-            self.hf_pretrained,
-            iteration=iteration,
-            experts=experts,
-            fp8=fp8,
-            dtype=dtype,
-            round=round,
-            run=Run(force=force, progress=progress or Silent()),
-        )
+        chosen = ConversionOptions.of("export_ckpt", _names(ExportKeywords), options)
+        source, target = local_path(megatron_path), local_path(hf_path)
+        like = self if source_path is None else type(self).from_hf_pretrained(source_path)
+        reference = like.hf_pretrained
+        check_target(target, [source, reference.name_or_path], force=chosen.force)
+        with chosen.run(_shown(progress, show_progress)) as run:
+            export_checkpoint(source, target, reference, **chosen.of_export, run=run)
 
     @staticmethod
     def get_hf_model_id_from_checkpoint(
@@ -438,6 +458,7 @@ class AutoBridge:
             keys=KeyForms.of(keys, bridge.layer_paths),
         )
 
+    @done_means_done()
     def _save(
         self,
         model: Model,
@@ -452,7 +473,6 @@ class AutoBridge:
         from megatron.bridge.checkpoint.live_model import LiveTensors
         from megatron.bridge.checkpoint.staging import staged_folder
         from megatron.bridge.checkpoint.stream import write_files
-        from megatron.bridge.checkpoint.targets import check_target
         from megatron.bridge.models.conversion.transfer import fill_export
 
         check_target(path, [self.hf_pretrained.name_or_path], force=force)
@@ -468,6 +488,36 @@ class AutoBridge:
             files += side_file_copies(self.hf_pretrained, dtype=stated)
         with staged_folder(path, force=force) as staged:
             write_files(staged, files, fill)
+
+
+def _names(keywords: type) -> frozenset[str]:
+    return frozenset(keywords.__annotations__)
+
+
+def _shown(
+    progress: Progress | None, show_progress: bool
+) -> Callable[[], AbstractContextManager[Progress]]:
+    """The progress that was asked for, shown by one process."""
+
+    def show() -> AbstractContextManager[Progress]:
+        lines = ProgressLines(sys.stderr) if show_progress else Silent()
+        return nullcontext(progress or lines)
+
+    return show
+
+
+def _check_dtype(given: "torch.dtype | str | None", source: PreTrainedVLM) -> None:
+    """Raise InputError for a dtype that the weights of an import will not have."""
+    from megatron.bridge.dtypes import torch_dtype
+
+    if given is None or given == "auto":
+        return
+    name, main = str(given).removeprefix("torch."), torch_dtype(source.main_dtype)
+    if name != str(main).removeprefix("torch."):
+        raise InputError(
+            f"torch_dtype={given!r}: import_ckpt keeps the dtype of every tensor, and most of "
+            f"{source.name_or_path} are {main}; leave it out"
+        )
 
 
 def _casting_of(*, round: bool) -> "Casting":  # noqa: A002 - the name of the option

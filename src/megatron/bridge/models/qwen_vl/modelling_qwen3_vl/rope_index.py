@@ -108,17 +108,22 @@ def _sequence_positions(types: list[int], grids: _Grids) -> Tensor:
             continue
         while remaining:
             if not grids[kind] or grids[kind][-1][0] * grids[kind][-1][1] > remaining:
-                expected = f"a grid of {grids[kind][-1]}" if grids[kind] else "no grid at all"
                 raise InputError(
-                    f"{remaining} consecutive {_NAMES[kind]} tokens remain, and the next grid is "
-                    f"{expected} tokens. Check {_NAMES[kind]}_grid_thw and truncation of the "
-                    f"prompt."
+                    f"{remaining} consecutive {_NAMES[kind]} tokens remain, and "
+                    f"{_next(grids[kind])}. Check {_NAMES[kind]}_grid_thw and truncation of the "
+                    "prompt."
                 )
             height, width = grids[kind].pop()
             pieces.append(_grid_positions(height, width) + position)
             position += max(height, width)
             remaining -= height * width
     return torch.cat(pieces, dim=1)
+
+
+def _next(grids: list[tuple[int, int]]) -> str:
+    if not grids:
+        return "all grids are used up"
+    return f"the next is a grid of {grids[-1]} tokens"
 
 
 def _grid_positions(height: int, width: int) -> Tensor:

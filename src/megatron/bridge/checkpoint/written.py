@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from megatron.bridge.checkpoint.comparison import compare_tensors
 from megatron.bridge.checkpoint.run import ReadBack
 from megatron.bridge.errors import MismatchError
-from megatron.bridge.verification.comparison import compare_tensors
 
 _SHOWN = 20
 

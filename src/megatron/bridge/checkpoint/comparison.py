@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from megatron.bridge.checkpoint.difference import Difference, difference
 from megatron.bridge.checkpoint.pieces import FillTensor, TensorData, as_tensor, tensor_blocks
 from megatron.bridge.checkpoint.stream import Budget
 from megatron.bridge.models.conversion.boxes import box_shape
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Progress
-from megatron.bridge.verification.difference import Difference, difference
 from megatron.bridge.worker_threads import share_out
 
 
