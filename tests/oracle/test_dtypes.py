@@ -255,3 +255,18 @@ def test_a_norm_that_the_model_does_not_hold(wide_model: Any, trained: Path) -> 
         bridge.load_hf_weights(chunks, trained / "f32")
     assert "dtype=" not in str(error.value)
     bridge.load_hf_weights(chunks, trained / "f32", round=True)
+
+
+def test_an_fp8_export_of_a_wide_checkpoint(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounded to BF16 first, if that is asked for."""
+    release = make_model("qwen3.5", tmp_path / "fp8", {"fp8": True}, seed=23)
+    words: list[str | Path] = ["export", trained / "megatron", tmp_path / "out", "--hf", release]
+    message = refused(capsys, *words, "--fp8")
+    assert "--round (round=True) rounds them before they are quantized" in message
+    assert "--dtype" not in message
+    assert paths_of(tmp_path) == ["fp8"]
+    assert main([*map(str, words), "--fp8", "--round"]) == 0
+    found = {name: tensor.dtype for name, tensor in read_tensors(tmp_path / "out").items()}
+    assert found == {name: tensor.dtype for name, tensor in read_tensors(release).items()}
