@@ -266,7 +266,9 @@ class QwenVLBridge(MegatronModelBridge):
         experts: ExpertLayout | None,
     ) -> dict[str, TensorSpec]:
         """The tensors that the rows of the MTP layer ask for."""
-        rows = [row for row in self.rows(DiskLayout(mtp=experts)) if row.only == WITH_MTP]
+        rows = [
+            row for row in self.rows(DiskLayout(mtp=experts)) if row.megatron_param.startswith(MTP)
+        ]
         rows = self._spelling(config, tensors, options).rows(rows)
         structure = qwen_vl_structure(config, with_mtp=True)
         return expected_tensors(MegatronMappingRegistry(*rows), structure, lambda _: "")
