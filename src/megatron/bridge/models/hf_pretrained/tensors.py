@@ -90,14 +90,13 @@ class TensorIndex(Mapping[str, TensorInfo]):
         files = WeightFiles.of(folder)
         problems: list[str] = []
         headers = _read_headers(folder, files.names, problems)
+        next_step = "download the files named here again, or mend them" if problems else ""
         problems += _doubled(headers)
         if not problems and not any(header.tensors for header in headers.values()):
             problems.append(f"{printable(files.names[0])}: it holds no tensors")
         if problems:
-            error = CheckpointError(
-                f"{folder}: the weights cannot be used; download the files named here again, or "
-                f"mend them:\n{listing(problems)}"
-            )
+            heading = "; ".join(filter(None, ["the weights cannot be used", next_step]))
+            error = CheckpointError(f"{folder}: {heading}:\n{listing(problems)}")
             error.problems = tuple(problems)
             raise error
         return cls(folder, headers, None if files.index is None else files.metadata)

@@ -128,7 +128,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             )
         if not _is_plain(file_name):
             raise CheckpointError(
-                f"{path}: {name} points to {quoted(file_name)}, which is not a plain {SUFFIX} file "
+                f"{path}: {name} points to {quoted(file_name)}, which is not a plain *{SUFFIX} file "
                 f"name inside the folder"
             )
     metadata = content.get("metadata")
