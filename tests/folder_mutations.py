@@ -241,6 +241,12 @@ def index_of_other_names(folder: Folder, random: Random) -> None:
     folder.edit.append(_edit_json(INDEX, change))
 
 
+def in_two_shards(folder: Folder, random: Random) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    folder.split(random, *names)
+    folder.shards[names[1]].append(random.choice(folder.shards[names[0]]))
+
+
 def stale_index(folder: Folder, random: Random) -> None:
     """One file was saved over a model in shards, some of which are gone."""
 
@@ -482,6 +488,7 @@ WHOLE: Mapping[Change, frozenset[str]] = {
     index_with_one_file: ALL,
     index_of_other_names: ALL,
     stale_index: ALL,
+    in_two_shards: ALL,
     layers_beyond: ALL,
     biases: ALL,
     another_copy: ALL,

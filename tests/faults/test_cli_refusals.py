@@ -82,7 +82,7 @@ def duplicate_key(folder: Path) -> None:
     file = "model-00001-of-00003.safetensors"
     assert file != shard_of(folder, OTHER_KEY)
     tensors = load_file(folder / file)
-    tensors[OTHER_KEY] = load_file(folder / shard_of(folder, OTHER_KEY))[OTHER_KEY]
+    tensors[OTHER_KEY] = load_file(folder / shard_of(folder, OTHER_KEY))[OTHER_KEY] * 2
     save_file(tensors, folder / file, metadata={"format": "pt"})
 
 

@@ -213,9 +213,9 @@ INDEXES: dict[str, tuple[Callable[[Path], None], str]] = {
     "its shard is a pipe": (instead(SHARD, os.mkfifo), "it is not a regular file"),
     "its shard is a device": (instead(SHARD, zeros), "it is not a regular file"),
     "its shard is a terabyte of zeros": (instead(SHARD, sparse), "the header is invalid"),
-    "ten thousand strange tensors": (
-        index(lambda c: c["weight_map"].update({f"x{n}": SHARD for n in range(10_000)})),
-        "and 9960 more lines",
+    "ten thousand shards": (
+        index(lambda c: c["weight_map"].update({f"x{n}": f"{n}{SHARD}" for n in range(10_000)})),
+        "and 9997 more (--json lists all)",
     ),
 }  # fmt: skip
 

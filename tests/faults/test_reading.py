@@ -61,7 +61,23 @@ def test_key_in_two_shards(folder: Path) -> None:
     rewrite_shard(
         folder / SHARDS[1], lambda tensors: tensors.update({"a.bias": tensors["b.scale"].clone()})
     )
-    assert f"a.bias: it is in 2 shards: {SHARDS[0]}, {SHARDS[1]}" in refused(folder)
+    said = f"a.bias: it is in 2 shards, {SHARDS[0]}, {SHARDS[1]}, which differ in it"
+    assert said in refused(folder)
+
+
+def test_the_same_key_in_two_shards(folder: Path) -> None:
+    """transformers reads the one or the other."""
+    from safetensors.torch import load_file
+
+    bias = load_file(folder / SHARDS[0])["a.bias"]
+    rewrite_shard(folder / SHARDS[1], lambda tensors: tensors.update({"a.bias": bias}))
+    index = TensorIndex.from_folder(folder)
+    assert index.read("a.bias").tolist() == bias.tolist()
+    assert ["a.bias" in shard.names for shard in index.shards] == [True, True, False]
+    other = bias.clone()
+    other[-1] += 1
+    rewrite_shard(folder / SHARDS[1], lambda tensors: tensors.update({"a.bias": other}))
+    assert "which differ in it" in refused(folder)
 
 
 def test_key_in_another_shard_than_stated(folder: Path) -> None:
@@ -155,7 +171,7 @@ def test_index_pointing_outside_the_folder(folder: Path, target: str) -> None:
     content["weight_map"]["a.bias"] = target
     write_json(folder / INDEX, content)
     message = refused(folder)
-    assert f"a.bias points to {target!r}, which is not a plain .safetensors file name" in message
+    assert f"a.bias points to {target!r}, which is not a plain *.safetensors file name" in message
 
 
 def test_duplicate_key_in_the_index(folder: Path) -> None:

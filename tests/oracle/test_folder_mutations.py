@@ -25,7 +25,7 @@ FAMILIES = {
     "qwen3.5-moe": "qwen3_5_moe",
 }
 SETTINGS = {"text.num_hidden_layers": 4, "vision.depth": 3}
-WITH_OTHER_PARTS = False
+WITH_OTHER_PARTS = True
 """Whether dtypes of single tensors and keys with defaults are drawn, too."""
 
 WHOLE_CHANGES = {**WHOLE, **(OF_OTHER_PARTS if WITH_OTHER_PARTS else {})}

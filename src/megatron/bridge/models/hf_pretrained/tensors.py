@@ -9,6 +9,7 @@ Making the index reads headers only and imports no torch; all problems are in on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.folding import listing
+from megatron.bridge.models.hf_pretrained.regular_file import open_regular
 from megatron.bridge.models.hf_pretrained.safetensors_header import (
     Header,
     TensorInfo,
@@ -32,6 +34,8 @@ from megatron.bridge.quoting import printable
 
 if TYPE_CHECKING:
     import torch
+
+_BLOCK_BYTES = 4 << 20
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "Shard", "TensorIndex", "TensorInfo"]
 
@@ -81,19 +85,18 @@ class TensorIndex(Mapping[str, TensorInfo]):
         the files, and its `metadata` means nothing. Raises CheckpointError, listing every problem:
         no weights or ambiguous ones; an invalid index; an entry that is no plain file name
         (symlinked files are followed: the hub's cache is made of them); a file that is missing,
-        truncated or damaged; a tensor in two of them.
+        truncated or damaged; a tensor in two of them that is not the same in both.
         """
         files = WeightFiles.of(folder)
         problems: list[str] = []
         headers = _read_headers(folder, files.names, problems)
+        next_step = "download the files named here again, or mend them" if problems else ""
         problems += _doubled(headers)
         if not problems and not any(header.tensors for header in headers.values()):
             problems.append(f"{printable(files.names[0])}: it holds no tensors")
         if problems:
-            error = CheckpointError(
-                f"{folder}: the weights cannot be used; download the files named here again, or "
-                f"mend them:\n{listing(problems)}"
-            )
+            heading = "; ".join(filter(None, ["the weights cannot be used", next_step]))
+            error = CheckpointError(f"{folder}: {heading}:\n{listing(problems)}")
             error.problems = tuple(problems)
             raise error
         return cls(folder, headers, None if files.index is None else files.metadata)
@@ -166,13 +169,30 @@ def _read_headers(folder: Path, file_names: list[str], problems: list[str]) -> d
 
 
 def _doubled(headers: Mapping[str, Header]) -> list[str]:
-    """The tensors that are in more than one file."""
-    files_of: dict[str, list[str]] = {}
-    for file_name, header in headers.items():
+    """The tensors that are in more than one file, and not the same in each."""
+    found: dict[str, list[TensorInfo]] = {}
+    for header in headers.values():
         for tensor in header.tensors:
-            files_of.setdefault(tensor.name, []).append(file_name)
+            found.setdefault(tensor.name, []).append(tensor)
     return [
-        f"{name}: it is in {len(files)} shards: {', '.join(files)}"
-        for name, files in files_of.items()
-        if len(files) > 1
+        f"{name}: it is in {len(copies)} shards, {', '.join(copy.file.name for copy in copies)}, "
+        f"which differ in it"
+        for name, copies in found.items()
+        if len(copies) > 1 and not all(_same(copies[0], other) for other in copies[1:])
     ]
+
+
+def _same(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with open_regular(one.file) as first, open_regular(other.file) as second:
+        for start in range(0, one.nbytes, _BLOCK_BYTES):
+            size = min(_BLOCK_BYTES, one.nbytes - start)
+            parts = (
+                os.pread(file.fileno(), size, tensor.offset + start)
+                for file, tensor in ((first, one), (second, other))
+            )
+            if next(parts) != next(parts):
+                return False
+    return True

@@ -129,8 +129,8 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             )
         if not _is_plain(file_name):
             raise CheckpointError(
-                f"{path}: {name} points to {quoted(file_name)}, which is not a plain {SUFFIX} file "
-                f"name inside the folder"
+                f"{path}: {name} points to {quoted(file_name)}, which is not a plain *{SUFFIX} "
+                f"file name inside the folder"
             )
     metadata = content.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}

@@ -3,13 +3,28 @@
 transformers does not read it, so files are whole without it, or with another one: that is carried.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan import TensorLike
+from megatron.bridge.models.conversion.plan_builder import expected_tensors
+from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
+from megatron.bridge.models.qwen_vl.disk_layout import (
+    DiskLayout,
+    ExpertLayout,
+    experts_below,
+    find_expert_layout,
+)
+from megatron.bridge.models.qwen_vl.rows import HF_MTP, MTP
+from megatron.bridge.models.qwen_vl.structure import (
+    expert_sizes,
+    has_experts,
+    qwen_vl_structure,
+)
 from megatron.bridge.quoting import quoted
 
 _KEY = "mtp_num_hidden_layers"
@@ -28,7 +43,7 @@ class MTPInFiles(NamedTuple):
     obstacle: str = ""
 
 
-def config_obstacle(config: HFConfig) -> str:
+def _config_obstacle(config: HFConfig) -> str:
     """Why the config's MTP layers are not those of the rows; empty if they are, or there are none.
 
     Raises ConfigError for a number of layers that none can have.
@@ -47,11 +62,47 @@ def config_obstacle(config: HFConfig) -> str:
 
 def stated_mtp(config: HFConfig) -> MTPInFiles:
     """The MTP layer that files of a config would have."""
-    obstacle = config_obstacle(config)
+    obstacle = _config_obstacle(config)
     return MTPInFiles(bool(config.text.get(_KEY, 0)) and not obstacle)
 
 
-def misfit(
+def find_mtp(
+    rows: Callable[[DiskLayout], list[ParamMapping]],
+    config: HFConfig,
+    tensors: Mapping[str, TensorLike],
+    spelling: Spelling,
+    given: ExpertLayout | None,
+) -> MTPInFiles:
+    """The MTP layer of files. rows: those of the family for a disk layout.
+
+    given: the layout of experts, where shapes cannot tell it. Raises InputError if they cannot and
+    it is not given.
+    """
+    root = spelling.of(HF_MTP)
+    found = [name for name in tensors if name.startswith(root)]
+    if not found:
+        return MTPInFiles(mapped=False)
+    if obstacle := _config_obstacle(config):
+        return MTPInFiles(mapped=False, obstacle=obstacle)
+    experts = None
+    try:
+        if has_experts(config.text):
+            sizes = expert_sizes(config.text)
+            experts = find_expert_layout(tensors, experts_below(root), sizes, given)
+    except ConfigError as error:  # experts in two layouts
+        return MTPInFiles(mapped=False, obstacle=f"an MTP layer of another kind: {error}")
+    of_family = rows(DiskLayout(mtp=experts))
+    declared = [row for row in of_family if row.megatron_param.startswith(MTP)]
+    expected = expected_tensors(
+        MegatronMappingRegistry(*spelling.rows(declared)),
+        qwen_vl_structure(config, with_mtp=True),
+        lambda _name: "",
+    )
+    obstacle = _misfit(found, tensors, expected)
+    return MTPInFiles(not obstacle, experts, obstacle)
+
+
+def _misfit(
     found: Collection[str],
     tensors: Mapping[str, TensorLike],
     expected: Mapping[str, TensorLike],

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron.bridge.errors import ConfigError, InputError, UnsupportedModel
+from megatron.bridge.errors import InputError, UnsupportedModel
 from megatron.bridge.models.conversion.boxes import Shape
 from megatron.bridge.models.conversion.diagnosis import Terms
 from megatron.bridge.models.conversion.extras import Extras
@@ -18,7 +18,6 @@ from megatron.bridge.models.conversion.model_bridge import (
     Tensors,
 )
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
@@ -40,8 +39,7 @@ from megatron.bridge.models.qwen_vl.heads import (
 )
 from megatron.bridge.models.qwen_vl.mtp import (
     MTPInFiles,
-    config_obstacle,
-    misfit,
+    find_mtp,
     stated_mtp,
 )
 from megatron.bridge.models.qwen_vl.names import find_spelling, terms_of
@@ -198,11 +196,11 @@ class QwenVLBridge(MegatronModelBridge):
             declared = expected_tensors(registry, structure, lambda _: "")
             needed |= {name: (spec.shape, "the vision tower") for name, spec in declared.items()}
         found = [name for name in tensors if name.startswith(mtp)]
-        if WITH_MTP in options.without:
+        if obstacle := self._mtp(config, tensors, options).obstacle:
+            carried |= dict.fromkeys(found, obstacle)
+        elif WITH_MTP in options.without:
             carried |= dict.fromkeys(found, "the Megatron model is built without its MTP layer")
             absent |= set(found)
-        elif obstacle := self._mtp(config, tensors, options).obstacle:
-            carried |= dict.fromkeys(found, obstacle)
         equal: dict[str, str] = {}
         name, embedding = f"{head}weight", f"{spelling.of(HF_EMBEDDING)}weight"
         if _is_tied(structure) and name != embedding and {name, embedding} <= tensors.keys():
@@ -231,47 +229,18 @@ class QwenVLBridge(MegatronModelBridge):
 
     def _mtp(self, config: HFConfig, tensors: Tensors | None, options: PlanOptions) -> MTPInFiles:
         """The MTP layer of these files, or of those that a config alone would have."""
-        if WITH_MTP in options.without:
-            return MTPInFiles(mapped=False)  # what is carried over may lie as it likes
+        without = WITH_MTP in options.without
         if tensors is None:
-            return stated_mtp(config)
-        root = self._spelling(config, tensors, options).of(HF_MTP)
-        found = [name for name in tensors if name.startswith(root)]
-        if not found:
-            return MTPInFiles(mapped=False)
-        obstacle, experts = config_obstacle(config), None
-        if not obstacle:
-            try:
-                experts = self._mtp_experts(config, tensors, options, root)
-                expected = self._expected_mtp(config, tensors, options, experts)
-            except ConfigError as error:  # experts in two layouts
-                obstacle = f"an MTP layer of another kind: {error}"
-            else:
-                obstacle = misfit(found, tensors, expected)
-        return MTPInFiles(not obstacle, experts, obstacle)
-
-    def _mtp_experts(
-        self, config: HFConfig, tensors: Tensors, options: PlanOptions, root: str
-    ) -> ExpertLayout | None:
-        if not has_experts(config.text):
-            return None
+            return MTPInFiles(mapped=False) if without else stated_mtp(config)
         given = None if options.experts is None else parse_expert_layout(options.experts)
-        return find_expert_layout(tensors, experts_below(root), expert_sizes(config.text), given)
-
-    def _expected_mtp(
-        self,
-        config: HFConfig,
-        tensors: Tensors,
-        options: PlanOptions,
-        experts: ExpertLayout | None,
-    ) -> dict[str, TensorSpec]:
-        """The tensors that the rows of the MTP layer ask for."""
-        rows = [
-            row for row in self.rows(DiskLayout(mtp=experts)) if row.megatron_param.startswith(MTP)
-        ]
-        rows = self._spelling(config, tensors, options).rows(rows)
-        structure = qwen_vl_structure(config, with_mtp=True)
-        return expected_tensors(MegatronMappingRegistry(*rows), structure, lambda _: "")
+        spelling = self._spelling(config, tensors, options)
+        try:
+            found = find_mtp(self.rows, config, tensors, spelling, given)
+        except InputError:
+            if not without:
+                raise
+            return MTPInFiles(mapped=False)  # what is carried over may lie as it likes
+        return MTPInFiles(mapped=False, obstacle=found.obstacle) if without else found
 
     def _has_output_layer(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
