@@ -92,8 +92,8 @@ def test_the_provider_has_the_released_values() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_theta": None}, "rope_theta"),
-        ({"num_key_value_heads": None}, "text_config.num_key_value_heads is missing"),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0"),
+        ({"num_key_value_heads": 0}, "text_config.num_key_value_heads must be a number from 1"),
         ({"head_dim": "128"}, "text_config.head_dim must be of type int"),
     ],
 )

@@ -197,7 +197,12 @@ def test_weights_that_are_not_loaded(process_groups: None, processor: Any) -> No
     [
         ("qwen3_vl", {"rope_type": "dynamic", "factor": 2.0}, {}, "rope_type is 'dynamic': .*long"),
         ("qwen3_5", {"rope_type": "axial"}, {}, "rope_type is 'axial': implemented are 'default'"),
-        ("qwen3_vl", {"rope_type": "yarn"}, {}, "rope_parameters has no factor.*'yarn' needs it"),
+        (
+            "qwen3_vl",
+            {"rope_type": "yarn", "original_max_position_embeddings": 2048},
+            {},
+            "rope_parameters has no factor.*'yarn' needs it",
+        ),
         ("qwen3_vl", LLAMA3 | {"low_freq_factor": None}, {}, "Missing required keys.*low_freq"),
         ("qwen3_vl", {"rope_type": "linear", "factor": 0.0}, {}, "frequencies are not finite"),
         ("qwen3_vl", LONGROPE | {"long_factor": [1.0] * 7}, {}, "transformers refuses: .* size"),

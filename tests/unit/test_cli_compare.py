@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from cli_documentation import documented_keys
 from megatron.bridge.cli import main
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,58 @@ def test_a_model_without_an_output_layer_is_refused_at_once(
     said = capsys.readouterr().err
     assert "Qwen3VLModel without an output layer can be converted from files to files" in said
     assert "Loading weights" not in said
+
+
+# --- memory ---
+
+
+def test_a_picture_for_which_there_is_no_memory(
+    small_model: Path,
+    photograph: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Refused before anything is loaded; with the number that the refusal names it runs."""
+    from megatron.bridge.verification import logits, memory
+
+    monkeypatch.setattr(memory, "available_bytes", lambda: 16_000_000)
+    run = logits.run_transformers
+    monkeypatch.setattr(logits, "run_transformers", lambda *_: pytest.fail("it was loaded"))
+    args = ["compare", str(small_model), "--image", str(photograph)]
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert "of memory, and 16.00 MB are available" in said
+    pixels = re.search(r"give a smaller one: --max-pixels (\d+) \(max_pixels=\1\)", said)
+    assert pixels is not None, said
+    monkeypatch.setattr(logits, "run_transformers", run)
+    assert main([*args, "--max-pixels", pixels[1], "--json"]) == 0
+    fewer = json.loads(capsys.readouterr().out)["image_tokens"]
+    monkeypatch.undo()
+    assert main([*args, "--json"]) == 0
+    assert 0 < fewer < json.loads(capsys.readouterr().out)["image_tokens"]
+
+
+def test_weights_for_which_there_is_no_memory(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron.bridge.verification import memory
+
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000)
+    assert main(["compare", str(small_model)]) == 2
+    assert "take a shorter dtype (--dtype bfloat16)" in capsys.readouterr().err
+
+
+def test_a_phone_and_a_released_model(small_model: Path) -> None:
+    """4000 x 3000 pixels, 16 heads, float32: scores and softmax of 46,500 patches."""
+    from megatron.bridge.verification.memory import available_bytes, needed
+
+    hf = PreTrainedVLM.from_pretrained(small_model)
+    grid = torch.tensor([[1, 186, 250]])
+    inputs = {"input_ids": torch.zeros(1, 11_700), "image_grid_thw": grid}
+    need = needed(hf, inputs, torch.float32)
+    heads = hf.hf_config.require("vision_config.num_heads", int)
+    assert need.vision == 46_500**2 * heads * 4 * 2
+    assert need.weights == 4 * sum(info.nbytes // 2 for info in hf.tensors.values())
+    patches = need.most_pixels(need.bytes) // need.pixels_per_patch
+    assert patches == 46_500
+    assert (available_bytes() or 1) > 0

@@ -55,11 +55,11 @@ def test_missing_value_names_file_and_key(tmp_path: Path, data: dict[str, Any]) 
 
 
 def test_what_transformers_refuses_has_no_defaults(data: dict[str, Any]) -> None:
-    del data["text_config"]["rope_scaling"]
+    data["model_type"] = "qwen3_5"
     data["text_config"]["num_hidden_layers"] = "many"
-    reason = r"rope_type is missing; .*\(transformers gives no default: .*num_hidden_layers"
+    reason = r"layer_types is missing; .*\(transformers gives no default: .*num_hidden_layers"
     with pytest.raises(ConfigError, match=reason):
-        HFConfig.from_dict(data).text.require("rope_parameters.rope_type", str)
+        HFConfig.from_dict(data).text.require("layer_types", list)
 
 
 @pytest.mark.parametrize("count", [10**12, 10**400])

@@ -13,6 +13,9 @@ from megatron.bridge.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     import torch
 
+type DType = str | torch.dtype
+"""A dtype of weights as callers give it: of torch, or its name ("bfloat16")."""
+
 _TORCH_NAME_AND_BYTES: dict[str, tuple[str, int]] = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),

@@ -7,16 +7,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, TypedDict
 
+from megatron.bridge.checkpoint.iterations import Iteration
 from megatron.bridge.checkpoint.processes import Processes
+from megatron.bridge.dtypes import DType
 from megatron.bridge.errors import InputError
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.quoting import quoted
 from megatron.bridge.sizes import Size, size_of
 
 if TYPE_CHECKING:
-    import torch
-
-    from megatron.bridge.checkpoint.iterations import Iteration
     from megatron.bridge.checkpoint.run import Run
 
 
@@ -36,7 +35,7 @@ class ExportKeywords(ImportKeywords, total=False):
 
     iteration: Iteration | None
     fp8: bool
-    dtype: torch.dtype | str | None
+    dtype: DType | None
     round: bool
     keep_manifest: bool
 
@@ -66,7 +65,7 @@ class ConversionOptions:
     force: bool = False
     iteration: Iteration | None = None
     fp8: bool = False
-    dtype: torch.dtype | str | None = None
+    dtype: DType | None = None
     round: bool = False
     keep_manifest: bool = False
 

@@ -2,7 +2,7 @@
 
 The real model is built on the meta device, as a rank of torch's fake process group. megatron-core
 splits tensors into equal parts only, so ranks of one pipeline stage hold tensors of the same
-shapes: one rank of each stage is built.
+shapes: one rank of each kind of stage is built.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from megatron.bridge.inspection.alike_stages import kind_of_stage, shifted, stage_layers
 from megatron.bridge.inspection.parallel_request import OPTIONS, ParallelRequest
 from megatron.bridge.inspection.rank_grid import RankPosition, rank_positions
 from megatron.bridge.inspection.rank_share import RankShare, share_of
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
 
 type MakeProvider = Callable[[], ModelProvider]
@@ -96,11 +98,29 @@ def build_rank(make: MakeProvider, request: ParallelRequest, rank: int) -> RankS
         return share_of([provider.provide(vp_stage=stage) for stage in stages])
 
 
-def lay_out(make: MakeProvider, request: ParallelRequest) -> ParallelLayout:
-    """What every rank holds. Raises whatever megatron-core raises for sizes that it refuses."""
+def lay_out(
+    make: MakeProvider, request: ParallelRequest, progress: Progress | None = None
+) -> ParallelLayout:
+    """What every rank holds. Raises whatever megatron-core raises for sizes that it refuses.
+
+    progress: of the stages; a cluster of a hundred thousand ranks takes minutes.
+    """
+    shown = progress or Silent()
     with without_advice():
+        provider = configured(make, request)
+        provider.finalize()  # most refusals need no cluster, which takes its time
+        shown.start("plan", request.pp)
         with on_rank(0, request):  # only of a cluster that it accepts are the positions right
             positions = rank_positions(request)
         first = {position.pp: position.rank for position in reversed(positions)}
-        stages = [build_rank(make, request, first[stage]) for stage in range(request.pp)]
+        stages: list[RankShare] = []
+        kinds: dict[object, RankShare] = {}
+        for stage in range(request.pp):
+            kind = kind_of_stage(provider, request, stage)
+            if kind in kinds:
+                share = shifted(kinds[kind], stage_layers(provider, request, stage))
+            else:
+                share = kinds[kind] = build_rank(make, request, first[stage])
+            stages.append(share)
+            shown.advance(1)
     return ParallelLayout(request, tuple(stages), tuple(positions))

@@ -6,9 +6,11 @@ kind is built on a small imagined cluster. The nearest legal sizes are found by 
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import takewhile
 
 from megatron.bridge.errors import ConfigError, PlanError
 from megatron.bridge.inspection.parallel_layout import (
@@ -30,6 +32,9 @@ _BESIDE = {"vpp": ("pp",)}
 
 _LARGEST = 1024
 """Where the search for legal sizes ends."""
+
+_SEARCH_SECONDS = 4.0
+"""Of the processor, and in either direction: what is not found then is not said."""
 
 
 def why_illegal(
@@ -81,13 +86,15 @@ def _problem(option: str, request: ParallelRequest, refusals: Refusals) -> str |
 
 
 def _nearest(request: ParallelRequest, option: str, refusals: Refusals) -> list[int]:
-    """The next legal size below and above, up to twice the given one."""
+    """The next legal size below and above, up to twice the given one, as far as time allows."""
     size = getattr(request, option)
     found = []
     below = range(min(size - 1, _LARGEST), 0, -1)
     above = range(size + 1, min(2 * size, _LARGEST) + 1)
     for candidates in (below, above):
-        legal = (one for one in candidates if not refusals(request.with_size(option, one)))
+        end = time.process_time() + _SEARCH_SECONDS
+        in_time = takewhile(lambda _: time.process_time() < end, candidates)
+        legal = (one for one in in_time if not refusals(request.with_size(option, one)))
         found += [one for one in [next(legal, None)] if one is not None]
     return found
 

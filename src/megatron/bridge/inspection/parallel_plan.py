@@ -8,12 +8,19 @@ from megatron.bridge.inspection.parallel_legality import REFUSED, why_illegal
 from megatron.bridge.inspection.parallel_request import ParallelRequest
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.qwen_vl.rows import MTP
+from megatron.bridge.progress import Progress
 
 
-def plan_layout(model: HFReport, request: ParallelRequest, *, with_mtp: bool) -> ParallelLayout:
+def plan_layout(
+    model: HFReport,
+    request: ParallelRequest,
+    *,
+    with_mtp: bool,
+    progress: Progress | None = None,
+) -> ParallelLayout:
     """What every rank holds of a model with a proven plan.
 
-    with_mtp: with its MTP layer, if the plan has one. Raises PlanError for sizes that the model
+    with_mtp: with its MTP layer, if the plan has one. progress: of the stages. Raises PlanError for sizes that the model
     cannot have, all of them with the nearest that it can.
     """
     if model.plan is None or model.settings is None:
@@ -25,6 +32,6 @@ def plan_layout(model: HFReport, request: ParallelRequest, *, with_mtp: bool) ->
     else:
         make, without_mtp = plain, None
     try:
-        return lay_out(make, request)
+        return lay_out(make, request, progress)
     except REFUSED as error:
         raise why_illegal(make, request, error, without_mtp) from error

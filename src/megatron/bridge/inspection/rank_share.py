@@ -89,6 +89,15 @@ def share_of(chunks: Sequence[torch.nn.Module]) -> RankShare:
     )
 
 
+def layer_of(name: str) -> tuple[int, int, int] | None:
+    """The number of the decoder layer that a parameter belongs to, and where it stands in its name.
+
+    None for a parameter of no decoder layer.
+    """
+    match = _LAYER.match(name)
+    return None if match is None else (int(match[1]), *match.span(1))
+
+
 def adam_bytes(dtype: torch.dtype) -> int:
     """Bytes of Adam's state for one parameter: two moments, and a copy where it is narrower.
 

@@ -22,6 +22,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
 from megatron.bridge.verification.distance import Distance, LogitsDistance, logits_distance
 from megatron.bridge.verification.forward import prompt_inputs, run_megatron, run_transformers
+from megatron.bridge.verification.memory import at_most, needed, require_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,13 +81,15 @@ def compare(
     revision: str | None = None,
     dtype: str = "float32",
     tolerance: float | None = None,
+    max_pixels: int | None = None,
     progress: Progress | None = None,
 ) -> CompareReport:
     """Run one prompt, optionally with an image, through both models.
 
     prompt: None for IMAGE_PROMPT or TEXT_PROMPT. dtype: of weights and activations in both models,
     a key of TOLERANCES; with float64, on the CPU only, all arithmetic is in float64. tolerance:
-    None for that of the dtype. Raises InputError for input that cannot be used, UnsupportedModel
+    None for that of the dtype. max_pixels: a larger image is made smaller, for both models. Raises
+    InputError for input that cannot be used, or if the memory is not enough, UnsupportedModel
     without a bridge, and what `require_finite` does; a difference is no error but in the report.
     """
     if dtype not in TOLERANCES:
@@ -102,8 +105,11 @@ def compare(
     bridge.plan()
     bridge.to_megatron_provider(load_weights=False)
     picture = _open_image(image)
+    if picture is not None and max_pixels is not None:
+        picture = at_most(picture, max_pixels)
     text = prompt if prompt is not None else IMAGE_PROMPT if picture else TEXT_PROMPT
     inputs = prompt_inputs(hf, text, picture)
+    require_memory(os.fspath(source), needed(hf, inputs, getattr(torch, dtype)))
 
     begin = time.perf_counter()
     expected, hidden = run_transformers(hf, inputs, getattr(torch, dtype))

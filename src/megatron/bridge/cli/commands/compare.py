@@ -29,6 +29,15 @@ def compare(
         Path | None,
         typer.Option(parser=given_file, metavar="FILE", help="Image to ask about."),
     ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Make a larger image smaller, for both models; attention takes memory by the "
+            "square of it.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What to ask. By default a short question.")
     ] = None,
@@ -55,7 +64,8 @@ def compare(
     """Run one prompt through transformers and through Megatron-Core; exits with 1 if they differ.
 
     Compares the hidden states after every layer, and the logits. The two models run one after the
-    other: memory is that of one of them in the chosen dtype.
+    other: memory is that of one of them in the chosen dtype, and of attention over the image. Where
+    that is not there, it is said before anything is loaded.
     """
     with open_output(as_json=as_json) as output:
         hf_model(source, revision)  # what is no model is said before anything large is imported
@@ -72,6 +82,7 @@ def compare(
                 revision=revision,
                 dtype=dtype,
                 tolerance=tolerance,
+                max_pixels=max_pixels,
                 progress=progress,
             )
 

@@ -116,7 +116,7 @@ def export_command(
             "the release keeps in float32 stay so, and config.json states it",
         ),
     ] = None,
-    rounds: Annotated[
+    round: Annotated[  # noqa: A002 - the name of the option
         bool,
         typer.Option(
             "--round",
@@ -171,7 +171,7 @@ def export_command(
             iteration=iteration,
             fp8=fp8,
             dtype=dtype,
-            round=rounds,
+            round=round,
             keep_manifest=keep_manifest,
         )
         with options.run(output.progress) as run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -110,6 +112,25 @@ def _report(
     return plan_export_of(path, hf_model(reference, revision), iteration, experts)
 
 
+class StageNotes:
+    """A Progress that says how many stages are laid out, where that takes long."""
+
+    def __init__(self, note: Callable[[str], None], seconds: float = 5.0) -> None:
+        self._note = note
+        self._seconds = seconds
+
+    def start(self, task: str, total_bytes: int) -> None:
+        """The number of stages."""
+        self._total, self._done, self._last = total_bytes, 0, time.monotonic()
+
+    def advance(self, done_bytes: int) -> None:
+        """So many more are laid out."""
+        self._done += done_bytes
+        if time.monotonic() - self._last >= self._seconds:
+            self._last = time.monotonic()
+            self._note(f"plan: {self._done} of {self._total} stages")
+
+
 def _request(wanted: bool, **sizes: int | None) -> ParallelRequest | None:
     """The parallel layout that the options ask for; None if none of them was given."""
     from megatron.bridge.inspection.parallel_request import ParallelRequest
@@ -128,7 +149,8 @@ def _layout(
     from megatron.bridge.inspection.parallel_plan import plan_layout
 
     try:
-        return plan_layout(report.model, request, with_mtp=with_mtp), None
+        progress = StageNotes(output.note)
+        return plan_layout(report.model, request, with_mtp=with_mtp, progress=progress), None
     except PlanError as error:
         return None, error
 

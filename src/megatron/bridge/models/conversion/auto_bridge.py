@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.checkpoint.targets import check_target
-from megatron.bridge.dtypes import TORCH_NAME_OF, weight_dtype, widest
+from megatron.bridge.dtypes import TORCH_NAME_OF, DType, weight_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.layer_keys import KeyForms
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from megatron.bridge.models.model_provider import ModelProvider
 
 type Model = Sequence[torch.nn.Module]
-type DType = str | torch.dtype
-"""One of float32, bfloat16, float16, or its name."""
 
 
 class HFWeight(NamedTuple):
@@ -212,7 +210,7 @@ class AutoBridge:
         model: Model,
         *,
         cpu: bool = True,
-        dtype: "DType | None" = None,
+        dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
     ) -> Iterator[HFWeight]:
         """Every Hugging Face tensor of a live model, by name, in the order of the files.
@@ -233,7 +231,7 @@ class AutoBridge:
         model: Model,
         path: PathLike,
         *,
-        dtype: "DType | None" = None,
+        dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
         force: bool = False,
     ) -> None:
@@ -245,7 +243,7 @@ class AutoBridge:
         model: Model,
         path: PathLike,
         *,
-        dtype: "DType | None" = None,
+        dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
         force: bool = False,
     ) -> None:
@@ -287,7 +285,7 @@ class AutoBridge:
         path: PathLike,
         *,
         iteration: int | str | None = None,
-        dtype: "DType | None" = None,
+        dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
         mp_overrides: Mapping[str, Any] | None = None,
         wrap_with_ddp: bool = False,
@@ -421,7 +419,7 @@ class AutoBridge:
             raise PlanError(problems)
         return tasks
 
-    def _export_plan(self, model: Model, dtype: "DType | None") -> ConversionPlan:
+    def _export_plan(self, model: Model, dtype: DType | None) -> ConversionPlan:
         plan = self.plan(self._options_of(model))
         if dtype is None:
             return plan
@@ -463,7 +461,7 @@ class AutoBridge:
         self,
         model: Model,
         path: Path,
-        dtype: "DType | None",
+        dtype: DType | None,
         force: bool,
         *,
         round: bool,  # noqa: A002 - the name of the option

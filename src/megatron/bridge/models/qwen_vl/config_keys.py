@@ -82,15 +82,11 @@ def _positive(config: HFConfig, key: str) -> float:
     return config.positive(key)
 
 
-def _not_negative(config: HFConfig, key: str) -> float:
-    return config.positive(key, least=0.0)
-
-
 def _of_kind(kind: type) -> Read:
     return lambda config, key: config.require(key, kind)
 
 
-_flag, _word = _of_kind(bool), _of_kind(str)
+_flag, _word, _number = _of_kind(bool), _of_kind(str), _of_kind(float)
 
 
 def _counts(**fields: str) -> dict[str, Use]:
@@ -160,8 +156,8 @@ _TEXT: dict[str, Use] = {
     "num_hidden_layers": Derived("num_layers"),
     "intermediate_size": Derived("ffn_hidden_size"),
     "hidden_act": Field(("hidden_act",), _word),
-    "attention_dropout": Field(("attention_dropout",), _not_negative),
-    "initializer_range": Field(("init_method_std",), _not_negative),
+    "attention_dropout": Field(("attention_dropout",), _number),
+    "initializer_range": Field(("init_method_std",), _number),
     "rms_norm_eps": Field(("layernorm_epsilon",), _positive),
     "attention_bias": Field(("add_qkv_bias", "add_attention_output_bias"), _flag),
     "rope_parameters": Derived("the rotation"),
@@ -234,7 +230,7 @@ _VISION: dict[str, Use] = {
     "rope_parameters": Derived("the rotation"),
     "rope_scaling": Derived("the rotation"),
     "rope_theta": Derived("the rotation"),
-    "initializer_range": Field(("initializer_range",), _not_negative),
+    "initializer_range": Field(("initializer_range",), _number),
     "partial_rotary_factor": Ignored("heads are rotated as a whole"),
 }
 _DEEPSTACK: dict[str, Use] = {"deepstack_visual_indexes": Derived("deepstack_visual_indexes")}

@@ -136,6 +136,15 @@ class Qwen3VLModelProvider(ModelProvider):
                 f"moe_router_topk is {self.moe_router_topk}, more than num_moe_experts = "
                 f"{self.num_moe_experts}"
             )
+        # megatron-core says so as well, but of groups of ranks, and these take minutes to make.
+        if self.num_moe_experts:
+            for name, split in (
+                ("num_moe_experts", "expert_model_parallel_size"),
+                ("moe_ffn_hidden_size", "expert_tensor_parallel_size"),
+            ):
+                size, parts = getattr(self, name) or 0, getattr(self, split) or 1
+                if 0 < size < parts:
+                    problems.append(f"{name} is {size}, and {split} is {parts}: it splits no more")
         missing = [name for name in ("kv_channels", "vision") if getattr(self, name) is None]
         problems += [f"{name} is None: it must be set" for name in missing]
         if "kv_channels" not in missing:
