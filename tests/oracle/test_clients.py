@@ -50,9 +50,7 @@ def test_an_architecture_set_on_the_config_is_the_one_that_counts(bridge: AutoBr
         lambda: bridge.transformer_config,
     ]
     for use in uses:
-        with pytest.raises(
-            UnsupportedModel, match=r"^Qwen3VLTextModel: it describes the text half"
-        ):
+        with pytest.raises(UnsupportedModel, match=r"^Qwen3VLTextModel: it .* text half"):
             use()
     bridge.hf_pretrained.config.architectures = [ARCHITECTURE]
     bridge.plan()

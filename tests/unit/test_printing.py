@@ -115,7 +115,7 @@ def test_processes(tmp_path: Path) -> None:
     ("args", "said", "usage"),
     [
         (["import"], "Missing argument 'SRC'", "import [OPTIONS] SRC DST"),
-        (["export", "a", "b"], "Missing option '--hf'", "export [OPTIONS] SRC DST"),
+        (["export", "a"], "Missing argument 'DST'", "export [OPTIONS] SRC DST"),
         (["verify", "a", "--fats"], "No such option: --fats", "verify [OPTIONS] A [B]"),
         (["nonsense"], "No such command 'nonsense'", "[OPTIONS] COMMAND [ARGS]..."),
     ],

@@ -54,6 +54,7 @@ def hf_document(report: HFReport) -> Document:
         "carried": {} if plan is None else dict(plan.carried),
         "proven": report.problem is None,
         "problems": _problems(report.problem),
+        "message": None if report.problem is None else str(report.problem),
         "megatron": (
             None if plan is None else {"keys": len(plan.megatron), "bytes": plan.megatron_bytes}
         ),
