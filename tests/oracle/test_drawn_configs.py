@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from drawn_configs import drawn_config
+from megatron.bridge.models.qwen_vl.config_keys import CONFIG_KEYS, Derived, Field
 from oracle import tiny
+from small_configs import FAMILIES, OTHERS, changed_alone
 
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 TOLERANCE = 1e-4
 """Of the largest logit."""
 
@@ -43,12 +44,13 @@ def prompts(model: Any) -> list[dict[str, torch.Tensor]]:
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     generator = torch.Generator().manual_seed(1)
     text = torch.tensor([[9, 17, 23, 42, 5, 88, 101, 7]])
-    shown = torch.tensor([[9, 302, *[300] * (patches // merged), 303, 17, 23, 42]])
+    picture, start = model.config.image_token_id, model.config.vision_start_token_id
+    shown = torch.tensor([[9, start, *[picture] * (patches // merged), 27, 17, 23, 42]])
     return [
         {"input_ids": text, "mm_token_type_ids": torch.zeros_like(text)},
         {
             "input_ids": shown,
-            "mm_token_type_ids": (shown == 300).int(),
+            "mm_token_type_ids": (shown == picture).int(),
             "pixel_values": torch.randn(patches, values, generator=generator),
             "image_grid_thw": grid,
         },
@@ -95,6 +97,25 @@ def run(model_type: str, folder: Path, draws: int) -> None:
         compare(config, folder)
 
     check()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_each_key_that_the_forward_reads(model_type: str, folder: Path) -> None:
+    """With another value of one key after the other."""
+    tried = 0
+    for section, uses in CONFIG_KEYS[model_type].items():
+        for key, use in uses.items():
+            if not isinstance(use, Field | Derived) or OTHERS[key] is None:
+                continue
+            if key in ("dtype", "torch_dtype"):
+                continue  # the oracle computes in float32 alone
+            try:
+                compare(changed_alone(model_type, section, key), folder)
+            except Exception as error:
+                error.add_note(f"{section}.{key}")
+                raise
+            tried += 1
+    assert tried > 30
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

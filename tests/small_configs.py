@@ -1,0 +1,166 @@
+"""A small config of each family, and another value for every key that it can have."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from oracle import tiny
+
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+LINEAR, FULL = "linear_attention", "full_attention"
+
+# Another value than that of the small configs below, for every key that the table has.
+OTHERS: dict[str, Any] = {
+    "architectures": None,  # looked at by a test of its own
+    "text_config": None,
+    "vision_config": None,
+    "quantization_config": None,
+    "model_type": None,
+    "dtype": "float16",
+    "torch_dtype": "float16",
+    "per_layer_config": {"1": {"hidden_size": 24}},
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "return_dict": False,
+    "tie_last_hidden_states": True,
+    "use_cache": False,
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+    "id2label": {"0": "no", "1": "yes", "2": "perhaps"},
+    "label2id": {"no": 0, "yes": 1, "perhaps": 2},
+    "num_labels": 3,
+    "problem_type": "regression",
+    "pad_token_id": 5,
+    "bos_token_id": 6,
+    "eos_token_id": 7,
+    "transformers_version": "4.57.0",
+    "name_or_path": "somewhere",
+    "_commit_hash": "abc",
+    "chunk_size_feed_forward": 3,
+    "is_encoder_decoder": False,
+    "image_token_id": 290,
+    "video_token_id": 291,
+    "vision_start_token_id": 292,
+    "vision_end_token_id": 293,
+    "tie_word_embeddings": True,
+    "rope_theta": 123.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0, "mrope_section": [4, 2, 2]},
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 123.0},
+    "partial_rotary_factor": 0.5,
+    "vocab_size": 311,
+    "hidden_size": 96,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 8192,
+    "num_hidden_layers": 4,
+    "intermediate_size": 150,
+    "hidden_act": "gelu",
+    "attention_dropout": 0.25,
+    "initializer_range": 0.5,
+    "rms_norm_eps": 0.25,
+    "attention_bias": True,
+    "num_experts": 5,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 26,
+    "shared_expert_intermediate_size": 38,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [0],
+    "sliding_window": 3,
+    "layer_types": [FULL, LINEAR, LINEAR, FULL, FULL],
+    "full_attention_interval": 2,
+    "attn_output_gate": False,
+    "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": True,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 56,
+    "linear_value_head_dim": 44,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 6,
+    "depth": 3,
+    "num_heads": 6,
+    "patch_size": 14,
+    "temporal_patch_size": 3,
+    "in_channels": 4,
+    "spatial_merge_size": 3,
+    "out_hidden_size": 88,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [1],
+}
+
+
+def small(model_type: str) -> dict[str, Any]:
+    """A config that states every key that a small model needs."""
+    _, text, deepstack = tiny.FAMILIES[model_type]
+    config = {
+        "architectures": [
+            f"{tiny.FAMILIES[model_type][0]}ForConditionalGeneration",
+        ],
+        "model_type": model_type,
+        "image_token_id": 300,
+        "video_token_id": 301,
+        "vision_start_token_id": 302,
+        "vision_end_token_id": 303,
+        "text_config": copy.deepcopy(tiny.TEXT | text),
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 48,
+            "intermediate_size": 112,
+            "num_heads": 3,
+            "patch_size": 16,
+            "out_hidden_size": 80,
+            "num_position_embeddings": 49,
+            "deepstack_visual_indexes": deepstack,
+        },
+    }
+    config["text_config"]["dtype"] = "float32"
+    return config
+
+
+def changed(model_type: str, section: str, key: str) -> dict[str, Any]:
+    """The small config with another value of one key, and what has to follow it."""
+    config = small(model_type)
+    text, vision = config["text_config"], config["vision_config"]
+    target = config[section] if section else config
+    target[key] = copy.deepcopy(OTHERS[key])
+    if section == "text_config" and key == "hidden_size":
+        vision["out_hidden_size"] = OTHERS["hidden_size"]
+    if key == "out_hidden_size":
+        text["hidden_size"] = OTHERS[key]
+    if key in ("full_attention_interval", "num_hidden_layers"):
+        target.pop("layer_types", None)
+    return config
+
+
+def changed_alone(model_type: str, section: str, key: str) -> dict[str, Any]:
+    """As `changed`, so that the key is not overruled by others, and means something."""
+    config = changed(model_type, section, key)
+    target = config[section] if section else config
+    if key == "torch_dtype" or (key == "dtype" and not section):
+        del config["text_config"]["dtype"]
+    elif key == "num_local_experts":
+        del target["num_experts"]
+    elif section == "vision_config" and key == "num_attention_heads":
+        target[key] = 6
+        del target["num_heads"]
+    elif section == "vision_config" and key == "num_hidden_layers":
+        target[key] = 3
+        del target["depth"]
+    elif key == "partial_rotary_factor":
+        del target["rope_parameters"]["partial_rotary_factor"]
+    elif key in ("rope_scaling", "rope_parameters", "rope_theta"):
+        target.pop("rope_parameters", None)
+        target[key] = copy.deepcopy(OTHERS[key])
+        if section == "vision_config":
+            target[key] = {"rope_theta": 123.0} if key != "rope_theta" else 123.0
+    elif key == "router_aux_loss_coef":
+        target["output_router_logits"] = True
+    elif key == "intermediate_size" and model_type == "qwen3_vl_moe":
+        target["mlp_only_layers"] = [1]
+    return config
