@@ -20,8 +20,8 @@ def plan_layout(
 ) -> ParallelLayout:
     """What every rank holds of a model with a proven plan.
 
-    with_mtp: with its MTP layer, if the plan has one. progress: of the stages. Raises PlanError for sizes that the model
-    cannot have, all of them with the nearest that it can.
+    with_mtp: with its MTP layer, if the plan has one. progress: of the stages. Raises PlanError for
+    sizes that the model cannot have, all of them with the nearest that it can.
     """
     if model.plan is None or model.settings is None:
         raise ValueError(f"{model.source}: the conversion is not proven")
