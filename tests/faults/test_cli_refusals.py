@@ -410,7 +410,7 @@ def test_wrong_usage(
     assert main(args) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "Error:" in printed.err
+    assert "error: " in printed.err
     assert "Traceback" not in printed.err
     assert files_below(tmp_path) == []
 
