@@ -221,19 +221,24 @@ def test_a_model_without_an_output_layer_is_refused_at_once(
 def test_a_picture_for_which_there_is_no_memory(
     small_model: Path,
     photograph: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Refused before anything is loaded; with the number that the refusal names it runs."""
+    from PIL import Image
+
     from megatron.bridge.verification import logits, memory
 
-    monkeypatch.setattr(memory, "available_bytes", lambda: 16_000_000)
+    with Image.open(photograph) as small:
+        small.resize((600, 400)).save(tmp_path / "large.png")
+    monkeypatch.setattr(memory, "available_bytes", lambda: 20_000_000)
     run = logits.run_transformers
     monkeypatch.setattr(logits, "run_transformers", lambda *_: pytest.fail("it was loaded"))
-    args = ["compare", str(small_model), "--image", str(photograph)]
+    args = ["compare", str(small_model), "--image", str(tmp_path / "large.png")]
     assert main(args) == 2
     said = capsys.readouterr().err
-    assert "of memory, and 16.00 MB are available" in said
+    assert "of memory, and 20.00 MB are available" in said
     pixels = re.search(r"give a smaller one: --max-pixels (\d+) \(max_pixels=\1\)", said)
     assert pixels is not None, said
     monkeypatch.setattr(logits, "run_transformers", run)

@@ -10,8 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
-from itertools import takewhile
 
 from megatron.bridge.errors import ConfigError, PlanError
 from megatron.bridge.inspection.parallel_layout import (
@@ -94,14 +92,13 @@ def _nearest(request: ParallelRequest, option: str, refusals: Refusals) -> list[
     above = range(size + 1, min(2 * size, _LARGEST) + 1)
     for candidates in (below, above):
         end = time.process_time() + _SEARCH_SECONDS
-        in_time = takewhile(partial(_is_before, end), candidates)
-        legal = (one for one in in_time if not refusals(request.with_size(option, one)))
-        found += [one for one in [next(legal, None)] if one is not None]
+        for one in candidates:
+            if time.process_time() > end:
+                break
+            if not refusals(request.with_size(option, one)):
+                found.append(one)
+                break
     return found
-
-
-def _is_before(end: float, _candidate: int) -> bool:
-    return time.process_time() < end
 
 
 def _world_problems(request: ParallelRequest) -> list[str]:

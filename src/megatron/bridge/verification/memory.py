@@ -88,13 +88,13 @@ def needed(hf: PreTrainedVLM, inputs: Mapping[str, torch.Tensor], dtype: torch.d
 def require_memory(source: str, need: Need) -> None:
     """Raise InputError if there is less memory than is needed, with what would fit."""
     available = available_bytes()
-    if available is None or need.bytes <= available:
+    if available is None or need.bytes <= (usable := available * 9 // 10):  # some is for the rest
         return
     heading = (
         f"{source}: compare would take about {format_bytes(need.bytes)} of memory, and "
         f"{format_bytes(available)} are available: {format_bytes(need.weights)} for the weights, "
     )
-    if need.vision >= max(need.text, need.logits) and (pixels := need.most_pixels(available)):
+    if need.vision >= max(need.text, need.logits) and (pixels := need.most_pixels(usable)):
         raise InputError(
             f"{heading}{format_bytes(need.vision)} for attention between the {need.patches:,} "
             f"patches of the picture; give a smaller one: --max-pixels {pixels} "

@@ -18,14 +18,14 @@ MAX_MARKS = 8_000_000
 A tensor in a header has 12 of them, and the largest headers have 100,000 tensors.
 """
 
-_MAX_DIGITS = 1000
-"""Of an integer: no format has as many, and Python takes their square in time."""
+_MAX_DIGITS = 4300
+"""Of an integer, by default also those that Python takes: their square is the time they take."""
 
 
 def parse_object(text: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:
     """Parse UTF-8 JSON text whose top level is an object.
 
-    Raises ValueError for invalid UTF-8 or JSON, NaN and infinities, integers of over 1,000 digits,
+    Raises ValueError for invalid UTF-8 or JSON, NaN and infinities, integers of over 4,300 digits,
     duplicate keys at any depth, more than MAX_DEPTH levels or `max_marks` values, or a top level
     that is not an object.
     """
