@@ -60,6 +60,7 @@ def test_help_of_every_level_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.alone
 def test_help_answers_at_once() -> None:
     seconds = []
     for command in ([], ["import"], ["verify"], [], ["compare"]):
