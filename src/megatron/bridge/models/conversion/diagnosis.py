@@ -205,14 +205,27 @@ def _other_word(
 def _absent_parts(
     needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
 ) -> _Found:
+    parts: dict[str, set[str]] = {root: set() for root in terms.parts}
+    whole: set[str] = set()  # parts of which something is there: one tensor is enough to tell
+    for name in needs:
+        root = _part_of(name, terms)
+        if root is None or root in whole:
+            continue
+        if name in missing:
+            parts[root].add(name)
+        else:
+            whole.add(root)
     for root, (part, advice) in terms.parts.items():
-        of_part = {name for name in needs if _part_of(name, terms) == root}
-        if of_part and all(name in missing for name in of_part):
+        of_part = parts[root]
+        if of_part and root not in whole:
             yield f"the {part} is absent: {_count(of_part)} ({_shown(of_part)}); {advice}", of_part
 
 
 def _part_of(name: str, terms: Terms) -> str | None:
-    return next((root for root in terms.parts if name.startswith(root)), None)
+    for root in terms.parts:
+        if name.startswith(root):
+            return root
+    return None
 
 
 def _count(names: Collection[str]) -> str:
