@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron.bridge.checkpoint.config_record import read_hf_config
 from megatron.bridge.dtypes import can_be_cast, widest
 from megatron.bridge.errors import CheckpointError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
@@ -51,6 +52,15 @@ def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: it holds no weights of a model")
     return found
+
+
+def recorded_model(checkpoint: "TorchDistCheckpoint") -> PreTrainedVLM:
+    """The model that the config record in a checkpoint describes; it has a config and no files.
+
+    Raises CheckpointError if the format is not torch_dist, or no record holds a config.
+    """
+    checkpoint.require_torch_dist()
+    return PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
 
 
 def plan_export(

@@ -400,7 +400,7 @@ class AutoBridge:
         from megatron.bridge.checkpoint.config_record import read_record
         from megatron.bridge.checkpoint.iterations import iteration_folder
 
-        record = read_record(iteration_folder(Path(path), iteration))
+        record = read_record(iteration_folder(local_path(path), iteration))
         return None if record is None else record.hf_model_id
 
     def get_conversion_tasks(self, model: Model) -> list[ConversionTask]:
