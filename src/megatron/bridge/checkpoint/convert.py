@@ -13,16 +13,10 @@ from megatron.bridge.checkpoint.fingerprint import hf_fingerprint, megatron_fing
 from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
 from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.iterations import Iteration
-from megatron.bridge.checkpoint.plans import (
-    left_out,
-    main_dtype,
-    plan_export,
-    plan_of,
-    recorded_model,
-)
+from megatron.bridge.checkpoint.plans import left_out, plan_export, plan_of, recorded_model
 from megatron.bridge.checkpoint.run import Conversion, Run, Written
 from megatron.bridge.checkpoint.targets import check_target
-from megatron.bridge.dtypes import DType, weight_dtype
+from megatron.bridge.dtypes import DType, main_dtype, weight_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box

@@ -1,13 +1,13 @@
 """Which plan a conversion of files follows, in either direction."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron.bridge.checkpoint.config_record import read_hf_config
-from megatron.bridge.dtypes import can_be_cast, widest
+from megatron.bridge.dtypes import can_be_cast, main_dtype, widest
 from megatron.bridge.errors import CheckpointError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.equal_copies import check_equal
@@ -176,14 +176,6 @@ def _experts_of(name: str) -> str:
     """The module of routed experts that a tensor belongs to; empty for any other tensor."""
     module, mark, _ = name.partition(_EXPERTS)
     return module + mark if mark else ""
-
-
-def main_dtype(tensors: Iterable[TensorSpec]) -> str:
-    """The dtype that most bytes have; a plan keeps each tensor's own."""
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[tensor.dtype] += tensor.nbytes
-    return sizes.most_common(1)[0][0]
 
 
 def as_stored(plan: ConversionPlan, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

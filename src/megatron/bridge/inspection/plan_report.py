@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron.bridge.checkpoint.iterations import Iteration
 from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
+from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.inspection.hf_folder import (
     HFReport,
     headers_only,
@@ -101,12 +102,7 @@ def plan_export_of(
     that the checkpoint keeps. iteration, experts: see `export_checkpoint`. Raises InputError or one
     of its kinds, PlanError if the checkpoint does not hold the model.
     """
-    from megatron.bridge.checkpoint.plans import (
-        left_out,
-        main_dtype,
-        plan_export,
-        recorded_model,
-    )
+    from megatron.bridge.checkpoint.plans import left_out, plan_export, recorded_model
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(source, iteration)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.checkpoint.targets import check_target
-from megatron.bridge.dtypes import TORCH_NAME_OF, DType, weight_dtype, widest
+from megatron.bridge.dtypes import TORCH_NAME_OF, DType, main_dtype, weight_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.layer_keys import KeyForms
@@ -262,7 +262,6 @@ class AutoBridge:
         """
         from megatron.bridge.checkpoint.live_model import LiveTensors
         from megatron.bridge.checkpoint.megatron_checkpoint import save_checkpoint
-        from megatron.bridge.checkpoint.plans import main_dtype
         from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 
         hf, target = self.hf_pretrained, local_path(path)
@@ -299,7 +298,7 @@ class AutoBridge:
         not hold this model, or InputError for a field that the provider lacks.
         """
         from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
-        from megatron.bridge.checkpoint.plans import differences, main_dtype, weight_tensors
+        from megatron.bridge.checkpoint.plans import differences, weight_tensors
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
         checkpoint = TorchDistCheckpoint(local_path(path), iteration)
@@ -432,7 +431,7 @@ class AutoBridge:
 
         dtype: of the model; parameters with a dtype of their own keep it where it is wider.
         """
-        from megatron.bridge.checkpoint.plans import as_stored, main_dtype
+        from megatron.bridge.checkpoint.plans import as_stored
 
         tensors = as_stored(plan, stored)
         if dtype is not None:

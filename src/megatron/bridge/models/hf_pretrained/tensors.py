@@ -24,12 +24,7 @@ from megatron.bridge.models.hf_pretrained.safetensors_header import (
     read_header,
 )
 from megatron.bridge.models.hf_pretrained.slice_reader import Box, SliceReader
-from megatron.bridge.models.hf_pretrained.weight_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    SUFFIX,
-    WeightFiles,
-)
+from megatron.bridge.models.hf_pretrained.weight_files import SINGLE_FILE, SUFFIX, WeightFiles
 from megatron.bridge.quoting import printable
 
 if TYPE_CHECKING:
@@ -37,7 +32,7 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 4 << 20
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "Shard", "TensorIndex", "TensorInfo"]
+__all__ = ["Shard", "TensorIndex", "TensorInfo"]
 
 
 @dataclass(frozen=True, slots=True)
