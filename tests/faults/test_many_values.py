@@ -15,7 +15,8 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex
+from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
 from model_folders import safetensors_bytes
 from unfinished_target import JOB, killed
 

@@ -276,6 +276,7 @@ def test_other_indexes(
     assert message.count("\n") == 1
     assert refused(capsys, "plan", folder, "--hf", small_model) == message
     assert refused(capsys, "plan", folder) == message
+    assert refused(capsys, "export", folder, NOWHERE) == message
     assert refused(capsys, "verify", folder, small_model) == message
     assert refused(capsys, "verify", folder, small_checkpoint) == message
 

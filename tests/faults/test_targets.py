@@ -189,6 +189,7 @@ def test_a_home_is_meant_everywhere(
     assert "~/nope.jpg" in refused(capsys, "compare", "~/hf", "--image", "~/nope.jpg")
     AutoBridge.import_ckpt("~/small", "~/megatron2")
     AutoBridge.from_hf_pretrained("~/small").export_ckpt("~/megatron2", "~/hf2")
+    assert AutoBridge.get_hf_model_id_from_checkpoint("~/megatron") is None
     assert make_model("qwen3-vl", "~/made2") == home / "made2"
     assert names(here) == ["home"]
     assert set(names(home)) >= {"megatron", "hf", "made", "megatron2", "hf2", "made2"}

@@ -20,7 +20,8 @@ from typing import Any
 from megatron.bridge.dtypes import DTYPE_NAMES, itemsize
 from megatron.bridge.errors import CheckpointError, ConfigError
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex
+from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
 from megatron.bridge.quoting import is_name
 from model_folders import safetensors_bytes
 

@@ -17,6 +17,7 @@ A message names the culprit, what was expected, what was found and what to do ne
 """
 
 from collections.abc import Iterable
+from typing import Self
 
 from megatron.bridge.folding import listing
 
@@ -27,6 +28,17 @@ class BridgeError(Exception):
     exit_status = 2
     problems: tuple[str, ...] = ()
     """Where there are several, each of them; the message has the first."""
+
+    @classmethod
+    def of_problems(cls, heading: str, problems: Iterable[str], more: Iterable[str] = ()) -> Self:
+        """An error with these problems, its message as `listing` shows them under a heading.
+
+        more: problems that the message passes over.
+        """
+        problems = tuple(problems)
+        error = cls(f"{heading}:\n{listing(problems)}")
+        error.problems = (*problems, *more)
+        return error
 
 
 class InputError(BridgeError):

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.bridge.checkpoint.config_record import read_hf_config
 from megatron.bridge.checkpoint.fingerprint import hf_fingerprint, megatron_fingerprint
 from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
 from megatron.bridge.checkpoint.interruption import done_means_done
 from megatron.bridge.checkpoint.iterations import Iteration
-from megatron.bridge.checkpoint.plans import left_out, main_dtype, plan_export, plan_of
+from megatron.bridge.checkpoint.plans import left_out, plan_export, plan_of, recorded_model
 from megatron.bridge.checkpoint.run import Conversion, Run, Written
 from megatron.bridge.checkpoint.targets import check_target
-from megatron.bridge.dtypes import weight_dtype
+from megatron.bridge.dtypes import DType, main_dtype, weight_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import Box
@@ -133,7 +132,7 @@ def export_checkpoint(
     iteration: Iteration | None = None,
     experts: str | None = None,
     fp8: bool = False,
-    dtype: "str | torch.dtype | None" = None,
+    dtype: DType | None = None,
     round: bool = False,  # noqa: A002 - the name of the option
     run: Run = _DEFAULTS,
 ) -> Converted:
@@ -164,7 +163,7 @@ def export_checkpoint(
     )
     checkpoint = TorchDistCheckpoint(source, iteration)
     if reference is None:
-        reference = PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
+        reference = recorded_model(checkpoint)
     if fp8 and experts is not None:
         raise InputError(
             "FP8 files are written in the layout of their reference: fp8 and experts exclude each "

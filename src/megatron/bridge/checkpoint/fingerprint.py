@@ -21,8 +21,7 @@ from megatron.bridge.checkpoint.json_fields import fields, is_file_name
 from megatron.bridge.errors import CheckpointError, SourceChanged
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
-from megatron.bridge.models.hf_pretrained.weight_files import is_safetensors
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE, is_safetensors
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM

@@ -9,8 +9,8 @@ from megatron.bridge.checkpoint.safetensors_layout import shard_layout
 from megatron.bridge.checkpoint.safetensors_writer import index_text, plan_shards
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Bytes of tensor data per file where no reference says how to split, as on the Hub."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, TypedDict
@@ -70,12 +70,12 @@ class ConversionOptions:
     keep_manifest: bool = False
 
     @classmethod
-    def of(cls, command: str, taken: Iterable[str], given: Mapping[str, Any]) -> Self:
-        """Those that were given by name to `command`, which takes some of them.
+    def of(cls, command: str, taken: type[ImportKeywords], given: Mapping[str, Any]) -> Self:
+        """Those that were given by name to `command`, which takes the keywords `taken`.
 
         Raises InputError for a name that it does not take.
         """
-        known = [field.name for field in fields(cls) if field.name in set(taken)]
+        known = [field.name for field in fields(cls) if field.name in taken.__annotations__]
         for name in given:
             if name not in known:
                 raise InputError(

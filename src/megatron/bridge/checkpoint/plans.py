@@ -1,12 +1,13 @@
 """Which plan a conversion of files follows, in either direction."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron.bridge.dtypes import can_be_cast, widest
+from megatron.bridge.checkpoint.config_record import read_hf_config
+from megatron.bridge.dtypes import can_be_cast, main_dtype, widest
 from megatron.bridge.errors import CheckpointError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.equal_copies import check_equal
@@ -51,6 +52,15 @@ def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
     if not found:
         raise CheckpointError(f"{checkpoint.folder}: it holds no weights of a model")
     return found
+
+
+def recorded_model(checkpoint: "TorchDistCheckpoint") -> PreTrainedVLM:
+    """The model that the config record in a checkpoint describes; it has a config and no files.
+
+    Raises CheckpointError if the format is not torch_dist, or no record holds a config.
+    """
+    checkpoint.require_torch_dist()
+    return PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
 
 
 def plan_export(
@@ -166,14 +176,6 @@ def _experts_of(name: str) -> str:
     """The module of routed experts that a tensor belongs to; empty for any other tensor."""
     module, mark, _ = name.partition(_EXPERTS)
     return module + mark if mark else ""
-
-
-def main_dtype(tensors: Iterable[TensorSpec]) -> str:
-    """The dtype that most bytes have; a plan keeps each tensor's own."""
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[tensor.dtype] += tensor.nbytes
-    return sizes.most_common(1)[0][0]
 
 
 def as_stored(plan: ConversionPlan, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

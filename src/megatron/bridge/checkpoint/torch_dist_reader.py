@@ -33,8 +33,6 @@ from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 from megatron.bridge.models.hf_pretrained.slice_reader import SliceReader
 
-_SHOWN_PROBLEMS = 50
-
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
@@ -145,8 +143,7 @@ class TorchDistCheckpoint:
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-            raise CheckpointError(f"{self.folder}: damaged checkpoint\n{shown}")
+            raise CheckpointError.of_problems(f"{self.folder}: damaged checkpoint", problems)
 
     def _known(self, key: str) -> TensorSpec:
         spec = self.tensors.get(key)

@@ -149,13 +149,11 @@ def not_negative(text: str) -> float:
 def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:
     """The Hugging Face model that was given. Raises what `PreTrainedVLM.from_pretrained` does."""
     from megatron.bridge.checkpoint.iterations import is_megatron_folder
+    from megatron.bridge.models.hf_pretrained.other_formats import EXPORT_IT
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
     if is_megatron_folder(local_path(reference)):
-        raise InputError(
-            f"{reference} is a Megatron checkpoint, and a Hugging Face model is asked for; "
-            "`megatron-bridge export` makes one of it"
-        )
+        raise InputError(f"{reference} is a Megatron checkpoint, {EXPORT_IT}")
     return PreTrainedVLM.from_pretrained(reference, revision)
 
 

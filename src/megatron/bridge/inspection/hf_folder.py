@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError, InputError
 from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.inspection.row_summary import RowSummary, row_summaries
@@ -22,8 +23,9 @@ from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import Weights, dequantized_view
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8, quantization_of
 from megatron.bridge.models.hf_pretrained.reference import local_folder
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE, TensorIndex, TensorInfo
+from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
@@ -247,8 +249,8 @@ def _conversion(
             plan = bridge.plan_from_config(config, config.dtype, options)
         else:
             plan = bridge.plan(config, view, options)
-        main_dtype = next(iter(TensorSummary.of(plan.hf.values()).dtypes))
-        found.settings = bridge.provider_settings(config, main_dtype, plan.hf)
+        dtype = main_dtype(plan.hf.values())
+        found.settings = bridge.provider_settings(config, dtype, plan.hf)
         found.plan = plan
     except BridgeError as error:
         found.problem = error

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron.bridge.checkpoint.config_record import read_hf_config
 from megatron.bridge.checkpoint.iterations import Iteration
 from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
+from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.inspection.hf_folder import (
     HFReport,
     headers_only,
@@ -102,15 +102,11 @@ def plan_export_of(
     that the checkpoint keeps. iteration, experts: see `export_checkpoint`. Raises InputError or one
     of its kinds, PlanError if the checkpoint does not hold the model.
     """
-    from megatron.bridge.checkpoint.plans import left_out, main_dtype, plan_export
+    from megatron.bridge.checkpoint.plans import left_out, plan_export, recorded_model
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(source, iteration)
-    if reference is None:
-        checkpoint.require_torch_dist()
-        hf = PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
-    else:
-        hf = headers_only(reference)
+    hf = recorded_model(checkpoint) if reference is None else headers_only(reference)
     plan, dropped = plan_export(checkpoint, hf, experts)
     bridge = bridge_for(hf.hf_config.architecture)
     dtype = main_dtype(plan.hf.values())

@@ -2,16 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
-
-class SizedTensor(Protocol):
-    """A tensor without its data; `dtype` is the safetensors name ("BF16")."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
+from megatron.bridge.dtypes import SizedTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -193,16 +193,25 @@ class ModelProvider(TransformerConfig, ABC):
             AttributeError: for a name that is not a field; nothing is set then.
             ConfigError: as `finalize`.
         """
-        for name in overrides or {}:
-            if not self._is_known(name):
-                raise AttributeError(f"{name}: {self._unknown(name)}")
+        overrides = overrides or {}
+        self._require_known(overrides)
         if dtype is not None:
             self.params_dtype = dtype
             self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-        for name, value in (overrides or {}).items():
-            setattr(self, name, value)
+        self.set_fields(overrides)
         self.finalize()
         return self
+
+    def set_fields(self, values: Mapping[str, Any]) -> None:
+        """Set fields by name. Raises AttributeError for another name; nothing is set then."""
+        self._require_known(values)
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def _require_known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if not self._is_known(name):
+                raise AttributeError(f"{name}: {self._unknown(name)}")
 
     def _is_known(self, name: str) -> bool:
         """Whether an attribute is a field, a replaced method, or megatron-core's own."""

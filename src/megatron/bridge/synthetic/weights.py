@@ -17,7 +17,7 @@ from megatron.bridge.checkpoint.safetensors_writer import (
 )
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import InputError
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
 from megatron.bridge.synthetic import fp8
 from megatron.bridge.synthetic.disk_tensors import DiskTensor, RandomTensor
 

@@ -19,6 +19,7 @@ import torch
 from megatron.bridge.errors import InputError, MismatchError
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress
 from megatron.bridge.verification.distance import Distance, LogitsDistance, logits_distance
 from megatron.bridge.verification.forward import prompt_inputs, run_megatron, run_transformers
@@ -166,7 +167,7 @@ def _open_image(image: str | os.PathLike[str] | Image | None) -> Image | None:
     from PIL import Image as pillow
 
     try:
-        with pillow.open(image) as opened:
+        with pillow.open(local_path(image)) as opened:
             return opened.convert("RGB")
     except (OSError, ValueError, pillow.DecompressionBombError) as error:
         raise InputError(f"{os.fspath(image)}: cannot be read as an image: {error}") from error

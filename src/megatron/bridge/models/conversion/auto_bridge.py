@@ -9,15 +9,15 @@ bridge.save_hf_pretrained(model, "out")
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 from megatron.bridge.checkpoint.interruption import done_means_done
+from megatron.bridge.checkpoint.iterations import Iteration, iteration_folder
 from megatron.bridge.checkpoint.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.checkpoint.targets import check_target
-from megatron.bridge.dtypes import TORCH_NAME_OF, DType, weight_dtype, widest
+from megatron.bridge.dtypes import TORCH_NAME_OF, DType, main_dtype, weight_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.layer_keys import KeyForms
@@ -262,7 +262,6 @@ class AutoBridge:
         """
         from megatron.bridge.checkpoint.live_model import LiveTensors
         from megatron.bridge.checkpoint.megatron_checkpoint import save_checkpoint
-        from megatron.bridge.checkpoint.plans import main_dtype
         from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 
         hf, target = self.hf_pretrained, local_path(path)
@@ -284,7 +283,7 @@ class AutoBridge:
         self,
         path: PathLike,
         *,
-        iteration: int | str | None = None,
+        iteration: Iteration | None = None,
         dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
         mp_overrides: Mapping[str, Any] | None = None,
@@ -299,7 +298,7 @@ class AutoBridge:
         not hold this model, or InputError for a field that the provider lacks.
         """
         from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
-        from megatron.bridge.checkpoint.plans import differences, main_dtype, weight_tensors
+        from megatron.bridge.checkpoint.plans import differences, weight_tensors
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
         checkpoint = TorchDistCheckpoint(local_path(path), iteration)
@@ -311,7 +310,10 @@ class AutoBridge:
             raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")
         wanted = None if dtype is None else weight_dtype(dtype)
         provider = bridge.provider_of(self._settings_of(plan, found, wanted))
-        _override(provider, mp_overrides or {})
+        try:
+            provider.set_fields(mp_overrides or {})
+        except AttributeError as error:
+            raise InputError(f"mp_overrides: {error}") from error
         paths, casting = bridge.layer_paths, _casting_of(round=round)
         provider.register_pre_wrap_hook(
             lambda model: load_checkpoint(model, checkpoint, layer_paths=paths, casting=casting)
@@ -343,7 +345,7 @@ class AutoBridge:
         """
         from megatron.bridge.checkpoint.convert import import_checkpoint
 
-        chosen = ConversionOptions.of("import_ckpt", _names(ImportKeywords), options)
+        chosen = ConversionOptions.of("import_ckpt", ImportKeywords, options)
         if device_map not in (None, "cpu", "auto"):
             raise InputError(
                 f"device_map={device_map!r}: import_ckpt builds no model, files are converted to "
@@ -380,7 +382,7 @@ class AutoBridge:
         """
         from megatron.bridge.checkpoint.convert import export_checkpoint
 
-        chosen = ConversionOptions.of("export_ckpt", _names(ExportKeywords), options)
+        chosen = ConversionOptions.of("export_ckpt", ExportKeywords, options)
         source, target = local_path(megatron_path), local_path(hf_path)
         like = self if source_path is None else type(self).from_hf_pretrained(source_path)
         reference = like.hf_pretrained
@@ -390,7 +392,7 @@ class AutoBridge:
 
     @staticmethod
     def get_hf_model_id_from_checkpoint(
-        path: PathLike, *, iteration: int | str | None = None
+        path: PathLike, *, iteration: Iteration | None = None
     ) -> str | None:
         """The Hugging Face model that a checkpoint's run_config.yaml names as `hf_model_id`.
 
@@ -398,9 +400,8 @@ class AutoBridge:
         it. Raises CheckpointError if there is no checkpoint.
         """
         from megatron.bridge.checkpoint.config_record import read_record
-        from megatron.bridge.checkpoint.iterations import iteration_folder
 
-        record = read_record(iteration_folder(Path(path), iteration))
+        record = read_record(iteration_folder(local_path(path), iteration))
         return None if record is None else record.hf_model_id
 
     def get_conversion_tasks(self, model: Model) -> list[ConversionTask]:
@@ -432,7 +433,7 @@ class AutoBridge:
 
         dtype: of the model; parameters with a dtype of their own keep it where it is wider.
         """
-        from megatron.bridge.checkpoint.plans import as_stored, main_dtype
+        from megatron.bridge.checkpoint.plans import as_stored
 
         tensors = as_stored(plan, stored)
         if dtype is not None:
@@ -488,10 +489,6 @@ class AutoBridge:
             write_files(staged, files, fill)
 
 
-def _names(keywords: type) -> frozenset[str]:
-    return frozenset(keywords.__annotations__)
-
-
 def _shown(
     progress: Progress | None, show_progress: bool
 ) -> Callable[[], AbstractContextManager[Progress]]:
@@ -522,14 +519,3 @@ def _casting_of(*, round: bool) -> "Casting":  # noqa: A002 - the name of the op
     from megatron.bridge.models.conversion.casting import Casting
 
     return Casting(round, "round=True rounds them, dtype=torch.float32 keeps them")
-
-
-def _override(provider: "ModelProvider", fields_: Mapping[str, Any]) -> None:
-    """Set fields of a provider. Raises InputError for one that it lacks."""
-    known = [field.name for field in fields(provider)]
-    for name, value in fields_.items():
-        if name not in known:
-            likely = get_close_matches(name, known, n=1)
-            like = f"; did you mean {likely[0]!r}?" if likely else ""
-            raise InputError(f"mp_overrides: {type(provider).__name__} has no field {name!r}{like}")
-        setattr(provider, name, value)

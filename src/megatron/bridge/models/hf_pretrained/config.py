@@ -17,7 +17,10 @@ from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
-from megatron.bridge.models.hf_pretrained.transformers_defaults import TransformersDefaults
+from megatron.bridge.models.hf_pretrained.transformers_defaults import (
+    TransformersDefaults,
+    value_at,
+)
 from megatron.bridge.quoting import is_name, quoted
 
 if TYPE_CHECKING:
@@ -292,9 +295,7 @@ class HFConfig:
         """
         stated = {}
         for full in self._defaults.names(self._dotted(path)):
-            value: Any = self._data
-            for key in full.removeprefix(self._prefix).split("."):
-                value = value.get(key) if isinstance(value, dict) else None
+            value = value_at(self._data, full.removeprefix(self._prefix))
             if value is not None:
                 stated[full] = value
         first, *others = stated.values() or [None]

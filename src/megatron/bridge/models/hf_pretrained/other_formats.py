@@ -25,6 +25,7 @@ _SAVE_AS_TORCH_DIST = (
     "save it as torch_dist with the program that wrote it (in Megatron-LM: --ckpt-convert-format "
     "torch_dist --ckpt-convert-save FOLDER)"
 )
+EXPORT_IT = "and a Hugging Face model is asked for; `megatron-bridge export` makes one of it"
 _TAKE_SAFETENSORS = "take the safetensors files of the model that it was made from"
 
 
@@ -123,10 +124,7 @@ def other_files(name: str, paths: Sequence[str]) -> str | None:
     if "model.safetensors.index.json" in paths:
         return None  # the shards that it names are missing, and their reader says so
     if not files and (mark := _first(MEGATRON_MARKS, paths)) is not None:
-        return (
-            f"{printable(name)} is a Megatron checkpoint ({mark}), and a Hugging Face model is "
-            "asked for; `megatron-bridge export` makes one of it"
-        )
+        return f"{printable(name)} is a Megatron checkpoint ({mark}), {EXPORT_IT}"
     return _described(name, paths, _HUGGINGFACE, "safetensors weights")
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
-from megatron.bridge.folding import fold_texts
 from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, HFConfig
 from megatron.bridge.models.hf_pretrained.other_quantization import (
     is_plain,
@@ -23,7 +22,6 @@ CONFIG_KEY = "quantization_config"
 SCALE_SUFFIX = "_scale_inv"
 _STORED_DTYPE = "F8_E4M3"
 _SCALE_DTYPES = ("F32", "BF16")
-_MOST_LINES = 5
 
 _OTHER_RELEASE = "Use the release in BF16, or in FP8 by block"
 
@@ -134,11 +132,10 @@ def check_tensors(
     for cause, problem in _problems(tensors, quantization):
         causes.setdefault(cause, []).append(problem)
     if causes:
-        cause, problems = max(causes.items(), key=lambda item: len(item[1]))
-        lines = [f"  - {line}" for line in fold_texts(problems)]
-        if more := len(lines[_MOST_LINES:]):
-            lines[_MOST_LINES - 1 :] = [f"  and {more + 1} more lines"]
-        raise CheckpointError("\n".join([f"{origin}: {cause}:", *lines]))
+        cause = max(causes, key=lambda cause: len(causes[cause]))
+        problems = causes.pop(cause)
+        others = (problem for of_cause in causes.values() for problem in of_cause)
+        raise CheckpointError.of_problems(f"{origin}: {cause}", problems, others)
 
 
 def _other_method(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.folding import listing
 from megatron.bridge.models.hf_pretrained.regular_file import open_regular
 from megatron.bridge.models.hf_pretrained.safetensors_header import (
     Header,
@@ -24,12 +23,7 @@ from megatron.bridge.models.hf_pretrained.safetensors_header import (
     read_header,
 )
 from megatron.bridge.models.hf_pretrained.slice_reader import Box, SliceReader
-from megatron.bridge.models.hf_pretrained.weight_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    SUFFIX,
-    WeightFiles,
-)
+from megatron.bridge.models.hf_pretrained.weight_files import SINGLE_FILE, SUFFIX, WeightFiles
 from megatron.bridge.quoting import printable
 
 if TYPE_CHECKING:
@@ -37,7 +31,7 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 4 << 20
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "Shard", "TensorIndex", "TensorInfo"]
+__all__ = ["Shard", "TensorIndex", "TensorInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +90,7 @@ class TensorIndex(Mapping[str, TensorInfo]):
             problems.append(f"{printable(files.names[0])}: it holds no tensors")
         if problems:
             heading = "; ".join(filter(None, ["the weights cannot be used", next_step]))
-            error = CheckpointError(f"{folder}: {heading}:\n{listing(problems)}")
-            error.problems = tuple(problems)
-            raise error
+            raise CheckpointError.of_problems(f"{folder}: {heading}", problems)
         return cls(folder, headers, None if files.index is None else files.metadata)
 
     @property

@@ -44,7 +44,7 @@ class TransformersDefaults:
 
     def completed(self, path: str) -> Any:
         """The value as the class makes it of what is stated; None as for `get`."""
-        return _find(self._computed, path) if self.model_type else None
+        return value_at(self._computed, path) if self.model_type else None
 
     def names(self, path: str) -> tuple[str, ...]:
         """All dotted paths that transformers takes for the same value, this one first."""
@@ -198,7 +198,8 @@ def _large_counts(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} = {quoted(value)}"
 
 
-def _find(data: Mapping[str, Any], path: str) -> Any:
+def value_at(data: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path of a JSON object; None where there is none."""
     value: Any = data
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None

@@ -10,13 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from megatron.bridge.dtypes import TORCH_NAME_OF
+from megatron.bridge.dtypes import TORCH_NAME_OF, main_dtype
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE, HFConfig
 from megatron.bridge.models.hf_pretrained.config_changes import with_changes
@@ -211,10 +210,7 @@ class PreTrainedVLM:
 
     @cached_property
     def _dtype_of_files(self) -> str:
-        sizes: Counter[str] = Counter()
-        for tensor in self.weights.values():
-            sizes[tensor.dtype] += tensor.nbytes
-        return sizes.most_common(1)[0][0]
+        return main_dtype(self.weights.values())
 
     @cached_property
     def side_files(self) -> tuple[Path, ...]:

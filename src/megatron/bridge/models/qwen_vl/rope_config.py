@@ -75,7 +75,7 @@ def _kinds() -> list[str]:
 
 
 def _places(key: str, *, anywhere: bool = False) -> list[str]:
-    """Where a parameter may stand in the text config."""
+    """Where a parameter may stand in a text or vision config."""
     return [*(f"{form}.{key}" for form in _FORMS), *([key] if anywhere else [])]
 
 
