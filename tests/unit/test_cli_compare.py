@@ -271,5 +271,5 @@ def test_a_phone_and_a_released_model(small_model: Path) -> None:
     assert need.vision == 46_500**2 * heads * 4 * 2
     assert need.weights == 4 * sum(info.nbytes // 2 for info in hf.tensors.values())
     patches = need.most_pixels(need.bytes) // need.pixels_per_patch
-    assert patches == 46_500
+    assert 0.98 * 46_500 < patches < 46_500  # sides are rounded by the processor
     assert (available_bytes() or 1) > 0

@@ -32,7 +32,7 @@ class Need:
     """Bytes: of the weights, of attention over a picture and over the text, and of the logits.
 
     patches: of the largest picture or frame. per_pair: bytes of vision attention for each pair of
-    patches. pixels_per_patch: of the picture.
+    patches. pixels_per_patch: of the picture. unit: pixels that its sides are multiples of.
     """
 
     weights: int
@@ -42,6 +42,7 @@ class Need:
     patches: int
     per_pair: int
     pixels_per_patch: int
+    unit: int
 
     @property
     def bytes(self) -> int:
@@ -53,7 +54,9 @@ class Need:
         left = available - self.weights
         if left <= max(self.text, self.logits):
             return 0
-        return isqrt(left // self.per_pair) * self.pixels_per_patch
+        pixels = isqrt(left // self.per_pair) * self.pixels_per_patch
+        # The processor rounds either side to its units, up or down: room is left for that.
+        return max(0, isqrt(pixels) - self.unit) ** 2
 
 
 def needed(hf: PreTrainedVLM, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Need:
@@ -82,6 +85,7 @@ def needed(hf: PreTrainedVLM, inputs: Mapping[str, torch.Tensor], dtype: torch.d
         patches=patches,
         per_pair=per_pair,
         pixels_per_patch=patch**2,
+        unit=patch * config.require("vision_config.spatial_merge_size", int),
     )
 
 
