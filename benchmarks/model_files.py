@@ -27,7 +27,7 @@ from megatron.bridge.checkpoint.safetensors_writer import (
     tensor_bytes,
     write_index,
 )
-from megatron.bridge.models.hf_pretrained.tensors import INDEX_FILE
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
 from megatron.bridge.synthetic.families import find_family
 from megatron.bridge.synthetic.settings import resolve_settings
 
