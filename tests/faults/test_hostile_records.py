@@ -119,9 +119,7 @@ def test_records_of_other_programs(
     assert ("--hf a/b" in message) == (model_id is not None)
 
 
-def test_a_checkpoint_that_is_not_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     for name in ("file", "mistyped"):
         message = refused(capsys, "export", tmp_path / name, tmp_path / "target")

@@ -214,7 +214,7 @@ def test_a_config_alone_says_how_the_release_is_quantized(
 def test_names_of_a_method_where_nothing_is_quantized(
     part: str, small_model: Path, tmp_path: Path
 ) -> None:
-    """What calibration left, or chance named so: transformers loads the model, and it comes back."""
+    """What calibration left, or chance named so: transformers loads it, and it comes back."""
 
     def beside(tensors: Tensors) -> None:
         tensors[f"model.language_model.layers.0{UP}.{part}"] = torch.tensor([3.0, 5.0])
