@@ -73,6 +73,7 @@ def test_records(case: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
         assert said in message
         assert CONFIG_RECORD in message
         assert len(message) < 20_000
+        assert message.count("\n") == 1
 
 
 FOREIGN: dict[str, tuple[str, str | None]] = {
@@ -95,6 +96,9 @@ FOREIGN: dict[str, tuple[str, str | None]] = {
     "damaged before it": ("other: ]\nmodel: {hf_model_id: a/b}", None),
     "nested": ("hf_model_id: a/b\nmodel: " + "[" * 5000, "a/b"),
     "bytes that are no text": ("\udcff\udcfe", None),
+    "an empty entry of our name": ("model: {hf_model_id: a/b}\nhf: null", "a/b"),
+    "another entry of our name": ("hf: {hf_model_id: a/b, revision: main}", "a/b"),
+    "a list of our name": ("hf: [a/b]", None),
 }  # fmt: skip
 
 
@@ -113,6 +117,13 @@ def test_records_of_other_programs(
     message = refused(capsys, "plan", checkpoint)
     assert f"{path}: a record of another program" in message
     assert ("--hf a/b" in message) == (model_id is not None)
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "mistyped"):
+        message = refused(capsys, "export", tmp_path / name, tmp_path / "target")
+        assert f"{tmp_path / name}: there is no such folder" in message
 
 
 def test_what_we_write_has_no_alias(tmp_path: Path) -> None:

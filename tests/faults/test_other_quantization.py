@@ -208,3 +208,20 @@ def test_a_config_alone_says_how_the_release_is_quantized(
     assert json.loads(capsys.readouterr().out)["quantization"] == {
         "method": "fp8", "block": [128, 128],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["input_scale", "scales", "g_idx", "weight_shape", "gate_blocks"])
+def test_names_of_a_method_where_nothing_is_quantized(
+    part: str, small_model: Path, tmp_path: Path
+) -> None:
+    """What calibration left, or chance named so: transformers loads it, and it comes back."""
+
+    def beside(tensors: Tensors) -> None:
+        tensors[f"model.language_model.layers.0{UP}.{part}"] = torch.tensor([3.0, 5.0])
+
+    folder = changed(small_model, tmp_path / "model", beside, {})
+    megatron, again = tmp_path / "megatron", tmp_path / "again"
+    assert main(["import", str(folder), str(megatron)]) == 0
+    assert main(["export", str(megatron), str(again), "--hf", str(folder)]) == 0
+    file = "model.safetensors"
+    assert (again / file).read_bytes() == (folder / file).read_bytes()

@@ -272,7 +272,11 @@ def test_mtp_rows_are_those_of_a_layer() -> None:
 
 @pytest.mark.parametrize(
     ("text", "sparse"),
-    [({"mlp_only_layers": [0, 3]}, [1, 2, 4]), ({"decoder_sparse_step": 2}, [1, 3])],
+    [
+        ({"mlp_only_layers": [0, 3]}, [1, 2, 4]),
+        ({"mlp_only_layers": [3, 7, -1]}, [0, 1, 2, 4]),  # as after layers were cut off
+        ({"decoder_sparse_step": 2}, [1, 3]),
+    ],
 )
 def test_dense_layers_inside_a_moe_model(text: dict[str, Any], sparse: list[int]) -> None:
     config = small(released.QWEN3_VL_30B_A3B, **text)
@@ -291,7 +295,7 @@ def test_dense_layers_inside_a_moe_model(text: dict[str, Any], sparse: list[int]
     [
         (DENSE_35, {"layer_types": ["full_attention"]}, "layer_types should name 5 layers"),
         (DENSE_35, {"mtp_num_hidden_layers": -1}, "mtp_num_hidden_layers is -1; expected 0 or"),
-        (VL_MOE, {"mlp_only_layers": [9]}, "do not fit 5 layers"),
+        (VL_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be 1 or more, found 0"),
         (
             VL_MOE,
             {"num_experts": 3, "num_local_experts": 4},

@@ -257,6 +257,22 @@ def test_scaled_rope(data: dict[str, Any], form: str) -> None:
     assert rope.scaling == {"factor": 4.0, "original_max_position_embeddings": 262144}
 
 
+def test_type_of_a_rotation_under_its_old_name(data: dict[str, Any]) -> None:
+    """transformers reads `type` only where `rope_type` is not stated."""
+    data["text_config"]["rope_scaling"] |= {"type": "mrope", "rope_type": "default"}
+    assert read_rope(HFConfig.from_dict(data)).rope_type == "default"
+    del data["text_config"]["rope_scaling"]["rope_type"]
+    data["text_config"]["rope_scaling"]["type"] = "yarn"
+    assert read_rope(HFConfig.from_dict(data)).rope_type == "yarn"
+
+
+@pytest.mark.parametrize("value", [[1, 2], "yarn", 5])
+def test_rotation_that_is_not_an_object(data: dict[str, Any], value: object) -> None:
+    data["text_config"]["rope_parameters"] = value
+    with pytest.raises(ConfigError, match=r"text_config\.rope_parameters must be of type dict"):
+        read_rope(HFConfig.from_dict(data))
+
+
 def test_transformers_object(data: dict[str, Any]) -> None:
     from transformers import Qwen3VLConfig
 

@@ -58,8 +58,8 @@ def read_record(folder: Path) -> ConfigRecord | None:
     """The record in an iteration's folder; None if there is none.
 
     A file without an entry `hf`, whatever else it holds, is a record of another program: nothing
-    of it is built, and it need not be valid. Raises CheckpointError if ours is damaged or holds
-    more than plain data, or if the file cannot be read.
+    of it is built, and it need not be valid. So is one whose `hf` has no `config`. Raises
+    CheckpointError if ours is damaged or holds more than plain data, or if the file cannot be read.
     """
     path = folder / CONFIG_RECORD
     try:
@@ -74,12 +74,14 @@ def read_record(folder: Path) -> ConfigRecord | None:
         return ConfigRecord(None, _model_id(text))
     try:
         record = _Loader(text).get_single_data()
+        entry = record["hf"]
+        if not (isinstance(entry, dict) and "config" in entry):
+            return ConfigRecord(None, _model_id(text))  # an entry of that name, but not ours
         # YAML knows dates, sets and numbers that JSON does not.
-        config = parse_object(json.dumps(record["hf"]["config"]).encode())
+        config = parse_object(json.dumps(entry["config"]).encode())
     except (ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a config record: {type(error).__name__}: {error}"
-        ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: cannot be read as a config record: {reason}") from error
     return ConfigRecord(HFConfig.from_dict(config, origin=str(path)), _model_id(text))
 
 

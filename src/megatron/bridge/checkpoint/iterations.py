@@ -62,7 +62,7 @@ def tracked_iteration(folder: Path) -> str | None:
     tracker = folder / TRACKER_FILE
     try:
         word = read_regular(tracker, _MAX_TRACKER_BYTES).decode("ascii", "replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{tracker}: cannot be read: {error}") from error
@@ -101,6 +101,8 @@ def iteration_folder(folder: Path, iteration: Iteration | None = None) -> Path:
         raise CheckpointError(
             f"{folder}: no {TRACKER_FILE} says which iteration to read; {_choice(there)}"
         )
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; expected a Megatron checkpoint")
     if (other := other_checkpoint(folder)) is not None:
         raise CheckpointError(other)
     is_model = (folder / CONFIG_FILE).is_file() or any(folder.glob("*.safetensors"))

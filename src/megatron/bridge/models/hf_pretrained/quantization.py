@@ -108,8 +108,8 @@ def states_quantization(config: HFConfig) -> bool:
 
 
 def _is_plain(tensors: Mapping[str, StoredTensor]) -> bool:
-    return all(is_plain(tensor.dtype) for tensor in tensors.values()) and not (
-        other_quantization(tensors) or any(name.endswith(SCALE_SUFFIX) for name in tensors)
+    return all(is_plain(tensor.dtype) for tensor in tensors.values()) and not any(
+        name.endswith(SCALE_SUFFIX) for name in tensors
     )
 
 
@@ -141,7 +141,12 @@ def check_tensors(
 def _other_method(
     tensors: Mapping[str, StoredTensor], quantization: BlockFP8 | None
 ) -> tuple[str, str] | None:
-    """A quantization that is not by block, and a tensor that only it has."""
+    """A quantization that is not by block, and a tensor that only it has.
+
+    Names alone do not say it: where all dtypes are those of weights, nothing is quantized.
+    """
+    if all(is_plain(tensor.dtype) for tensor in tensors.values()):
+        return None
     if (other := other_quantization(tensors)) is not None:
         return other
     in_fp8 = any(tensor.dtype.startswith("F8_") for tensor in tensors.values())

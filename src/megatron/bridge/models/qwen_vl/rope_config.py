@@ -51,7 +51,7 @@ def read_rope(config: HFConfig) -> Rope:
             f"{config.origin}: text_config.{_FORMS[0]}.mrope_section must be a list of three "
             f"counts, found {quoted(section)}"
         )
-    kind = text.agreed(_kinds(), partial(text.require, kind=str))
+    kind = _kind(text)
     rotated, places = 1.0, _places("partial_rotary_factor", anywhere=True)
     # Where heads are rotated as a whole, transformers reads it for scaled types all the same.
     scaled = kind != "default" and any(map(text.has, places))
@@ -62,16 +62,25 @@ def read_rope(config: HFConfig) -> Rope:
 
 def vision_rope_settings(vision: HFConfig) -> dict[str, Any]:
     """Fields of the vision tower's rotation."""
-    kind = vision.agreed(_kinds(), partial(vision.require, kind=str))
+    kind = _kind(vision)
     return {
         "rope_theta": vision.agreed(_places("rope_theta", anywhere=True), vision.positive),
         "rope_type": "axial" if kind == "default" else kind,
     }
 
 
-def _kinds() -> list[str]:
-    """Where the type of a rotation may stand; the first of them is where it is filled in."""
-    return [place for name in ("rope_type", "type") for place in _places(name)]
+def _kind(section: HFConfig) -> str:
+    """The type of a rotation. As in transformers, `type` counts where there is no `rope_type`.
+
+    Raises ConfigError for parameters of another form than an object, which nobody reads.
+    """
+    for form in _FORMS:
+        if section.has(form):
+            section.require(form, dict)
+    places = _places("rope_type")
+    if not any(map(section.has, places)):
+        places += _places("type")
+    return section.agreed(places, partial(section.require, kind=str))
 
 
 def _places(key: str, *, anywhere: bool = False) -> list[str]:
