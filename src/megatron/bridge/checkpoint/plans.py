@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron.bridge.checkpoint.config_record import read_hf_config
+from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, read_hf_config, read_record
 from megatron.bridge.dtypes import can_be_cast, main_dtype, widest
 from megatron.bridge.errors import CheckpointError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
@@ -17,7 +17,9 @@ from megatron.bridge.models.conversion.model_bridge import (
     PlanOptions,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.quoting import quoted
 
 if TYPE_CHECKING:
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
@@ -75,6 +77,7 @@ def plan_export(
     config = reference.hf_config
     bridge = bridge_for(config.architecture)
     found = weight_tensors(checkpoint)
+    _check_family(checkpoint, config)
     options = replace(bridge.options_of_checkpoint(found), experts=experts)
     if not reference.has_weights:
         _check_whole(checkpoint, bridge, options)
@@ -91,6 +94,18 @@ def plan_export(
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
     return plan, tuple(key for key in checkpoint.tensors if key not in found)
+
+
+def _check_family(checkpoint: "TorchDistCheckpoint", config: HFConfig) -> None:
+    """Raise InputError for a reference of another family than the record beside the checkpoint."""
+    record = read_record(checkpoint.folder)
+    if record is None or record.hf is None or not record.hf.has("model_type"):
+        return
+    if (recorded := record.hf.model_type) != config.model_type:
+        raise InputError(
+            f"{checkpoint.folder} is of a {quoted(recorded)} model by its {CONFIG_RECORD}, "
+            f"{config.origin} of a {quoted(config.model_type)}; name a model of the same family"
+        )
 
 
 def _check_whole(

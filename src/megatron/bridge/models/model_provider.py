@@ -149,6 +149,11 @@ class ModelProvider(TransformerConfig, ABC):
             for field in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
             if getattr(self, field) <= 0
         ]
+        if self.params_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            problems.append(
+                f"params_dtype is {self.params_dtype}: megatron-core computes in torch.float32, "
+                f"torch.bfloat16 or torch.float16"
+            )
         ranks = self.tensor_model_parallel_size
         if not self.should_pad_vocab and self.vocab_size % ranks:
             problems.append(

@@ -59,6 +59,12 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
+_SETTINGS_OF_TRAINERS = frozenset({"training_args.bin"})
+"""Named like weights, and none: copied as they are, never opened."""
+
+
 def _is_in_another_format(name: str) -> bool:
+    if name in _SETTINGS_OF_TRAINERS:
+        return False
     path = Path(name.removesuffix(".index.json"))
     return path.suffix.lower() in _OTHER_WEIGHTS

@@ -235,7 +235,7 @@ _VISION: dict[str, Use] = {
 }
 _DEEPSTACK: dict[str, Use] = {"deepstack_visual_indexes": Derived("deepstack_visual_indexes")}
 _NO_DEEPSTACK: dict[str, Use] = {
-    "deepstack_visual_indexes": Only(lambda _: [], "these models have no deepstack")
+    "deepstack_visual_indexes": Ignored("these models have no deepstack")
 }
 
 type Section = Mapping[str, Use]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron.bridge.dtypes import TORCH_NAME_OF
+from megatron.bridge.dtypes import MIXABLE, TORCH_NAME_OF
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import field_settings, is_read
@@ -24,8 +24,8 @@ def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     What the Megatron model cannot compute is refused when it is built: a conversion of files does
     not depend on it. Raises ConfigError for a value that makes no sense.
     """
-    if dtype not in ("F32", "BF16", "F16"):
-        raise ConfigError(f"{config.origin}: weights in {dtype}; expected F32, BF16 or F16")
+    if dtype not in MIXABLE:
+        raise ConfigError(f"{config.origin}: weights in {dtype}; expected {', '.join(MIXABLE)}")
     text, vision, rope = config.text, config.vision, read_rope(config)
     return {
         "num_layers": text.count("num_hidden_layers"),
