@@ -137,6 +137,10 @@ def _experts(draw: Draw, text: dict[str, Any], *, hybrid: bool) -> None:
     text["intermediate_size"] = draw(st.sampled_from([144, 72]))
     _state(draw, text, "mlp_only_layers", [[], [1], [0, 2]])
     _state(draw, text, "decoder_sparse_step", [1, 2])
+    step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers", [])
+    layers = range(text["num_hidden_layers"])
+    if not any(layer not in dense and (layer + 1) % step == 0 for layer in layers):
+        text.pop("output_router_logits", None)  # transformers' loss fails without a router
     if draw(st.booleans()):
         text["num_local_experts"] = text.pop("num_experts")
 
