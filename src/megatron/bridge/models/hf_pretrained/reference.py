@@ -12,7 +12,8 @@ from megatron.bridge.paths import is_given_folder, local_path
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 _SIDE_FILE_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*"]
-_WEIGHT_PATTERNS = ["*.safetensors"]
+# Some savers put the number of a shard behind the suffix.
+_WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors-*"]
 
 
 def resolve_reference(

@@ -104,7 +104,7 @@ class QwenVLBridge(MegatronModelBridge):
 
     def spelling(self, config: HFConfig, tensors: Tensors) -> Spelling:
         """How the names in these files are spelled. Raises InputError if that cannot be told."""
-        return find_spelling(tensors, tied=_is_tied(qwen_vl_structure(config)))
+        return find_spelling(tensors, tied=_is_tied(config))
 
     def terms(self, spelling: Spelling) -> Terms:
         """The words for the parts of these models."""
@@ -117,7 +117,7 @@ class QwenVLBridge(MegatronModelBridge):
         rows = self.rows(self.disk_layout(config, tensors, options))
         if VISION_PART in options.without:
             rows = [row for row in rows if not row.megatron_param.startswith(VISION)]
-        if _is_tied(qwen_vl_structure(config)):
+        if _is_tied(config):
             # The embedding may stand under the name of the output layer.
             rows = [row for row in rows if row.only != UNTIED_OUTPUT]
         return MegatronMappingRegistry(*self._spelling(config, tensors, options).rows(rows))
@@ -203,7 +203,7 @@ class QwenVLBridge(MegatronModelBridge):
             absent |= set(found)
         equal: dict[str, str] = {}
         name, embedding = f"{head}weight", f"{spelling.of(HF_EMBEDDING)}weight"
-        if _is_tied(structure) and name != embedding and {name, embedding} <= tensors.keys():
+        if _is_tied(config) and name != embedding and {name, embedding} <= tensors.keys():
             if not is_headless(config):
                 equal[name] = embedding
                 carried[name] = f"a copy of {embedding}, to which the config ties it"
@@ -280,9 +280,7 @@ class QwenVLBridge(MegatronModelBridge):
         """Raise UnsupportedModel for files without one: Qwen3VLModel of Megatron has it."""
         config, tensors = hf.hf_config, hf.weights if hf.has_weights else None
         options = PlanOptions(files=hf.side_file_names)
-        if not _is_tied(qwen_vl_structure(config)) and not self._has_output_layer(
-            config, tensors, options
-        ):
+        if not _is_tied(config) and not self._has_output_layer(config, tensors, options):
             raise UnsupportedModel(
                 f"{hf.name_or_path}: a {config.architecture} without an output layer can be "
                 f"converted from files to files, but the Megatron model that computes always has "
@@ -290,9 +288,9 @@ class QwenVLBridge(MegatronModelBridge):
             )
 
 
-def _is_tied(structure: ModelStructure) -> bool:
-    """Whether the output layer is the embedding, by the config."""
-    return UNTIED_OUTPUT not in structure.features
+def _is_tied(config: HFConfig) -> bool:
+    """Whether the output layer is the embedding."""
+    return config.require("tie_word_embeddings", bool)
 
 
 def _why_carried(spelling: Spelling, config: HFConfig, name: str) -> str:
