@@ -54,3 +54,36 @@ def test_a_model_in_float64(small_model: Path, tmp_path: Path) -> None:
     assert provider.params_dtype == torch.float64
     with pytest.raises(ConfigError, match=r"params_dtype is torch\.float64"):
         provider.finalize()
+
+
+def test_a_processor_saved_by_another_version(
+    small_model: Path, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """One processor_config.json for all, a folder below; an older chat_template.json."""
+    import json
+
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+    from transformers import AutoProcessor
+
+    picture = tmp_path / "china.png"
+    Image.fromarray(load_sample_images().images[0]).resize((128, 96)).save(picture)
+    model = shutil.copytree(small_model, tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(model)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json"):
+        (model / name).unlink()
+    processor.save_pretrained(model)
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text("{}")
+    template = (model / "chat_template.jinja").read_text()
+    assert main(["compare", str(model), "--image", str(picture)]) == 0
+    out = tmp_path / "out"
+    assert main(["export", str(small_checkpoint), str(out), "--hf", str(model)]) == 0
+    assert names_below(out) == names_below(model)
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert main(["compare", str(model), "--image", str(picture)]) == 0
+
+
+def names_below(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
