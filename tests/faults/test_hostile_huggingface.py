@@ -137,7 +137,7 @@ HEADERS: dict[str, tuple[Callable[[Path], None], str]] = {
         header_text(renamed('"format"', f'"x": {NESTED}, "format"')), "nested too deeply"
     ),
     "an integer of 5000 digits": (
-        header(lambda entries: first(entries).update(shape=[10**4000, 10**4000])), "too many digits"
+        header(lambda entries: first(entries).update(shape=[10**4000, 10**4000])), "shape must be"
     ),
     "an integer beyond what is parsed": (
         header_text(renamed('"shape":[', f'"shape":[{"9" * 5000},')), "the header is invalid"
@@ -239,7 +239,7 @@ def vision_config(**values: object) -> Callable[[Path], None]:
 
 CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a milliard layers": (text_config(num_hidden_layers=10**9), "text_config.num_hidden_layers"),
-    "a thousand digits of layers": (text_config(num_hidden_layers=10**1000), "too many digits"),
+    "a thousand digits of layers": (text_config(num_hidden_layers=10**1000), "from 1 to"),
     "a negative number of layers": (
         text_config(num_hidden_layers=-3), "num_hidden_layers must be a number from 1 to"
     ),

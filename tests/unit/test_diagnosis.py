@@ -238,7 +238,8 @@ def test_the_message_is_short_and_the_document_has_all(
     from folder_mutations import Folder
 
     folder = Folder.of(small_model)
-    gone = [name for name in folder.tensors if name.endswith((".weight", ".bias"))][::9]
+    of_layers = (name for name in sorted(folder.tensors) if ".layers." in name)
+    gone = [name for name in of_layers if name.endswith(".weight")][::5]
     for name in gone:
         del folder.tensors[name]
     model = folder.write(tmp_path / "model")
