@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ for _name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH"):
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def on_the_gpu() -> Iterator[None]:
+    """Where there is a GPU, tensors of a test are made there, as the models that it builds are."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    # Products in fp32, as on the CPU.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,11 @@ from oracle import tiny
 Build = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def everything_on_the_gpu(on_the_gpu: None) -> None:
+    """Both models and their inputs."""
+
+
 @pytest.fixture(scope="session")
 def processor() -> Any:
     return tiny.build_processor()

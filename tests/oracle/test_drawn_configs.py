@@ -51,7 +51,9 @@ def prompts(model: Any) -> list[dict[str, torch.Tensor]]:
         {
             "input_ids": shown,
             "mm_token_type_ids": (shown == picture).int(),
-            "pixel_values": torch.randn(patches, values, generator=generator),
+            "pixel_values": torch.randn(patches, values, generator=generator, device="cpu").to(
+                grid.device
+            ),
             "image_grid_thw": grid,
         },
     ]

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.checkpoint.live_model import local_tensors
@@ -19,6 +17,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.synthetic import make_model
 from model_folders import same_tensors
+from oracle.norm_states import objects_with_norms
 from oracle.stock import stock_save
 
 pytestmark = pytest.mark.usefixtures("process_groups")
@@ -56,9 +55,7 @@ def test_keys_are_those_of_the_live_model(
 ) -> None:
     bridge = AutoBridge.from_hf_pretrained(make_model(family, tmp_path / "hf", settings, seed=3))
     [model] = bridge.to_megatron_model()
-    with megatron_on_cpu():
-        entries = list(nested_values(model.sharded_state_dict()))
-    objects = {one.unique_key for one in entries if isinstance(one, ShardedObject)}
+    objects = objects_with_norms(model)
     plan = bridge.plan()
     held = {local.key: local.key_shape for local in local_tensors([model])}
     expected = {k: spec.shape for k, spec in plan.megatron.items() if ".mtp." not in k}

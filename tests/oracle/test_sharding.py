@@ -76,11 +76,9 @@ def parts_without(with_mtp: bool) -> frozenset[str]:
 
 
 def held_by(bridge: AutoBridge, layout: Layout, ranks: Iterable[int], *, with_mtp: bool) -> Held:
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
     from megatron.bridge.checkpoint.live_model import local_tensors
     from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
+    from oracle.norm_states import objects_with_norms
 
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.tensor_model_parallel_size = layout.tp
@@ -101,11 +99,7 @@ def held_by(bridge: AutoBridge, layout: Layout, ranks: Iterable[int], *, with_mt
             for local in local_tensors([model]):
                 assert held.shapes.setdefault(local.key, local.key_shape) == local.key_shape
                 held.boxes[local.key].add(local.box)
-            held.objects |= {
-                entry.unique_key
-                for entry in nested_values(model.sharded_state_dict())
-                if isinstance(entry, ShardedObject)
-            }
+            held.objects |= objects_with_norms(model)
     return held
 
 

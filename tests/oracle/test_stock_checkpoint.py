@@ -37,13 +37,15 @@ def model(bridge: AutoBridge, process_groups: None) -> Any:
 
 
 def stock_save(model: Any, folder: Path) -> TorchDistCheckpoint:
+    """What stock megatron-core saves of `model`, on norms that save what TransformerEngine's do."""
     from megatron.core import dist_checkpointing
 
     from megatron.bridge.runtime.cpu import megatron_on_cpu
+    from oracle.norm_states import state_with_norms
 
     folder.mkdir()
+    state = state_with_norms(model)
     with megatron_on_cpu():
-        state = model.sharded_state_dict()
         dist_checkpointing.save(state, str(folder), async_strategy="mcore")
     return TorchDistCheckpoint(folder)
 
@@ -111,14 +113,17 @@ def test_load_of_our_model(folder: Path, bridge: AutoBridge, model: Any, by: str
 
 
 def test_stock_load_finds_no_key_missing_or_unexpected(folder: Path, model: Any) -> None:
+    """With the norms of TransformerEngine; without it their states are left where they are."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     from megatron.bridge.runtime.cpu import megatron_on_cpu
+    from oracle.norm_states import state_with_norms
 
+    state = state_with_norms(model)
     with megatron_on_cpu():
         _, missing, unexpected = dist_checkpointing.load(
-            model.sharded_state_dict(),
+            state,
             str(folder / "megatron" / "iter_0000000"),
             strict=StrictHandling.RETURN_ALL,
         )

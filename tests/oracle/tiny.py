@@ -168,7 +168,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     """Weights that keep activations at about 1, norms and biases far from ones and zeros."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
         if name.endswith("A_log"):
             # Initialized at random: memories from long to short.
             parameter.copy_(noise - 2.0)
@@ -203,4 +203,4 @@ def prompt(processor: Any, text: str | list[str], **media: Any) -> dict[str, tor
         frames = len(media["videos"][0])
         metadata = [{"fps": 2.0, "total_num_frames": frames, "frames_indices": list(range(frames))}]
         media |= {"video_metadata": metadata, "do_sample_frames": False}
-    return dict(processor(text=text, return_tensors="pt", **media))
+    return dict(processor(text=text, return_tensors="pt", **media).to(torch.get_default_device()))

@@ -7,6 +7,8 @@ from torch import Tensor
 from gated_delta_layers import KERNEL, KEY_HEADS, KEY_SIZE, VALUE_SIZE, gradients
 from megatron.bridge.models.backends.delta_rule import causal_conv, gated_delta_rule
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 
 def token_by_token(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, lengths: list[int]

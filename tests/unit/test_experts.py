@@ -9,6 +9,8 @@ from torch import Tensor
 
 from providers import one_process, small_provider
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 
 @pytest.fixture(autouse=True)
 def _no_metrics_of_other_models() -> Iterator[None]:

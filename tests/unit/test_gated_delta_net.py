@@ -45,6 +45,8 @@ from megatron.bridge.runtime.parallel import (
     initialize_process_groups,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 
 @pytest.fixture
 def process_groups() -> Iterator[None]:

@@ -12,6 +12,8 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
 from providers import one_process, small_provider
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 ATTENTION = {
     "self_attention.linear_qkv.layer_norm_weight",
     "self_attention.linear_qkv.weight",

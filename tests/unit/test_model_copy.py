@@ -10,6 +10,8 @@ import torch
 from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
 from providers import FAMILIES, one_process, small_provider
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"share_embeddings_and_output_weights": True},
     "qwen3_5_moe": {"mtp_num_layers": 1},

@@ -16,6 +16,8 @@ from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
 from providers import FAMILIES, one_process, released_provider, small_provider, small_vision
 from released_configs import VISION_24, VISION_27, qwen3_vl
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 QWEN3_VL_2B = qwen3_vl(2048, 28, 16, 8, 6144, VISION_24, tied=True)
 QWEN3_VL_32B = qwen3_vl(5120, 64, 64, 8, 25600, VISION_27, tied=False)
 

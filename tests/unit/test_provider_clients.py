@@ -21,6 +21,8 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.deepstack import Deepstac
 from megatron.bridge.models.wrapping import unwrapped
 from providers import one_process, small_provider
 
+pytestmark = pytest.mark.usefixtures("on_the_gpu")
+
 TOKENS = torch.tensor([[1, 302, *[300] * 6, 303, 2]])
 PICTURE = {
     "pixel_values": torch.linspace(-1, 1, 24 * 1536).reshape(24, 1536),

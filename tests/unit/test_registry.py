@@ -7,6 +7,7 @@ from megatron.bridge.models.conversion.param_mapping import (
     AutoMapping,
     ColumnParallelMapping,
     GatedMLPMapping,
+    NormMapping,
     QKVMapping,
     ReplicatedMapping,
 )
@@ -114,11 +115,14 @@ def test_resolving_leaves_the_declared_row_as_it_was() -> None:
     assert (row.megatron_param, row.hf_param) == ("a.*.weight", "b.*.weight")
 
 
-def test_extra_states_belong_to_linear_layers() -> None:
+def test_extra_states_belong_to_linear_layers_and_norms() -> None:
     assert ColumnParallelMapping("m.fc.weight", "x").extra_state == "m.fc._extra_state"
     assert ColumnParallelMapping("m.*.weight*", "x.*.*").extra_state == "m.*._extra_state*"
     assert ColumnParallelMapping("m.*.weight7", "x.*").extra_state == "m.*._extra_state7"
     assert ColumnParallelMapping("m.*.weights", "x.*").extra_state is None
     assert ColumnParallelMapping("m.fc.bias", "x").extra_state is None
     assert ColumnParallelMapping("m.weight", "x", vocabulary=True).extra_state is None
-    assert ReplicatedMapping("m.norm.weight", "x").extra_state is None
+    assert ReplicatedMapping("m.router.weight", "x").extra_state is None
+    assert NormMapping("m.*.norm.weight", "x.*").extra_state == "m.*.norm._extra_state"
+    assert NormMapping("m.norm.bias", "x").extra_state is None
+    assert NormMapping("m.fc.layer_norm_weight", "x").extra_state is None  # fused: that of fc

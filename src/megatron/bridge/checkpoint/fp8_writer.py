@@ -94,7 +94,7 @@ class Requantizer:
         import torch
 
         reference = self._reference
-        weight = torch.empty(box_shape(box), dtype=torch_dtype(reference[name].dtype))
+        weight = torch.empty(box_shape(box), dtype=torch_dtype(reference[name].dtype), device="cpu")
         self._weight(name, box, weight)
         dtype = torch_dtype(reference.quantized[name].dtype)
         preferred = reference.read_scales(name, reference.scale_box(box))
@@ -128,7 +128,7 @@ def block_scales(
     """
     import torch
 
-    scales = torch.empty(block.scale_shape(tuple(weight.shape)))
+    scales = torch.empty(block.scale_shape(tuple(weight.shape)), device="cpu")
     for number, (start, stop) in enumerate(block_rows(weight.shape[-2], block)):
         part = weight[..., start:stop, :]
         largest = _largest_of_blocks(part.float().abs(), block)
@@ -152,7 +152,7 @@ def quantize(weight: torch.Tensor, scales: torch.Tensor, block: BlockFP8) -> tor
     """A weight [..., rows, columns] as e4m3, divided by the float32 scales of its blocks."""
     import torch
 
-    result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device="cpu")
     for number, (start, stop) in enumerate(block_rows(weight.shape[-2], block)):
         part = weight[..., start:stop, :]
         result[..., start:stop, :] = _quotients(part, scales[..., number, :], block)
@@ -170,7 +170,7 @@ def _spread(scales: torch.Tensor, rows: torch.Tensor, block: BlockFP8) -> torch.
     """The scale of each column of one row of blocks, to be multiplied with the rows."""
     import torch
 
-    columns = torch.arange(rows.shape[-1]) // block.columns
+    columns = torch.arange(rows.shape[-1], device="cpu") // block.columns
     return scales[..., columns].unsqueeze(-2)
 
 

@@ -198,5 +198,5 @@ def as_tensor(out: memoryview, shape: Shape, dtype: str) -> torch.Tensor:
     import torch
 
     if not len(out):
-        return torch.empty(shape, dtype=torch_dtype(dtype))
+        return torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
     return torch.frombuffer(out, dtype=torch_dtype(dtype)).view(shape)

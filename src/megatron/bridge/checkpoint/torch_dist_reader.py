@@ -105,7 +105,7 @@ class TorchDistCheckpoint:
 
     def read(self, key: str, box: Box) -> torch.Tensor:
         """One box of a tensor, in new memory, of shape ``box_shape(box)``; see `read_into`."""
-        result = torch.empty(box_shape(box), dtype=torch_dtype(self.dtype_of(key)))
+        result = torch.empty(box_shape(box), dtype=torch_dtype(self.dtype_of(key)), device="cpu")
         self.read_into(key, box, result)
         return result
 

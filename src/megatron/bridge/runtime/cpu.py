@@ -2,7 +2,7 @@
 
 megatron-core asks `torch.cuda` for the current device, for streams and events, and for the random
 state of the device. Where CUDA is not available these few questions are answered for the CPU while
-`megatron_on_cpu()` is active; where it is available nothing is touched.
+`megatron_on_cpu()` is active; where it is available nothing is touched, unless that is asked for.
 """
 
 import contextlib
@@ -120,14 +120,18 @@ _runtime = _Runtime()
 
 
 @contextlib.contextmanager
-def megatron_on_cpu() -> Iterator[None]:
+def megatron_on_cpu(*, even_with_cuda: bool = False) -> Iterator[None]:
     """Let megatron-core build, run and differentiate models on the CPU inside this context.
 
-    Re-entrant; the outermost exit restores `torch.cuda`. Does nothing where CUDA is available.
-    While it is active `Tensor.cuda()` leaves a tensor where it is instead of raising. Not for use
-    from several threads at once, since it replaces attributes of modules.
+    Re-entrant; the outermost exit restores `torch.cuda`. While it is active `Tensor.cuda()` leaves
+    a tensor where it is instead of raising. Not for use from several threads at once, since it
+    replaces attributes of modules.
+
+    Args:
+        even_with_cuda: also where CUDA is available, for models on the meta device: megatron-core
+            would make their parameters on the GPU. False does nothing there.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not even_with_cuda:
         yield
         return
     _runtime.enter()

@@ -134,7 +134,7 @@ def fake_cluster(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[N
         )
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        with megatron_on_cpu():
+        with megatron_on_cpu(even_with_cuda=True):
             _check_world_size(sizes)
             # Gloo groups would look for the other ranks.
             _initialize_model_parallel(sizes, create_gloo_process_groups=False)

@@ -43,7 +43,7 @@ def quantize(matrix: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tens
 
     rows, columns = matrix.shape
     row_blocks, column_blocks = scale_shape(matrix.shape)
-    padded = torch.zeros(row_blocks * BLOCK, column_blocks * BLOCK)
+    padded = torch.zeros(row_blocks * BLOCK, column_blocks * BLOCK, device="cpu")
     padded[:rows, :columns] = matrix
     blocks = padded.view(row_blocks, BLOCK, column_blocks, BLOCK)
     scales = (blocks.abs().amax(dim=(1, 3)) / _LARGEST).to(scale_dtype)

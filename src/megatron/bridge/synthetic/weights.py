@@ -60,7 +60,7 @@ def disk_values(tensor: DiskTensor, seed: int) -> torch.Tensor:
     if not tensor.fused:
         ((single,),) = tensor.experts
         return _stored(random_values(single, seed), tensor)
-    result = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
+    result = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device="cpu")
     # One expert at a time: the largest tensor is not held twice.
     for target, expert in zip(result, tensor.experts, strict=True):
         target.copy_(_stored(torch.cat([random_values(part, seed) for part in expert]), tensor))
@@ -91,9 +91,11 @@ def random_values(tensor: RandomTensor, seed: int) -> torch.Tensor:
     is_scale = is_vector and tensor.name.endswith(".weight") and not tensor.zero_centred
     mean = 1.0 if is_scale else 0.0
     deviation = 0.1 if is_vector else 1 / sqrt(prod(tensor.shape[1:]))
-    result = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
+    result = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device="cpu")
     for part in torch.split(result.view(-1), _ELEMENTS_AT_A_TIME):
-        part.copy_(torch.empty(part.shape).normal_(mean, deviation, generator=generator))
+        part.copy_(
+            torch.empty(part.shape, device="cpu").normal_(mean, deviation, generator=generator)
+        )
     return result
 
 

@@ -172,7 +172,7 @@ def _across(
         if out.dtype == stored:
             here.fill(name, box, out)
         else:
-            tensor = torch.empty(out.shape, dtype=stored)
+            tensor = torch.empty(out.shape, dtype=stored, device="cpu")
             here.fill(name, box, tensor)
             out.copy_(EXACTLY.cast(tensor, out.dtype, name))
 

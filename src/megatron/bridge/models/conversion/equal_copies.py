@@ -41,7 +41,9 @@ def _equal(plan: ConversionPlan, source: Source, one: str, other: str) -> bool:
         box: Box = ((start, stop), *((0, size) for size in shape[1:]))
         parts = []
         for name in (one, other):
-            part = torch.empty((stop - start, *shape[1:]), dtype=torch_dtype(source.dtype_of(name)))
+            part = torch.empty(
+                (stop - start, *shape[1:]), dtype=torch_dtype(source.dtype_of(name)), device="cpu"
+            )
             source.read_into(name, box, part)
             parts.append(part)
         wide = torch.promote_types(parts[0].dtype, parts[1].dtype)

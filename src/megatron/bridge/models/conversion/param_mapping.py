@@ -6,6 +6,7 @@ to single tensors and the shard that a module holds.
 
     AutoMapping                 one tensor, unchanged, sharded however the module is
     ReplicatedMapping           one tensor, the same on every tensor-parallel rank
+    NormMapping                 the same, of a norm
     ColumnParallelMapping       one tensor, output rows (axis 0) split over ranks
     RowParallelMapping          one tensor, input columns (axis 1) split over ranks
     QKVMapping                  q, k and v, interleaved by key-value group
@@ -182,19 +183,24 @@ class ParamMapping(ABC):
 
     @property
     def extra_state(self) -> str | None:
-        """Name of the state that a tensor-parallel linear layer saves beside its weight, if any.
+        """Name of the state that the module of this weight saves beside it, if any.
 
-        megatron-core's own layers save an empty one, which its loader then asks for. It has the
-        wildcards of the row.
+        megatron-core's linear layers save an empty one, TransformerEngine's norms too, and the
+        loader of a model that has them asks for it. It has the wildcards of the row.
         """
         module, _, parameter = self.megatron_param.rpartition(".")
         expert = parameter.removeprefix("weight")  # "" but for one of several experts
         is_weight = parameter == f"weight{expert}" and (
             expert in ("", WILDCARD) or expert.isdecimal()
         )
-        if self.expected_axis is None or not is_weight:
+        if not self.saves_state or not is_weight:
             return None
         return f"{module}._extra_state{expert}"
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether modules of this kind save a state of their own: tensor-parallel linear layers."""
+        return self.expected_axis is not None
 
     def _check_parallel(self, parameter: "torch.nn.Parameter") -> None:
         axis = split_axis(parameter)
@@ -275,6 +281,15 @@ class ReplicatedMapping(_OneToOne):
                 f"{self.megatron_param}: declared as ReplicatedMapping, but the module splits "
                 f"axis {axis}; declare it as AutoMapping"
             )
+
+
+class NormMapping(ReplicatedMapping):
+    """Weight or bias of a norm that is a module of its own, not fused into a linear layer."""
+
+    @property
+    def saves_state(self) -> bool:
+        """TransformerEngine's do; the loader of a model without it leaves what it does not need."""
+        return True
 
 
 class ColumnParallelMapping(_OneToOne):

@@ -89,7 +89,7 @@ def fill_megatron(
         if stored == out.dtype and not copy.offset:
             source.read_into(copy.hf_name, hf_box, _seen_from_hf(part, copy, hf_box))
         else:
-            tensor = torch.empty(box_shape(hf_box), dtype=stored)
+            tensor = torch.empty(box_shape(hf_box), dtype=stored, device="cpu")
             source.read_into(copy.hf_name, hf_box, tensor)
             part.copy_(to_megatron(tensor, copy, tuple(part.shape), out.dtype, copy.hf_name))
 
@@ -169,7 +169,7 @@ def _seen_from_megatron(part: torch.Tensor, pair: BoxPair, megatron_box: Box) ->
 
 def read_megatron(plan: ConversionPlan, key: str, box: Box, source: Source) -> torch.Tensor:
     """One box of a Megatron tensor in new memory; see `fill_megatron`."""
-    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.megatron[key].dtype))
+    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.megatron[key].dtype), device="cpu")
     fill_megatron(plan, key, box, tensor, source)
     return tensor
 
@@ -178,7 +178,7 @@ def read_hf(
     plan: ConversionPlan, name: str, box: Box, source: Source, casting: Casting = EXACTLY
 ) -> torch.Tensor:
     """One box of a Hugging Face tensor in new memory, in the plan's dtype; see `fill_hf`."""
-    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.hf[name].dtype))
+    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.hf[name].dtype), device="cpu")
     fill_hf(plan, name, box, tensor, source, casting)
     return tensor
 
@@ -192,7 +192,7 @@ def inexact_offsets(plan: ConversionPlan, source: Source) -> Iterator[tuple[str,
     for copy in plan.copies:
         if copy.offset:
             stored = torch_dtype(source.dtype_of(copy.hf_name))
-            tensor = torch.empty(box_shape(copy.hf_box), dtype=stored)
+            tensor = torch.empty(box_shape(copy.hf_box), dtype=stored, device="cpu")
             source.read_into(copy.hf_name, copy.hf_box, tensor)
             dtype = torch_dtype(plan.megatron[copy.megatron_key].dtype)
             shifted = to_megatron(tensor, copy, box_shape(copy.megatron_box), dtype)

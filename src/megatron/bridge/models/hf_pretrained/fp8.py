@@ -205,8 +205,8 @@ def dequantize(
     """
     import torch
 
-    result = torch.empty(stored.shape, dtype=torch.bfloat16)
-    columns = torch.arange(first[1], first[1] + stored.shape[-1]) // block.columns
+    result = torch.empty(stored.shape, dtype=torch.bfloat16, device="cpu")
+    columns = torch.arange(first[1], first[1] + stored.shape[-1], device="cpu") // block.columns
     for number, (start, stop) in enumerate(block_rows(stored.shape[-2], block, first[0])):
         values = e4m3_to_float(stored[..., start:stop, :])
         values *= scales[..., number, None, :][..., columns]
@@ -218,7 +218,7 @@ def e4m3_to_float(stored: torch.Tensor) -> torch.Tensor:
     """The float32 values of e4m3 numbers: looked up, three times as fast as torch's conversion."""
     import torch
 
-    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    table = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
     codes = stored.view(torch.uint8).flatten().int()
     return table.index_select(0, codes).view(stored.shape)
 

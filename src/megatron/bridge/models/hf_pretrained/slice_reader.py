@@ -77,7 +77,7 @@ class SliceReader:
         box = tuple((0, size) for size in info.shape) if box is None else tuple(box)
         shape = tuple(stop - start for start, stop in box)
         _check_box(info, box)
-        result = torch.empty(shape, dtype=torch_dtype(info.dtype))
+        result = torch.empty(shape, dtype=torch_dtype(info.dtype), device="cpu")
         self.read_into(info, box, result)
         return result
 
@@ -216,7 +216,7 @@ def _scratch() -> torch.Tensor:
     import torch
 
     if not hasattr(_local, "scratch"):
-        _local.scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
+        _local.scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
     scratch: torch.Tensor = _local.scratch
     return scratch
 

@@ -5,8 +5,8 @@ from typing import Protocol, cast
 from megatron.bridge.models.conversion.layout import Concatenate, Layout, Offset, Same
 from megatron.bridge.models.conversion.param_mapping import (
     ColumnParallelMapping,
+    NormMapping,
     ParamMapping,
-    ReplicatedMapping,
 )
 from megatron.bridge.models.conversion.structure import LayoutFields, RankSection
 
@@ -82,7 +82,7 @@ class GatedDeltaConvMapping(ColumnParallelMapping):
         return _conv_sections(fields)
 
 
-class ZeroCenteredNormMapping(ReplicatedMapping):
+class ZeroCenteredNormMapping(NormMapping):
     """A norm's weight w that Megatron keeps as w - 1, in F32 so that the difference is exact."""
 
     def layout(self, fields: LayoutFields) -> Layout:

@@ -21,6 +21,7 @@ from megatron.bridge.models.conversion.param_mapping import (
     ColumnParallelMapping,
     ConcatenatedQKVMapping,
     GatedMLPMapping,
+    NormMapping,
     ParamMapping,
     QKVMapping,
     ReplicatedMapping,
@@ -107,9 +108,7 @@ def embedding_rows() -> list[ParamMapping]:
             vocabulary=True,
             only=UNTIED_OUTPUT,
         ),
-        ReplicatedMapping(
-            f"{LANGUAGE}decoder.final_layernorm.weight", f"{HF_LANGUAGE}norm.weight", "H"
-        ),
+        NormMapping(f"{LANGUAGE}decoder.final_layernorm.weight", f"{HF_LANGUAGE}norm.weight", "H"),
     ]
 
 
@@ -194,13 +193,13 @@ def moe_rows(
     """Router and routed experts, in the disk layout `experts`, and the shared expert."""
     rows: list[ParamMapping] = [
         _norm(layer, "pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
-        _norm(layer, "mlp.router.weight", "mlp.gate.weight", "E H"),
+        _whole(layer, "mlp.router.weight", "mlp.gate.weight", "E H"),
         *_expert_rows(layer, experts),
     ]
     if shared_expert:
         rows += _gated_mlp_rows(layer, "mlp.shared_experts.", "mlp.shared_expert.", "Is")
         rows.append(
-            _norm(layer, "mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1 H")
+            _whole(layer, "mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1 H")
         )
     return rows
 
@@ -216,18 +215,21 @@ def mtp_rows() -> list[ParamMapping]:
         ("final_layernorm", "norm"),
     ):
         name, hf_name = f"{MTP}{norm}.weight", f"{HF_MTP}{hf_norm}.weight"
-        rows.append(ReplicatedMapping(name, hf_name, "H", only=WITH_MTP))
+        rows.append(NormMapping(name, hf_name, "H", only=WITH_MTP))
     return rows
 
 
 def _norm(layer: Layer, megatron: str, hf: str, shape: str = "H") -> ParamMapping:
+    """A norm of a layer."""
+    return NormMapping(
+        f"{layer.megatron}{megatron}", f"{layer.hf}{hf}", shape, only=layer.only, layers=layer.kind
+    )
+
+
+def _whole(layer: Layer, megatron: str, hf: str, shape: str) -> ParamMapping:
     """A parameter of a layer that every rank holds whole."""
     return ReplicatedMapping(
-        f"{layer.megatron}{megatron}",
-        f"{layer.hf}{hf}",
-        shape,
-        only=layer.only,
-        layers=layer.kind,
+        f"{layer.megatron}{megatron}", f"{layer.hf}{hf}", shape, only=layer.only, layers=layer.kind
     )
 
 
@@ -316,7 +318,7 @@ def vision_rows() -> list[ParamMapping]:
     ]
     for norm, hf_norm in (("self_attention.linear_qkv", "norm1"), ("mlp.linear_fc1", "norm2")):
         rows += [
-            ReplicatedMapping(f"{block}{norm}.layer_norm_{part}", f"{hf}{hf_norm}.{part}", "h")
+            NormMapping(f"{block}{norm}.layer_norm_{part}", f"{hf}{hf_norm}.{part}", "h")
             for part in ("weight", "bias")
         ]
     return rows + _merger_rows(f"{VISION}merger.", f"{HF_VISION}merger.", "h")
@@ -329,7 +331,7 @@ def deepstack_rows() -> list[ParamMapping]:
 
 def _merger_rows(merger: str, hf_merger: str, norm_size: str) -> list[ParamMapping]:
     rows: list[ParamMapping] = [
-        ReplicatedMapping(f"{merger}patch_norm.{part}", f"{hf_merger}norm.{part}", norm_size)
+        NormMapping(f"{merger}patch_norm.{part}", f"{hf_merger}norm.{part}", norm_size)
         for part in ("weight", "bias")
     ]
     return [

@@ -49,7 +49,7 @@ def get_rope_index(
     """
     grids = _merged_grids(image_grid_thw, video_grid_thw, spatial_merge_size)
     # One transfer from the device for the batch, and one back.
-    positions = torch.zeros(3, *types.shape, dtype=torch.long)
+    positions = torch.zeros(3, *types.shape, dtype=torch.long, device="cpu")
     real = None if attention_mask is None else attention_mask.bool().cpu()
     for row, row_types in enumerate(types.cpu()):
         where = slice(None) if real is None else real[row]
@@ -98,12 +98,12 @@ def _merged_grids(image: Tensor | None, video: Tensor | None, merge: int) -> _Gr
 
 def _sequence_positions(types: list[int], grids: _Grids) -> Tensor:
     """Positions [3, len(types)] of one sequence; takes its grids off `grids`."""
-    pieces = [torch.zeros(3, 0, dtype=torch.long)]
+    pieces = [torch.zeros(3, 0, dtype=torch.long, device="cpu")]
     position = 0
     for kind, run in groupby(types):
         remaining = sum(1 for _ in run)
         if kind == TEXT:
-            pieces.append(torch.arange(position, position + remaining).expand(3, -1))
+            pieces.append(torch.arange(position, position + remaining, device="cpu").expand(3, -1))
             position += remaining
             continue
         while remaining:
@@ -128,8 +128,8 @@ def _next(grids: list[tuple[int, int]]) -> str:
 
 def _grid_positions(height: int, width: int) -> Tensor:
     """(0, row, column) of a one-frame grid, [3, height * width]."""
-    row = torch.arange(height).repeat_interleave(width)
-    column = torch.arange(width).repeat(height)
+    row = torch.arange(height, device="cpu").repeat_interleave(width)
+    column = torch.arange(width, device="cpu").repeat(height)
     return torch.stack((torch.zeros_like(row), row, column))
 
 
