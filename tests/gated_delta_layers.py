@@ -74,9 +74,11 @@ def run(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def gradients(output: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(output.device).manual_seed(3)
     with megatron_on_cpu():
         found = torch.autograd.grad(
-            output, list(inputs.values()), torch.randn(output.shape, generator=generator)
+            output,
+            list(inputs.values()),
+            torch.randn(output.shape, generator=generator, device=output.device),
         )
     return dict(zip(inputs, found, strict=True))

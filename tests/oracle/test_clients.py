@@ -28,7 +28,7 @@ from megatron.bridge.synthetic import make_model
 from oracle import tiny
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
-TOKENS = torch.arange(3, 14)[None]
+TOKENS = torch.arange(3, 14, device="cuda" if torch.cuda.is_available() else "cpu")[None]
 
 
 @pytest.fixture(scope="module")

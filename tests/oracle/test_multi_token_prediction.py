@@ -162,5 +162,5 @@ def expected_gradients(
     (loss.sum() + FACTOR * second_loss).backward()
     gradients = gradients_on_disk(pair.hf)
     for name, weight in pair.predictor.named_parameters():
-        gradients[f"mtp.{name}"] = weight.grad
+        gradients[f"mtp.{name}"] = weight.grad.cpu()
     return loss.detach(), gradients

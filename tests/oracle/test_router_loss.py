@@ -149,7 +149,7 @@ def test_the_scale_of_the_loss(build: Any, inputs: dict[str, Tensor]) -> None:
 
     # With this option the gradients are divided by the number of tokens at the end.
     pair.ours.config.calculate_per_token_loss = True
-    counted = (targets(inputs) != -100).sum()
+    counted = int((targets(inputs) != -100).sum())
     found = our_gradients(pair, counted * our_loss(pair.ours, inputs))
     assert_equal_gradients({name: x / counted for name, x in found.items()}, expected)
 

@@ -84,6 +84,7 @@ def held_by(bridge: AutoBridge, layout: Layout, ranks: Iterable[int], *, with_mt
     provider.tensor_model_parallel_size = layout.tp
     provider.pipeline_model_parallel_size = layout.pp
     provider.pipeline_dtype = torch.bfloat16
+    provider.transformer_impl = "local"  # TransformerEngine's modules are never on the meta device
     if provider.num_moe_experts:
         provider.expert_model_parallel_size = layout.ep
         provider.expert_tensor_parallel_size = layout.etp

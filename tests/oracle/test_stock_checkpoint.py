@@ -106,7 +106,11 @@ def test_load_of_our_model(folder: Path, bridge: AutoBridge, model: Any, by: str
                 empty.sharded_state_dict(), str(folder / "megatron" / "iter_0000000")
             )
     expected = model.state_dict()
-    tensors = [name for name, value in expected.items() if isinstance(value, torch.Tensor)]
+    tensors = [
+        name
+        for name, value in expected.items()
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
+    ]
     assert len(tensors) > 100
     for name in tensors:
         assert torch.equal(found[name], expected[name]), name
@@ -183,9 +187,10 @@ def test_stock_load_into_a_stock_gpt_model(tmp_path: Path, process_groups: None)
         (layer.input_layernorm.weight, "input_layernorm.weight"),
         (layer.mlp.linear_fc1.weight.chunk(2)[1], "mlp.up_proj.weight"),
     ):
-        assert torch.equal(weight, hf.tensors.read(hf_layer + name)), name
+        assert torch.equal(weight.cpu(), hf.tensors.read(hf_layer + name)), name
     embedding = hf.tensors.read("model.language_model.embed_tokens.weight")
-    assert torch.equal(stock.embedding.word_embeddings.weight[: len(embedding)], embedding)
+    rows = stock.embedding.word_embeddings.weight[: len(embedding)]
+    assert torch.equal(rows.cpu(), embedding)
 
 
 def test_a_saved_model_is_what_import_writes(

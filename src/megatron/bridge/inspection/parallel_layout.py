@@ -70,6 +70,8 @@ def configured(make: MakeProvider, request: ParallelRequest) -> ModelProvider:
     if provider.num_moe_experts:
         provider.sequence_parallel = request.tp > 1
     provider.perform_initialization = False  # there are no values
+    # TransformerEngine would make them on the GPU, under the same keys.
+    provider.transformer_impl = "local"
     return provider
 
 

@@ -73,19 +73,25 @@ def _stays(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 def _patches() -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random
 
-    return [
+    patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", _current_device),
+        (torch.cuda, "get_rng_state", _get_rng_state),
+        (torch.cuda, "manual_seed", _manual_seed),
+        (torch.Tensor, "cuda", _stays),
+        (random, "_get_cuda_rng_state", _get_rng_state),
+        (random, "_set_cuda_rng_state", _set_rng_state),
+    ]
+    if torch.cuda.is_available():
+        # Streams stay real: some classes of megatron-core keep the first one that they make.
+        return patches
+    return [
+        *patches,
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "Event", _Event),
         (torch.cuda, "stream", contextlib.nullcontext),
         (torch.cuda, "current_stream", _Stream),
         (torch.cuda, "default_stream", _Stream),
-        (torch.cuda, "get_rng_state", _get_rng_state),
-        (torch.cuda, "manual_seed", _manual_seed),
-        (torch.Tensor, "cuda", _stays),
-        (random, "_get_cuda_rng_state", _get_rng_state),
-        (random, "_set_cuda_rng_state", _set_rng_state),
     ]
 
 
