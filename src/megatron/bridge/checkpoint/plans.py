@@ -155,20 +155,21 @@ def _rearranged(
     over stay as they are.
     """
     known = reference.weights
-    options = replace(options, spelling=bridge.spelling(reference.hf_config, known))
+    spelling = bridge.spelling(reference.hf_config, known)
+    options = replace(options, spelling=spelling)
     carried = _carried(bridge, reference, options)
-    dtypes = {_experts_of(name): spec.dtype for name, spec in known.items()}
+    dtypes = {_experts_of(spelling.regular(name)): spec.dtype for name, spec in known.items()}
     expected = bridge.expected_tensors(reference.hf_config, reference.main_dtype, options)
     rearranged: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in expected.items():
-        module = _experts_of(name)
+        module = _experts_of(spelling.regular(name))
         if module and module in dtypes:
             rearranged[module][name] = TensorSpec(name, spec.shape, dtypes[module])
     # In the order of the reference; what is not an expert is the plan's to accept or refuse.
     tensors: dict[str, TensorSpec] = {}
     modules = set(rearranged)
     for name, stored in known.items():
-        module = _experts_of(name)
+        module = _experts_of(spelling.regular(name))
         if module in modules and name not in carried:
             tensors |= rearranged.pop(module, {})
         else:

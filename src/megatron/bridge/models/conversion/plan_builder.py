@@ -47,8 +47,7 @@ def expected_tensors(
     specs: dict[str, TensorSpec] = {}
     for row, ranges in registry.expand(structure):
         for numbers in product(*ranges[: row.hf_wildcards]):
-            for role, pattern in row.hf_params.items():
-                name = fill(pattern, numbers)
+            for role, name in registry.hf_names(row, numbers).items():
                 if role not in row.hf_symbols:
                     raise PlanError([f"{row.megatron_param}: the row declares no shape for {name}"])
                 specs[name] = TensorSpec(name, structure.shape(row.hf_symbols[role]), dtype(name))
@@ -96,6 +95,7 @@ class _Builder:
         self.extras = extras
         self.terms = terms
         self.carried = dict(extras.carried)
+        self.equal = dict(extras.equal)
         self.registry = registry
         self.structure = structure
         self.hf = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()}
@@ -126,7 +126,7 @@ class _Builder:
             carried=self.carried,
             rows=tuple(self.rows),
             absent=self.extras.absent,
-            equal=self.extras.equal,
+            equal=self.equal,
         )
         if faults := list(plan.faults()):
             raise PlanError(faults)
@@ -158,7 +158,7 @@ class _Builder:
         self, row: ParamMapping, named: tuple[int, ...], others: Ranges
     ) -> _Tensors | None:
         """The tensors with these numbers in their names, if they are there and as declared."""
-        names = {role: fill(pattern, named) for role, pattern in row.hf_params.items()}
+        names = self.registry.hf_names(row, named)
         self.used.update(names.values())
         found = {role: self.hf[name] for role, name in names.items() if name in self.hf}
         good = len(found) == len(names)
@@ -239,6 +239,10 @@ class _Builder:
 
     def _report_names(self) -> None:
         self._look_for_needed()
+        for name, other in self.extras.copies.items():
+            if other.name in self.used and name not in self.carried:
+                self.equal[name] = other
+                self.carried[name] = f"a copy of {other.name}, which is the same parameter"
         unused = {name: None for name in self.hf if not (name in self.used or name in self.carried)}
         if self.fits and not self.missing:
             # Everything that the model needs is there: what is left lies beside it.

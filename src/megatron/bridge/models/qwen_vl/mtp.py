@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
@@ -94,7 +93,7 @@ def find_mtp(
     of_family = rows(DiskLayout(mtp=experts))
     declared = [row for row in of_family if row.megatron_param.startswith(MTP)]
     expected = expected_tensors(
-        MegatronMappingRegistry(*spelling.rows(declared)),
+        spelling.registry(declared),
         qwen_vl_structure(config, with_mtp=True),
         lambda _name: "",
     )
