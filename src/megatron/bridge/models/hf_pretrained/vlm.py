@@ -337,7 +337,7 @@ class PreTrainedVLM:
     def _load(self, what: str, auto_class: Any, folder: Path | None = None, **options: Any) -> Any:
         try:
             return auto_class.from_pretrained(folder, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{self.name_or_path}: transformers cannot load the {what}: {error}"
             ) from error

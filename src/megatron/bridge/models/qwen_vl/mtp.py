@@ -15,7 +15,6 @@ from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
-    experts_below,
     find_expert_layout,
 )
 from megatron.bridge.models.qwen_vl.rows import HF_MTP, MTP
@@ -87,7 +86,7 @@ def find_mtp(
     try:
         if has_experts(config.text):
             sizes = expert_sizes(config.text)
-            experts = find_expert_layout(tensors, experts_below(root), sizes, given)
+            experts = find_expert_layout(tensors, root, sizes, (0,), given)
     except ConfigError as error:  # experts in two layouts
         return MTPInFiles(mapped=False, obstacle=f"an MTP layer of another kind: {error}")
     of_family = rows(DiskLayout(mtp=experts))

@@ -28,7 +28,7 @@ from megatron.bridge.models.qwen_vl.config_keys import check_keys
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
-    experts_below,
+    check_expert_order,
     find_expert_layout,
     parse_expert_layout,
 )
@@ -63,6 +63,7 @@ from megatron.bridge.models.qwen_vl.structure import (
     expert_sizes,
     has_experts,
     qwen_vl_structure,
+    sparse_layers,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class QwenVLBridge(MegatronModelBridge):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
     released_layout: ClassVar[DiskLayout] = DiskLayout()
+    merges_experts: ClassVar[bool] = False
+    """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
     layer_paths = (DECODER_LAYERS, VISION_LAYERS)
     optional_parts = frozenset({WITH_MTP})
 
@@ -143,8 +146,13 @@ class QwenVLBridge(MegatronModelBridge):
         if tensors is None:
             return self.released_layout if given is None else DiskLayout(given, given)
         spelling = self._spelling(config, tensors, options)
-        below, regular = experts_below(spelling.of(HF_LANGUAGE)), spelling.by_regular_name(tensors)
-        decoder = find_expert_layout(regular, below, expert_sizes(config.text), given)
+        root, regular = spelling.of(HF_LANGUAGE), spelling.by_regular_name(tensors)
+        layers, sizes = sparse_layers(config.text), expert_sizes(config.text)
+        merged = self.merges_experts
+        decoder = find_expert_layout(regular, root, sizes, layers, given, merged=merged)
+        if decoder is ExpertLayout.PER_EXPERT and (spelling.strays or spelling.copies):
+            doubled = frozenset(spelling.copies.values())
+            check_expert_order(tensors, root, spelling.regular, doubled)
         if decoder is ExpertLayout.PER_EXPERT and given not in (None, decoder):
             raise InputError(
                 f"{config.origin}: the routed experts lie {decoder}, not {given}; leave their "
