@@ -10,7 +10,9 @@ from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.weight_files import weight_file_names
 from megatron.bridge.quoting import printable
 
-_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
+_OTHER_WEIGHTS = frozenset(
+    {".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx"}
+)
 """Weights in another format: of the same model as a rule, and out of date once it was trained."""
 
 
