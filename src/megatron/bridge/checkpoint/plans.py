@@ -15,6 +15,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
     MegatronModelBridge,
     PlanOptions,
+    with_files,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import HFConfig
@@ -31,7 +32,7 @@ _EXPERTS = ".mlp.experts."
 def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPlan:
     """The proven plan of a Hugging Face folder. Raises PlanError, ConfigError, CheckpointError."""
     bridge = bridge_for(hf.hf_config.architecture)
-    plan = bridge.plan(hf.hf_config, hf.weights, replace(options, files=hf.side_file_names))
+    plan = bridge.plan(hf.hf_config, hf.weights, with_files(options, hf))
     check_equal(plan, hf.weights)
     return plan
 
@@ -86,7 +87,7 @@ def plan_export(
     elif experts is None:
         plan = plan_of(reference, options)
     else:
-        options = replace(options, files=reference.side_file_names)
+        options = with_files(options, reference)
         plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
         check_equal(plan, reference.weights)
     require_common_key(checkpoint, plan)

@@ -38,7 +38,7 @@ def _walk(folder: Path, weights: frozenset[str]) -> Iterator[Path]:
             if (here / name).is_symlink():
                 raise _unusable(here / name, "a link to a folder")
         for name in files:
-            own = parent == str(folder) and name in weights
+            own = (here / name).relative_to(folder).as_posix() in weights
             if own or _is_hidden(name) or _is_in_another_format(name):
                 continue
             if not (here / name).is_file():

@@ -37,10 +37,11 @@ from megatron.bridge.models.hf_pretrained.reference import (
     repository_files,
     resolve_reference,
 )
+from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.state import StateDict
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
-from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files
+from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files, is_safetensors
 from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
@@ -256,6 +257,17 @@ class PreTrainedVLM:
     def side_file_names(self) -> frozenset[str]:
         """The names of `side_files`, as POSIX paths."""
         return frozenset(file.as_posix() for file in self.side_files)
+
+    def tensors_beside(self) -> dict[str, str]:
+        """The tensors in safetensors files that are not the model's, each with its file."""
+        found: dict[str, str] = {}
+        for name in sorted(filter(is_safetensors, self.side_file_names)):
+            try:
+                header = read_header(self.folder / name)
+            except CheckpointError:
+                continue  # nobody reads it
+            found |= {tensor.name: name for tensor in header.tensors}
+        return found
 
     @cached_property
     def config(self) -> PretrainedConfig:
