@@ -103,6 +103,7 @@ class _Builder:
         self.missing: dict[str, str] = {}
         self.used: set[str] = set()
         self.fits = True
+        self.mixed = False
         self.megatron: dict[str, TensorSpec] = {}
         self.parameters: list[Parameter] = []
         self.copies: list[Copy] = []
@@ -213,6 +214,7 @@ class _Builder:
         # A constant added in BF16 would lose bits of the result: such parameters are kept in F32.
         dtype = widest(*tensors.dtypes, *(["F32"] if recipe.shifted else []))
         if dtype is None:
+            self.mixed = True
             self.problems.append(
                 f"{name}: {_names(tensors)} should have one dtype, or several of "
                 f"{', '.join(MIXABLE)}; found {tensors.dtypes}; convert the files to one first"
@@ -226,6 +228,7 @@ class _Builder:
                 known = self.megatron[key] = TensorSpec(key, shape, dtype)
             shared = widest(known.dtype, dtype)
             if known.shape != shape or shared is None:
+                self.mixed |= shared is None
                 self.problems.append(
                     f"{name} from {_names(tensors)}: layers share the checkpoint tensor {key} of "
                     f"shape {known.shape} and dtype {known.dtype}, but this one needs shape "
@@ -275,7 +278,7 @@ class _Builder:
         # All experts of a layer find the same fault in the tensor that they share.
         problems = list(dict.fromkeys(self.problems))
         if self.fits:
-            return PlanError(problems)
+            return PlanError(problems, causes=self._not_floating())
         unmapped = {name for name in self.hf if name not in self.used}
         causes, explained = find_causes(
             self.registry, self.structure, self.hf, self.terms, set(self.extras.needed)
@@ -288,6 +291,22 @@ class _Builder:
             if (name := problem.partition(": ")[0]) not in explained and name not in unmapped
         ]
         return PlanError(problems, causes=causes + rest)
+
+
+    def _not_floating(self) -> list[str]:
+        """Which tensors have dtypes that cannot be mixed with others; or nothing."""
+        if not self.mixed:
+            return []
+        found = [name for name in self.hf if name in self.used and self._is_odd(name)]
+        dtypes = sorted({self.hf[name].dtype for name in found})
+        return [
+            f"{len(found)} of {len(self.used)} tensors are {' and '.join(dtypes)}, such as "
+            f"{found[0]}, and weights are floating-point numbers: convert all to one or several of "
+            f"{', '.join(MIXABLE)}"
+        ]
+
+    def _is_odd(self, name: str) -> bool:
+        return self.hf[name].dtype not in MIXABLE
 
 
 def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> dict[str, str]:
