@@ -301,8 +301,8 @@ class _Builder:
         dtypes = sorted({self.hf[name].dtype for name in found})
         return [
             f"{len(found)} of {len(self.used)} tensors are {' and '.join(dtypes)}, such as "
-            f"{found[0]}, and weights are floating-point numbers: convert all to one or several of "
-            f"{', '.join(MIXABLE)}"
+            f"{found[0]}, and cannot be mixed with others: convert the files to one dtype, or "
+            f"several of {', '.join(MIXABLE)}"
         ]
 
     def _is_odd(self, name: str) -> bool:

@@ -57,7 +57,11 @@ class Spelling:
         strays: dict[str, str] = {}
         copies: dict[str, str] = {}
         ends = sorted(
-            ((other, root.found) for root in roots for other in (root.declared, *root.others)),
+            (
+                (other, root.found)
+                for root in roots
+                for other in (root.found, root.declared, *root.others)
+            ),
             key=lambda end: -len(end[0]),
         )
         found = {root.found for root in roots}
