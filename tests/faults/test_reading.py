@@ -161,7 +161,8 @@ def test_all_problems_in_one_error(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["/etc/model.safetensors", "../model.safetensors", "sub/../../model.safetensors", ".hidden/model.safetensors", "..", "", ".",
+    ["/etc/model.safetensors", "../model.safetensors", "sub/../../model.safetensors",
+     ".hidden/model.safetensors", "sub/..", "..", "", ".", "sub/",
      "..\\model.safetensors", "model.safetensors\0", "C:\\model.safetensors", "config.json"],
 )  # fmt: skip
 def test_index_pointing_outside_the_folder(folder: Path, target: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from folder_mutations import Folder, read_tensors
+from folders_in_memory import Folder, read_tensors
 from megatron.bridge.cli import main
 from megatron.bridge.errors import PlanError, UnsupportedModel
 from megatron.bridge.models.catalog import bridge_for
@@ -237,7 +237,7 @@ def test_a_classifier_needs_its_own_head(
 
 
 def test_a_live_model_without_an_output_layer_is_refused(small_model: Path, tmp_path: Path) -> None:
-    from folder_mutations import bare_model
+    from whole_folders import bare_model
 
     folder = Folder.of(small_model)
     bare_model(folder, Random(1))

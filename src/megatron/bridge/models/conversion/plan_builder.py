@@ -292,7 +292,6 @@ class _Builder:
         ]
         return PlanError(problems, causes=causes + rest)
 
-
     def _not_floating(self) -> list[str]:
         """Which tensors have dtypes that cannot be mixed with others; or nothing."""
         if not self.mixed:
