@@ -26,7 +26,16 @@ def extra_tensors(folder: Folder, random: Random) -> None:
     for number in range(random.randint(1, 3)):
         name = random.choice(["extra.weight", f"{LANGUAGE}adapter.weight", f"{VISION}scale", "x"])
         shape = random.choice([(), (3,), (2, 5), (0, 4), (2, 3, 4)])
-        dtype = random.choice([torch.bfloat16, torch.float32, torch.int64, torch.uint8, torch.bool])
+        dtype = random.choice(
+            [
+                torch.bfloat16,
+                torch.float32,
+                torch.int64,
+                torch.uint8,
+                torch.bool,
+                torch.float8_e4m3fn,
+            ]
+        )
         folder.tensors[f"{name}{number}"] = noise(*shape).to(dtype)
 
 

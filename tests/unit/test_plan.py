@@ -198,9 +198,12 @@ def test_a_parameter_holds_the_dtypes_of_all_its_tensors() -> None:
     assert plan.megatron[f"{LAYERS}self_attention.linear_qkv.weight"].dtype == "F32"
     assert (plan.hf[K].dtype, plan.hf[Q].dtype) == ("F16", "BF16")
     tensors[K] = replace(tensors[K], dtype="F8_E4M3")
-    with pytest.raises(PlanError, match=rf"1 of \d+ tensors are F8_E4M3, such as {K}") as error:
+    with pytest.raises(PlanError, match=rf"{K}: F8_E4M3, but its scale {K}_scale_inv is missing"):
         small_plan(tensors)
-    assert "found ['BF16', 'F8_E4M3']; convert the files to one" in error.value.problems[0]
+    tensors[K] = replace(tensors[K], dtype="I8")
+    with pytest.raises(PlanError, match=rf"1 of \d+ tensors are I8, such as {K}") as error:
+        small_plan(tensors)
+    assert "found ['BF16', 'I8']; convert the files to one" in error.value.problems[0]
 
 
 @pytest.mark.parametrize("layer", [0, 2])

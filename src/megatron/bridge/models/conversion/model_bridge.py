@@ -288,9 +288,10 @@ def _found_beside(error: PlanError, beside: Mapping[str, str]) -> str:
     files, name = sorted(set(found.values())), next(iter(found))
     shown = ", ".join([*map(printable, files[:3]), *(["..."] if len(files) > 3 else [])])
     return (
-        f"{len(found)} tensor{'s are' if len(found) > 1 else ' is'} missing, such as {name}, and in "
-        f"a file that does not count as the model's: {shown}. Take the weight index that belongs to "
-        f"these files, or name {'them' if len(files) > 1 else 'it'} in the one that is there"
+        f"{len(found)} tensor{'s are' if len(found) > 1 else ' is'} missing, such as {name}, and "
+        f"in a file that does not count as the model's: {shown}. Take the weight index that "
+        f"belongs to these files, or name {'them' if len(files) > 1 else 'it'} in the one that is "
+        f"there"
     )
 
 

@@ -98,8 +98,9 @@ class ConversionPlan:
     carried: Hugging Face tensors without a place in the Megatron model, and why; an export takes
         them from its reference, so that nothing of the source is lost.
     absent: those of them that belong to a part which this Megatron model was built without.
-    equal: those of them that must equal another tensor; that is a condition of the plan which headers cannot prove (see `equal_copies.check_equal`). An export writes them
-        from the other one.
+    equal: those of them that must equal another tensor; that is a condition of the plan which
+        headers cannot prove (see `equal_copies.check_equal`). An export writes them from the
+        other one.
     """
 
     hf: Mapping[str, TensorSpec]

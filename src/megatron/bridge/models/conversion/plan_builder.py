@@ -30,6 +30,7 @@ from megatron.bridge.models.conversion.plan import (
 )
 from megatron.bridge.models.conversion.recipe import Recipe, RecipeBook
 from megatron.bridge.models.conversion.structure import ModelStructure
+from megatron.bridge.models.hf_pretrained.scales import NO_SCALES, lacks_scales
 
 NO_EXTRAS = Extras()
 NO_TERMS = Terms()
@@ -104,6 +105,7 @@ class _Builder:
         self.used: set[str] = set()
         self.fits = True
         self.mixed = False
+        self.unscaled: list[str] = []
         self.megatron: dict[str, TensorSpec] = {}
         self.parameters: list[Parameter] = []
         self.copies: list[Copy] = []
@@ -115,6 +117,7 @@ class _Builder:
         for row, ranges in self.registry.expand(self.structure):
             self._add(row, ranges)
         self._report_names()
+        self.problems += self.unscaled
         if self.problems:
             raise self._refusal()
         plan = ConversionPlan(
@@ -175,6 +178,10 @@ class _Builder:
                     f"{names[role]}: the config asks for shape {self.structure.shape(symbols)} "
                     f"[{symbols}], found {found[role].shape}"
                 )
+        for role, spec in found.items():
+            if problem := lacks_scales(names[role], spec.dtype):
+                good = False
+                self.unscaled.append(problem)
         if not good:
             return None
         return _Tensors(
@@ -277,6 +284,8 @@ class _Builder:
         """All problems; the message says their cause, where there is one that explains them."""
         # All experts of a layer find the same fault in the tensor that they share.
         problems = list(dict.fromkeys(self.problems))
+        if self.fits and self.unscaled:
+            return PlanError(problems, heading=NO_SCALES)
         if self.fits:
             return PlanError(problems, causes=self._not_floating())
         unmapped = {name for name in self.hf if name not in self.used}
@@ -299,9 +308,11 @@ class _Builder:
         found = [name for name in self.hf if name in self.used and self._is_odd(name)]
         dtypes = sorted({self.hf[name].dtype for name in found})
         return [
-            f"{len(found)} of {len(self.used)} tensors are {' and '.join(dtypes)}, such as "
-            f"{found[0]}, and cannot be mixed with others: convert the files to one dtype, or "
-            f"several of {', '.join(MIXABLE)}"
+            (
+                f"{len(found)} of {len(self.used)} tensors are {' and '.join(dtypes)}, such as "
+                f"{found[0]}, and cannot be mixed with others: convert the files to one dtype, or "
+                f"several of {', '.join(MIXABLE)}"
+            )
         ]
 
     def _is_odd(self, name: str) -> bool:

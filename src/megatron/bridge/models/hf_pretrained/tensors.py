@@ -77,8 +77,8 @@ class TensorIndex(Mapping[str, TensorInfo]):
 
         What the headers of the files say counts, as it does for transformers: a weight index names
         the files, and its `metadata` means nothing. Raises CheckpointError, listing every problem:
-        no weights or ambiguous ones; an invalid index; an entry that leads out of
-        the folder (symlinked files are followed: the hub's cache is made of them); a file that is missing,
+        no weights or ambiguous ones; an invalid index; an entry that leads out of the folder
+        (symlinked files are followed: the hub's cache is made of them); a file that is missing,
         truncated or damaged; a tensor in two of them that is not the same in both.
         """
         files = WeightFiles.of(folder)

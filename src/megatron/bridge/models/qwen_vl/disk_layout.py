@@ -9,7 +9,6 @@ from enum import StrEnum
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.conversion.plan import TensorLike
 
-
 _FUSED = ("gate_up_proj", "down_proj")
 _PARTS = ("gate", "up", "down")
 _ONE = re.compile(rf"([0-9]{{1,9}})\.({'|'.join(_PARTS)})_proj\.weight")

@@ -303,8 +303,8 @@ class QwenVLBridge(MegatronModelBridge):
 
 
 _TIED = (
-    "the config ties them (tie_word_embeddings): set it to false if the output layer is a matrix of "
-    "its own, or remove {}"
+    "the config ties them (tie_word_embeddings): set it to false if the output layer is a matrix "
+    "of its own, or remove {}"
 )
 _SAME = "transformers takes both names for one parameter: remove the wrong one, perhaps {}"
 

@@ -86,8 +86,8 @@ def _kind(section: HFConfig, *more: str) -> str:
     kind = section.agreed(places, partial(section.require, kind=str))
     if kind not in (*_TYPES, *more):
         raise ConfigError(
-            f"{section.origin}: transformers knows no rope_type {quoted(kind)} and cannot build the "
-            f"model: set it to 'default', with which it reads mrope_section, too, or to one of "
+            f"{section.origin}: transformers knows no rope_type {quoted(kind)} and cannot build "
+            f"the model: set it to 'default', with which it reads mrope_section, too, or to one of "
             f"{', '.join(_TYPES[1:])}"
         )
     return kind
