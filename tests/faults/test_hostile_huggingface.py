@@ -187,14 +187,14 @@ HEADERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 INDEXES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "above": (place("../model.safetensors"), "not a plain *.safetensors file name"),
-    "absolute": (place("/etc/x.safetensors"), "not a plain *.safetensors file name"),
-    "backslash": (place("..\\x.safetensors"), "not a plain *.safetensors file name"),
-    "NUL": (place("\0.safetensors"), "not a plain *.safetensors file name"),
+    "above": (place("../model.safetensors"), "not the path of a *.safetensors file"),
+    "absolute": (place("/etc/x.safetensors"), "not the path of a *.safetensors file"),
+    "backslash": (place("..\\x.safetensors"), "not the path of a *.safetensors file"),
+    "NUL": (place("\0.safetensors"), "not the path of a *.safetensors file"),
     "a name that the terminal obeys": (
         place(ESCAPE + ".safetensors"), r"lm_head.weight points to '\x1b[2J"
     ),
-    "too long a name": (place("x" * 300 + ".safetensors"), "not a plain"),
+    "too long a name": (place("x" * 300 + ".safetensors"), "not the path"),
     "a tensor that the terminal obeys": (
         index(lambda content: content["weight_map"].update({ESCAPE: SHARD})), r"'\x1b[2J"
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from folder_mutations import EMBEDDING, HEAD, Folder, read_tensors
+from folders_in_memory import EMBEDDING, HEAD, Folder, read_tensors
 from megatron.bridge import AutoBridge
 from megatron.bridge.cli import main
 from megatron.bridge.synthetic import make_model

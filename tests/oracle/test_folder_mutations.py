@@ -1,36 +1,30 @@
 """Every folder that transformers loads is converted and comes back; any other is refused once.
 
-`folder_mutations` draws the folders. The long form (`-m slow`) draws sixty of each kind.
+`folder_mutations` draws the folders. The long form (`-m slow`) draws every change of every family.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-import transformers
 
-from folder_mutations import BROKEN, OF_OTHER_PARTS, WHOLE, Change, Folder, draw, read_tensors
+from folder_mutations import BROKEN, OF_OTHER_PARTS, WHOLE, Change, draw
+from folders_in_memory import Folder, read_tensors
 from megatron.bridge.cli import main
 from megatron.bridge.synthetic import make_model
+from oracle.loading import FAMILIES, missing_for_transformers
 from refusals import paths_below
 
-FAMILIES = {
-    "qwen3-vl": "qwen3_vl",
-    "qwen3-vl-moe": "qwen3_vl_moe",
-    "qwen3.5": "qwen3_5",
-    "qwen3.5-moe": "qwen3_5_moe",
-}
 SETTINGS = {"text.num_hidden_layers": 4, "vision.depth": 3}
 WITH_OTHER_PARTS = True
 """Whether dtypes of single tensors and keys with defaults are drawn, too."""
 
 WHOLE_CHANGES = {**WHOLE, **(OF_OTHER_PARTS if WITH_OTHER_PARTS else {})}
 FEW = 2
-MANY = 60
+MANY = 120
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +52,6 @@ def mutated(
     change(folder, random)
     print(name, change.__name__)
     return folder.write(target)
-
-
-@cache
-def silent() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def missing_for_transformers(folder: Path) -> list[str]:
-    """What transformers does not find in a folder; the error where it cannot be loaded at all."""
-    silent()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model_class = getattr(transformers, config.architectures[0])
-        _, info = model_class.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # noqa: BLE001
-        return [f"{type(error).__name__}: {error}"]
-    return [str(name) for key in ("missing_keys", "mismatched_keys") for name in info[key]]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

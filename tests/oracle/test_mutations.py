@@ -61,7 +61,7 @@ def gate_before_q(patch: pytest.MonkeyPatch) -> None:
 def expert_transposed(patch: pytest.MonkeyPatch) -> None:
     """gate_up, whose matrices are square here; then down's are not, and its shape would tell."""
 
-    def find(*_: Any) -> ExpertLayout:
+    def find(*_: Any, **__: Any) -> ExpertLayout:
         return ExpertLayout.FUSED
 
     def of_one(self: Any) -> Layout:

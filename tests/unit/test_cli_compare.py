@@ -176,7 +176,7 @@ def test_names_with_a_prefix_are_those_of_the_release_for_transformers(
     prefix: str, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would make up random weights for names that it does not know."""
-    from folder_mutations import Folder
+    from folders_in_memory import Folder
 
     folder = Folder.of(small_model)
     folder.rename(lambda name: prefix + name)
@@ -189,8 +189,9 @@ def test_a_tied_head_and_files_of_other_names(
 ) -> None:
     from random import Random
 
-    from folder_mutations import Folder, tied_under_the_other_name
+    from folders_in_memory import Folder
     from megatron.bridge.synthetic import make_model
+    from whole_folders import tied_under_the_other_name
 
     settings = {"tie_word_embeddings": True, "text.num_hidden_layers": 2}
     folder = Folder.of(make_model("qwen3-vl", tmp_path / "made", settings))
@@ -205,7 +206,8 @@ def test_a_model_without_an_output_layer_is_refused_at_once(
 ) -> None:
     from random import Random
 
-    from folder_mutations import Folder, bare_model
+    from folders_in_memory import Folder
+    from whole_folders import bare_model
 
     folder = Folder.of(small_model)
     bare_model(folder, Random(0))

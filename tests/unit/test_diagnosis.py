@@ -235,7 +235,7 @@ def test_a_renamed_tensor_is_recognized() -> None:
 def test_the_message_is_short_and_the_document_has_all(
     small_model: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from folder_mutations import Folder
+    from folders_in_memory import Folder
 
     folder = Folder.of(small_model)
     of_layers = (name for name in sorted(folder.tensors) if ".layers." in name)

@@ -196,10 +196,12 @@ def test_of_square_experts_the_other_matrix_decides(text: dict[str, int]) -> Non
         tensors = tensors_of(config, layout)
         for options in (PlanOptions(), PlanOptions(experts=layout)):
             plan = plan_of(config, tensors, options)
-            turned = {c.transpose for c in plan.copies if ".experts." in c.hf_name}
-            assert turned == {layout is ExpertLayout.FUSED_TRANSPOSED}
+            # As transformers reads it, what is square is never turned.
+            square = "gate_up_proj" if text["hidden_size"] == 56 else "down_proj"
+            turned = {c.hf_name.endswith(square): c.transpose for c in plan.copies
+                      if ".experts." in c.hf_name}  # fmt: skip
+            assert turned == {True: False, False: layout is ExpertLayout.FUSED_TRANSPOSED}
         # Without the other matrix neither would do: that it is absent is what is wrong.
-        square = "gate_up_proj" if text["hidden_size"] == 56 else "down_proj"
         alone = {name: spec for name, spec in tensors.items() if name.endswith(square)}
         alone |= {name: spec for name, spec in tensors.items() if ".experts." not in name}
         with pytest.raises(PlanError, match=r"_proj: missing, needed for .*linear_fc"):
@@ -208,12 +210,46 @@ def test_of_square_experts_the_other_matrix_decides(text: dict[str, int]) -> Non
     assert plan_of(config, per_expert).megatron  # names tell
 
 
-def test_experts_in_two_layouts_are_refused() -> None:
-    tensors = tensors_of(VL_MOE) | {
-        name: spec for name, spec in tensors_of(VL_MOE, "per-expert").items() if ".0.gate" in name
-    }
-    with pytest.raises(ConfigError, match="should lie in one way"):
-        plan_of(VL_MOE, tensors)
+FUSED_OF_ONE_LAYER = "model.language_model.layers.1.mlp.experts."
+ONE_BY_ONE = f"{FUSED_OF_ONE_LAYER}0.gate_proj.weight"
+
+
+def test_experts_of_another_layout_that_transformers_passes_over() -> None:
+    """Of Qwen3-VL it merges none, of Qwen3.5 it takes them before gate_up_proj."""
+    whole, single = (tensors_of(VL_MOE, layout) for layout in ("fused-transposed", "per-expert"))
+    plan = plan_of(VL_MOE, whole | {ONE_BY_ONE: single[ONE_BY_ONE]})
+    assert set(plan.carried) == {ONE_BY_ONE}
+    assert set(plan_of(VL_MOE, whole | single).carried) == set(single) - set(whole)
+    whole, single = (tensors_of(MOE_35, layout) for layout in ("fused", "per-expert"))
+    beside = f"{FUSED_OF_ONE_LAYER}gate_up_proj"
+    assert set(plan_of(MOE_35, single | {beside: whole[beside]}).carried) == {beside}
+    beyond = ONE_BY_ONE.replace("layers.1.", "layers.77.")
+    more = {beyond: replace(single[ONE_BY_ONE], name=beyond)}
+    assert set(plan_of(MOE_35, whole | more).carried) == {beyond}
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "more", "remove"),
+    [
+        (MOE_35, "fused", ONE_BY_ONE, ONE_BY_ONE),
+        (MOE_35, "per-expert", f"{FUSED_OF_ONE_LAYER}down_proj", f"{FUSED_OF_ONE_LAYER}down_proj"),
+        (VL_MOE, "per-expert", f"{FUSED_OF_ONE_LAYER}down_proj", f"{FUSED_OF_ONE_LAYER}down_proj"),
+    ],
+)
+def test_experts_in_two_layouts_are_refused(
+    config: dict[str, Any], base: str, more: str, remove: str
+) -> None:
+    every = tensors_of(config, "per-expert") | tensors_of(config, "fused")
+    with pytest.raises(ConfigError, match=rf"remove what is too much, such as {remove}$"):
+        plan_of(config, tensors_of(config, base) | {more: every[more]})
+
+
+def test_experts_of_which_some_layers_lie_otherwise_are_refused() -> None:
+    whole, single = (tensors_of(MOE_35, layout) for layout in ("fused", "per-expert"))
+    mixed = {n: s for n, s in whole.items() if not n.startswith(FUSED_OF_ONE_LAYER)}
+    mixed |= {n: s for n, s in single.items() if n.startswith(FUSED_OF_ONE_LAYER)}
+    with pytest.raises(ConfigError, match="should lie in one way: convert them to one"):
+        plan_of(MOE_35, mixed)
 
 
 @pytest.mark.parametrize("config", [VL_MOE, DENSE_35, MOE_35])

@@ -20,7 +20,8 @@ from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.conversion.boxes import Box, slices
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, dequantize
-from megatron.bridge.models.hf_pretrained.quantization import SCALE_SUFFIX, BlockFP8
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.synthetic import FAMILIES, make_model
 from megatron.bridge.verification.tensors import verify

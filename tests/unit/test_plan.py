@@ -187,7 +187,7 @@ def test_a_transposed_tensor_is_refused() -> None:
 def test_a_head_that_the_config_ties_has_to_be_the_embedding() -> None:
     config = HFConfig.from_dict(SMALL | {"tie_word_embeddings": True})
     plan = Qwen3VLBridge().plan(config, small_tensors())
-    assert plan.equal == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    assert plan.equal["lm_head.weight"].name == "model.language_model.embed_tokens.weight"
     assert set(plan.carried) == {"lm_head.weight"}
 
 
@@ -198,8 +198,12 @@ def test_a_parameter_holds_the_dtypes_of_all_its_tensors() -> None:
     assert plan.megatron[f"{LAYERS}self_attention.linear_qkv.weight"].dtype == "F32"
     assert (plan.hf[K].dtype, plan.hf[Q].dtype) == ("F16", "BF16")
     tensors[K] = replace(tensors[K], dtype="F8_E4M3")
-    with pytest.raises(PlanError, match=r"found \['BF16', 'F8_E4M3'\]; convert the files to one"):
+    with pytest.raises(PlanError, match=rf"{K}: F8_E4M3, but its scale {K}_scale_inv is missing"):
         small_plan(tensors)
+    tensors[K] = replace(tensors[K], dtype="I8")
+    with pytest.raises(PlanError, match=rf"1 of \d+ tensors are I8, such as {K}") as error:
+        small_plan(tensors)
+    assert "found ['BF16', 'I8']; convert the files to one" in error.value.problems[0]
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -211,8 +215,9 @@ def test_a_key_of_several_layers_holds_the_dtypes_of_all(layer: int) -> None:
     assert plan.megatron[f"{LAYERS}self_attention.linear_proj.weight"].dtype == "F32"
     assert {plan.hf[n].dtype for n in tensors if n != name} == {"BF16"}
     tensors[name] = replace(tensors[name], dtype="I16")
-    with pytest.raises(PlanError, match=r"o_proj.weight: layers share the checkpoint tensor"):
+    with pytest.raises(PlanError, match=rf"1 of \d+ tensors are I16, such as {name}") as error:
         small_plan(tensors)
+    assert "o_proj.weight: layers share the checkpoint tensor" in error.value.problems[0]
 
 
 def test_each_tensor_keeps_its_dtype() -> None:

@@ -116,7 +116,8 @@ def test_experts_in_another_layout_keep_the_names_of_the_files(
 ) -> None:
     from random import Random
 
-    from folder_mutations import Folder, names_of_the_bare_model, read_tensors
+    from folders_in_memory import Folder, read_tensors
+    from whole_folders import names_of_the_bare_model
 
     model = make_model("qwen3-vl-moe", tmp_path / "made", {"text.num_hidden_layers": 2})
     folder = Folder.of(model)
@@ -139,7 +140,7 @@ def test_the_names_of_a_config_alone_are_those_of_a_release() -> None:
 
 
 def test_a_prefix_comes_back(tmp_path: Path, small_model: Path, capsys: Any) -> None:
-    from folder_mutations import Folder
+    from folders_in_memory import Folder
 
     folder = Folder.of(small_model)
     folder.rename(SPELLINGS["module"])

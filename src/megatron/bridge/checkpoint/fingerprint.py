@@ -143,10 +143,10 @@ def check_unchanged(fingerprint: Fingerprint, folder: Path | None = None) -> Non
             seen.append(file)
     problems = sorted(problems + Fingerprint(tuple(seen)).changed_since(fingerprint))
     if problems:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        raise SourceChanged(
+        raise SourceChanged.of_problems(
             f"{folder} changed while it was converted, so the result would be of neither state; "
-            f"run it again when nothing writes there\n{lines}"
+            f"run it again when nothing writes there",
+            problems,
         )
 
 

@@ -18,7 +18,8 @@ from megatron.bridge.models.hf_pretrained.fp8 import (
     block_rows,
     e4m3_to_float,
 )
-from megatron.bridge.models.hf_pretrained.quantization import SCALE_SUFFIX, BlockFP8
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from megatron.bridge.models.hf_pretrained.other_formats import (
     other_checkpoint,
 )
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
+from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE, has_weight_files
 from megatron.bridge.quoting import printable, quoted
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -33,11 +34,15 @@ def is_megatron_checkpoint(folder: Path) -> bool:
     return (folder / TRACKER_FILE).is_file() or (folder / METADATA_FILE).is_file()
 
 
-def is_megatron_folder(folder: Path) -> bool:
+def is_megatron_folder(folder: Path, *, asked: bool = False) -> bool:
     """Whether a folder is one of a Megatron trainer: also without a tracker file, also older ones.
 
-    Older formats are not read, but named when they are.
+    Older formats are not read, but named when they are. A folder that transformers would load is a
+    Hugging Face model, whatever lies beside the model; asked: unless something was given that has
+    a meaning for a checkpoint only, such as an iteration.
     """
+    if not asked and _holds_model(folder):
+        return False
     if is_megatron_checkpoint(folder):
         return True
     if not folder.is_dir() or (folder / CONFIG_FILE).is_file():
@@ -45,6 +50,12 @@ def is_megatron_folder(folder: Path) -> bool:
     # A folder by the name of release can be anything.
     released = (folder / RELEASE / METADATA_FILE).is_file()
     return released or any(map(str.isdecimal, iterations(folder))) or is_older_checkpoint(folder)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether there are a config and weights of a Hugging Face model, or an index of weights."""
+    has_config = (folder / CONFIG_FILE).is_file()
+    return has_config and (has_weight_files(folder) or (folder / INDEX_FILE).is_file())
 
 
 def iterations(folder: Path) -> list[str]:

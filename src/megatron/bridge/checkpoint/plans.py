@@ -15,6 +15,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
     MegatronModelBridge,
     PlanOptions,
+    with_files,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
 from megatron.bridge.models.hf_pretrained.config import HFConfig
@@ -31,7 +32,7 @@ _EXPERTS = ".mlp.experts."
 def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPlan:
     """The proven plan of a Hugging Face folder. Raises PlanError, ConfigError, CheckpointError."""
     bridge = bridge_for(hf.hf_config.architecture)
-    plan = bridge.plan(hf.hf_config, hf.weights, replace(options, files=hf.side_file_names))
+    plan = bridge.plan(hf.hf_config, hf.weights, with_files(options, hf))
     check_equal(plan, hf.weights)
     return plan
 
@@ -86,7 +87,7 @@ def plan_export(
     elif experts is None:
         plan = plan_of(reference, options)
     else:
-        options = replace(options, files=reference.side_file_names)
+        options = with_files(options, reference)
         plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
         check_equal(plan, reference.weights)
     require_common_key(checkpoint, plan)
@@ -155,20 +156,21 @@ def _rearranged(
     over stay as they are.
     """
     known = reference.weights
-    options = replace(options, spelling=bridge.spelling(reference.hf_config, known))
+    spelling = bridge.spelling(reference.hf_config, known)
+    options = replace(options, spelling=spelling)
     carried = _carried(bridge, reference, options)
-    dtypes = {_experts_of(name): spec.dtype for name, spec in known.items()}
+    dtypes = {_experts_of(spelling.regular(name)): spec.dtype for name, spec in known.items()}
     expected = bridge.expected_tensors(reference.hf_config, reference.main_dtype, options)
     rearranged: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in expected.items():
-        module = _experts_of(name)
+        module = _experts_of(spelling.regular(name))
         if module and module in dtypes:
             rearranged[module][name] = TensorSpec(name, spec.shape, dtypes[module])
     # In the order of the reference; what is not an expert is the plan's to accept or refuse.
     tensors: dict[str, TensorSpec] = {}
     modules = set(rearranged)
     for name, stored in known.items():
-        module = _experts_of(name)
+        module = _experts_of(spelling.regular(name))
         if module in modules and name not in carried:
             tensors |= rearranged.pop(module, {})
         else:

@@ -120,9 +120,8 @@ def join(partial: Path, job: Job) -> tuple[FolderLock, Mapping[PieceKey, int]]:
     differences = job.differences(known.job) if known else ["its journal cannot be read"]
     if known is None or differences:
         held.close()
-        raise InputError(
-            f"{partial}: this process sees another conversion than process 0\n"
-            + "\n".join(f"  - {difference}" for difference in differences)
+        raise InputError.of_problems(
+            f"{partial}: this process sees another conversion than process 0", differences
         )
     return held, known.pieces
 
@@ -176,10 +175,10 @@ def _recorded(partial: Path) -> list[Recorded]:
 def _refuse_another(partial: Path, job: Job, before: list[Recorded]) -> None:
     differences = {line: None for known in before for line in job.differences(known.job)}
     if differences:
-        raise InputError(
-            f"{partial} was begun as another conversion:\n"
-            + "".join(f"  - {line}\n" for line in differences)
-            + "resume it as it was begun, or start again with --force (force=True)"
+        raise InputError.of_problems(
+            f"{partial} was begun as another conversion; resume it as it was begun, or start again "
+            f"with --force (force=True)",
+            differences,
         )
 
 

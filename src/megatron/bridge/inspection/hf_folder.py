@@ -17,7 +17,7 @@ from megatron.bridge.inspection.row_summary import RowSummary, row_summaries
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.equal_copies import check_equal
-from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions
+from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions, with_files
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import Weights, dequantized_view
@@ -155,7 +155,7 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
     config = hf.hf_config
     origin, tensors = _tensors(hf)
     bridge = registered_bridges().get(config.architecture)
-    options = replace(options, files=hf.side_file_names)
+    options = with_files(options, hf)
     found = _conversion(config, tensors, options)
     if origin != "config":
         _check_equal(hf, found, read=origin == "files")
@@ -314,5 +314,8 @@ def _shards(
 ) -> tuple[FileSummary, ...]:
     files: dict[str, list[int]] = defaultdict(list)
     for tensor in tensors.values():
-        files[tensor.file.name].append(tensor.nbytes)
+        file = tensor.file
+        if isinstance(tensors, TensorIndex):
+            file = file.relative_to(tensors.folder)
+        files[file.as_posix()].append(tensor.nbytes)
     return tuple(FileSummary(name, len(sizes), sum(sizes)) for name, sizes in sorted(files.items()))

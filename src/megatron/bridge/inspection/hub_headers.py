@@ -37,7 +37,7 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
 
     reference: `org/name`, or `org/name@revision`, whose revision is passed over. Raises
     ReferenceNotFound if the hub does not answer, CheckpointError for headers that cannot be used or
-    a tensor in two shards.
+    a tensor in two shards that differ in it. Whether their data do is found when they are fetched.
     """
     from huggingface_hub import errors as hub
     from huggingface_hub import get_safetensors_metadata
@@ -64,11 +64,13 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
     tensors: dict[str, RemoteTensor] = {}
     for file_name, header in sorted(answer.files_metadata.items()):
         for name, info in header.tensors.items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"{repository}: {name} is in two shards, {tensors[name].file} and {file_name}"
-                )
             shape = list(info.shape)
             check_tensor(name, info.dtype, shape)
-            tensors[name] = RemoteTensor(name, tuple(shape), info.dtype, PurePosixPath(file_name))
+            found = RemoteTensor(name, tuple(shape), info.dtype, PurePosixPath(file_name))
+            before = tensors.setdefault(name, found)
+            if (before.shape, before.dtype) != (found.shape, found.dtype):
+                raise CheckpointError(
+                    f"{repository}: {name} is in two shards, {before.file} and {file_name}, which "
+                    f"differ in it"
+                )
     return tensors

@@ -56,7 +56,7 @@ def why_illegal(
         if problems and without_mtp is not None and not _refusals(without_mtp, request):
             problems[-1] += "; legal without the MTP layer: --no-mtp"
         problems += _world_problems(request)
-    heading = f"the model cannot be laid out by {request}"
+    heading = f"the model cannot be laid out by {str(request) or 'any layout'}"
     return PlanError(problems or [_reason(error)], heading=heading)
 
 

@@ -99,10 +99,7 @@ class ModelProvider(TransformerConfig, ABC):
             if getattr(self, name) is value:
                 setattr(self, name, None)
         if problems := self.problems():
-            raise ConfigError(
-                f"{type(self).__name__} cannot be built:\n"
-                + "\n".join(f"  - {problem}" for problem in problems)
-            )
+            raise ConfigError.of_problems(f"{type(self).__name__} cannot be built", problems)
         names = [one.name for one in fields(self)]
         open_names = [name for name in names if getattr(self, name) is None]
         if self.pipeline_dtype is None:

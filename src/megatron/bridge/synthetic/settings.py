@@ -133,7 +133,7 @@ def resolve_settings(family: Family, settings: Mapping[str, object]) -> Settings
     ]
     problems += problems_of(values, first_token_id + len(family.tokens))
     if problems:
-        raise InputError("these settings make no model:" + "".join(f"\n  - {p}" for p in problems))
+        raise InputError.of_problems("these settings make no model", problems)
     options = OPTIONS.keys() | family.options.keys()
     config = _unflatten({key: value for key, value in values.items() if key not in options})
     if values["rope_form"] == "old":

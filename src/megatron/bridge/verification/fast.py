@@ -17,6 +17,7 @@ from megatron.bridge.checkpoint.iterations import (
     METADATA_FILE,
     Iteration,
     is_megatron_checkpoint,
+    is_megatron_folder,
     iteration_folder,
 )
 from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -92,8 +93,15 @@ class _Target:
 
     def reads(self, source: str | os.PathLike[str]) -> bool:
         """Whether it was converted from something of this kind."""
-        megatron = is_megatron_checkpoint(local_path(source))
-        return _KINDS[self.manifest.job.command][0] == ("megatron" if megatron else "huggingface")
+        folder = local_path(source)
+        if self.source_kind == "megatron":
+            return is_megatron_checkpoint(folder)
+        return not is_megatron_folder(folder)
+
+    @property
+    def source_kind(self) -> str:
+        """What it was converted from: "megatron" or "huggingface"."""
+        return _KINDS[self.manifest.job.command][0]
 
 
 def _assigned(
@@ -145,11 +153,11 @@ def _changes(
     target: _Target, source: str | os.PathLike[str], iteration: Iteration | None
 ) -> list[str]:
     """How a source differs from the one that is recorded, file by file."""
-    megatron = is_megatron_checkpoint(folder := local_path(source))
+    megatron = target.source_kind == "megatron"
     if not target.reads(source):
-        return [f"it is a {'Megatron checkpoint' if megatron else 'Hugging Face model'}"]
+        return [f"it is a {'Hugging Face model' if megatron else 'Megatron checkpoint'}"]
     if megatron:
-        return _differences(target.recorded, iteration_folder(folder, iteration))
+        return _differences(target.recorded, iteration_folder(local_path(source), iteration))
     return _differences(target.recorded, PreTrainedVLM.from_pretrained(source).weights_folder)
 
 

@@ -55,8 +55,8 @@ def run_transformers(
     # torch has no grouped matrix product of float64: one expert at a time.
     options: dict[str, Any] = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
     spelling = bridge_for(hf.hf_config.architecture).spelling(hf.hf_config, hf.weights)
-    if not spelling.is_declared:  # transformers reads names of a release only
-        options["key_mapping"] = spelling.to_declared()
+    if key_mapping := spelling.to_declared():  # transformers does not know these roots
+        options["key_mapping"] = key_mapping
     with _no_progress_bars():
         model = hf.load_model(dtype=dtype, **options).eval()
     text = getattr(getattr(model, "model", None), "language_model", None)

@@ -59,12 +59,12 @@ def verify(
     converted; differences are no errors but in the report.
     """
     budget = Budget.of(memory)
-    if iteration is not None and not any(_has_iterations(side) for side in (a, b)):
+    if iteration is not None and not any(_has_iterations(side, iteration) for side in (a, b)):
         raise InputError(
             f"neither {os.fspath(a)} nor {os.fspath(b)} holds iterations: --iteration (iteration=) "
             "means nothing for them"
         )
-    left, right = (_open(side, iteration if _has_iterations(side) else None) for side in (a, b))
+    left, right = (_open(side, iteration) for side in (a, b))
     report = VerifyReport(os.fspath(a), os.fspath(b), _kind(left), _kind(right))
     if isinstance(left, PreTrainedVLM):
         if isinstance(right, PreTrainedVLM):
@@ -87,14 +87,17 @@ class _Side:
     fill: FillTensor
 
 
-def _has_iterations(reference: str | os.PathLike[str]) -> bool:
+def _has_iterations(reference: str | os.PathLike[str], iteration: Iteration | None) -> bool:
     folder = local_path(reference)
-    return is_megatron_folder(folder) and not (folder / METADATA_FILE).is_file()
+    is_megatron = is_megatron_folder(folder, asked=iteration is not None)
+    return is_megatron and not (folder / METADATA_FILE).is_file()
 
 
 def _open(reference: str | os.PathLike[str], iteration: Iteration | None) -> Checkpoint:
     folder = local_path(reference)
-    if is_megatron_folder(folder):
+    if not _has_iterations(reference, iteration):
+        iteration = None
+    if is_megatron_folder(folder, asked=iteration is not None):
         from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
         return TorchDistCheckpoint(folder, iteration)

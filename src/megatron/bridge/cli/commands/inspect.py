@@ -37,7 +37,7 @@ def inspect(
     from megatron.bridge.checkpoint.iterations import is_megatron_folder
 
     with open_output(as_json=as_json) as output:
-        if is_megatron_folder(local_path(source)):
+        if is_megatron_folder(local_path(source), asked=iteration is not None):
             _inspect_megatron(local_path(source), revision, iteration, output)
         else:
             no_iteration(source, iteration)

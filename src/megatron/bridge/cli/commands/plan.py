@@ -99,7 +99,8 @@ def _report(
     from megatron.bridge.paths import local_path
 
     path = local_path(source)
-    if not is_megatron_folder(path):
+    for_checkpoint = (reference, iteration) != (None, None)
+    if not is_megatron_folder(path, asked=for_checkpoint):
         if reference is not None:
             raise InputError(
                 f"{source} is not a Megatron checkpoint: --hf is what a checkpoint is exported like"

@@ -12,7 +12,7 @@ from itertools import product
 
 from megatron.bridge.folding import fold_numbers
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.patterns import WILDCARD, fill
+from megatron.bridge.models.conversion.patterns import WILDCARD
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.conversion.structure import ModelStructure
 
@@ -85,8 +85,8 @@ def _needs(registry: MegatronMappingRegistry, structure: ModelStructure) -> dict
         path, wildcard, _ = row.megatron_param.partition(WILDCARD)
         for numbers in product(*ranges[: row.hf_wildcards]):
             layer = (path, numbers[0]) if wildcard and numbers else None
-            for role, pattern in row.hf_params.items():
-                needs[fill(pattern, numbers)] = _Need(row.hf_symbols.get(role, ""), layer)
+            for role, name in registry.hf_names(row, numbers).items():
+                needs[name] = _Need(row.hf_symbols.get(role, ""), layer)
     return needs
 
 

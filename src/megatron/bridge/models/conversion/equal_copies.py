@@ -17,10 +17,9 @@ def check_equal(plan: ConversionPlan, source: Source) -> None:
     PlanError where two differ.
     """
     problems = [
-        f"{name} and {other} differ, but the config ties them (tie_word_embeddings): set it to "
-        f"false if the output layer is a matrix of its own, or remove {name}"
+        f"{name} and {other.name} differ, but {other.otherwise}"
         for name, other in plan.equal.items()
-        if not _equal(plan, source, name, other)
+        if not _equal(plan, source, name, other.name)
     ]
     if problems:
         raise PlanError(problems)

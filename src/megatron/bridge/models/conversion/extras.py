@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megatron.bridge.models.conversion.boxes import Shape
+from megatron.bridge.models.conversion.plan import CopyOf
 
 
 def _beside(_name: str) -> str:
@@ -21,13 +22,15 @@ class Extras:
 
     carried: those that are carried for a reason known beforehand; rows do not map them.
     absent: those of them that belong to a part which the Megatron model was built without.
-    equal: those that must equal another tensor, and which one.
+    equal: those that must equal another tensor.
+    copies: those that must equal another tensor if a row needs that, and mean nothing if not.
     needed: those that must be there, with their shapes, although no row maps them, and for what.
     reason: why any other is carried.
     """
 
     carried: Mapping[str, str] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
-    equal: Mapping[str, str] = field(default_factory=dict)
+    equal: Mapping[str, CopyOf] = field(default_factory=dict)
+    copies: Mapping[str, CopyOf] = field(default_factory=dict)
     needed: Mapping[str, tuple[Shape, str]] = field(default_factory=dict)
     reason: Callable[[str], str] = _beside

@@ -356,6 +356,15 @@ class Transposed(_Wrapped):
         return f"transposed, {self.inner.describe()}"
 
 
+class TransposedToFit(Transposed):
+    """As Transposed, but what is square is stored as it is: its shape fits, and is all one sees."""
+
+    def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
+        if all(shape == self._swap(shape) for shape in hf_shapes.values()):
+            return self.inner.pieces(hf_shapes)
+        return super().pieces(hf_shapes)
+
+
 @dataclass(frozen=True)
 class Offset(_Wrapped):
     """``megatron = hf + value``, the one arithmetic there is."""

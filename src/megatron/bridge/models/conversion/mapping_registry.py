@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
-from megatron.bridge.models.conversion.patterns import WILDCARD, pattern_regex
+from megatron.bridge.models.conversion.patterns import WILDCARD, fill, pattern_regex
 from megatron.bridge.models.conversion.structure import ModelStructure
 
 _SEPARATE_NORMS = (
@@ -25,8 +25,10 @@ _SEQUENTIAL_EXPERT = re.compile(r"local_experts\.(?P<expert>\d+)\.(?P<linear>\w+
 class MegatronMappingRegistry:
     """All rows of a model family. Raises ValueError if two rows claim the same name."""
 
-    def __init__(self, *mappings: ParamMapping) -> None:
+    def __init__(self, *mappings: ParamMapping, spelled: Mapping[str, str] | None = None) -> None:
+        """spelled: Hugging Face names of rows, numbers filled in -> as they are in the files."""
         self._mappings = mappings
+        self._spelled = spelled or {}
         names = Counter(row.megatron_param for row in mappings)
         if twice := sorted(name for name, count in names.items() if count > 1):
             raise ValueError(f"Megatron parameter mapped by more than one row: {twice}")
@@ -49,6 +51,14 @@ class MegatronMappingRegistry:
         return [
             (pattern_regex(name), row) for row in self._mappings for name in row.hf_params.values()
         ]
+
+    def hf_names(self, row: ParamMapping, numbers: tuple[int, ...]) -> dict[str, str]:
+        """The names of a row's tensors in the files, by role. numbers: those in the names."""
+        spelled = self._spelled
+        names = {role: fill(pattern, numbers) for role, pattern in row.hf_params.items()}
+        if not spelled:
+            return names
+        return {role: spelled.get(name, name) for role, name in names.items()}
 
     def __len__(self) -> int:
         return len(self._mappings)

@@ -21,7 +21,7 @@ from megatron.bridge.models.conversion.plan_builder import build_plan, expected_
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.quoting import quoted
+from megatron.bridge.quoting import printable, quoted
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -57,6 +57,7 @@ class PlanOptions:
     without: the parts of the model that the Megatron side was built without, by the family's names.
     spelling: of the names in the files; found from them where it is not given.
     files: names of the files that accompany the weights; some say what a model is for.
+    beside: gives the tensors in safetensors files among these, by name, each with its file.
     keys: how the Megatron keys are formed, where that is known.
     """
 
@@ -65,10 +66,16 @@ class PlanOptions:
     without: frozenset[str] = frozenset()
     spelling: Spelling | None = None
     files: frozenset[str] = frozenset()
+    beside: Callable[[], Mapping[str, str]] = dict
     keys: KeyForms = BY_CONFIG
 
 
 DEFAULTS = PlanOptions()
+
+
+def with_files(options: PlanOptions, hf: "PreTrainedVLM") -> PlanOptions:
+    """The options for a model with what accompanies its weights."""
+    return replace(options, files=hf.side_file_names, beside=hf.tensors_beside)
 
 
 class MegatronModelBridge(ABC):
@@ -239,6 +246,8 @@ class MegatronModelBridge(ABC):
                 terms,
             )
         except PlanError as error:
+            if elsewhere := _found_beside(error, options.beside()):
+                raise PlanError(error.problems, causes=[elsewhere]) from None
             if assumed := _assumed_sizes(config, str(error)):
                 raise PlanError(error.problems, causes=[assumed]) from None
             raise
@@ -268,6 +277,22 @@ class MegatronModelBridge(ABC):
     ) -> ConversionPlan:
         """The plan that files of this config would have; see `expected_tensors`."""
         return self.plan(config, self.expected_tensors(config, dtype, options), options)
+
+
+def _found_beside(error: PlanError, beside: Mapping[str, str]) -> str:
+    """What to say where tensors are missing that lie in a file beside the model's; or nothing."""
+    named = (problem.partition(": missing, ")[0] for problem in error.problems)
+    found = {name: beside[name] for name in named if name in beside}
+    if not found:
+        return ""
+    files, name = sorted(set(found.values())), next(iter(found))
+    shown = ", ".join([*map(printable, files[:3]), *(["..."] if len(files) > 3 else [])])
+    return (
+        f"{len(found)} tensor{'s are' if len(found) > 1 else ' is'} missing, such as {name}, and "
+        f"in a file that does not count as the model's: {shown}. Take the weight index that "
+        f"belongs to these files, or name {'them' if len(files) > 1 else 'it'} in the one that is "
+        f"there"
+    )
 
 
 def _assumed_sizes(config: HFConfig, problems: str) -> str:

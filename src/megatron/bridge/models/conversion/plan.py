@@ -81,6 +81,13 @@ class RowUse:
         return prod(map(len, self.numbers))
 
 
+class CopyOf(NamedTuple):
+    """What a tensor must equal. otherwise: why, and what to do if it does not."""
+
+    name: str
+    otherwise: str
+
+
 @dataclass(frozen=True)
 class ConversionPlan:
     """The copies of a whole model.
@@ -91,9 +98,9 @@ class ConversionPlan:
     carried: Hugging Face tensors without a place in the Megatron model, and why; an export takes
         them from its reference, so that nothing of the source is lost.
     absent: those of them that belong to a part which this Megatron model was built without.
-    equal: those of them that must equal another tensor, and which one; that is a condition of the
-        plan which headers cannot prove (see `equal_copies.check_equal`). An export writes them
-        from the other one.
+    equal: those of them that must equal another tensor; that is a condition of the plan which
+        headers cannot prove (see `equal_copies.check_equal`). An export writes them from the
+        other one.
     """
 
     hf: Mapping[str, TensorSpec]
@@ -105,7 +112,7 @@ class ConversionPlan:
     carried: Mapping[str, str]
     rows: tuple[RowUse, ...]
     absent: frozenset[str] = frozenset()
-    equal: Mapping[str, str] = field(default_factory=dict)
+    equal: Mapping[str, CopyOf] = field(default_factory=dict)
 
     @property
     def hf_bytes(self) -> int:

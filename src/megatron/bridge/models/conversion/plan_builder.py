@@ -30,6 +30,7 @@ from megatron.bridge.models.conversion.plan import (
 )
 from megatron.bridge.models.conversion.recipe import Recipe, RecipeBook
 from megatron.bridge.models.conversion.structure import ModelStructure
+from megatron.bridge.models.hf_pretrained.scales import NO_SCALES, lacks_scales
 
 NO_EXTRAS = Extras()
 NO_TERMS = Terms()
@@ -47,8 +48,7 @@ def expected_tensors(
     specs: dict[str, TensorSpec] = {}
     for row, ranges in registry.expand(structure):
         for numbers in product(*ranges[: row.hf_wildcards]):
-            for role, pattern in row.hf_params.items():
-                name = fill(pattern, numbers)
+            for role, name in registry.hf_names(row, numbers).items():
                 if role not in row.hf_symbols:
                     raise PlanError([f"{row.megatron_param}: the row declares no shape for {name}"])
                 specs[name] = TensorSpec(name, structure.shape(row.hf_symbols[role]), dtype(name))
@@ -96,6 +96,7 @@ class _Builder:
         self.extras = extras
         self.terms = terms
         self.carried = dict(extras.carried)
+        self.equal = dict(extras.equal)
         self.registry = registry
         self.structure = structure
         self.hf = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()}
@@ -103,6 +104,8 @@ class _Builder:
         self.missing: dict[str, str] = {}
         self.used: set[str] = set()
         self.fits = True
+        self.mixed = False
+        self.unscaled: list[str] = []
         self.megatron: dict[str, TensorSpec] = {}
         self.parameters: list[Parameter] = []
         self.copies: list[Copy] = []
@@ -114,6 +117,7 @@ class _Builder:
         for row, ranges in self.registry.expand(self.structure):
             self._add(row, ranges)
         self._report_names()
+        self.problems += self.unscaled
         if self.problems:
             raise self._refusal()
         plan = ConversionPlan(
@@ -126,7 +130,7 @@ class _Builder:
             carried=self.carried,
             rows=tuple(self.rows),
             absent=self.extras.absent,
-            equal=self.extras.equal,
+            equal=self.equal,
         )
         if faults := list(plan.faults()):
             raise PlanError(faults)
@@ -158,7 +162,7 @@ class _Builder:
         self, row: ParamMapping, named: tuple[int, ...], others: Ranges
     ) -> _Tensors | None:
         """The tensors with these numbers in their names, if they are there and as declared."""
-        names = {role: fill(pattern, named) for role, pattern in row.hf_params.items()}
+        names = self.registry.hf_names(row, named)
         self.used.update(names.values())
         found = {role: self.hf[name] for role, name in names.items() if name in self.hf}
         good = len(found) == len(names)
@@ -174,6 +178,10 @@ class _Builder:
                     f"{names[role]}: the config asks for shape {self.structure.shape(symbols)} "
                     f"[{symbols}], found {found[role].shape}"
                 )
+        for role, spec in found.items():
+            if problem := lacks_scales(names[role], spec.dtype):
+                good = False
+                self.unscaled.append(problem)
         if not good:
             return None
         return _Tensors(
@@ -213,6 +221,7 @@ class _Builder:
         # A constant added in BF16 would lose bits of the result: such parameters are kept in F32.
         dtype = widest(*tensors.dtypes, *(["F32"] if recipe.shifted else []))
         if dtype is None:
+            self.mixed = True
             self.problems.append(
                 f"{name}: {_names(tensors)} should have one dtype, or several of "
                 f"{', '.join(MIXABLE)}; found {tensors.dtypes}; convert the files to one first"
@@ -226,6 +235,7 @@ class _Builder:
                 known = self.megatron[key] = TensorSpec(key, shape, dtype)
             shared = widest(known.dtype, dtype)
             if known.shape != shape or shared is None:
+                self.mixed |= shared is None
                 self.problems.append(
                     f"{name} from {_names(tensors)}: layers share the checkpoint tensor {key} of "
                     f"shape {known.shape} and dtype {known.dtype}, but this one needs shape "
@@ -239,6 +249,10 @@ class _Builder:
 
     def _report_names(self) -> None:
         self._look_for_needed()
+        for name, other in self.extras.copies.items():
+            if other.name in self.used and name not in self.carried:
+                self.equal[name] = other
+                self.carried[name] = f"a copy of {other.name}, which is the same parameter"
         unused = {name: None for name in self.hf if not (name in self.used or name in self.carried)}
         if self.fits and not self.missing:
             # Everything that the model needs is there: what is left lies beside it.
@@ -270,8 +284,10 @@ class _Builder:
         """All problems; the message says their cause, where there is one that explains them."""
         # All experts of a layer find the same fault in the tensor that they share.
         problems = list(dict.fromkeys(self.problems))
+        if self.fits and self.unscaled:
+            return PlanError(problems, heading=NO_SCALES)
         if self.fits:
-            return PlanError(problems)
+            return PlanError(problems, causes=self._not_floating())
         unmapped = {name for name in self.hf if name not in self.used}
         causes, explained = find_causes(
             self.registry, self.structure, self.hf, self.terms, set(self.extras.needed)
@@ -284,6 +300,23 @@ class _Builder:
             if (name := problem.partition(": ")[0]) not in explained and name not in unmapped
         ]
         return PlanError(problems, causes=causes + rest)
+
+    def _not_floating(self) -> list[str]:
+        """Which tensors have dtypes that cannot be mixed with others; or nothing."""
+        if not self.mixed:
+            return []
+        found = [name for name in self.hf if name in self.used and self._is_odd(name)]
+        dtypes = sorted({self.hf[name].dtype for name in found})
+        return [
+            (
+                f"{len(found)} of {len(self.used)} tensors are {' and '.join(dtypes)}, such as "
+                f"{found[0]}, and cannot be mixed with others: convert the files to one dtype, or "
+                f"several of {', '.join(MIXABLE)}"
+            )
+        ]
+
+    def _is_odd(self, name: str) -> bool:
+        return self.hf[name].dtype not in MIXABLE
 
 
 def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> dict[str, str]:

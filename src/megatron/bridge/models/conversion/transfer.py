@@ -147,7 +147,8 @@ def fill_export(
     source: of Megatron tensors. reference: gives the source of what is carried; it is asked for
     such a tensor only. A copy of another tensor is made anew, so that the two stay equal.
     """
-    name = plan.equal.get(name, name)
+    if (copy := plan.equal.get(name)) is not None:
+        name = copy.name
     if name in plan.carried:
         reference().read_into(name, box, out)
     else:

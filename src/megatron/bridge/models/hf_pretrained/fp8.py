@@ -21,12 +21,12 @@ from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.quantization import (
-    SCALE_SUFFIX,
     BlockFP8,
     StoredTensor,
     check_tensors,
     quantization_of,
 )
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.slice_reader import Box
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 

@@ -16,10 +16,10 @@ from megatron.bridge.models.hf_pretrained.other_quantization import (
     other_quantization,
     scaled_as_a_whole,
 )
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.quoting import quoted
 
 CONFIG_KEY = "quantization_config"
-SCALE_SUFFIX = "_scale_inv"
 _STORED_DTYPE = "F8_E4M3"
 _SCALE_DTYPES = ("F32", "BF16")
 
@@ -119,8 +119,8 @@ def check_tensors(
     """Raise CheckpointError if files are not quantized as their config says, or in another way.
 
     It names the one cause, with a few of the tensors: another kind of quantization
-    (UnsupportedModel), weights without scales or without a config that says so, or scales that do
-    not fit their weights.
+    (UnsupportedModel), weights without a config that says so, or scales that do not fit their
+    weights. A tensor in FP8 that has no scales may lie beside the model: see `lacks_scales`.
     """
     if (other := _other_method(tensors, quantization)) is not None:
         method, name = other
@@ -160,9 +160,6 @@ _NOT_SAID = (
     f"the weights are quantized, and config.json has no {CONFIG_KEY}; take the config.json that "
     "belongs to them"
 )
-_NO_SCALES = (
-    "FP8 weights without scales have no known values; use the whole FP8 release, or the one in BF16"
-)
 _DISAGREE = (
     f"scales and weights do not fit each other; check that config.json ({CONFIG_KEY}) belongs to "
     "these files, and that they are all of one release"
@@ -188,13 +185,10 @@ def _problems(
                     f"{name}: its weight is {tensors[weight].dtype}, not {_STORED_DTYPE}",
                 )
         elif tensor.dtype.startswith("F8_"):
-            scale = name + SCALE_SUFFIX
             if quantization is None and said:
                 yield _NOT_SAID, f"{name}: {tensor.dtype}, but config.json has no {CONFIG_KEY}"
             elif quantization is not None and tensor.dtype != _STORED_DTYPE:
                 yield _DISAGREE, f"{name}: {tensor.dtype}; quantized weights are {_STORED_DTYPE}"
-            elif scale not in tensors:
-                yield _NO_SCALES, f"{name}: {tensor.dtype}, but its scale {scale} is missing"
 
 
 def _scale_problems(

@@ -10,7 +10,9 @@ from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.weight_files import weight_file_names
 from megatron.bridge.quoting import printable
 
-_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
+_OTHER_WEIGHTS = frozenset(
+    {".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx"}
+)
 """Weights in another format: of the same model as a rule, and out of date once it was trained."""
 
 
@@ -36,7 +38,7 @@ def _walk(folder: Path, weights: frozenset[str]) -> Iterator[Path]:
             if (here / name).is_symlink():
                 raise _unusable(here / name, "a link to a folder")
         for name in files:
-            own = parent == str(folder) and name in weights
+            own = (here / name).relative_to(folder).as_posix() in weights
             if own or _is_hidden(name) or _is_in_another_format(name):
                 continue
             if not (here / name).is_file():

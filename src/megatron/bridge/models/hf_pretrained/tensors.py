@@ -77,7 +77,7 @@ class TensorIndex(Mapping[str, TensorInfo]):
 
         What the headers of the files say counts, as it does for transformers: a weight index names
         the files, and its `metadata` means nothing. Raises CheckpointError, listing every problem:
-        no weights or ambiguous ones; an invalid index; an entry that is no plain file name
+        no weights or ambiguous ones; an invalid index; an entry that leads out of the folder
         (symlinked files are followed: the hub's cache is made of them); a file that is missing,
         truncated or damaged; a tensor in two of them that is not the same in both.
         """
@@ -162,16 +162,17 @@ def _read_headers(folder: Path, file_names: list[str], problems: list[str]) -> d
 
 def _doubled(headers: Mapping[str, Header]) -> list[str]:
     """The tensors that are in more than one file, and not the same in each."""
-    found: dict[str, list[TensorInfo]] = {}
-    for header in headers.values():
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for file_name, header in headers.items():
         for tensor in header.tensors:
-            found.setdefault(tensor.name, []).append(tensor)
-    return [
-        f"{name}: it is in {len(copies)} shards, {', '.join(copy.file.name for copy in copies)}, "
-        f"which differ in it"
-        for name, copies in found.items()
-        if len(copies) > 1 and not all(_same(copies[0], other) for other in copies[1:])
-    ]
+            found.setdefault(tensor.name, {})[file_name] = tensor
+    problems = []
+    for name, copies in found.items():
+        first, *others = copies.values()
+        if not all(_same(first, other) for other in others):
+            shown = ", ".join(map(printable, copies))
+            problems.append(f"{name}: it is in {len(copies)} shards, {shown}, which differ in it")
+    return problems
 
 
 def _same(one: TensorInfo, other: TensorInfo) -> bool:

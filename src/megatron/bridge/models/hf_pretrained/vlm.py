@@ -37,10 +37,11 @@ from megatron.bridge.models.hf_pretrained.reference import (
     repository_files,
     resolve_reference,
 )
+from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.side_files import side_files
 from megatron.bridge.models.hf_pretrained.state import StateDict
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
-from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files
+from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files, is_safetensors
 from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
@@ -257,6 +258,17 @@ class PreTrainedVLM:
         """The names of `side_files`, as POSIX paths."""
         return frozenset(file.as_posix() for file in self.side_files)
 
+    def tensors_beside(self) -> dict[str, str]:
+        """The tensors in safetensors files that are not the model's, each with its file."""
+        found: dict[str, str] = {}
+        for name in sorted(filter(is_safetensors, self.side_file_names)):
+            try:
+                header = read_header(self.folder / name)
+            except CheckpointError:
+                continue  # nobody reads it
+            found |= {tensor.name: name for tensor in header.tensors}
+        return found
+
     @cached_property
     def config(self) -> PretrainedConfig:
         """The config as a transformers object. What is set on it counts, here and in `hf_config`.
@@ -337,7 +349,7 @@ class PreTrainedVLM:
     def _load(self, what: str, auto_class: Any, folder: Path | None = None, **options: Any) -> Any:
         try:
             return auto_class.from_pretrained(folder, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{self.name_or_path}: transformers cannot load the {what}: {error}"
             ) from error

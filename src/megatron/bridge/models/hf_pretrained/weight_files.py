@@ -7,7 +7,7 @@ the only safetensors file. Any other safetensors file lies beside the model.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron.bridge.errors import CheckpointError
@@ -22,13 +22,15 @@ SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
 
 _MAX_FILE_NAME = 255
+_MAX_PATH = 1000
 
 
 class WeightFiles:
     """The files that hold a model's weights.
 
-    names: sorted. index: what the weight index maps the names of tensors to; None without one.
-    metadata: the `metadata` object of the index, empty where it has none.
+    names: sorted, relative to the folder with "/" between folders. index: what the weight index
+    maps the names of tensors to; None without one. metadata: the `metadata` object of the
+    index, empty where it has none.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ def has_weight_files(folder: Path) -> bool:
 
 
 def weight_file_names(folder: Path) -> frozenset[str]:
-    """Names of the weights' files and of their index; none where that cannot be told."""
+    """Paths of the weights' files and of their index; none where that cannot be told."""
     try:
         files = WeightFiles.of(folder)
     except CheckpointError:
@@ -127,20 +129,24 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             raise CheckpointError(
                 f"{path}: {quoted(name)} cannot be the name of a tensor: too long, or not printable"
             )
-        if not _is_plain(file_name):
+        if not _is_inside(file_name):
             raise CheckpointError(
-                f"{path}: {name} points to {quoted(file_name)}, which is not a plain *{SUFFIX} "
-                f"file name inside the folder"
+                f"{path}: {name} points to {quoted(file_name)}, which is not the path of a "
+                f"*{SUFFIX} file inside the folder"
             )
+    weight_map = {name: PurePosixPath(file).as_posix() for name, file in weight_map.items()}
     metadata = content.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
-def _is_plain(file_name: str) -> bool:
+def _is_inside(path: str) -> bool:
+    """Whether an entry is a file in the folder or below it, and none that is hidden."""
+    parts = PurePosixPath(path).parts  # without "."
     return (
-        is_safetensors(file_name)
-        and not file_name.startswith(".")
-        and file_name.isprintable()
-        and len(file_name) <= _MAX_FILE_NAME
-        and not any(mark in file_name for mark in "/\\")
+        is_safetensors(path)
+        and not path.endswith("/")
+        and path.isprintable()
+        and "\\" not in path
+        and len(path) <= _MAX_PATH
+        and not any(part.startswith((".", "/")) or len(part) > _MAX_FILE_NAME for part in parts)
     )

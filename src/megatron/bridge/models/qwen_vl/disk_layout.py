@@ -1,12 +1,17 @@
 """How routed experts lie in files: found from names and shapes, never guessed."""
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.conversion.plan import TensorLike
+
+_FUSED = ("gate_up_proj", "down_proj")
+_PARTS = ("gate", "up", "down")
+_ONE = re.compile(rf"([0-9]{{1,9}})\.({'|'.join(_PARTS)})_proj\.weight")
 
 
 class ExpertLayout(StrEnum):
@@ -54,35 +59,51 @@ class ExpertSizes:
         return {"gate_up_proj": (self.experts, *up), "down_proj": (self.experts, *down)}
 
 
-def experts_below(root: str) -> str:
-    """A pattern for the beginning of the names of all routed experts of layers below a root."""
-    return rf"{re.escape(root)}layers\.\d+\.mlp\.experts\."
-
-
 def find_expert_layout(
     tensors: Mapping[str, TensorLike],
-    prefix: str,
+    root: str,
     sizes: ExpertSizes,
+    layers: Collection[int],
     given: ExpertLayout | None = None,
+    *,
+    merged: bool = True,
 ) -> ExpertLayout | None:
-    """The layout of the experts whose names start with the pattern `prefix`; None for no experts.
+    """The layout of the experts of the layers below a root; None for no experts.
 
-    given: what the user says it is. Raises InputError if the shapes contradict that, ConfigError
-    for names of two layouts.
+    layers: those that have experts; others mean nothing. given: what the user says it is. merged:
+    whether transformers merges experts of this model that lie one by one, or passes over them.
+    Raises InputError if the shapes contradict what is given, ConfigError for names of two layouts
+    that transformers does not read as one.
     """
-    one = re.compile(prefix + r"\d+\.(gate|up|down)_proj\.weight")
-    fused = re.compile(prefix + r"(gate_up_proj|down_proj)")
-    names = [name for name in tensors if re.match(prefix, name)]
-    if not names:
+    below = re.compile(rf"{re.escape(root)}layers\.([0-9]{{1,9}})\.mlp\.experts\.(.*)", re.DOTALL)
+    ends = {
+        name: match[2]
+        for name in tensors
+        if (match := below.match(name)) and int(match[1]) in layers
+    }
+    if not ends:
         return None
-    per_expert = [name for name in names if one.fullmatch(name)]
-    whole = {name: match[1] for name in names if (match := fused.fullmatch(name))}
-    if per_expert and whole:
-        raise ConfigError(
-            f"{per_expert[0]} lies on its own, {next(iter(whole))} holds all experts; the experts "
-            f"of one model should lie in one way"
-        )
-    if per_expert:
+    single = [name for name, end in ends.items() if _ONE.fullmatch(end)]
+    whole = {name: end for name, end in ends.items() if end in _FUSED}
+    if single and whole:
+        fused_is_whole = len(whole) == len(_FUSED) * len(layers)
+        single_is_whole = len(single) == len(_PARTS) * sizes.experts * len(layers)
+        if single_is_whole and merged and "down_proj" not in whole.values():
+            whole = {}  # merged experts come before a gate_up_proj of the same layer
+        elif fused_is_whole and not merged:
+            single = []
+        else:
+            what = next(iter(whole)) if single_is_whole else single[0]
+            raise ConfigError(
+                f"{single[0]} lies on its own, {next(iter(whole))} holds all experts; the experts "
+                f"of one model should lie in one way: "
+                + (
+                    f"remove what is too much, such as {what}"
+                    if fused_is_whole or single_is_whole
+                    else "convert them to one"
+                )
+            )
+    if single:
         return ExpertLayout.PER_EXPERT
     fits = {
         layout: sum(
@@ -112,3 +133,30 @@ def find_expert_layout(
         for layout in fits
     }
     return max(fits, key=lambda layout: (fits[layout], likeness[layout]))
+
+
+def check_expert_order(
+    tensors: Collection[str], root: str, regular: Callable[[str], str], doubled: Collection[str]
+) -> None:
+    """Raise ConfigError for experts, one by one, that transformers would put in another order.
+
+    It stacks those of a layer sorted by their names, so that under two roots they are mixed up.
+    tensors: names in the files. regular: gives each as it would be under `root`. doubled: names of
+    tensors that are there under another root, too, which would be one expert more.
+    """
+    name_of_one = re.compile(rf"({re.escape(root)}layers\.\d+\.mlp\.experts\.){_ONE.pattern}")
+    stacked: dict[tuple[str, str], list[tuple[list[str], int, str]]] = defaultdict(list)
+    for name in tensors:
+        if match := name_of_one.fullmatch(regular(name)):
+            module, expert, part = match.groups()
+            roots = name[: name.rindex(".experts.")].split(".")
+            stacked[module, part].append((roots, int(expert), name))
+    for experts in stacked.values():
+        experts.sort()
+        numbers = [expert for _, expert, _ in experts]
+        if numbers != sorted(numbers) or any(name in doubled for *_, name in experts):
+            raise ConfigError(
+                f"the experts of one layer stand under two prefixes, {experts[0][-1]} among them: "
+                f"transformers, which stacks them sorted by name, would mix them up; give all of "
+                f"them the same prefix"
+            )

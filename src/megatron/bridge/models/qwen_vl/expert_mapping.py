@@ -5,6 +5,7 @@ Files hold them in two orientations; Megatron holds each expert as a linear laye
     fused               gate_up [E, 2I, H] (rows gate, then up), down [E, H, I]
     fused, transposed   gate_up [E, H, 2I], down [E, I, H]
 
+A square matrix is the same in both: transformers looks at shapes, and turns only what does not fit.
 Experts that lie in files one by one are plain GatedMLPMapping and RowParallelMapping rows.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.models.conversion.layout import HF, Layout, PickExpert, Same, Transposed
+from megatron.bridge.models.conversion.layout import HF, Layout, PickExpert, Same, TransposedToFit
 from megatron.bridge.models.conversion.param_mapping import AutoMapping
 from megatron.bridge.models.conversion.patterns import WILDCARD
 from megatron.bridge.models.conversion.structure import LayoutFields, RankSection
@@ -31,7 +32,7 @@ class ExpertFields(LayoutFields, Protocol):
 class _FusedExpertMapping(AutoMapping):
     """One expert of a fused tensor; the last wildcard of the Megatron name is its number.
 
-    transposed: the file holds [in, out] where a linear layer's weight is [out, in].
+    transposed: the file holds [in, out] where a linear layer's weight is [out, in] and not square.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class _FusedExpertMapping(AutoMapping):
         return PickExpert(self._of_one(), self.expert, experts)
 
     def _of_one(self) -> Layout:
-        return Transposed(Same()) if self.transposed else Same()
+        return TransposedToFit(Same()) if self.transposed else Same()
 
     def hf_to_megatron(
         self,
@@ -83,8 +84,7 @@ class _FusedExpertMapping(AutoMapping):
         """
         tensor = hf_weights[HF] if isinstance(hf_weights, Mapping) else hf_weights
         if tensor.ndim == 2:
-            tensor = tensor.transpose(0, 1) if self.transposed else tensor
-            return self._shard(tensor, megatron_module)
+            return self._shard(self._turned(tensor), megatron_module)
         return super().hf_to_megatron(tensor, megatron_module)
 
     def megatron_to_hf(
@@ -95,8 +95,12 @@ class _FusedExpertMapping(AutoMapping):
         A collective over the expert's tensor-parallel group where the parameter is split.
         """
         whole = self._whole(megatron_weights, megatron_module)
-        part = whole.transpose(0, 1).contiguous() if self.transposed else whole
-        return {self.hf_params[HF]: part}
+        return {self.hf_params[HF]: self._turned(whole).contiguous()}
+
+    def _turned(self, part: "torch.Tensor") -> "torch.Tensor":
+        """One expert's matrix in the other orientation, if files and Megatron differ in it."""
+        turned = self.transposed and part.shape[0] != part.shape[1]
+        return part.transpose(0, 1) if turned else part
 
 
 class ExpertMLPDownProjMapping(_FusedExpertMapping):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
@@ -16,7 +15,6 @@ from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
-    experts_below,
     find_expert_layout,
 )
 from megatron.bridge.models.qwen_vl.rows import HF_MTP, MTP
@@ -88,13 +86,13 @@ def find_mtp(
     try:
         if has_experts(config.text):
             sizes = expert_sizes(config.text)
-            experts = find_expert_layout(tensors, experts_below(root), sizes, given)
+            experts = find_expert_layout(tensors, root, sizes, (0,), given)
     except ConfigError as error:  # experts in two layouts
         return MTPInFiles(mapped=False, obstacle=f"an MTP layer of another kind: {error}")
     of_family = rows(DiskLayout(mtp=experts))
     declared = [row for row in of_family if row.megatron_param.startswith(MTP)]
     expected = expected_tensors(
-        MegatronMappingRegistry(*spelling.rows(declared)),
+        spelling.registry(declared),
         qwen_vl_structure(config, with_mtp=True),
         lambda _name: "",
     )

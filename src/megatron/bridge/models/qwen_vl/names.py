@@ -1,10 +1,11 @@
 """How the Qwen vision-language families' tensors are named, as released and by other programs."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.diagnosis import Terms
-from megatron.bridge.models.conversion.spelling import Spelling, find_root
+from megatron.bridge.models.conversion.spelling import Root, Spelling, find_root
 from megatron.bridge.models.qwen_vl.rows import (
     DECODER_LAYERS,
     DEEPSTACK_MERGERS,
@@ -24,6 +25,19 @@ _VISION_ANCHORS = (
 )
 _HEAD_ANCHORS = (r"lm_head\.weight",)
 _MTP_ANCHORS = (r"mtp\.(?:fc|norm|pre_fc_norm_\w+)\.weight", r"mtp\.layers\.\d+\..*")
+
+_OTHER_ROOTS = {
+    HF_LANGUAGE: (
+        "language_model.",
+        f"model.{HF_LANGUAGE}",
+        f"{HF_LANGUAGE}model.",
+        "language_model.model.model.",
+    ),
+    HF_VISION: ("visual.", f"model.{HF_VISION}"),
+    HF_HEAD: (f"model.{HF_HEAD}",),
+}
+"""What transformers takes for the root of a part as it is released, name by name: with or without
+``model.`` before it, and the roots of its own earlier versions."""
 
 _TAKE_IT = "take it, and its part of config.json, from the base model"
 _SIZES = {
@@ -50,35 +64,50 @@ _SIZES = {
 }
 
 
-def find_spelling(names: Collection[str], *, tied: bool) -> Spelling:
+def find_spelling(names: Collection[str], *, tied: bool, bare: bool = False) -> Spelling:
     """The roots of the names in some files: of the language model, vision tower, head, MTP layer.
 
     tied: whether the output layer is the embedding, which may then stand under the name of either.
-    Raises InputError where the language model or the vision tower is found under two roots.
+    bare: whether the model is one without an output layer, whose own names lack ``model.``. Raises
+    InputError where the language model or the vision tower is found under two roots that
+    transformers does not take for one.
     """
-    language = find_root(names, HF_LANGUAGE, _LANGUAGE_ANCHORS, what="language model", never=HF_MTP)
-    vision = find_root(names, HF_VISION, _VISION_ANCHORS, what="vision tower")
+    others = {root: [o for o in known if not (bare and o.startswith("model.model."))]
+              for root, known in _OTHER_ROOTS.items()}  # fmt: skip
+    language = find_root(
+        names,
+        HF_LANGUAGE,
+        _LANGUAGE_ANCHORS,
+        what="language model",
+        others=others[HF_LANGUAGE],
+        never=HF_MTP,
+    )
+    vision = find_root(
+        names, HF_VISION, _VISION_ANCHORS, what="vision tower", others=others[HF_VISION]
+    )
     prefix = _prefix(language, HF_LANGUAGE)
     if prefix is None:
         prefix = _prefix(vision, HF_VISION) or ""
-    head = f"{_optional_root(names, prefix, _HEAD_ANCHORS)}{HF_HEAD}"
-    language = f"{prefix}{HF_LANGUAGE}" if language is None else language
-    embedding = f"{language}{HF_EMBEDDING.removeprefix(HF_LANGUAGE)}"
-    if tied and f"{embedding}weight" not in names and f"{head}weight" in names:
-        embedding = head
-    return Spelling(
-        (
-            (HF_EMBEDDING, embedding),
-            (HF_LANGUAGE, language),
-            (HF_VISION, f"{prefix}{HF_VISION}" if vision is None else vision),
-            (HF_HEAD, head),
-            (HF_MTP, f"{_optional_root(names, prefix, _MTP_ANCHORS)}{HF_MTP}"),
-        )
-    )
+    roots = {
+        HF_LANGUAGE: f"{prefix}{HF_LANGUAGE}" if language is None else language,
+        HF_VISION: f"{prefix}{HF_VISION}" if vision is None else vision,
+        HF_HEAD: f"{_optional_root(names, prefix, _HEAD_ANCHORS)}{HF_HEAD}",
+        HF_MTP: f"{_optional_root(names, prefix, _MTP_ANCHORS)}{HF_MTP}",
+    }
+    found = [Root(part, root, tuple(others.get(part, ()))) for part, root in roots.items()]
+    spelling = Spelling.of_names(names, found)
+    if tied and spelling.of(f"{HF_EMBEDDING}weight") not in names:
+        head = spelling.of(f"{HF_HEAD}weight")
+        if head in names:
+            embedding = Root(HF_EMBEDDING, head.removesuffix("weight"))
+            return replace(spelling, roots=(embedding, *spelling.roots))
+    return spelling
 
 
 def _prefix(root: str | None, declared: str) -> str | None:
     """What stands before all names, by one root: that of files of the bare model counts, too."""
+    if root in _OTHER_ROOTS[declared]:
+        return ""
     for known in (declared, declared.removeprefix("model.")):
         if root is not None and root.endswith(known):
             return root.removesuffix(known)

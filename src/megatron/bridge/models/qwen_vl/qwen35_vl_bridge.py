@@ -93,6 +93,7 @@ class Qwen35VLMoEBridge(_Qwen35Bridge, Qwen3VLMoEBridge):
     model_type = "qwen3_5_moe"
     provider = "megatron.bridge.models.qwen_vl.qwen35_vl_provider.Qwen35VLMoEModelProvider"
     released_layout = DiskLayout(ExpertLayout.FUSED, ExpertLayout.PER_EXPERT)
+    merges_experts = True
 
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
         """Language model, MTP layer and vision tower."""

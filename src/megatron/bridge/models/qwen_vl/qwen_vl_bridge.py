@@ -18,6 +18,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     Tensors,
 )
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.conversion.plan import CopyOf
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
@@ -27,7 +28,7 @@ from megatron.bridge.models.qwen_vl.config_keys import check_keys
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
-    experts_below,
+    check_expert_order,
     find_expert_layout,
     parse_expert_layout,
 )
@@ -62,6 +63,7 @@ from megatron.bridge.models.qwen_vl.structure import (
     expert_sizes,
     has_experts,
     qwen_vl_structure,
+    sparse_layers,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ class QwenVLBridge(MegatronModelBridge):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
     released_layout: ClassVar[DiskLayout] = DiskLayout()
+    merges_experts: ClassVar[bool] = False
+    """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
     layer_paths = (DECODER_LAYERS, VISION_LAYERS)
     optional_parts = frozenset({WITH_MTP})
 
@@ -104,7 +108,9 @@ class QwenVLBridge(MegatronModelBridge):
 
     def spelling(self, config: HFConfig, tensors: Tensors) -> Spelling:
         """How the names in these files are spelled. Raises InputError if that cannot be told."""
-        return find_spelling(tensors, tied=_is_tied(config))
+        return find_spelling(
+            tensors, tied=_is_tied(config), bare=config.architecture.endswith("Model")
+        )
 
     def terms(self, spelling: Spelling) -> Terms:
         """The words for the parts of these models."""
@@ -120,7 +126,7 @@ class QwenVLBridge(MegatronModelBridge):
         if _is_tied(config):
             # The embedding may stand under the name of the output layer.
             rows = [row for row in rows if row.only != UNTIED_OUTPUT]
-        return MegatronMappingRegistry(*self._spelling(config, tensors, options).rows(rows))
+        return self._spelling(config, tensors, options).registry(rows)
 
     def disk_layout(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
@@ -139,8 +145,14 @@ class QwenVLBridge(MegatronModelBridge):
             return DiskLayout()
         if tensors is None:
             return self.released_layout if given is None else DiskLayout(given, given)
-        below = experts_below(self._spelling(config, tensors, options).of(HF_LANGUAGE))
-        decoder = find_expert_layout(tensors, below, expert_sizes(config.text), given)
+        spelling = self._spelling(config, tensors, options)
+        root, regular = spelling.of(HF_LANGUAGE), spelling.by_regular_name(tensors)
+        layers, sizes = sparse_layers(config.text), expert_sizes(config.text)
+        merged = self.merges_experts
+        decoder = find_expert_layout(regular, root, sizes, layers, given, merged=merged)
+        if decoder is ExpertLayout.PER_EXPERT and (spelling.strays or spelling.copies):
+            doubled = frozenset(spelling.copies.values())
+            check_expert_order(tensors, root, spelling.regular, doubled)
         if decoder is ExpertLayout.PER_EXPERT and given not in (None, decoder):
             raise InputError(
                 f"{config.origin}: the routed experts lie {decoder}, not {given}; leave their "
@@ -185,15 +197,14 @@ class QwenVLBridge(MegatronModelBridge):
         needed: dict[str, tuple[Shape, str]] = {}
         if VISION_PART in options.without:
             reason = "the Megatron model is built without its vision tower"
-            carried |= {name: reason for name in tensors if name.startswith(vision)}
+            carried |= {n: reason for n in tensors if spelling.regular(n).startswith(vision)}
             absent |= set(carried)
             rows = [
                 row
                 for row in self.rows(self.released_layout)
                 if row.megatron_param.startswith(VISION)
             ]
-            registry = MegatronMappingRegistry(*spelling.rows(rows))
-            declared = expected_tensors(registry, structure, lambda _: "")
+            declared = expected_tensors(spelling.registry(rows), structure, lambda _: "")
             needed |= {name: (spec.shape, "the vision tower") for name, spec in declared.items()}
         found = [name for name in tensors if name.startswith(mtp)]
         if obstacle := self._mtp(config, tensors, options).obstacle:
@@ -201,11 +212,11 @@ class QwenVLBridge(MegatronModelBridge):
         elif WITH_MTP in options.without:
             carried |= dict.fromkeys(found, "the Megatron model is built without its MTP layer")
             absent |= set(found)
-        equal: dict[str, str] = {}
-        name, embedding = f"{head}weight", f"{spelling.of(HF_EMBEDDING)}weight"
+        equal: dict[str, CopyOf] = {}
+        name, embedding = (spelling.of(f"{root}weight") for root in (HF_HEAD, HF_EMBEDDING))
         if _is_tied(config) and name != embedding and {name, embedding} <= tensors.keys():
             if not is_headless(config):
-                equal[name] = embedding
+                equal[name] = CopyOf(embedding, _TIED.format(name))
                 carried[name] = f"a copy of {embedding}, to which the config ties it"
         elif name in tensors and not self._has_output_layer(config, tensors, options):
             carried[name] = f"an output layer, which a {config.architecture} does not have"
@@ -213,6 +224,9 @@ class QwenVLBridge(MegatronModelBridge):
             carried=carried,
             absent=frozenset(absent),
             equal=equal,
+            copies={
+                name: CopyOf(other, _SAME.format(name)) for name, other in spelling.copies.items()
+            },
             needed=needed
             | classifier_tensors(
                 config, tensors, head.removesuffix(HF_HEAD), config.text.count("hidden_size")
@@ -288,6 +302,13 @@ class QwenVLBridge(MegatronModelBridge):
             )
 
 
+_TIED = (
+    "the config ties them (tie_word_embeddings): set it to false if the output layer is a matrix "
+    "of its own, or remove {}"
+)
+_SAME = "transformers takes both names for one parameter: remove the wrong one, perhaps {}"
+
+
 def _is_tied(config: HFConfig) -> bool:
     """Whether the output layer is the embedding."""
     return config.require("tie_word_embeddings", bool)
@@ -295,6 +316,7 @@ def _is_tied(config: HFConfig) -> bool:
 
 def _why_carried(spelling: Spelling, config: HFConfig, name: str) -> str:
     """Why a tensor is carried that lies beside a whole model."""
+    name = spelling.regular(name)
     if is_other_head(name):
         return "the head of a reward, value or classification model"
     if name.endswith("rotary_emb.inv_freq"):

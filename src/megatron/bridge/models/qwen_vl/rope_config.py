@@ -14,6 +14,8 @@ from megatron.bridge.quoting import quoted
 _FORMS = ("rope_parameters", "rope_scaling")
 """Where the parameters stand: since transformers 5, and before it."""
 
+_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -62,17 +64,18 @@ def read_rope(config: HFConfig) -> Rope:
 
 def vision_rope_settings(vision: HFConfig) -> dict[str, Any]:
     """Fields of the vision tower's rotation."""
-    kind = _kind(vision)
+    kind = _kind(vision, "axial")
     return {
         "rope_theta": vision.agreed(_places("rope_theta", anywhere=True), vision.positive),
         "rope_type": "axial" if kind == "default" else kind,
     }
 
 
-def _kind(section: HFConfig) -> str:
+def _kind(section: HFConfig, *more: str) -> str:
     """The type of a rotation. As in transformers, `type` counts where there is no `rope_type`.
 
-    Raises ConfigError for parameters of another form than an object, which nobody reads.
+    more: types beside those of all models. Raises ConfigError for a type that transformers does not
+    know, and for parameters of another form than an object, which nobody reads.
     """
     for form in _FORMS:
         if section.has(form):
@@ -80,7 +83,14 @@ def _kind(section: HFConfig) -> str:
     places = _places("rope_type")
     if not any(map(section.has, places)):
         places += _places("type")
-    return section.agreed(places, partial(section.require, kind=str))
+    kind = section.agreed(places, partial(section.require, kind=str))
+    if kind not in (*_TYPES, *more):
+        raise ConfigError(
+            f"{section.origin}: transformers knows no rope_type {quoted(kind)} and cannot build "
+            f"the model: set it to 'default', with which it reads mrope_section, too, or to one of "
+            f"{', '.join(_TYPES[1:])}"
+        )
+    return kind
 
 
 def _places(key: str, *, anywhere: bool = False) -> list[str]:

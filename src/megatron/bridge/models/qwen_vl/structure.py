@@ -187,6 +187,11 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
     return {SPARSE_MLP: sparse, DENSE_MLP: tuple(sorted(set(layers) - set(sparse)))}
 
 
+def sparse_layers(text: HFConfig) -> frozenset[int]:
+    """The numbers of the layers that have routed experts."""
+    return frozenset(mlp_kinds(text, decoder_layers(text))[SPARSE_MLP])
+
+
 def layer_patterns(text: HFConfig) -> dict[str, int | list[int]]:
     """Fields of the provider that say which layers are of which kind; 1 stands for all layers.
 
