@@ -1,4 +1,4 @@
-"""Callers who made another device torch's default: what moves bytes works on the host all the same."""
+"""Callers who made another device torch's default: bytes are moved on the host all the same."""
 
 from pathlib import Path
 
