@@ -7,7 +7,7 @@ from megatron.bridge.inspection.parallel_layout import ParallelLayout, lay_out, 
 from megatron.bridge.inspection.parallel_legality import REFUSED, why_illegal
 from megatron.bridge.inspection.parallel_request import ParallelRequest
 from megatron.bridge.models.catalog import bridge_for
-from megatron.bridge.models.qwen_vl.rows import MTP
+from megatron.bridge.models.qwen_vl.parts import BESIDE_VISION
 from megatron.bridge.progress import Progress
 
 
@@ -27,7 +27,7 @@ def plan_layout(
         raise ValueError(f"{model.source}: the conversion is not proven")
     provider = bridge_for(model.architecture).provider
     plain = provider_maker(provider, model.settings, with_mtp=False)
-    if with_mtp and any(key.startswith(MTP) for key in model.plan.megatron):
+    if with_mtp and any(key.startswith(BESIDE_VISION.mtp) for key in model.plan.megatron):
         make, without_mtp = provider_maker(provider, model.settings, with_mtp=True), plain
     else:
         make, without_mtp = plain, None
