@@ -36,8 +36,8 @@ MROPE_SECTION: Mapping[str, tuple[int, int, int]] = {
     "qwen3_5_text": (11, 11, 10),
     "qwen3_5_moe_text": (11, 11, 10),
 }
-"""Where the config has none: no config class gives it, but the modeling code. Other model types have
-one position for each token."""
+"""Where the config has none: no config class gives it, but the modeling code. Elsewhere a token
+has one position."""
 
 
 @dataclass(frozen=True)

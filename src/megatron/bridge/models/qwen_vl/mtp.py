@@ -76,8 +76,8 @@ def find_mtp(
 ) -> MTPInFiles:
     """The MTP layer of files. rows: those of the language model for a disk layout.
 
-    prefixes: of its names. given: the layout of experts, where shapes cannot tell it. Raises InputError if they cannot and
-    it is not given.
+    prefixes: of its names. given: the layout of experts, where shapes cannot tell it. Raises
+    InputError if they cannot and it is not given.
     """
     root = spelling.of(HF_MTP)
     found = [name for name in tensors if name.startswith(root)]

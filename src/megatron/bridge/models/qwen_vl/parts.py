@@ -1,4 +1,4 @@
-"""The parts of a Qwen model: how their names begin on the two sides, and which of them are optional.
+"""The parts of a Qwen model: how their names begin on the two sides, and which are optional.
 
 A language model is the same whether it is a part of a vision-language model or a model of its own;
 only what stands before its names differs.
@@ -19,7 +19,6 @@ HF_MTP_LAYER = f"{HF_MTP}layers.0."
 # Optional parts.
 ATTENTION_BIAS = "attention_bias"
 UNTIED_OUTPUT = "untied_output"
-SCORE = "score"
 SCORE_BIAS = "score_bias"
 WITH_MTP = "mtp"
 MTP_ATTENTION_BIAS = "mtp_attention_bias"

@@ -47,6 +47,7 @@ from megatron.bridge.models.qwen_vl.parts import (
     WITH_MTP,
     Prefixes,
 )
+from megatron.bridge.models.qwen_vl.rows import score_rows
 from megatron.bridge.models.qwen_vl.settings import language_settings
 from megatron.bridge.models.qwen_vl.structure import (
     expert_sizes,
@@ -114,9 +115,11 @@ class QwenBridge(MegatronModelBridge):
             for row in self.rows(self.disk_layout(config, tensors, options))
             if not row.megatron_param.startswith(absent)
         ]
-        if is_tied(config):
-            # The embedding may stand under the name of the output layer.
+        if is_tied(config) or scores_of(config):
+            # The embedding may stand under the name of the output layer; a classifier has none.
             rows = [row for row in rows if row.only != UNTIED_OUTPUT]
+        if scores_of(config):
+            rows += score_rows(self.prefixes)
         return self._spelling(config, tensors, options).registry(rows)
 
     def disk_layout(

@@ -1,4 +1,4 @@
-"""The rotary embedding of the language model, as a config states it and transformers completes it."""
+"""The rotary embedding of the language model, as a config has it and transformers completes it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Rope:
     """Rotary embedding of the language model.
 
     theta: the base. mrope_section: rotary frequencies of the axes (time, height, width), which
-    always alternate; empty where a token has one position. partial_rotary_factor: the part of each head that is rotated, from its start.
-    rope_type: how the frequencies are scaled. scaling: the parameters of that type, by the names
-    that transformers gives them; empty for "default".
+    always alternate; empty where a token has one position. partial_rotary_factor: the part of each
+    head that is rotated, from its start. rope_type: how the frequencies are scaled. scaling: the
+    parameters of that type, by the names that transformers gives them; empty for "default".
     """
 
     theta: float
@@ -41,8 +41,8 @@ class Rope:
 def read_rope(config: HFConfig) -> Rope:
     """The language model's rotary embedding, of a whole model's config, in either form.
 
-    New form: `rope_parameters`. Old form: `rope_scaling` and `rope_theta`. Raises ConfigError for a value that is no base, part or section, or
-    that is stated twice and differently.
+    New form: `rope_parameters`. Old form: `rope_scaling` and `rope_theta`. Raises ConfigError for a
+    value that is no base, part or section, or that is stated twice and differently.
     """
     text = language_of(config)
     theta = text.agreed(_places("rope_theta", anywhere=True), text.positive)

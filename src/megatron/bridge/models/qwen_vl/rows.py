@@ -35,7 +35,6 @@ from megatron.bridge.models.qwen_vl.parts import (
     HF_HEAD,
     HF_MTP,
     HF_SCORE,
-    SCORE,
     SCORE_BIAS,
     UNTIED_OUTPUT,
     WITH_MTP,
@@ -45,10 +44,7 @@ from megatron.bridge.models.qwen_vl.parts import (
 
 
 def embedding_rows(prefixes: Prefixes) -> list[ParamMapping]:
-    """Word embedding and final norm, and what makes logits of hidden states.
-
-    The output layer is absent where it is tied. A classifier has a score for each label instead.
-    """
+    """Word embedding, final norm and the output layer, which is absent where it is tied."""
     megatron, hf = prefixes.megatron, prefixes.hf
     return [
         ColumnParallelMapping(
@@ -65,8 +61,15 @@ def embedding_rows(prefixes: Prefixes) -> list[ParamMapping]:
             only=UNTIED_OUTPUT,
         ),
         NormMapping(f"{megatron}decoder.final_layernorm.weight", f"{hf}norm.weight", "H"),
-        ReplicatedMapping(f"{megatron}score.weight", f"{HF_SCORE}weight", "L H", only=SCORE),
-        ReplicatedMapping(f"{megatron}score.bias", f"{HF_SCORE}bias", "L", only=SCORE_BIAS),
+    ]
+
+
+def score_rows(prefixes: Prefixes) -> list[ParamMapping]:
+    """The head of a classifier, in the place of the output layer: a score for each label."""
+    head = f"{prefixes.megatron}output_layer."
+    return [
+        ReplicatedMapping(f"{head}weight", f"{HF_SCORE}weight", "L H"),
+        ReplicatedMapping(f"{head}bias", f"{HF_SCORE}bias", "L", only=SCORE_BIAS),
     ]
 
 

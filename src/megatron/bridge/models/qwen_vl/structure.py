@@ -26,7 +26,6 @@ from megatron.bridge.models.qwen_vl.parts import (
     FULL_ATTENTION,
     LINEAR_ATTENTION,
     MTP_ATTENTION_BIAS,
-    SCORE,
     SCORE_BIAS,
     SPARSE_MLP,
     UNTIED_OUTPUT,
@@ -102,9 +101,10 @@ def _features(config: HFConfig, *, with_mtp: bool) -> frozenset[str]:
     features = set()
     if language_of(config).require("attention_bias", bool):
         features.add(ATTENTION_BIAS)
-    if scores := scores_of(config):
-        features |= {SCORE, SCORE_BIAS} if scores.bias else {SCORE}
-    elif not is_tied(config):
+    scores = scores_of(config)
+    if scores is not None and scores.bias:
+        features.add(SCORE_BIAS)
+    if scores is None and not is_tied(config):
         features.add(UNTIED_OUTPUT)
     if with_mtp:
         features.add(WITH_MTP)

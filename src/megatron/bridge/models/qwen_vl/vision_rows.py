@@ -1,10 +1,11 @@
 """The rows of the vision tower, which is the same in every family.
 
-Shapes on the Hugging Face side use these symbols, which `vision_structure.py` derives from a config:
+Shapes on the Hugging Face side use these symbols, which `vision_structure.py` derives from a
+config:
 
-    h     hidden size                                 D     h x merged patches (spatial_merge_size^2)
-    i     intermediate size of the MLP                O     output size of the mergers
-    P     entries of the position table               c t p   channels, frames, side of a patch
+    h     hidden size                      D     h x merged patches (spatial_merge_size^2)
+    i     intermediate size of the MLP     O     output size of the mergers
+    P     entries of the position table    c t p   channels, frames, side of a patch
 """
 
 from megatron.bridge.models.conversion.param_mapping import (
