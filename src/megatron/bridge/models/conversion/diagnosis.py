@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 from megatron.bridge.folding import fold_numbers
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
@@ -37,8 +38,7 @@ class Terms:
     sizes: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
+class _Need(NamedTuple):
     """A tensor that a row asks for. layer: Megatron path and number of the layer it is in."""
 
     symbols: str
@@ -83,10 +83,11 @@ def _needs(registry: MegatronMappingRegistry, structure: ModelStructure) -> dict
     needs: dict[str, _Need] = {}
     for row, ranges in registry.expand(structure):
         path, wildcard, _ = row.megatron_param.partition(WILDCARD)
+        asked = [(name, row.hf_symbols.get(role, "")) for role, name in row.hf_params.items()]
         for numbers in product(*ranges[: row.hf_wildcards]):
             layer = (path, numbers[0]) if wildcard and numbers else None
-            for role, pattern in row.hf_params.items():
-                needs[fill(pattern, numbers)] = _Need(row.hf_symbols.get(role, ""), layer)
+            for pattern, symbols in asked:
+                needs[fill(pattern, numbers)] = _Need(symbols, layer)
     return needs
 
 
