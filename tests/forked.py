@@ -31,7 +31,9 @@ def ensure_running() -> None:
         forkserver.ensure_running()
 
 
-def run_ranks(worker: Callable[..., None], *args: Any, world: int = 2, seconds: float = 300) -> None:
+def run_ranks(
+    worker: Callable[..., None], *args: Any, world: int = 2, seconds: float = 300
+) -> None:
     """Run `worker(rank, *args)` in processes that find one another as those of torchrun do.
 
     Raises what the first of them raises, and TimeoutError if they do not end in time.

@@ -86,6 +86,7 @@ def held_by(bridge: AutoBridge, layout: Layout, ranks: Iterable[int], *, with_mt
     provider.tensor_model_parallel_size = layout.tp
     provider.pipeline_model_parallel_size = layout.pp
     provider.pipeline_dtype = torch.bfloat16
+    provider.perform_initialization = False  # there are no values
     if provider.num_moe_experts:
         provider.expert_model_parallel_size = layout.ep
         provider.expert_tensor_parallel_size = layout.etp
