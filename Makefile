@@ -7,9 +7,10 @@ RUN := $(PYTHON_BIN) -m
 PIP := $(RUN) pip --disable-pip-version-check
 # Passed on to the tool that a target runs: make test ARGS="-k layout -x"
 ARGS ?=
-# Processes that share the tests, by file. Tests that need the machine for themselves come after.
+# Processes that share the tests, by file, in the order of the folders: those of unit/ are the short
+# ones, which leave no process without work at the end.
 WORKERS ?= 2
-SHARED := -n $(WORKERS) --dist loadfile -m
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: FORCE help setup demo test test-all test-keys lint format fuzz bench clean distclean
@@ -37,12 +38,10 @@ demo: $(STAMP) ## small models of all families there and back; MODEL=<folder or 
 	@$(PYTHON_BIN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(FAMILY),--family "$(FAMILY)") $(ARGS)
 
 test: $(STAMP) ## the fast test suite
-	$(RUN) pytest $(SHARED) "not slow and not alone" $(ARGS)
-	$(RUN) pytest -m "not slow and alone" $(ARGS)
+	$(RUN) pytest $(SHARED) $(ARGS)
 
 test-all: $(STAMP) ## every test, the slow ones included
-	$(RUN) pytest $(SHARED) "not alone" $(ARGS)
-	$(RUN) pytest -m alone $(ARGS)
+	$(RUN) pytest $(SHARED) -m "slow or not slow" $(ARGS)
 
 test-keys: $(STAMP) ## the table of config keys beside another transformers; VERSION=5.24.0
 	@mkdir -p build && rm -rf build/transformers

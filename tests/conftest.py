@@ -1,5 +1,6 @@
 """The environment of every test, set before a library reads it; child processes inherit it."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -18,6 +19,12 @@ _HF_HOME = tempfile.mkdtemp(prefix="megatron-bridge-tests-")
 os.environ["HF_HOME"] = _HF_HOME
 for _name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH"):
     os.environ.pop(_name, None)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look at it in each test."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch.distributed.checkpoint.metadata  # noqa: F401 - so that a process started has it
-
 from megatron.bridge.checkpoint.convert import Converted, export_checkpoint, import_checkpoint
 from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM

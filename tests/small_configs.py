@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.models.conversion.model_bridge import DEFAULTS
+from megatron.bridge.models.hf_pretrained.config import HFConfig
 from oracle import tiny
+
+type Key = tuple[str, str]
+"""A section of the config, "" for none, and a key of it."""
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -163,4 +171,83 @@ def changed_alone(model_type: str, section: str, key: str) -> dict[str, Any]:
         target["output_router_logits"] = True
     elif key == "intermediate_size" and model_type == "qwen3_vl_moe":
         target["mlp_only_layers"] = [1]
+    return config
+
+
+def outcome(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Settings of the provider, and the tensors on both sides of the plan."""
+    view = HFConfig.from_dict(config)
+    bridge = bridge_for(view.architecture)
+    bridge.check(view)
+    plan = bridge.plan_from_config(view, view.dtype, DEFAULTS)
+    return bridge.provider_settings(view, view.dtype), (plan.hf, plan.megatron)
+
+
+def changed_together(model_type: str, keys: list[Key]) -> list[tuple[list[Key], dict[str, Any]]]:
+    """A few configs in which all keys have another value, and none of them hides another.
+
+    Without any one of its changes, a config has another outcome; what changes no outcome is alone.
+    """
+    groups: list[list[Key]] = [[] for _ in range(5)]
+    for number, key in enumerate(keys):
+        # Keys that stand side by side in the table are those that are read together.
+        at = number % len(groups)
+        for group in [*groups[at:], *groups[:at]]:
+            if _fits(model_type, group, key):
+                group.append(key)
+                break
+        else:
+            groups.append([key])
+    for group in groups[:]:
+        for key in _hidden(model_type, group):
+            group.remove(key)
+            groups.append([key])
+    return [(group, _with_changes(model_type, group)) for group in groups if group]
+
+
+def _fits(model_type: str, group: list[Key], key: Key) -> bool:
+    """Whether a key is changed beside others, and not instead of them."""
+    touched = {name for other in group for name in _changes(model_type, other)}
+    if touched & _changes(model_type, key).keys():
+        return False
+    try:
+        outcome(_with_changes(model_type, [*group, key]))
+    except ConfigError:
+        return False
+    return True
+
+
+def _hidden(model_type: str, group: list[Key]) -> list[Key]:
+    whole = outcome(_with_changes(model_type, group))
+    others = {key: [other for other in group if other != key] for key in group}
+    return [key for key in group if outcome(_with_changes(model_type, others[key])) == whole]
+
+
+@cache
+def _changes(model_type: str, key: Key) -> dict[Key, Any]:
+    """What `changed_alone` makes another entry of the small config; None if it leaves it out."""
+    before, after = _entries(small(model_type)), _entries(changed_alone(model_type, *key))
+    names = before | after
+    return {name: after.get(name) for name in names if before.get(name) != after.get(name)}
+
+
+def _entries(config: dict[str, Any]) -> dict[Key, Any]:
+    sections = {name: config[name] for name in ("text_config", "vision_config")}
+    top = {key: value for key, value in config.items() if key not in sections}
+    return {
+        (section, key): value
+        for section, entries in {"": top, **sections}.items()
+        for key, value in entries.items()
+    }
+
+
+def _with_changes(model_type: str, keys: list[Key]) -> dict[str, Any]:
+    config = small(model_type)
+    for key in keys:
+        for (section, name), value in _changes(model_type, key).items():
+            target = config[section] if section else config
+            if value is None:
+                del target[name]
+            else:
+                target[name] = copy.deepcopy(value)
     return config

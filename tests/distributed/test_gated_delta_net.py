@@ -1,16 +1,14 @@
 """Gated DeltaNet in two gloo processes against one: heads, and the sequence, split over them."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from forked import run_ranks
 from gated_delta_layers import HIDDEN, config, random_layer
 from megatron.bridge.checkpoint.live_model import local_tensors
 from megatron.bridge.models.conversion.boxes import slices
@@ -84,10 +82,7 @@ def train_step(
     return weights, gradients, output.detach(), x.grad
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     from megatron.core import parallel_state
 
     results = {}
@@ -96,7 +91,6 @@ def worker(rank: int, port: int, folder: str) -> None:
         results[case] = train_step(weights, case, WORLD, rank)[1:]
         parallel_state.destroy_model_parallel()
     torch.save(results, f"{folder}/results{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +102,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], l
         weights, *single[case] = train_step(None, case, 1, 0)
         torch.save(weights, folder / f"{case}.pt")
         destroy_process_groups()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    run_ranks(worker, str(folder), world=WORLD)
     return single, [torch.load(folder / f"results{rank}.pt") for rank in range(WORLD)]
 
 

@@ -6,9 +6,7 @@ finalize_model_grads reduce the gradients, as in training. The processes are sta
 every case; the tests look at what they found.
 """
 
-import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from forked import run_ranks
 from oracle import tiny
 from oracle.predictor import Predictor
 
@@ -209,14 +208,10 @@ def run_case(
     return found
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     inputs, labels = torch.load(f"{folder}/inputs.pt")
     results = {case: run_case(case, folder, rank, inputs, labels) for case in CASES}
     torch.save(results, f"{folder}/results{rank}.pt")
-    dist.destroy_process_group()
 
 
 def save_reference(folder: Path, processor: Any, inputs: dict[str, Tensor], labels: Tensor) -> None:
@@ -259,10 +254,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     torch.save((inputs, labels), folder / "inputs.pt")
     save_reference(folder, processor, inputs, labels)
     destroy_process_groups()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    run_ranks(worker, str(folder), world=WORLD)
     return [torch.load(folder / f"results{rank}.pt") for rank in range(WORLD)]
 
 

@@ -143,6 +143,7 @@ def torchrun(home: Path, name: str) -> subprocess.CompletedProcess[str]:
     return run(*launcher, SCRIPT, home, name)
 
 
+@pytest.mark.slow  # test_stock_load converts under torchrun too
 def test_torchrun(tmp_path: Path, alone: dict[str, bytes]) -> None:
     done = torchrun(tmp_path, "none")
     assert done.returncode == 0, done.stderr

@@ -1,30 +1,29 @@
 """Two processes convert, and stock megatron-core loads the checkpoint in two processes at TP2."""
 
+import io
 import json
 import os
-import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from forked import run_ranks
 from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.checkpoint.run import Run
+from megatron.bridge.cli import main
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.synthetic import make_model
 
 WORLD = 2
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def worker(rank: int, folder: str) -> None:
     """Loads twice, by stock load and straight from the Hugging Face files, and compares."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    torch.set_num_threads(1)
     from megatron.bridge import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(f"{folder}/hf")
@@ -45,7 +44,6 @@ def worker(rank: int, port: int, folder: str) -> None:
         states.append({name: tensor.detach() for name, tensor in model.named_parameters()})
     torch.save(states, f"{folder}/states{rank}.pt")
     torch.save(mapped_one_by_one(bridge, model), f"{folder}/mapped{rank}.pt")
-    dist.destroy_process_group()
 
 
 def mapped_one_by_one(bridge: Any, model: Any) -> dict[str, list[str]]:
@@ -65,19 +63,24 @@ def mapped_one_by_one(bridge: Any, model: Any) -> dict[str, list[str]]:
     return wrong
 
 
-def torchrun(command: str, *args: Path | str) -> dict[str, Any]:
-    """Run a command of the bridge in two processes; what it prints."""
+def torchrun(*arguments: Path | str) -> None:
+    """Run a command of the bridge in two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    arguments = ["-m", "megatron.bridge", command, *map(str, args), "--json"]
     done = subprocess.run(
-        [sys.executable, *launcher, *arguments],
+        [sys.executable, *launcher, "-m", "megatron.bridge", *map(str, arguments), "--json"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
+    json.loads(done.stdout)
+
+
+def command(rank: int, *arguments: Path | str) -> None:
+    """One process of a command, with all of its imports behind it."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main([*map(str, arguments), "--json"]) == 0
+    assert bool(printed.getvalue()) == (rank == 0)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings |= {"num_shards": 3}
     make_model("qwen3-vl", folder / "hf", settings, seed=7)
     torchrun("import", folder / "hf", folder / "megatron", "--max-shard-size", "400kB")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    run_ranks(worker, str(folder), world=WORLD)
     return folder
 
 
@@ -105,7 +105,8 @@ def test_two_processes_write_what_one_does(folder: Path, tmp_path: Path) -> None
     import_checkpoint(hf, tmp_path / "megatron", run=run)
     assert files_of(tmp_path / "megatron") == files_of(folder / "megatron")
     assert len([*(folder / "megatron").rglob("*.distcp")]) > 4
-    torchrun("export", folder / "megatron", tmp_path / "two", "--hf", folder / "hf", "--verify")
+    export = ("export", folder / "megatron", tmp_path / "two", "--hf", folder / "hf", "--verify")
+    run_ranks(command, *export, world=WORLD)
     export_checkpoint(folder / "megatron", tmp_path / "one", hf)
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
     assert files_of(tmp_path / "two").items() >= files_of(folder / "hf").items()

@@ -1,34 +1,26 @@
 """Conversions that are killed at any moment, and go on where they were."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
+from forked import ensure_running, processes
 from megatron.bridge.synthetic import make_model
 from slow_conversion import convert, convert_slowly
 
 SETTINGS = {"num_shards": 3, "text.num_hidden_layers": 7, "text.vocab_size": 4001}
 
-# Processes that have imported everything, and share nothing with the tests.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["slow_conversion"])
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as `hf` and `megatron`; `import` and `export` are what is to come out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it is not passed on otherwise
-        forkserver.ensure_running()
+    ensure_running()
     folder = tmp_path_factory.mktemp("killed")
     make_model("qwen3-vl-moe", folder / "hf", SETTINGS, seed=21)
     convert("import", folder, folder / "megatron")

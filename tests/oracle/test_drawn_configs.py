@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from drawn_configs import drawn_config
 from megatron.bridge.models.qwen_vl.config_keys import CONFIG_KEYS, Derived, Field
 from oracle import tiny
-from small_configs import FAMILIES, OTHERS, changed_alone
+from small_configs import FAMILIES, OTHERS, Key, changed_alone, changed_together
 
 TOLERANCE = 1e-4
 """Of the largest logit."""
@@ -101,23 +101,43 @@ def run(model_type: str, folder: Path, draws: int) -> None:
     check()
 
 
+def read_keys(model_type: str) -> list[Key]:
+    """Keys that the forward reads, and that have another value to try."""
+    return [
+        (section, key)
+        for section, uses in CONFIG_KEYS[model_type].items()
+        for key, use in uses.items()
+        if isinstance(use, Field | Derived) and OTHERS[key] is not None
+        # The oracle computes in float32 alone.
+        if key not in ("dtype", "torch_dtype")
+    ]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_all_keys_that_the_forward_reads(model_type: str, folder: Path) -> None:
+    """With another value of many keys at once."""
+    keys = read_keys(model_type)
+    assert len(keys) > 30
+    configs = changed_together(model_type, keys)
+    assert len(configs) < 12
+    for changed, config in configs:
+        try:
+            compare(config, folder)
+        except Exception as error:
+            error.add_note(f"with other values of {changed}")
+            raise
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_each_key_that_the_forward_reads(model_type: str, folder: Path) -> None:
     """With another value of one key after the other."""
-    tried = 0
-    for section, uses in CONFIG_KEYS[model_type].items():
-        for key, use in uses.items():
-            if not isinstance(use, Field | Derived) or OTHERS[key] is None:
-                continue
-            if key in ("dtype", "torch_dtype"):
-                continue  # the oracle computes in float32 alone
-            try:
-                compare(changed_alone(model_type, section, key), folder)
-            except Exception as error:
-                error.add_note(f"{section}.{key}")
-                raise
-            tried += 1
-    assert tried > 30
+    for section, key in read_keys(model_type):
+        try:
+            compare(changed_alone(model_type, section, key), folder)
+        except Exception as error:
+            error.add_note(f"{section}.{key}")
+            raise
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

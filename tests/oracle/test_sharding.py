@@ -85,6 +85,7 @@ def held_by(bridge: AutoBridge, layout: Layout, ranks: Iterable[int], *, with_mt
     provider.pipeline_model_parallel_size = layout.pp
     provider.pipeline_dtype = torch.bfloat16
     provider.transformer_impl = "local"  # TransformerEngine's modules are never on the meta device
+    provider.perform_initialization = False  # there are no values
     if provider.num_moe_experts:
         provider.expert_model_parallel_size = layout.ep
         provider.expert_tensor_parallel_size = layout.etp
@@ -124,10 +125,10 @@ def assert_within_parameters(plan: ConversionPlan, held: Held) -> None:
             assert [shared for shared, _ in index.overlapping(box)] == [box], (key, box)
 
 
-def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A released config with fewer layers."""
+def cut(config: dict[str, Any], layers: int, experts: int) -> dict[str, Any]:
+    """A released config with fewer layers, and fewer experts."""
     config = copy.deepcopy(config)
-    config["text_config"]["num_hidden_layers"] = layers
+    config["text_config"] |= {"num_hidden_layers": layers, "num_experts": experts}
     if "layer_types" in config["text_config"]:
         del config["text_config"]["layer_types"][layers:]
     return config
@@ -136,9 +137,9 @@ def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
 WHOLE: dict[str, dict[str, Any]] = {
     "VL-2B": released.QWEN3_VL_2B,
     "VL-32B": released.QWEN3_VL_32B,
-    "VL-30B-A3B, 4 layers": cut(released.QWEN3_VL_30B_A3B, 4),
+    "VL-30B-A3B, 4 layers, 24 experts": cut(released.QWEN3_VL_30B_A3B, 4, 24),
     "3.5-2B": released.QWEN3_5_2B,
-    "3.5-35B-A3B, 6 layers": cut(released.QWEN3_5_35B_A3B, 6),
+    "3.5-35B-A3B, 6 layers, 32 experts": cut(released.QWEN3_5_35B_A3B, 6, 32),
 }
 WHOLE_CASES = [
     (name, layout)

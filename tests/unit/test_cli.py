@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,21 @@ def test_help_of_every_level_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.alone
 def test_help_answers_at_once() -> None:
+    def cpu_seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     seconds = []
     for command in ([], ["import"], ["verify"], [], ["compare"]):
-        begin = time.perf_counter()
+        begin = cpu_seconds()
         done = subprocess.run(
             [sys.executable, "-m", "megatron.bridge", *command, "--help"], capture_output=True
         )
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(cpu_seconds() - begin)
         assert done.returncode == 0
-    # The best of five: what else runs on the machine is not what is tested.
-    assert min(seconds) < 0.5
+    # Of the processor, and the best of five: what else runs on the machine is not what is tested.
+    assert 0 < min(seconds) < 0.5
 
 
 def test_no_command_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

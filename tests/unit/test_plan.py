@@ -133,17 +133,19 @@ def test_a_renamed_key_is_recognized() -> None:
     assert error.value.problems[1].startswith(f"{renamed}: no row maps it")
 
 
-def test_one_wrong_number_is_a_short_message() -> None:
-    """Not a line for each of a hundred thousand layers."""
+@pytest.mark.parametrize("layers", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_one_wrong_number_is_a_short_message(layers: int) -> None:
+    """Not a line for each of thousands of layers."""
     config = copy.deepcopy(SMALL)
-    config["text_config"]["num_hidden_layers"] = 100_000
+    config["text_config"]["num_hidden_layers"] = layers
     with pytest.raises(PlanError) as error:
         Qwen3VLBridge().plan(HFConfig.from_dict(config), small_tensors())
     heading, cause = str(error.value).splitlines()
     assert heading == f"the conversion is not proven: {len(error.value.problems)} problems"
-    assert len(error.value.problems) > 1_000_000
+    assert len(error.value.problems) > 10 * layers
     assert cause.startswith(
-        "  - text_config.num_hidden_layers is 100000, the files hold 3 layers (0...2): set it to 3"
+        f"  - text_config.num_hidden_layers is {layers}, the files hold 3 layers (0...2): "
+        "set it to 3"
     )
 
 

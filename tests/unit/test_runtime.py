@@ -35,6 +35,20 @@ def test_context_restores_torch_and_is_reentrant() -> None:
         assert torch.cuda.current_device is original
 
 
+def test_nothing_is_compiled() -> None:
+    """There may be no C++ compiler, and the small functions of megatron-core need none."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    with megatron_on_cpu():
+        assert double(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+    assert compiled == []
+
+
 def test_random_states_are_tracked_on_the_cpu() -> None:
     with one_process(), megatron_on_cpu():
         tracker = tensor_parallel.get_cuda_rng_tracker()

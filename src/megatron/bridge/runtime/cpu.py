@@ -114,6 +114,8 @@ class _Runtime:
             logger = logging.getLogger(_RANDOM_LOGGER)
             logger.addFilter(same_generator)
             self.undo.callback(logger.removeFilter, same_generator)
+            # megatron-core compiles small functions, which takes a C++ compiler and its time.
+            self.undo.enter_context(torch.compiler.set_stance("force_eager"))
         self.depth += 1
 
     def leave(self) -> None:
@@ -129,8 +131,9 @@ _runtime = _Runtime()
 def megatron_on_cpu(*, even_with_cuda: bool = False) -> Iterator[None]:
     """Let megatron-core build, run and differentiate models on the CPU inside this context.
 
-    Re-entrant; the outermost exit restores `torch.cuda`. While it is active `Tensor.cuda()` leaves
-    a tensor where it is instead of raising. Not for use from several threads at once, since it
+    Re-entrant; the outermost exit restores `torch.cuda`. What is wrapped in `torch.compile` runs as
+    it is written: a C++ compiler need not be there. While it is active `Tensor.cuda()` leaves a
+    tensor where it is instead of raising. Not for use from several threads at once, since it
     replaces attributes of modules.
 
     Args:

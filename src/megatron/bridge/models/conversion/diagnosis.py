@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 from megatron.bridge.folding import fold_numbers
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
@@ -37,8 +38,7 @@ class Terms:
     sizes: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
+class _Need(NamedTuple):
     """A tensor that a row asks for. layer: Megatron path and number of the layer it is in."""
 
     symbols: str

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 WILDCARD = "*"
 
@@ -11,11 +12,16 @@ def fill(pattern: str, numbers: Sequence[int | str]) -> str:
 
     Raises ValueError if there are not as many of one as of the other.
     """
-    wildcards = pattern.count(WILDCARD)
+    wildcards, template = _template(pattern)
     if wildcards != len(numbers):
         raise ValueError(f"{pattern} has {wildcards} wildcards, not {len(numbers)}")
     # Plans fill in names by the ten thousand; this is the fastest way there is.
-    return pattern.replace(WILDCARD, "%s") % tuple(numbers)
+    return template % tuple(numbers)
+
+
+@cache
+def _template(pattern: str) -> tuple[int, str]:
+    return pattern.count(WILDCARD), pattern.replace(WILDCARD, "%s")
 
 
 def pattern_regex(pattern: str) -> re.Pattern[str]:

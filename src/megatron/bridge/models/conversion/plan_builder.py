@@ -169,8 +169,9 @@ class _Builder:
         if not good:
             last = tuple(numbers[-1] for numbers in others)
             parameter = fill(row.megatron_param, named + last)
-            absent = (name for role, name in names.items() if role not in found)
-            self.missing.update(dict.fromkeys(absent, parameter))
+            for role, name in names.items():
+                if role not in found:
+                    self.missing[name] = parameter
         for role, symbols in row.hf_symbols.items():
             if role in found and self.structure.shape(symbols) != found[role].shape:
                 good = self.fits = False

@@ -41,7 +41,7 @@ class HFConfig:
 
     def __init__(self, data: Mapping[str, Any], origin: str, prefix: str = "") -> None:
         """`origin` and the dotted `prefix` are for error messages only."""
-        self._data = copy.deepcopy(dict(data))
+        self._data = _copied(dict(data))
         self._prefix = prefix
         self._defaults = TransformersDefaults(self._data)
         self._filled_in: dict[str, Any] = {}
@@ -84,7 +84,7 @@ class HFConfig:
     @property
     def data(self) -> dict[str, Any]:
         """A copy of the JSON object."""
-        return copy.deepcopy(self._data)
+        return _copied(self._data)
 
     @property
     def architecture(self) -> str:
@@ -183,18 +183,18 @@ class HFConfig:
         A whole number is accepted as float; true and false are not numbers. Raises ConfigError if
         the value is missing, null or of another type.
         """
-        return copy.deepcopy(self._typed(path, kind))
+        return _copied(self._typed(path, kind))
 
     def require_any(self, path: str) -> Any:
         """The value at `path`, of whatever JSON type. Raises ConfigError if it is missing."""
-        return copy.deepcopy(self._known(path, object))
+        return _copied(self._known(path, object))
 
     def completed(self, path: str) -> Any:
         """The value at `path` as transformers completes it, the stated parts included.
 
         None where transformers does not know the key, or refuses the config.
         """
-        return copy.deepcopy(self._defaults.completed(self.dotted(path)))
+        return _copied(self._defaults.completed(self.dotted(path)))
 
     def _typed[T](self, path: str, kind: type[T]) -> T:
         """The value itself, see `require`."""
@@ -314,3 +314,14 @@ class HFConfig:
         return ConfigError(
             f"{self.origin}: contradictory values: {values}; remove the one that is wrong"
         )
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy; of JSON, several times as fast as `copy.deepcopy`."""
+    if type(value) is dict:
+        return {key: _copied(one) for key, one in value.items()}
+    if type(value) is list:
+        return [_copied(one) for one in value]
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    return copy.deepcopy(value)
