@@ -45,11 +45,15 @@ MODELS = LANGUAGE_MODELS | BARE_MODELS | CLASSIFIERS
 
 def build(name: str, seed: int = 0, **entries: Any) -> Any:
     """A model of a class of MODELS, fp32, with weights that make it lively."""
+    return of_config(name, MODELS[name][1] | entries, seed)
+
+
+def of_config(name: str, config: dict[str, Any], seed: int = 0) -> Any:
+    """As `build`, of a config with nothing else in it."""
     import transformers
 
-    config_class, config = MODELS[name]
     model = getattr(transformers, name)._from_config(
-        getattr(transformers, config_class)(**config | entries),
+        getattr(transformers, MODELS[name][0])(**config),
         attn_implementation="eager",
         experts_implementation="eager",
         dtype=torch.float32,
