@@ -96,7 +96,7 @@ def test_the_roots_are_those_of_transformers(
     state = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    for root, others in names._OTHER_ROOTS.items():
+    for root, others in names.VISION_LANGUAGE_ROOTS.items():
         for own in state:
             declared = own if own.startswith("model.") or own == HEAD else f"model.{own}"
             if not declared.startswith(root):

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 import released_configs as released
 from megatron.bridge import AutoBridge
@@ -23,6 +26,10 @@ from oracle.loading import missing_for_transformers
 from oracle.test_stock_checkpoint import assert_same_tensors, stock_save
 
 AS_ALONE, AS_BESIDE_VISION, BARE = "model.", "model.language_model.", ""
+ROOTS = (
+    *("model.", "", "model.model.", "language_model.", "language_model.model.", "module.model."),
+    *("model.language_model.", "model.language_model.model.", "model.model.language_model."),
+)
 HYBRID = ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3_5TextForSequenceClassification")
 
 
@@ -38,21 +45,45 @@ def comes_back(folder: Path, tmp_path: Path) -> TorchDistCheckpoint:
     return TorchDistCheckpoint(megatron)
 
 
-@pytest.mark.parametrize("root", [AS_ALONE, AS_BESIDE_VISION, BARE, "model.model."])
 @pytest.mark.parametrize("name", text_models.MODELS)
-def test_both_ways(name: str, root: str, tmp_path: Path) -> None:
-    """Where transformers reads a root, we do, and the names come back as they were."""
-    folder = text_models.save(text_models.build(name), tmp_path / "hf", root)
-    if missing_for_transformers(folder):
-        hybrid = name in HYBRID or "Text" in name
-        assert (root == AS_BESIDE_VISION and not hybrid) or (
-            root == "model.model." and name in text_models.BARE_MODELS
+def test_the_roots_are_those_of_transformers(name: str) -> None:
+    """Of all names that there might be, those that it takes for the same, and no others."""
+    config_class, config = text_models.MODELS[name]
+    with torch.device("meta"):
+        model = getattr(transformers, name)(getattr(transformers, config_class)(**config))
+    state = model.state_dict()
+    renamings = [
+        entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)
+    ]
+    bare = name in text_models.BARE_MODELS
+    own = "" if bare else "model."
+    others = bridge_for(name).roots["model."]
+    for root in ROOTS:
+        understood = all(
+            rename_source_key(root + end.removeprefix(own), renamings, [], "model", state)[0] == end
+            for end in state
+            if end.startswith(own) and not end.startswith(("lm_head.", "score."))
         )
-        return
-    keys = comes_back(folder, tmp_path).tensors
+        known = root in ("model.", *others) and not (bare and root.startswith("model.model."))
+        if bare and root.endswith("language_model.model."):
+            continue  # transformers does not read it; there is nothing else that it could be
+        assert understood == known, root
+
+
+@pytest.mark.parametrize("name", text_models.MODELS)
+def test_both_ways(name: str, tmp_path: Path) -> None:
+    """As transformers writes them."""
+    keys = comes_back(text_models.save(text_models.build(name), tmp_path / "hf"), tmp_path).tensors
     assert "embedding.word_embeddings.weight" in keys
     head = ("output_layer.weight" in keys, "output_layer.bias" in keys)
     assert head == (name not in text_models.BARE_MODELS, "Token" in name)
+
+
+@pytest.mark.parametrize("root", [BARE, "model.model."])
+def test_both_ways_under_another_root(root: str, tmp_path: Path) -> None:
+    comes_back(
+        text_models.save(text_models.build("Qwen3ForCausalLM"), tmp_path / "hf", root), tmp_path
+    )
 
 
 @pytest.mark.parametrize("root", [AS_ALONE, AS_BESIDE_VISION])

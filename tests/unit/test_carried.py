@@ -219,20 +219,23 @@ def test_a_reward_head_in_place_of_the_output_layer() -> None:
          {"score.weight": (5, 40)}),
     ],
 )  # fmt: skip
-def test_a_classifier_needs_its_own_head(
+def test_a_classifier_has_its_own_head(
     kind: str, labels: dict[str, Any], heads: dict[str, tuple[int, ...]]
 ) -> None:
     config = DENSE_35 | {"architectures": [f"Qwen3_5For{kind}Classification"]} | labels
-    trunk = tensors_of(config)
-    assert HEAD not in trunk
-    whole = trunk | {name: TensorSpec(name, shape, "F32") for name, shape in heads.items()}
-    assert set(plan(config, whole).carried) == set(heads)
+    whole = tensors_of(config)
+    assert HEAD not in whole
+    assert {name: spec.shape for name, spec in whole.items() if "score" in name} == heads
+    mapped = plan(config, whole | spec(HEAD, 307, 40))
+    assert set(mapped.carried) == {HEAD}
+    key = "language_model.output_layer"
     for name, shape in heads.items():
+        assert mapped.megatron[name.replace("score", key)].shape == shape
         without = {key: value for key, value in whole.items() if key != name}
-        with pytest.raises(PlanError, match=rf"{name}: missing, needed for the head of a Qwen3_5"):
+        with pytest.raises(PlanError, match=rf"{name}: missing|classifier is absent"):
             plan(config, without)
         other = replace(whole[name], shape=(shape[0] + 1, *shape[1:]))
-        with pytest.raises(PlanError, match=rf"{name}: the config asks for shape"):
+        with pytest.raises(PlanError, match=rf"{name}: the config asks for shape|num_labels is"):
             plan(config, whole | {name: other})
 
 
@@ -259,15 +262,20 @@ def test_the_text_half_is_named_as_what_it_is(config: dict[str, Any], form: str)
             plan(config, tensors)
         assert len(str(error.value).splitlines()) == 2
         return
+    text = name.replace("ForConditionalGeneration", "ForCausalLM")
     if form == "causal":
         if "3_5" not in name:
             return
-        name = name.replace("ForConditionalGeneration", "ForCausalLM")
+        name = text
     flat = config["text_config"] | {"architectures": [name]}
     view = HFConfig.from_dict(flat)
+    if form == "causal":
+        bridge_for(view.architecture).check(view)
+        return
     with pytest.raises(UnsupportedModel, match="text half of a vision-language model") as refusal:
         bridge_for(view.architecture).check(view)
     assert "base model" in str(refusal.value)
+    assert (f"set architectures to {text}" in str(refusal.value)) == ("3_5" in name)
 
 
 # --- MTP layers that are not those of the rows ---

@@ -7,7 +7,12 @@ from typing import Any
 from megatron.bridge.errors import UnsupportedModel
 from megatron.bridge.models.conversion.boxes import Shape
 from megatron.bridge.models.conversion.extras import Extras
-from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions, Tensors
+from megatron.bridge.models.conversion.model_bridge import (
+    DEFAULTS,
+    REGISTERED_BRIDGES,
+    PlanOptions,
+    Tensors,
+)
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.structure import ModelStructure
@@ -44,11 +49,14 @@ class QwenVLBridge(QwenBridge):
         """Also whether there is a vision tower. Raises UnsupportedModel for text alone."""
         flat = not config.has("text_config") and config.has("num_hidden_layers")
         if config.model_type.endswith("_text") or flat:
+            text_class = config.architecture.replace("ForConditionalGeneration", "ForCausalLM")
+            advice = "put these weights in place of the language model of its base model, whose "
+            advice += "vision tower and config.json complete them, and convert that"
+            if text_class in REGISTERED_BRIDGES:
+                advice = f"set architectures to {text_class} to convert it as it is, or {advice}"
             raise UnsupportedModel(
                 f"{config.origin}: it describes the text half of a vision-language model, which "
-                f"has no vision tower, and architectures names {config.architecture}, which has "
-                f"one. Name the class of a model of text, such as Qwen3_5ForCausalLM, to convert "
-                f"it as one; or take the vision tower and config.json from the base model"
+                f"has no vision tower, but architectures names {config.architecture}; {advice}"
             )
         super().check(config)
 
