@@ -342,3 +342,12 @@ def test_integers_in_a_layer_are_one_short_message(
     (message,) = said
     assert "tensors are I64, such as" in message
     assert len(message) < 400
+
+
+def test_a_tensor_in_fp8_that_no_row_needs(
+    models: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(folder: Folder) -> None:
+        folder.tensors["extra.weight"] = torch.ones(4, 6).to(torch.float8_e4m3fn)
+
+    comes_back(changed(models("qwen3-vl"), tmp_path / "model", add), capsys)
