@@ -259,3 +259,11 @@ def test_an_existing_target(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     made = make_model("qwen3-vl", tmp_path / "tiny", {"text.num_hidden_layers": 2}, force=True)
     assert (made / "model.safetensors").exists()
+
+
+def test_many_settings_that_make_no_model_are_a_short_message(tmp_path: Path) -> None:
+    wrong = {f"vision.{key}": -1 for key in ("depth", "hidden_size", "num_heads", "patch_size")}
+    with pytest.raises(InputError, match="these settings make no model") as error:
+        make_model("qwen3-vl", tmp_path / "model", {**wrong, "text.head_dim": 0})
+    assert len(str(error.value).splitlines()) <= 6
+    assert len(error.value.problems) == 5
