@@ -3,7 +3,6 @@
 docs/howto/add-a-family.md goes through this file; `test_fifth_family.py` runs every command on it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +71,15 @@ class LlamaBridge(MegatronModelBridge):
     def structure(
         self, config: HFConfig, tensors: Tensors | None = None, options: PlanOptions = DEFAULTS
     ) -> ModelStructure:
-        H, I, V = map(config.count, ("hidden_size", "intermediate_size", "vocab_size"))
+        hidden, inner, vocabulary = map(
+            config.count, ("hidden_size", "intermediate_size", "vocab_size")
+        )
         heads, groups = map(config.count, ("num_attention_heads", "num_key_value_heads"))
         d = config.count("head_dim")
-        padded = padded_vocabulary(V, options.padded_vocab_size)
+        padded = padded_vocabulary(vocabulary, options.padded_vocab_size)
         return ModelStructure(
-            dims={"V": V, "H": H, "I": I, "Q": heads * d, "K": groups * d},
-            fields={"": LanguageFields(heads, groups, d, V, padded)},
+            dims={"V": vocabulary, "H": hidden, "I": inner, "Q": heads * d, "K": groups * d},
+            fields={"": LanguageFields(heads, groups, d, vocabulary, padded)},
             indices={"decoder.layers.": tuple(range(config.count("num_hidden_layers")))},
             stacked=frozenset({"decoder.layers."}),
             features=frozenset(() if config.require("tie_word_embeddings", bool) else {"untied"}),

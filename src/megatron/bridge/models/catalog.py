@@ -19,6 +19,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     UNSUPPORTED,
     MegatronModelBridge,
 )
+from megatron.bridge.models.small_model import REGISTERED_SMALL_MODELS, SmallModel
 from megatron.bridge.quoting import printable
 
 ENTRY_POINTS = "megatron_bridge.families"
@@ -46,6 +47,12 @@ def bridge_for(architecture: str) -> MegatronModelBridge:
             f"{architecture}: no bridge converts it; there are bridges for {known}"
         )
     return bridge()
+
+
+def small_models() -> Mapping[str, SmallModel]:
+    """What `make-model` can make, by name. Raises as `registered_bridges`."""
+    _import_families()
+    return REGISTERED_SMALL_MODELS
 
 
 @cache

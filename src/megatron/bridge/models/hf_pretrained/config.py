@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 TEXT, VISION = "text_config", "vision_config"
-"""Where transformers puts the configs of the parts of a model that is more than a language model."""
+"""Where transformers puts the configs of a model's parts, if it is more than a language model."""
 MAX_CONFIG_BYTES = 4 << 20
 MAX_COUNT = (1 << 31) - 1
 
@@ -113,8 +113,8 @@ class HFConfig:
     def dtype(self) -> str:
         """The safetensors name of the dtype that the config states for the weights.
 
-        It stands at the top or in the language model's section, as `dtype` or, before transformers 5, as
-        `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is no dtype.
+        It stands at the top or in the language model's section, as `dtype` or, before transformers
+        5, as `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is no dtype.
         """
         stated = self.stated_dtypes()
         if not stated:
