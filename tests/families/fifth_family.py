@@ -34,6 +34,7 @@ from megatron.bridge.models.conversion.structure import (
 )
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.models.small_model import SmallModel, register_small_models
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 # --- The bridge ----------------------------------------------------------------------------------
@@ -122,6 +123,33 @@ ONLY = {
     "mlp_bias": False,
     "rope_type": "default",
 }
+
+# --- A small model, for make-model ---------------------------------------------------------------
+
+register_small_models(
+    SmallModel(
+        name="llama",
+        config={
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "head_dim": 16,
+            "hidden_size": 84,
+            "intermediate_size": 136,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 6,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-05,
+            "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+            "tie_word_embeddings": False,
+            "vocab_size": 307,
+        },
+        tokens=("<|begin_of_text|>", "<|end_of_text|>"),
+        token_ids={"bos_token_id": "<|begin_of_text|>", "eos_token_id": "<|end_of_text|>"},
+        end_tokens=("<|end_of_text|>",),
+        tokenizer_class="GPT2Tokenizer",
+    )
+)
 
 # --- The provider --------------------------------------------------------------------------------
 

@@ -15,10 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from families import fifth_family
 from megatron.bridge import AutoBridge
 from megatron.bridge.cli import main
-from megatron.bridge.models.conversion.model_bridge import REGISTERED_BRIDGES
 from megatron.bridge.runtime.parallel import destroy_process_groups
 
 SIZES = {
@@ -33,22 +31,19 @@ SIZES = {
 KEYS = 3 + 9 * SIZES["num_hidden_layers"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    """Other tests of the process do not see the family."""
-    yield
-    for name in fifth_family.LlamaBridge.sources:
-        REGISTERED_BRIDGES.pop(name, None)
-
-
 @pytest.fixture(autouse=True)
 def _no_process_groups() -> Iterator[None]:
     yield
     destroy_process_groups()
 
 
+pytestmark = pytest.mark.usefixtures("registered")
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    request: pytest.FixtureRequest, registered: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A model that transformers itself made and saved, with a tokenizer."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
@@ -126,8 +121,8 @@ def test_a_layout_that_the_model_cannot_have(
 ) -> None:
     assert main(["plan", str(model), "--tp", "5"]) == 2
     said = capsys.readouterr().err
-    assert "--tp 5" in said
-    assert "the nearest legal: 2 or 6" in said or "the nearest legal" in said
+    assert "--tp 5: megatron-core refuses: num_attention_heads (6)" in said
+    assert "(the nearest legal: 2)" in said
 
 
 def test_there_and_back(model: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -175,6 +170,41 @@ def test_a_picture_is_refused(
     Image.new("RGB", (40, 30)).save(tmp_path / "picture.png")
     assert main(["compare", str(model), "--image", str(tmp_path / "picture.png")]) == 2
     assert "takes no pictures" in capsys.readouterr().err
+
+
+def test_a_config_that_the_provider_cannot_honour(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "rope_type is 'linear'; only 'default' can be converted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["rope_form=new", "num_hidden_layers=5", "dtype=float32"]]
+)
+def test_make_model(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small model that the family declares, which transformers loads and the plan proves."""
+    folder = tmp_path / "small"
+    given = [part for setting in settings for part in ("--set", setting)]
+    made = document(capsys, "make-model", "--family", "llama", "--out", folder, *given)
+    assert made["hf"]["keys"] == 3 + 9 * (5 if settings else 3)
+    found = document(capsys, "compare", folder, "--dtype", "float64")
+    assert found["agrees"]
+    assert len(found["layers"]) == (5 if settings else 3)
+
+
+def test_settings_that_make_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["make-model", "--family", "llama", "--out", str(tmp_path / "small")]
+    assert main([*args, "--set", "fp8=true"]) == 2
+    assert "no FP8 release" in capsys.readouterr().err
+    assert main([*args, "--set", "vocab_size=257"]) == 2
+    assert "vocab_size (257) is smaller than the tokenizer's (258)" in capsys.readouterr().err
 
 
 def test_the_live_model(model: Path, tmp_path: Path) -> None:
