@@ -1,18 +1,8 @@
-"""Llama, a family that the package does not know: what a newcomer writes, and nothing else.
+"""Llama between Hugging Face and Megatron-Core."""
 
-docs/howto/add-a-family.md goes through this file; `test_fifth_family.py` runs every command on it.
-"""
-
-from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.enums import AttnMaskType
-
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.backends.layer_spec import layer_spec
-from megatron.bridge.models.backends.selection import get_backend
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
@@ -33,19 +23,34 @@ from megatron.bridge.models.conversion.structure import (
     padded_vocabulary,
 )
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.small_model import SmallModel, register_small_models
-from megatron.bridge.runtime.cpu import megatron_on_cpu
-
-# --- The bridge ----------------------------------------------------------------------------------
 
 MEGATRON, HF = "decoder.layers.*.", "model.layers.*."
+COUNTS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "seq_length": "max_position_embeddings",
+}
+"""Fields of the provider, and the keys of config.json that they have their values from."""
+ONLY = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "rope_type": "default",
+}
+"""What the provider builds; a config that says otherwise is refused."""
 
 
 @MegatronModelBridge.register_bridge(
     source="LlamaForCausalLM",
     target="megatron.core.models.gpt.gpt_model.GPTModel",
-    provider=f"{__name__}.LlamaProvider",
+    provider="fifth_provider.LlamaProvider",
     model_type="llama",
 )
 class LlamaBridge(MegatronModelBridge):
@@ -106,26 +111,6 @@ class LlamaBridge(MegatronModelBridge):
         }
 
 
-COUNTS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "vocab_size": "vocab_size",
-    "seq_length": "max_position_embeddings",
-}
-ONLY = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "rope_type": "default",
-}
-
-# --- A small model, for make-model ---------------------------------------------------------------
-
 register_small_models(
     SmallModel(
         name="llama",
@@ -150,42 +135,3 @@ register_small_models(
         tokenizer_class="GPT2Tokenizer",
     )
 )
-
-# --- The provider --------------------------------------------------------------------------------
-
-
-@dataclass
-class LlamaProvider(ModelProvider):
-    """Builds stock GPTModel."""
-
-    normalization: str = "RMSNorm"
-    gated_linear_unit: bool = True
-    activation_func: Any = F.silu
-    add_bias_linear: bool = False
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    rotary_base: float = 10_000.0
-
-    def provide(
-        self,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> GPTModel:
-        self.finalize()
-        backend = get_backend(self.transformer_impl)
-        with megatron_on_cpu():
-            first, last = self.stage_ends(pre_process, post_process, vp_stage)
-            return GPTModel(
-                self,
-                layer_spec(self, backend, AttnMaskType.causal),
-                vocab_size=self.padded_vocab_size,
-                max_sequence_length=self.seq_length,
-                pre_process=first,
-                post_process=last,
-                parallel_output=self.parallel_output,
-                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-                position_embedding_type="rope",
-                rotary_base=self.rotary_base,
-                vp_stage=vp_stage,
-            )
