@@ -59,12 +59,15 @@ class TransformersDefaults:
     @cached_property
     def architecture(self) -> str | None:
         """The class that transformers loads for the model type; None if it knows none."""
-        from transformers.models.auto.modeling_auto import (
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        )
+        from transformers.models.auto import modeling_auto
 
-        name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(self.model_type)
-        return name if isinstance(name, str) else None
+        for known in (
+            modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        ):
+            if isinstance(name := known.get(self.model_type), str):
+                return name
+        return None
 
     @cached_property
     def _computed(self) -> Mapping[str, Any]:

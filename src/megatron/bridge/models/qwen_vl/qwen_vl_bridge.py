@@ -13,7 +13,6 @@ from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRe
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
     HasConfig,
-    MegatronModelBridge,
     PlanOptions,
     Tensors,
 )
@@ -25,6 +24,7 @@ from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.config_keys import check_keys
+from megatron.bridge.models.qwen_vl.description import DescribedQwenVL
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
@@ -77,14 +77,13 @@ TEXT_HALF = (
 )
 
 
-class QwenVLBridge(MegatronModelBridge):
+class QwenVLBridge(DescribedQwenVL):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
     released_layout: ClassVar[DiskLayout] = DiskLayout()
     merges_experts: ClassVar[bool] = False
     """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
     layer_paths = (DECODER_LAYERS, VISION_LAYERS)
-    optional_parts = frozenset({WITH_MTP})
 
     @abstractmethod
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
