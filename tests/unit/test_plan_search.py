@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_stages_that_are_alike_hold_what_megatron_core_says(
     hf = PreTrainedVLM.from_pretrained(make_model("qwen3.5-moe", tmp_path / "model", settings))
     bridge = bridge_for(hf.hf_config.architecture)
     fields = bridge.provider_settings(hf.hf_config, hf.main_dtype, hf.tensors)
-    planned = PlannedModel(bridge, {**fields, "mtp_num_layers": 1})
+    make = partial(bridge.provider_of, {**fields, "mtp_num_layers": 1})
+    planned = PlannedModel(bridge, make)
     request = ParallelRequest(pp=8 if vpp else 16, vpp=vpp, ep=2, world_size=32)
     built: list[RankShare] = []
 

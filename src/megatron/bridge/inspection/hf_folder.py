@@ -40,8 +40,8 @@ class HFReport:
     the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
     them, "reference" that it gives them in the layout of a reference. bridge: the class that
     converts it, or None.
-    description: what the family says of the model; its sizes alone without a bridge. filled_in: what the
-    config leaves out and transformers' config class fills in, of the keys that were needed, by
+    description: what the family says of the model; without a bridge, sizes alone. filled_in: what
+    the config leaves out and transformers' config class fills in, of the keys that were needed, by
     path. dtypes_assumed: they are the config's and the release, for lack of files. hf: the tensors
     as they are stored. plan: None if it is not proven, and then `problem` says why; of an FP8
     release it is the plan of the dequantized model. settings: fields of the family's provider; None
