@@ -16,7 +16,7 @@ from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.inspection.row_summary import RowSummary, row_summaries
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
-from megatron.bridge.models.conversion.description import Description
+from megatron.bridge.models.conversion.description import LANGUAGE_SIZES, Description, sizes_fact
 from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions, with_files
 from megatron.bridge.models.conversion.plan import ConversionPlan
@@ -40,8 +40,8 @@ class HFReport:
     the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
     them, "reference" that it gives them in the layout of a reference. bridge: the class that
     converts it, or None.
-    description: what the family says of the model; nothing without a bridge. filled_in: what the
-    config leaves out and transformers' config class fills in, of the keys that were needed, by
+    description: what the family says of the model; without a bridge, sizes alone. filled_in: what
+    the config leaves out and transformers' config class fills in, of the keys that were needed, by
     path. dtypes_assumed: they are the config's and the release, for lack of files. hf: the tensors
     as they are stored. plan: None if it is not proven, and then `problem` says why; of an FP8
     release it is the plan of the dequantized model. settings: fields of the family's provider; None
@@ -106,7 +106,10 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
     found = _conversion(config, tensors, options)
     if origin != "config":
         _check_equal(hf, found, read=origin == "files")
-    description = {} if bridge is None else bridge().describe(config, tensors, options)
+    if bridge is None:
+        description: Description = {"text": sizes_fact("text", config, LANGUAGE_SIZES)}
+    else:
+        description = bridge().describe(config, tensors, options)
     expected = None if found.plan is None else found.plan.hf
     specs = expected if tensors is None else tensors
     return HFReport(

@@ -8,10 +8,9 @@ shapes: one rank of each kind of stage is built.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -32,14 +31,10 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model that has no parallel layout yet. settings: fields of its provider."""
+    """A model that has no parallel layout yet. make: makes its provider, a new one every time."""
 
     bridge: MegatronModelBridge
-    settings: Mapping[str, Any]
-
-    def provider(self) -> ModelProvider:
-        """A provider of its own."""
-        return self.bridge.provider_of(self.settings)
+    make: Callable[[], ModelProvider]
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class ParallelLayout:
 
 def configured(model: PlannedModel, request: ParallelRequest) -> ModelProvider:
     """A provider with the sizes of `request`, set as training scripts of Megatron-LM set them."""
-    provider = model.provider()
+    provider = model.make()
     for option, field in OPTIONS.items():
         setattr(provider, field, getattr(request, option))
     if request.vpp is not None:

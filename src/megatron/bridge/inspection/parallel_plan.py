@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
 
 from megatron.bridge.inspection.hf_folder import HFReport
 from megatron.bridge.inspection.parallel_layout import ParallelLayout, PlannedModel, lay_out
@@ -30,14 +32,16 @@ def plan_layout(
         raise ValueError(f"{report.source}: the conversion is not proven")
     bridge = bridge_for(report.architecture)
 
-    def model(*more: str) -> PlannedModel:
-        left_out = (*without, *more)
-        return PlannedModel(bridge, bridge.settings_for_layout(settings, plan, left_out))
+    def fields(*more: str) -> Mapping[str, Any]:
+        return bridge.settings_for_layout(settings, plan, (*without, *more))
 
-    whole = model()
+    def model(fields: Mapping[str, Any]) -> PlannedModel:
+        return PlannedModel(bridge, partial(bridge.provider_of, fields))
+
+    whole = fields()
     try:
-        return lay_out(whole, request, progress)
+        return lay_out(model(whole), request, progress)
     except REFUSED as error:
-        lesser = {part: model(part) for part in bridge.optional_parts}
-        differing = {part: one for part, one in lesser.items() if one != whole}
-        raise why_illegal(whole, request, error, differing) from error
+        lesser = {part: fields(part) for part in bridge.optional_parts}
+        differing = {part: model(one) for part, one in lesser.items() if one != whole}
+        raise why_illegal(model(whole), request, error, differing) from error

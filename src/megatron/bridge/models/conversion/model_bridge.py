@@ -337,7 +337,8 @@ class MegatronModelBridge(ABC):
             raise UnsupportedModel(f"{type(self).__name__}: a prompt with padding: give it alone")
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         found: torch.Tensor = model(tokens, positions, None, runtime_gather_output=True)
-        return found[..., : model.config.vocab_size]
+        provider: Any = model.config
+        return found[..., : provider.vocab_size]
 
     def plan(
         self, config: HFConfig, tensors: Tensors, options: PlanOptions = DEFAULTS

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from megatron.bridge.errors import BridgeError, ConfigError
 from megatron.bridge.models.conversion.description import (
@@ -54,8 +54,8 @@ class DescribedQwenVL(MegatronModelBridge):
 
     auto_model = "AutoModelForImageTextToText"
     embedding_key = f"{LANGUAGE}embedding.word_embeddings.weight"
-    optional_parts: Mapping[str, str] = {WITH_MTP: "the MTP layer"}
-    parts: Mapping[str, str] = {
+    optional_parts: ClassVar[Mapping[str, str]] = {WITH_MTP: "the MTP layer"}
+    parts: ClassVar[Mapping[str, str]] = {
         VISION: "vision",
         f"{LANGUAGE}embedding.": "embedding",
         f"{LANGUAGE}output_layer.": "output",
@@ -95,9 +95,9 @@ class DescribedQwenVL(MegatronModelBridge):
 
     def small(self, provider: "ModelProvider") -> "ModelProvider":
         """Also with one block of the vision tower."""
-        provider: Any = super().small(provider)
-        provider.vision = replace(provider.vision, depth=1, deepstack_visual_indexes=())
-        return provider
+        made: Any = super().small(provider)
+        made.vision = replace(made.vision, depth=1, deepstack_visual_indexes=())
+        return cast("ModelProvider", made)
 
     def pictures(
         self, config: HFConfig, inputs: Mapping[str, "torch.Tensor"]
