@@ -207,3 +207,16 @@ RELEASED: list[tuple[str, int, int | None]] = [
     ("QWEN3_5_122B_A10B", 1949, 250_173_007_840),
     ("QWEN3_5_397B_A17B", 2924, 806_795_875_168),
 ]
+
+QWEN3_8_2400B_A95B = {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "tie_word_embeddings": False,
+    **_TEXT,
+    **_QWEN3_5_TEXT,
+    **_text(8192, 92, 64, 4, shared_expert_intermediate_size=2048),
+    **_experts(2048, 512, 10),
+    "linear_num_value_heads": 128,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 23,
+}
+"""The largest open model, of text alone: 2,446,182,725,504 parameters with its MTP layer."""

@@ -10,12 +10,20 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import DEFAULTS
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from oracle import tiny
+from oracle import text_models, tiny
 
 type Key = tuple[str, str]
 """A section of the config, "" for none, and a key of it."""
 
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+WITH_VISION = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+ALONE = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
+"""Model types of text alone, whose configs have no sections."""
+FAMILIES = (*WITH_VISION, *ALONE)
 LINEAR, FULL = "linear_attention", "full_attention"
 
 # Another value than that of the small configs below, for every key that the table has.
@@ -80,6 +88,8 @@ OTHERS: dict[str, Any] = {
     "decoder_sparse_step": 2,
     "mlp_only_layers": [0],
     "sliding_window": 3,
+    "use_sliding_window": True,
+    "max_window_layers": 2,
     "layer_types": [FULL, LINEAR, LINEAR, FULL, FULL],
     "full_attention_interval": 2,
     "attn_output_gate": False,
@@ -103,8 +113,15 @@ OTHERS: dict[str, Any] = {
 }
 
 
+WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+
 def small(model_type: str) -> dict[str, Any]:
     """A config that states every key that a small model needs."""
+    if model_type in ALONE:
+        _, entries = text_models.MODELS[ALONE[model_type]]
+        config = copy.deepcopy(entries) | {"model_type": model_type, "dtype": "float32"}
+        return config | {"architectures": [ALONE[model_type]]}
     _, text, deepstack = tiny.FAMILIES[model_type]
     config = {
         "architectures": [
@@ -134,9 +151,9 @@ def small(model_type: str) -> dict[str, Any]:
 def changed(model_type: str, section: str, key: str) -> dict[str, Any]:
     """The small config with another value of one key, and what has to follow it."""
     config = small(model_type)
-    text, vision = config["text_config"], config["vision_config"]
     target = config[section] if section else config
     target[key] = copy.deepcopy(OTHERS[key])
+    text, vision = config.get("text_config", {}), config.get("vision_config", {})
     if section == "text_config" and key == "hidden_size":
         vision["out_hidden_size"] = OTHERS["hidden_size"]
     if key == "out_hidden_size":
@@ -150,8 +167,17 @@ def changed_alone(model_type: str, section: str, key: str) -> dict[str, Any]:
     """As `changed`, so that the key is not overruled by others, and means something."""
     config = changed(model_type, section, key)
     target = config[section] if section else config
-    if key == "torch_dtype" or (key == "dtype" and not section):
-        del config["text_config"]["dtype"]
+    language = config.get("text_config", config)
+    if key == "torch_dtype" or (key == "dtype" and not section and language is not config):
+        del language["dtype"]
+    elif model_type == "qwen3" and key in WINDOW:
+        target |= {"use_sliding_window": True, "max_window_layers": 2}
+        if key == "layer_types":
+            target[key] = [*["sliding_attention"] * 2, *[FULL] * 3]
+        elif key == "max_window_layers":
+            target["sliding_window"] = 5
+    elif model_type == "qwen3_moe" and key in WINDOW:
+        target["use_sliding_window"] = True
     elif key == "num_local_experts":
         del target["num_experts"]
     elif section == "vision_config" and key == "num_attention_heads":
@@ -169,7 +195,7 @@ def changed_alone(model_type: str, section: str, key: str) -> dict[str, Any]:
             target[key] = {"rope_theta": 123.0} if key != "rope_theta" else 123.0
     elif key == "router_aux_loss_coef":
         target["output_router_logits"] = True
-    elif key == "intermediate_size" and model_type == "qwen3_vl_moe":
+    elif key == "intermediate_size" and model_type in ("qwen3_vl_moe", "qwen3_moe"):
         target["mlp_only_layers"] = [1]
     return config
 
@@ -232,7 +258,8 @@ def _changes(model_type: str, key: Key) -> dict[Key, Any]:
 
 
 def _entries(config: dict[str, Any]) -> dict[Key, Any]:
-    sections = {name: config[name] for name in ("text_config", "vision_config")}
+    names = ("text_config", "vision_config")
+    sections = {name: config[name] for name in names if name in config}
     top = {key: value for key, value in config.items() if key not in sections}
     return {
         (section, key): value

@@ -47,9 +47,8 @@ class TransformersSource:
         The section is that of the config class which the code around names, "any" where that
         cannot be told.
         """
-        tree = self._tree(f"models/{model_type}/modeling_{model_type}.py")
         found: set[SectionKey] = set()
-        for node in tree.body:
+        for node in self._modeling(model_type).body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef):
                 continue
             # Layers of the text model name the class of the whole config for their own.
@@ -61,12 +60,18 @@ class TransformersSource:
                     found.add((section, key))
                 else:
                     found |= {(one, path.partition(".")[0]) for one in sections or {ANY_SECTION}}
+        if is_text_of_another(model_type):
+            found = {
+                ("" if section == "text_config" else section, key)
+                for section, key in found
+                if section in ("text_config", ANY_SECTION)
+            }
         return {(section, key) for section, key in found if key not in _NOT_OF_A_FILE}
 
-    def mrope_section(self, model_type: str) -> list[int]:
-        """The default in ``rope_parameters.get("mrope_section", [...])``."""
-        tree = self._tree(f"models/{model_type}/modeling_{model_type}.py")
-        [default] = {
+    def mrope_section(self, model_type: str) -> list[int] | None:
+        """The default in ``rope_parameters.get("mrope_section", [...])``; None if there is none."""
+        tree = self._modeling(model_type)
+        defaults = {
             ast.unparse(node.args[1])
             for node in ast.walk(tree)
             if isinstance(node, ast.Call)
@@ -74,6 +79,9 @@ class TransformersSource:
             and isinstance(node.args[0], ast.Constant)
             and node.args[0].value == "mrope_section"
         }
+        if not defaults:
+            return None
+        [default] = defaults
         value: list[int] = ast.literal_eval(default)
         return value
 
@@ -94,8 +102,14 @@ class TransformersSource:
         return found
 
     def _configs(self, model_type: str) -> dict[str, ast.ClassDef]:
-        tree = self._tree(f"models/{model_type}/configuration_{model_type}.py")
-        return {_section(n.name): n for n in tree.body if isinstance(n, ast.ClassDef)}
+        module = _module(model_type)
+        tree = self._tree(f"models/{module}/configuration_{module}.py")
+        found = {_section(n.name): n for n in tree.body if isinstance(n, ast.ClassDef)}
+        return {"": found["text_config"]} if is_text_of_another(model_type) else found
+
+    def _modeling(self, model_type: str) -> ast.Module:
+        module = _module(model_type)
+        return self._tree(f"models/{module}/modeling_{module}.py")
 
     def _class(self, file: str, name: str) -> ast.ClassDef:
         [node] = [
@@ -105,6 +119,15 @@ class TransformersSource:
 
     def _tree(self, file: str) -> ast.Module:
         return ast.parse((self._package / file).read_text(encoding="utf-8"))
+
+
+def is_text_of_another(model_type: str) -> bool:
+    """Whether the config of this type is also a section of another one, in the same module."""
+    return model_type.endswith("_text")
+
+
+def _module(model_type: str) -> str:
+    return model_type.removesuffix("_text")
 
 
 def _section(config_class: str) -> str:

@@ -19,7 +19,7 @@ from megatron.bridge.models.conversion.layout import (
     Section,
     Transposed,
 )
-from megatron.bridge.models.qwen_vl import expert_mapping, gated_delta_mapping, qwen_vl_bridge
+from megatron.bridge.models.qwen_vl import expert_mapping, gated_delta_mapping, qwen_bridge
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
 from oracle import tiny
 
@@ -67,7 +67,7 @@ def expert_transposed(patch: pytest.MonkeyPatch) -> None:
     def of_one(self: Any) -> Layout:
         return Transposed(Same())
 
-    patch.setattr(qwen_vl_bridge, "find_expert_layout", find)
+    patch.setattr(qwen_bridge, "find_expert_layout", find)
     patch.setattr(expert_mapping.ExpertMLPGateUpProjMapping, "_of_one", of_one)
 
 

@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
-from megatron.bridge.models.qwen_vl.settings import qwen_vl_settings
 from released_configs import QWEN3_VL_2B, QWEN3_VL_30B_A3B
 
 ROPE_2B = Rope(5e6, (24, 20, 20), partial_rotary_factor=1.0, rope_type="default", scaling={})
+
+
+def settings_of(data: dict[str, Any]) -> dict[str, Any]:
+    config = HFConfig.from_dict(data)
+    return bridge_for(config.architecture).provider_settings(config, "BF16")
 
 
 @pytest.fixture
@@ -191,7 +196,7 @@ def test_rope_value_that_makes_no_sense(
 def test_epsilon_that_makes_no_sense(data: dict[str, Any], value: float) -> None:
     data["text_config"]["rms_norm_eps"] = value
     with pytest.raises(ConfigError, match=r"text_config\.rms_norm_eps must be a number above 0"):
-        qwen_vl_settings(HFConfig.from_dict(data), "BF16")
+        settings_of(data)
 
 
 @pytest.mark.parametrize("value", [0, -2, 2**40])
@@ -209,14 +214,14 @@ def test_size_that_makes_no_sense(data: dict[str, Any], path: str, value: int) -
     section, key = path.split(".")
     data[section][key] = value
     with pytest.raises(ConfigError, match=rf"{path} must be a number from 1 to"):
-        qwen_vl_settings(HFConfig.from_dict(data), "BF16")
+        settings_of(data)
 
 
 def test_more_experts_for_a_token_than_there_are() -> None:
     data = copy.deepcopy(QWEN3_VL_30B_A3B)
     data["text_config"]["num_experts_per_tok"] = 129
     with pytest.raises(ConfigError, match="num_experts_per_tok must be a number from 1 to 128"):
-        qwen_vl_settings(HFConfig.from_dict(data), "BF16")
+        settings_of(data)
 
 
 def test_no_rope(data: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ class HFConfig:
         names = self.require("architectures", list)
         if not names or not is_name(names[0]):
             raise ConfigError(
-                f"{self.origin}: {self._dotted('architectures')} must be a list of class names, "
+                f"{self.origin}: {self.dotted('architectures')} must be a list of class names, "
                 f"found {quoted(names)}"
             )
         return str(names[0])
@@ -140,6 +140,11 @@ class HFConfig:
         return stated
 
     @property
+    def path(self) -> str:
+        """The dotted path of this view in the whole config; empty for the whole."""
+        return self._prefix.removesuffix(".")
+
+    @property
     def text(self) -> Self:
         """The view of the language model's section."""
         return self.section(TEXT)
@@ -158,7 +163,7 @@ class HFConfig:
             raise self._missing(path, dict)
         view = copy.copy(self)
         view._data = self._typed(path, dict)
-        view._prefix = f"{self._dotted(path)}."
+        view._prefix = f"{self.dotted(path)}."
         return view
 
     def has(self, path: str) -> bool:
@@ -191,7 +196,7 @@ class HFConfig:
 
         None where transformers does not know the key, or refuses the config.
         """
-        return _copied(self._defaults.completed(self._dotted(path)))
+        return _copied(self._defaults.completed(self.dotted(path)))
 
     def _typed[T](self, path: str, kind: type[T]) -> T:
         """The value itself, see `require`."""
@@ -200,7 +205,7 @@ class HFConfig:
             value = float(value)
         if type(value) is not kind:
             raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} must be of type {kind.__name__}, "
+                f"{self.origin}: {self.dotted(path)} must be of type {kind.__name__}, "
                 f"found {quoted(value)}"
             )
         return value
@@ -213,7 +218,7 @@ class HFConfig:
         value = self.require(path, int)
         if not least <= value <= limit:
             raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} must be a number from {least} to {limit}, "
+                f"{self.origin}: {self.dotted(path)} must be a number from {least} to {limit}, "
                 f"found {quoted(value)}"
             )
         return value
@@ -229,7 +234,7 @@ class HFConfig:
             most = "finite" if limit == inf else f"at most {limit:g}"
             start = "above 0" if least is None else f"from {least:g} on"
             raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} must be a number {start}, and {most}; "
+                f"{self.origin}: {self.dotted(path)} must be a number {start}, and {most}; "
                 f"found {quoted(value)}"
             )
         return value
@@ -242,7 +247,7 @@ class HFConfig:
         values = self.require(path, list) if default is None else self.get(path, list(default))
         if not all(type(value) is kind for value in values):
             raise ConfigError(
-                f"{self.origin}: {self._dotted(path)} must be a list of {kind.__name__}, "
+                f"{self.origin}: {self.dotted(path)} must be a list of {kind.__name__}, "
                 f"found {quoted(values)}"
             )
         return values
@@ -265,14 +270,14 @@ class HFConfig:
             return read(paths[0])
         first, *others = stated.values()
         if any(value != first for value in others):
-            raise self._contradiction({self._dotted(path): v for path, v in stated.items()})
+            raise self._contradiction({self.dotted(path): v for path, v in stated.items()})
         return first
 
     def _known(self, path: str, kind: type) -> Any:
         """What the file states, or transformers fills in. Raises ConfigError if neither does."""
         value = self._find(path)
         if value is None:
-            full = self._dotted(path)
+            full = self.dotted(path)
             value = self._defaults.get(full)
             if value is None:
                 raise self._missing(path, kind)
@@ -283,11 +288,12 @@ class HFConfig:
         refused = self._defaults.refusal
         why = f" (transformers gives no default: {refused})" if refused else ""
         return ConfigError(
-            f"{self.origin}: {self._dotted(path)} is missing; expected a value of type "
+            f"{self.origin}: {self.dotted(path)} is missing; expected a value of type "
             f"{kind.__name__}{why}"
         )
 
-    def _dotted(self, path: str) -> str:
+    def dotted(self, path: str) -> str:
+        """A path in this view as one of the whole config."""
         return self._prefix + path
 
     def _find(self, path: str) -> Any:
@@ -296,7 +302,7 @@ class HFConfig:
         Raises ConfigError if it states two that differ.
         """
         stated = {}
-        for full in self._defaults.names(self._dotted(path)):
+        for full in self._defaults.names(self.dotted(path)):
             value = value_at(self._data, full.removeprefix(self._prefix))
             if value is not None:
                 stated[full] = value

@@ -22,9 +22,9 @@ from megatron.bridge.quoting import quoted
 
 type Read = Callable[[HFConfig, str], Any]
 
-MOE = frozenset({"qwen3_vl_moe", "qwen3_5_moe"})
+MOE = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_5_moe_text"})
 """Model types with routed experts."""
-HYBRID = frozenset({"qwen3_5", "qwen3_5_moe"})
+HYBRID = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"})
 """Model types with Gated DeltaNet layers."""
 PARTIAL_ROTARY = HYBRID
 """Model types that rotate a part of each head."""
@@ -33,8 +33,11 @@ MROPE_SECTION: Mapping[str, tuple[int, int, int]] = {
     "qwen3_vl_moe": (24, 20, 20),
     "qwen3_5": (11, 11, 10),
     "qwen3_5_moe": (11, 11, 10),
+    "qwen3_5_text": (11, 11, 10),
+    "qwen3_5_moe_text": (11, 11, 10),
 }
-"""Where the config has none: no config class gives it, but the modeling code."""
+"""Where the config has none: no config class gives it, but the modeling code. Elsewhere a token
+has one position."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,13 @@ def _of_kind(kind: type) -> Read:
 _flag, _word, _number = _of_kind(bool), _of_kind(str), _of_kind(float)
 
 
+def head_dim(config: HFConfig, key: str = "head_dim") -> int:
+    """The size of a head; a qwen3_moe has no such field, and its heads share the hidden size."""
+    if config.root.model_type != "qwen3_moe" or config.has(key):
+        return config.count(key)
+    return max(config.count("hidden_size") // config.count("num_attention_heads"), 1)
+
+
 def _counts(**fields: str) -> dict[str, Use]:
     return {key: Field((name,), _count) for key, name in fields.items()}
 
@@ -117,7 +127,7 @@ _ANY: dict[str, Use] = {
     ),
     **_ignored("it says which kernels compute it", "attn_implementation", "experts_implementation"),
     **_ignored(
-        "it names labels or tokens, which the model does not know",
+        "it names labels or tokens, which only a classifier knows",
         *("id2label", "label2id", "num_labels", "problem_type"),
         *("pad_token_id", "bos_token_id", "eos_token_id"),
     ),
@@ -150,9 +160,9 @@ _TEXT: dict[str, Use] = {
         hidden_size="hidden_size",
         num_attention_heads="num_attention_heads",
         num_key_value_heads="num_query_groups",
-        head_dim="kv_channels",
         max_position_embeddings="seq_length",
     ),
+    "head_dim": Field(("kv_channels",), head_dim),
     "num_hidden_layers": Derived("num_layers"),
     "intermediate_size": Derived("ffn_hidden_size"),
     "hidden_act": Field(("hidden_act",), _word),
@@ -205,6 +215,24 @@ _HYBRID_EXPERTS: dict[str, Use] = {
         "every layer has experts",
         *("decoder_sparse_step", "mlp_only_layers", "intermediate_size", "num_local_experts"),
     ),
+}
+# The language model as a model of its own: one section.
+_ALONE: dict[str, Use] = {
+    "architectures": Derived("which bridge"),
+    "quantization_config": Derived("how weights are stored"),
+    "tie_word_embeddings": Field(("share_embeddings_and_output_weights",), _flag),
+}
+_QWEN3: dict[str, Use] = {
+    "partial_rotary_factor": Ignored("heads are rotated as a whole"),
+    "sliding_window": Derived("window_size"),
+    "use_sliding_window": Derived("window_size"),
+}
+_QWEN3_DENSE: dict[str, Use] = {
+    "layer_types": Derived("window_size"),
+    "max_window_layers": Derived("window_size"),
+}
+_QWEN3_EXPERTS: dict[str, Use] = {
+    "norm_topk_prob": Derived("moe_router_pre_softmax"),
 }
 _VISION: dict[str, Use] = {
     **_ANY,
@@ -261,18 +289,27 @@ CONFIG_KEYS: Mapping[str, Mapping[str, Section]] = {
         "text_config": _TEXT | _EXPERTS | _HYBRID | _HYBRID_EXPERTS,
         "vision_config": _VISION | _NO_DEEPSTACK,
     },
+    "qwen3": {"": _TEXT | _ALONE | _QWEN3 | _QWEN3_DENSE},
+    "qwen3_moe": {"": _TEXT | _ALONE | _EXPERTS | _VL_EXPERTS | _QWEN3 | _QWEN3_EXPERTS},
+    "qwen3_5_text": {"": _TEXT | _ALONE | _HYBRID},
+    "qwen3_5_moe_text": {"": _TEXT | _ALONE | _EXPERTS | _HYBRID | _HYBRID_EXPERTS},
 }
 """Model type -> section -> key -> what becomes of it."""
 
 
-def is_read(view: HFConfig, section: str, key: str) -> bool:
-    """Whether transformers' model of this type reads a key."""
-    return isinstance(uses_of(view, section).get(key), Field | Derived)
+def language_of(config: HFConfig) -> HFConfig:
+    """The config of the language model: the whole one, or the part of it that describes text."""
+    return config.text if "text_config" in CONFIG_KEYS[config.model_type] else config
 
 
-def uses_of(view: HFConfig, section: str) -> Section:
-    """The keys of one section of a config, or of any part of it."""
-    return CONFIG_KEYS[view.root.model_type][section]
+def is_read(view: HFConfig, key: str) -> bool:
+    """Whether transformers' model of this type reads a key of this section."""
+    return isinstance(uses_of(view).get(key), Field | Derived)
+
+
+def uses_of(view: HFConfig) -> Section:
+    """The keys of a section of a config, of which this is the view."""
+    return CONFIG_KEYS[view.root.model_type][view.path]
 
 
 def check_keys(config: HFConfig) -> None:
@@ -284,16 +321,16 @@ def check_keys(config: HFConfig) -> None:
                 found, only = view.require_any(key), use.value(view)
                 if found != only:
                     raise ConfigError(
-                        f"{config.origin}: {section}{'.' if section else ''}{key} is "
-                        f"{quoted(found)}; only {quoted(only)} can be converted: {use.why}"
+                        f"{config.origin}: {view.dotted(key)} is {quoted(found)}; only "
+                        f"{quoted(only)} can be converted: {use.why}"
                     )
 
 
-def field_settings(view: HFConfig, section: str) -> dict[str, Any]:
+def field_settings(view: HFConfig) -> dict[str, Any]:
     """Provider fields that single keys of a section set."""
     return {
         name: use.read(view, key)
-        for key, use in uses_of(view, section).items()
+        for key, use in uses_of(view).items()
         if isinstance(use, Field)
         for name in use.names
     }

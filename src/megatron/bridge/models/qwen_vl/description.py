@@ -1,4 +1,4 @@
-"""What the Qwen vision-language families say of their models, for people and for other modules."""
+"""What the Qwen families say of their models, for people and for other modules."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
@@ -21,10 +21,11 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import dequantized_view
 from megatron.bridge.models.hf_pretrained.quantization import quantization_of
+from megatron.bridge.models.qwen_vl.config_keys import language_of
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
+from megatron.bridge.models.qwen_vl.parts import BESIDE_VISION, VISION, WITH_MTP, Prefixes
 from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
-from megatron.bridge.models.qwen_vl.rows import LANGUAGE, MTP, VISION, WITH_MTP
 from megatron.bridge.quoting import quoted
 
 if TYPE_CHECKING:
@@ -49,18 +50,22 @@ _VISION_SIZES = (
 )
 
 
-class DescribedQwenVL(MegatronModelBridge):
-    """What other modules ask of a family, for a language model beside a vision tower."""
-
-    auto_model = "AutoModelForImageTextToText"
-    embedding_key = f"{LANGUAGE}embedding.word_embeddings.weight"
-    optional_parts: ClassVar[Mapping[str, str]] = {WITH_MTP: "the MTP layer"}
-    parts: ClassVar[Mapping[str, str]] = {
-        VISION: "vision",
-        f"{LANGUAGE}embedding.": "embedding",
-        f"{LANGUAGE}output_layer.": "output",
-        f"{LANGUAGE}mtp.": "MTP",
+def language_parts(prefixes: Prefixes) -> dict[str, str]:
+    """What Megatron names outside of the decoder's layers begin with, and the word for each."""
+    root = prefixes.megatron
+    return {
+        f"{root}embedding.": "embedding",
+        f"{root}output_layer.": "output",
+        f"{root}mtp.": "MTP",
     }
+
+
+class DescribedQwen(MegatronModelBridge):
+    """What other modules ask of a family, for its language model."""
+
+    prefixes: ClassVar[Prefixes]
+    """Of the names of the language model."""
+    optional_parts: ClassVar[Mapping[str, str]] = {WITH_MTP: "the MTP layer"}
 
     @abstractmethod
     def disk_layout(
@@ -69,17 +74,16 @@ class DescribedQwenVL(MegatronModelBridge):
         """How the experts lie in files, or would."""
 
     def language(self, config: HFConfig) -> HFConfig:
-        """The section of the text model."""
-        return config.text
+        """The config of the language model."""
+        return language_of(config)
 
     def describe(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
     ) -> Description:
-        """Sizes of both parts, the rotation, how experts lie, and the MTP layer."""
-        text, vision = (_section(config, name) for name in ("text_config", "vision_config"))
+        """Sizes, the rotation, how experts lie, and the MTP layer."""
+        text = _language(config)
         return {
             "text": sizes_fact("text", text, _TEXT_SIZES),
-            "vision": sizes_fact("vision", vision, _VISION_SIZES),
             "rope": _rope_fact(config),
             "experts": _experts_fact(self._known_layout(config, tensors, options)),
             "mtp": _mtp_fact(text, tensors),
@@ -89,27 +93,10 @@ class DescribedQwenVL(MegatronModelBridge):
         self, settings: Mapping[str, Any], plan: ConversionPlan, without: Collection[str]
     ) -> Mapping[str, Any]:
         """With the MTP layer, where the plan has one."""
-        if WITH_MTP in without or not any(key.startswith(MTP) for key in plan.megatron):
+        has_mtp = any(key.startswith(self.prefixes.mtp) for key in plan.megatron)
+        if WITH_MTP in without or not has_mtp:
             return settings
         return {**settings, "mtp_num_layers": 1}
-
-    def small(self, provider: "ModelProvider") -> "ModelProvider":
-        """Also with one block of the vision tower."""
-        made: Any = super().small(provider)
-        made.vision = replace(made.vision, depth=1, deepstack_visual_indexes=())
-        return cast("ModelProvider", made)
-
-    def pictures(
-        self, config: HFConfig, inputs: Mapping[str, "torch.Tensor"]
-    ) -> PictureCost | None:
-        """Each patch of a picture, or of one frame of a video, sees all others."""
-        patches = 0
-        for name in ("image_grid_thw", "video_grid_thw"):
-            for _, height, width in inputs[name].tolist() if name in inputs else ():
-                patches = max(patches, height * width)
-        side = config.vision.count("patch_size")
-        merged = config.vision.count("spatial_merge_size")
-        return PictureCost(patches, config.vision.count("num_heads"), side, side * merged)
 
     def logits(
         self, model: "torch.nn.Module", inputs: Mapping[str, "torch.Tensor"]
@@ -130,6 +117,47 @@ class DescribedQwenVL(MegatronModelBridge):
             return DiskLayout()
 
 
+class DescribedVision(DescribedQwen):
+    """What other modules ask of a family beside that: its vision tower."""
+
+    auto_model = "AutoModelForImageTextToText"
+    embedding_key = f"{BESIDE_VISION.megatron}embedding.word_embeddings.weight"
+    parts: ClassVar[Mapping[str, str]] = {VISION: "vision", **language_parts(BESIDE_VISION)}
+
+    def describe(
+        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
+    ) -> Description:
+        """Also the sizes of the vision tower."""
+        facts = dict(super().describe(config, tensors, options))
+        vision = sizes_fact("vision", _section(config, "vision_config"), _VISION_SIZES)
+        return {"text": facts.pop("text"), "vision": vision, **facts}
+
+    def small(self, provider: "ModelProvider") -> "ModelProvider":
+        """Also with one block of the vision tower."""
+        made: Any = super().small(provider)
+        made.vision = replace(made.vision, depth=1, deepstack_visual_indexes=())
+        return cast("ModelProvider", made)
+
+    def pictures(
+        self, config: HFConfig, inputs: Mapping[str, "torch.Tensor"]
+    ) -> PictureCost | None:
+        """Each patch of a picture, or of one frame of a video, sees all others."""
+        patches = 0
+        for name in ("image_grid_thw", "video_grid_thw"):
+            for _, height, width in inputs[name].tolist() if name in inputs else ():
+                patches = max(patches, height * width)
+        side = config.vision.count("patch_size")
+        merged = config.vision.count("spatial_merge_size")
+        return PictureCost(patches, config.vision.count("num_heads"), side, side * merged)
+
+
+def _language(config: HFConfig) -> HFConfig | None:
+    try:
+        return language_of(config)
+    except ConfigError:
+        return None
+
+
 def _section(config: HFConfig, name: str) -> HFConfig | None:
     try:
         return config.section(name)
@@ -142,10 +170,10 @@ def _rope_fact(config: HFConfig) -> Fact:
         rope = read_rope(config)
     except ConfigError:
         return Fact(None, "rope", None, "model")
+    section = list(rope.mrope_section)
     value = {
         "theta": rope.theta,
-        "mrope_section": list(rope.mrope_section),
-        "interleaved": True,
+        **({"mrope_section": section, "interleaved": True} if section else {}),
         "partial_rotary_factor": rope.partial_rotary_factor,
         "rope_type": rope.rope_type,
     }
@@ -154,9 +182,11 @@ def _rope_fact(config: HFConfig) -> Fact:
 
 def _rope_in_words(rope: Rope) -> str:
     scaling = "".join(f", {key} {quoted(value)}" for key, value in rope.scaling.items())
+    section = list(rope.mrope_section)
+    sections = f", mrope section {section} interleaved" if section else ""
     return (
-        f"{rope.rope_type}{scaling}, theta {rope.theta:g}, mrope section "
-        f"{list(rope.mrope_section)} interleaved, {rope.partial_rotary_factor:g} of each head"
+        f"{rope.rope_type}{scaling}, theta {rope.theta:g}{sections}, "
+        f"{rope.partial_rotary_factor:g} of each head"
     )
 
 

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass
 
-from megatron.bridge.models.conversion.boxes import Shape
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.config_keys import language_of
 
 _OTHER_HEAD = re.compile(
     r"(?:.*\.)?(?:score|classifier|v_head|value_head|reward_head|rm_head|regression_head)\.(?:.*)"
@@ -41,30 +41,51 @@ def needs_no_head(config: HFConfig, names: Collection[str], files: Collection[st
     )
 
 
-def classifier_tensors(
-    config: HFConfig, names: Collection[str], prefix: str, hidden_size: int
-) -> dict[str, tuple[Shape, str]]:
-    """The tensors that a classifier has in place of an output layer: shape, and what it is for.
+@dataclass(frozen=True)
+class Scores:
+    """The head of a classifier: a linear layer with one score for each label.
 
-    prefix: what stands before the names of the files.
+    Attributes:
+        labels: how many.
+        each_token: whether every token is scored; otherwise a sequence is, at its last token.
+        bias: whether the layer has one.
+        dropout: of the hidden states that are scored.
+        pad_token_id: the token that does not count as the last one; None if any does.
+    """
+
+    labels: int
+    each_token: bool
+    bias: bool
+    dropout: float
+    pad_token_id: int | None
+
+
+def scores_of(config: HFConfig) -> Scores | None:
+    """The head of a classifier, with what transformers fills in; None for another model.
+
+    Raises ConfigError for a value that makes no sense.
     """
     if not is_classifier(config):
-        return {}
-    labels, data = _labels(config.data), config.data
-    found = [name for name in names if name.endswith("score.weight")]
-    root = found[0].removesuffix("weight") if len(found) == 1 else f"{prefix}score."
-    purpose = f"the head of a {config.architecture}"
-    needed: dict[str, tuple[Shape, str]] = {f"{root}weight": ((labels, hidden_size), purpose)}
-    biased = data.get("token_classification_bias", True)
-    if config.architecture.endswith("ForTokenClassification") and biased:
-        needed[f"{root}bias"] = ((labels,), purpose)
-    return needed
+        return None
+    language = language_of(config)
+    each_token = config.architecture.endswith("ForTokenClassification")
+    dropout = 0.0
+    if each_token:
+        keys = [key for key in ("classifier_dropout", "hidden_dropout") if config.has(key)]
+        dropout = config.positive(keys[0], 1.0, least=0.0) if keys else 0.1
+    return Scores(
+        labels=_labels(config),
+        each_token=each_token,
+        bias=each_token and config.get("token_classification_bias", True),
+        dropout=dropout,
+        pad_token_id=(
+            language.count("pad_token_id", least=0) if language.has("pad_token_id") else None
+        ),
+    )
 
 
-def _labels(data: dict[str, Any]) -> int:
+def _labels(config: HFConfig) -> int:
     """As transformers counts them: two where the config does not say."""
-    names = data.get("id2label")
-    if isinstance(names, dict):
-        return len(names)
-    stated = data.get("num_labels")
-    return stated if type(stated) is int else 2
+    if config.has("id2label"):
+        return max(len(config.require("id2label", dict)), 1)
+    return config.count("num_labels") if config.has("num_labels") else 2

@@ -12,16 +12,17 @@ from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.config_keys import language_of
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
     find_expert_layout,
 )
-from megatron.bridge.models.qwen_vl.rows import HF_MTP, MTP
+from megatron.bridge.models.qwen_vl.parts import HF_MTP, Prefixes
 from megatron.bridge.models.qwen_vl.structure import (
     expert_sizes,
     has_experts,
-    qwen_vl_structure,
+    language_structure,
 )
 from megatron.bridge.quoting import quoted
 
@@ -46,14 +47,15 @@ def _config_obstacle(config: HFConfig) -> str:
 
     Raises ConfigError for a number of layers that none can have.
     """
-    layers = config.text.get(_KEY, 0)
+    text = language_of(config)
+    layers = text.get(_KEY, 0)
     if layers < 0:
         raise ConfigError(
-            f"{config.origin}: text_config.{_KEY} is {quoted(layers)}; expected 0 or more"
+            f"{config.origin}: {text.dotted(_KEY)} is {quoted(layers)}; expected 0 or more"
         )
     if layers > 1:
         return f"{layers} MTP layers, of which the Megatron model has one"
-    if layers and config.text.get(_DEDICATED, False):
+    if layers and text.get(_DEDICATED, False):
         return f"an MTP layer with an embedding of its own ({_DEDICATED})"
     return ""
 
@@ -61,20 +63,21 @@ def _config_obstacle(config: HFConfig) -> str:
 def stated_mtp(config: HFConfig) -> MTPInFiles:
     """The MTP layer that files of a config would have."""
     obstacle = _config_obstacle(config)
-    return MTPInFiles(bool(config.text.get(_KEY, 0)) and not obstacle)
+    return MTPInFiles(bool(language_of(config).get(_KEY, 0)) and not obstacle)
 
 
 def find_mtp(
     rows: Callable[[DiskLayout], list[ParamMapping]],
+    prefixes: Prefixes,
     config: HFConfig,
     tensors: Mapping[str, TensorLike],
     spelling: Spelling,
     given: ExpertLayout | None,
 ) -> MTPInFiles:
-    """The MTP layer of files. rows: those of the family for a disk layout.
+    """The MTP layer of files. rows: those of the language model for a disk layout.
 
-    given: the layout of experts, where shapes cannot tell it. Raises InputError if they cannot and
-    it is not given.
+    prefixes: of its names. given: the layout of experts, where shapes cannot tell it. Raises
+    InputError if they cannot and it is not given.
     """
     root = spelling.of(HF_MTP)
     found = [name for name in tensors if name.startswith(root)]
@@ -84,16 +87,16 @@ def find_mtp(
         return MTPInFiles(mapped=False, obstacle=obstacle)
     experts = None
     try:
-        if has_experts(config.text):
-            sizes = expert_sizes(config.text)
+        if has_experts(text := language_of(config)):
+            sizes = expert_sizes(text)
             experts = find_expert_layout(tensors, root, sizes, (0,), given)
     except ConfigError as error:  # experts in two layouts
         return MTPInFiles(mapped=False, obstacle=f"an MTP layer of another kind: {error}")
     of_family = rows(DiskLayout(mtp=experts))
-    declared = [row for row in of_family if row.megatron_param.startswith(MTP)]
+    declared = [row for row in of_family if row.megatron_param.startswith(prefixes.mtp)]
     expected = expected_tensors(
         spelling.registry(declared),
-        qwen_vl_structure(config, with_mtp=True),
+        language_structure(config, prefixes, with_mtp=True),
         lambda _name: "",
     )
     obstacle = _misfit(found, tensors, expected)

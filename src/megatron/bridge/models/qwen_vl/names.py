@@ -1,20 +1,21 @@
-"""How the Qwen vision-language families' tensors are named, as released and by other programs."""
+"""How the Qwen families' tensors are named, as released and by other programs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.diagnosis import Terms
 from megatron.bridge.models.conversion.spelling import Root, Spelling, find_root
-from megatron.bridge.models.qwen_vl.rows import (
-    DECODER_LAYERS,
+from megatron.bridge.models.qwen_vl.parts import (
+    ALONE,
+    BESIDE_VISION,
     DEEPSTACK_MERGERS,
-    HF_EMBEDDING,
     HF_HEAD,
-    HF_LANGUAGE,
     HF_MTP,
+    HF_SCORE,
     HF_VISION,
     VISION_LAYERS,
+    Prefixes,
 )
 
 _LANGUAGE_ANCHORS = (r"embed_tokens\.weight", r"layers\.\d+\.input_layernorm\.weight")
@@ -23,37 +24,61 @@ _VISION_ANCHORS = (
     r"blocks\.\d+\.attn\.qkv\.weight",
     r"merger\.linear_fc1\.weight",
 )
-_HEAD_ANCHORS = (r"lm_head\.weight",)
-_MTP_ANCHORS = (r"mtp\.(?:fc|norm|pre_fc_norm_\w+)\.weight", r"mtp\.layers\.\d+\..*")
+_OPTIONAL_ANCHORS = {
+    HF_HEAD: (r"lm_head\.weight",),
+    HF_SCORE: (r"score\.weight",),
+    HF_MTP: (r"mtp\.(?:fc|norm|pre_fc_norm_\w+)\.weight", r"mtp\.layers\.\d+\..*"),
+}
+"""Parts that files may lack."""
 
-_OTHER_ROOTS = {
-    HF_LANGUAGE: (
+_LANGUAGE_PARTS = ("embed_tokens.", "layers.", "norm.")
+"""What a language model consists of, which is told from other parts even where it has no root."""
+
+type Roots = Mapping[str, tuple[str, ...]]
+"""The root of a part as rows have it -> further roots that transformers takes for the same."""
+
+_HEADS: Roots = {HF_HEAD: (f"model.{HF_HEAD}",), HF_SCORE: (f"model.{HF_SCORE}",)}
+
+VISION_LANGUAGE_ROOTS: Roots = {
+    BESIDE_VISION.hf: (
         "language_model.",
-        f"model.{HF_LANGUAGE}",
-        f"{HF_LANGUAGE}model.",
+        f"model.{BESIDE_VISION.hf}",
+        f"{BESIDE_VISION.hf}model.",
         "language_model.model.model.",
     ),
     HF_VISION: ("visual.", f"model.{HF_VISION}"),
-    HF_HEAD: (f"model.{HF_HEAD}",),
+    **_HEADS,
 }
-"""What transformers takes for the root of a part as it is released, name by name: with or without
-``model.`` before it, and the roots of its own earlier versions."""
+"""With or without ``model.`` before it, and the roots of transformers' own earlier versions."""
+
+TEXT_ROOTS: Roots = {ALONE.hf: ("", f"model.{ALONE.hf}"), **_HEADS}
+"""The same of a model of text alone."""
+
+HYBRID_TEXT_ROOTS: Roots = {
+    **TEXT_ROOTS,
+    ALONE.hf: (*TEXT_ROOTS[ALONE.hf], BESIDE_VISION.hf, f"{BESIDE_VISION.hf}model."),
+}
+"""Here transformers also takes the names of a vision-language model, and writes what it read."""
 
 _TAKE_IT = "take it, and its part of config.json, from the base model"
+_NO_CLASSIFIER = "set architectures to the class of a model that is no classifier if there is none"
 _SIZES = {
-    "V": "text_config.vocab_size",
-    "H": "text_config.hidden_size",
-    "I": "text_config.intermediate_size",
-    "Q": "text_config.num_attention_heads x head_dim",
-    "K": "text_config.num_key_value_heads x head_dim",
-    "d": "text_config.head_dim",
-    "E": "text_config.num_experts",
-    "Ie": "text_config.moe_intermediate_size",
-    "Is": "text_config.shared_expert_intermediate_size",
-    "Z": "text_config.linear_num_value_heads x linear_value_head_dim",
-    "nv": "text_config.linear_num_value_heads",
-    "dv": "text_config.linear_value_head_dim",
-    "w": "text_config.linear_conv_kernel_dim",
+    "V": "vocab_size",
+    "H": "hidden_size",
+    "I": "intermediate_size",
+    "Q": "num_attention_heads x head_dim",
+    "K": "num_key_value_heads x head_dim",
+    "d": "head_dim",
+    "E": "num_experts",
+    "Ie": "moe_intermediate_size",
+    "Is": "shared_expert_intermediate_size",
+    "Z": "linear_num_value_heads x linear_value_head_dim",
+    "nv": "linear_num_value_heads",
+    "dv": "linear_value_head_dim",
+    "w": "linear_conv_kernel_dim",
+}
+_OTHER_SIZES = {
+    "L": "num_labels",
     "h": "vision_config.hidden_size",
     "i": "vision_config.intermediate_size",
     "O": "vision_config.out_hidden_size",
@@ -64,53 +89,74 @@ _SIZES = {
 }
 
 
-def find_spelling(names: Collection[str], *, tied: bool, bare: bool = False) -> Spelling:
+def find_spelling(
+    names: Collection[str], prefixes: Prefixes, roots: Roots, *, tied: bool, bare: bool = False
+) -> Spelling:
     """The roots of the names in some files: of the language model, vision tower, head, MTP layer.
 
-    tied: whether the output layer is the embedding, which may then stand under the name of either.
-    bare: whether the model is one without an output layer, whose own names lack ``model.``. Raises
-    InputError where the language model or the vision tower is found under two roots that
-    transformers does not take for one.
+    Args:
+        names: those in the files.
+        prefixes: of the language model, as rows have it.
+        roots: of its parts; the vision tower's where there is one.
+        tied: whether the output layer is the embedding, which may then stand under the name of
+            either.
+        bare: whether the model is one without an output layer, whose own names lack ``model.``.
+
+    Raises:
+        InputError: the language model or the vision tower is found under two roots that
+            transformers does not take for one.
     """
     others = {root: [o for o in known if not (bare and o.startswith("model.model."))]
-              for root, known in _OTHER_ROOTS.items()}  # fmt: skip
-    language = find_root(
-        names,
-        HF_LANGUAGE,
-        _LANGUAGE_ANCHORS,
-        what="language model",
-        others=others[HF_LANGUAGE],
-        never=HF_MTP,
-    )
-    vision = find_root(
-        names, HF_VISION, _VISION_ANCHORS, what="vision tower", others=others[HF_VISION]
-    )
-    prefix = _prefix(language, HF_LANGUAGE)
-    if prefix is None:
-        prefix = _prefix(vision, HF_VISION) or ""
-    roots = {
-        HF_LANGUAGE: f"{prefix}{HF_LANGUAGE}" if language is None else language,
-        HF_VISION: f"{prefix}{HF_VISION}" if vision is None else vision,
-        HF_HEAD: f"{_optional_root(names, prefix, _HEAD_ANCHORS)}{HF_HEAD}",
-        HF_MTP: f"{_optional_root(names, prefix, _MTP_ANCHORS)}{HF_MTP}",
+              for root, known in roots.items()}  # fmt: skip
+    found = {
+        part: find_root(names, part, anchors, what=what, others=others[part], never=HF_MTP)
+        for part, what, anchors in (
+            (prefixes.hf, "language model", _LANGUAGE_ANCHORS),
+            (HF_VISION, "vision tower", _VISION_ANCHORS),
+        )
+        if part in roots
     }
-    found = [Root(part, root, tuple(others.get(part, ()))) for part, root in roots.items()]
-    spelling = Spelling.of_names(names, found)
-    if tied and spelling.of(f"{HF_EMBEDDING}weight") not in names:
+    prefix = next(
+        (
+            prefix
+            for part, root in found.items()
+            if root is not None and (prefix := _prefix(root, part, others[part])) is not None
+        ),
+        "",
+    )
+    # The head and the MTP layer may be absent.
+    optional = {
+        part: f"{_optional_root(names, prefix, anchors)}{part}"
+        for part, anchors in _OPTIONAL_ANCHORS.items()
+    }
+    spelled = [
+        Root(part + end, root + end, tuple(other + end for other in others.get(part, ())))
+        for part, one in (found | optional).items()
+        for root in [f"{prefix}{part}" if one is None else one]
+        for end in (_LANGUAGE_PARTS if part == prefixes.hf else ("",))
+    ]
+    spelling = Spelling.of_names(names, spelled)
+    if tied and spelling.of(f"{prefixes.hf_embedding}weight") not in names:
         head = spelling.of(f"{HF_HEAD}weight")
         if head in names:
-            embedding = Root(HF_EMBEDDING, head.removesuffix("weight"))
+            embedding = Root(prefixes.hf_embedding, head.removesuffix("weight"))
             return replace(spelling, roots=(embedding, *spelling.roots))
     return spelling
 
 
-def _prefix(root: str | None, declared: str) -> str | None:
+def language_root(spelling: Spelling, prefixes: Prefixes) -> str:
+    """What stands before the names of the language model in files."""
+    return spelling.of(prefixes.hf_layers).removesuffix("layers.")
+
+
+def _prefix(root: str, declared: str, others: Collection[str]) -> str | None:
     """What stands before all names, by one root: that of files of the bare model counts, too."""
-    if root in _OTHER_ROOTS[declared]:
+    if root in others:
         return ""
-    for known in (declared, declared.removeprefix("model.")):
-        if root is not None and root.endswith(known):
-            return root.removesuffix(known)
+    known = {declared, declared.removeprefix("model."), *others} - {""}
+    for one in sorted(known, key=len, reverse=True):
+        if root.endswith(one):
+            return root.removesuffix(one)
     return None
 
 
@@ -128,11 +174,13 @@ def has_mtp_tensors(names: Collection[str]) -> bool:
     return any(name.startswith(HF_MTP) or f".{HF_MTP}" in name for name in names)
 
 
-def terms_of(spelling: Spelling) -> Terms:
-    """The words for messages about files that are spelled so."""
+def terms_of(spelling: Spelling, prefixes: Prefixes, section: str, *, vision: bool) -> Terms:
+    """The words for messages about files that are spelled so.
+
+    section: of config.json that describes the language model, with a dot behind it, or nothing.
+    """
     parts = {
-        spelling.of(HF_LANGUAGE): ("language model", _TAKE_IT),
-        spelling.of(HF_VISION): ("vision tower", _TAKE_IT),
+        language_root(spelling, prefixes): ("language model", _TAKE_IT),
         spelling.of(HF_HEAD): (
             "output layer",
             (
@@ -140,16 +188,20 @@ def terms_of(spelling: Spelling) -> Terms:
                 "class of a model without one"
             ),
         ),
+        spelling.of(HF_SCORE): ("head of the classifier", _NO_CLASSIFIER),
     }
-    return Terms(
-        parts=dict(sorted(parts.items(), key=lambda part: -len(part[0]))),
-        counts={
-            DECODER_LAYERS: ("text_config.num_hidden_layers", "layers"),
+    counts = {prefixes.layers: (f"{section}num_hidden_layers", "layers")}
+    if vision:
+        parts[spelling.of(HF_VISION)] = ("vision tower", _TAKE_IT)
+        counts |= {
             VISION_LAYERS: ("vision_config.depth", "vision blocks"),
             DEEPSTACK_MERGERS: (
                 "the length of vision_config.deepstack_visual_indexes",
                 "deepstack mergers",
             ),
-        },
-        sizes=_SIZES,
+        }
+    return Terms(
+        parts=dict(sorted(parts.items(), key=lambda part: -len(part[0]))),
+        counts=counts,
+        sizes={symbol: f"{section}{key}" for symbol, key in _SIZES.items()} | _OTHER_SIZES,
     )

@@ -1,336 +1,99 @@
-"""What the bridges of all Qwen vision-language families share."""
+"""What the bridges of all Qwen vision-language families share: a vision tower beside the text."""
 
-from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-from megatron.bridge.errors import InputError, UnsupportedModel
+from megatron.bridge.errors import UnsupportedModel
 from megatron.bridge.models.conversion.boxes import Shape
-from megatron.bridge.models.conversion.diagnosis import Terms
 from megatron.bridge.models.conversion.extras import Extras
-from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.model_bridge import (
-    DEFAULTS,
-    HasConfig,
-    PlanOptions,
-    Tensors,
-)
+from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions, Tensors
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
-from megatron.bridge.models.conversion.plan import CopyOf
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
-from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
-from megatron.bridge.models.qwen_vl.config_keys import check_keys
-from megatron.bridge.models.qwen_vl.description import DescribedQwenVL
-from megatron.bridge.models.qwen_vl.disk_layout import (
-    DiskLayout,
-    ExpertLayout,
-    check_expert_order,
-    find_expert_layout,
-    parse_expert_layout,
-)
-from megatron.bridge.models.qwen_vl.heads import (
-    classifier_tensors,
-    is_headless,
-    is_other_head,
-    needs_no_head,
-)
-from megatron.bridge.models.qwen_vl.mtp import (
-    MTPInFiles,
-    find_mtp,
-    stated_mtp,
-)
-from megatron.bridge.models.qwen_vl.names import find_spelling, terms_of
-from megatron.bridge.models.qwen_vl.rows import (
-    DECODER_LAYERS,
-    HF_EMBEDDING,
-    HF_HEAD,
-    HF_LANGUAGE,
-    HF_MTP,
+from megatron.bridge.models.qwen_vl.description import DescribedVision
+from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
+from megatron.bridge.models.qwen_vl.names import VISION_LANGUAGE_ROOTS
+from megatron.bridge.models.qwen_vl.parts import (
+    BESIDE_VISION,
     HF_VISION,
-    MTP,
-    UNTIED_OUTPUT,
     VISION,
     VISION_LAYERS,
     VISION_PART,
-    WITH_MTP,
 )
-from megatron.bridge.models.qwen_vl.settings import qwen_vl_settings
-from megatron.bridge.models.qwen_vl.structure import (
-    expert_sizes,
-    has_experts,
-    qwen_vl_structure,
-    sparse_layers,
-)
+from megatron.bridge.models.qwen_vl.qwen_bridge import QwenBridge
+from megatron.bridge.models.qwen_vl.settings import vision_settings
+from megatron.bridge.models.qwen_vl.vision_rows import deepstack_rows, vision_rows
+from megatron.bridge.models.qwen_vl.vision_structure import with_vision
 
-if TYPE_CHECKING:
-    from megatron.bridge.models.model_provider import ModelProvider
+MODEL = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel"
 
 
-TEXT_HALF = (
-    "it describes the text half of a vision-language model, which has no vision tower; put these "
-    "weights in place of the language model of its base model, whose vision tower and config.json "
-    "complete them, and convert that"
-)
+class QwenVLBridge(QwenBridge, DescribedVision):
+    """A language model of any family with the vision tower, which is the same in all of them."""
 
+    prefixes = BESIDE_VISION
+    roots = VISION_LANGUAGE_ROOTS
+    layer_paths = (BESIDE_VISION.layers, VISION_LAYERS)
 
-class QwenVLBridge(DescribedQwenVL):
-    """A family is its rows, its provider, and the disk layout of its released files."""
-
-    released_layout: ClassVar[DiskLayout] = DiskLayout()
-    merges_experts: ClassVar[bool] = False
-    """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
-    layer_paths = (DECODER_LAYERS, VISION_LAYERS)
-
-    @abstractmethod
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
-        """The rows of the family for files laid out like `disk`."""
+        """Language model, vision tower and deepstack mergers."""
+        return [*self.language_rows(disk), *vision_rows(), *deepstack_rows()]
 
     def check(self, config: HFConfig) -> None:
-        """Also each key that has one value which can be converted.
-
-        Raises UnsupportedModel for the config of a language model alone.
-        """
-        model_type = config.model_type
+        """Also whether there is a vision tower. Raises UnsupportedModel for text alone."""
         flat = not config.has("text_config") and config.has("num_hidden_layers")
-        if model_type.endswith("_text") or flat:
-            raise UnsupportedModel(f"{config.origin}: {TEXT_HALF}")
-        super().check(config)
-        check_keys(config)
-
-    def mapping_registry(self) -> MegatronMappingRegistry:
-        """The rows of the family for files as they are released."""
-        return MegatronMappingRegistry(*self.rows(self.released_layout))
-
-    def spelling(self, config: HFConfig, tensors: Tensors) -> Spelling:
-        """How the names in these files are spelled. Raises InputError if that cannot be told."""
-        return find_spelling(
-            tensors, tied=_is_tied(config), bare=config.architecture.endswith("Model")
-        )
-
-    def terms(self, spelling: Spelling) -> Terms:
-        """The words for the parts of these models."""
-        return terms_of(spelling)
-
-    def registry_for(
-        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
-    ) -> MegatronMappingRegistry:
-        """The rows for the disk layout of these files, with the names that stand in them."""
-        rows = self.rows(self.disk_layout(config, tensors, options))
-        if VISION_PART in options.without:
-            rows = [row for row in rows if not row.megatron_param.startswith(VISION)]
-        if _is_tied(config):
-            # The embedding may stand under the name of the output layer.
-            rows = [row for row in rows if row.only != UNTIED_OUTPUT]
-        return self._spelling(config, tensors, options).registry(rows)
-
-    def disk_layout(
-        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
-    ) -> DiskLayout:
-        """How the experts lie in these files; without files, as `options` or releases have them.
-
-        Raises InputError where the files lie otherwise than `options` say.
-        """
-        given = None if options.experts is None else parse_expert_layout(options.experts)
-        if not has_experts(config.text):
-            if given is not None:
-                raise InputError(
-                    f"{config.origin}: the model has no routed experts, so their layout means "
-                    f"nothing for it"
-                )
-            return DiskLayout()
-        if tensors is None:
-            return self.released_layout if given is None else DiskLayout(given, given)
-        spelling = self._spelling(config, tensors, options)
-        root, regular = spelling.of(HF_LANGUAGE), spelling.by_regular_name(tensors)
-        layers, sizes = sparse_layers(config.text), expert_sizes(config.text)
-        merged = self.merges_experts
-        decoder = find_expert_layout(regular, root, sizes, layers, given, merged=merged)
-        if decoder is ExpertLayout.PER_EXPERT and (spelling.strays or spelling.copies):
-            doubled = frozenset(spelling.copies.values())
-            check_expert_order(tensors, root, spelling.regular, doubled)
-        if decoder is ExpertLayout.PER_EXPERT and given not in (None, decoder):
-            raise InputError(
-                f"{config.origin}: the routed experts lie {decoder}, not {given}; leave their "
-                f"layout to be found from names and shapes"
+        if config.model_type.endswith("_text") or flat:
+            raise UnsupportedModel(
+                f"{config.origin}: it describes the text half of a vision-language model, which "
+                f"has no vision tower, and architectures names {config.architecture}, which has "
+                f"one. Name the class of a model of text, such as Qwen3_5ForCausalLM, to convert "
+                f"it as one; or take the vision tower and config.json from the base model"
             )
-        return DiskLayout(decoder, self._mtp(config, tensors, options).experts)
+        super().check(config)
+
+    @property
+    def removable(self) -> Mapping[str, str]:
+        """Also the vision tower."""
+        return {**super().removable, VISION_PART: VISION}
 
     def structure(
         self, config: HFConfig, tensors: Tensors | None = None, options: PlanOptions = DEFAULTS
     ) -> ModelStructure:
         """Counts and dimensions of one model. Raises ConfigError."""
-        with_mtp = self._mtp(config, tensors, options).mapped
-        structure = qwen_vl_structure(
-            config, options.padded_vocab_size, with_mtp=with_mtp, keys=options.keys
-        )
-        if self._has_output_layer(config, tensors, options):
-            return structure
-        return replace(structure, features=structure.features - {UNTIED_OUTPUT})
-
-    def options_of_checkpoint(self, tensors: Tensors) -> PlanOptions:
-        """Also whether the model was built with its MTP layer, and with its vision tower."""
-        parts = {WITH_MTP: MTP, VISION_PART: VISION}
-        without = (
-            part
-            for part, prefix in parts.items()
-            if not any(key.startswith(prefix) for key in tensors)
-        )
-        return replace(super().options_of_checkpoint(tensors), without=frozenset(without))
-
-    def options_of_model(self, provider: "ModelProvider") -> PlanOptions:
-        """Also whether the model was built with its MTP layer."""
-        without = frozenset() if provider.mtp_num_layers else frozenset({WITH_MTP})
-        return replace(super().options_of_model(provider), without=without)
+        return with_vision(super().structure(config, tensors, options), config, options.keys)
 
     def extras(self, config: HFConfig, tensors: Tensors, options: PlanOptions) -> Extras:
-        """Parts that the Megatron model is built without, heads, copies of tied weights."""
+        """Also the vision tower, where the Megatron model is built without it."""
+        extras = super().extras(config, tensors, options)
+        if VISION_PART not in options.without:
+            return extras
         spelling = self._spelling(config, tensors, options)
-        vision, mtp, head = (spelling.of(root) for root in (HF_VISION, HF_MTP, HF_HEAD))
-        structure = qwen_vl_structure(config)
-        carried: dict[str, str] = {}
-        absent: set[str] = set()
-        needed: dict[str, tuple[Shape, str]] = {}
-        if VISION_PART in options.without:
-            reason = "the Megatron model is built without its vision tower"
-            carried |= {n: reason for n in tensors if spelling.regular(n).startswith(vision)}
-            absent |= set(carried)
-            rows = [
-                row
-                for row in self.rows(self.released_layout)
-                if row.megatron_param.startswith(VISION)
-            ]
-            declared = expected_tensors(spelling.registry(rows), structure, lambda _: "")
-            needed |= {name: (spec.shape, "the vision tower") for name, spec in declared.items()}
-        found = [name for name in tensors if name.startswith(mtp)]
-        if obstacle := self._mtp(config, tensors, options).obstacle:
-            carried |= dict.fromkeys(found, obstacle)
-        elif WITH_MTP in options.without:
-            carried |= dict.fromkeys(found, "the Megatron model is built without its MTP layer")
-            absent |= set(found)
-        equal: dict[str, CopyOf] = {}
-        name, embedding = (spelling.of(f"{root}weight") for root in (HF_HEAD, HF_EMBEDDING))
-        if _is_tied(config) and name != embedding and {name, embedding} <= tensors.keys():
-            if not is_headless(config):
-                equal[name] = CopyOf(embedding, _TIED.format(name))
-                carried[name] = f"a copy of {embedding}, to which the config ties it"
-        elif name in tensors and not self._has_output_layer(config, tensors, options):
-            carried[name] = f"an output layer, which a {config.architecture} does not have"
-        return Extras(
-            carried=carried,
-            absent=frozenset(absent),
-            equal=equal,
-            copies={
-                name: CopyOf(other, _SAME.format(name)) for name, other in spelling.copies.items()
-            },
-            needed=needed
-            | classifier_tensors(
-                config, tensors, head.removesuffix(HF_HEAD), config.text.count("hidden_size")
-            ),
-            reason=partial(_why_carried, spelling, config),
+        root = spelling.of(HF_VISION)
+        reason = "the Megatron model is built without its vision tower"
+        carried = {name: reason for name in tensors if spelling.regular(name).startswith(root)}
+        needed: dict[str, tuple[Shape, str]] = {
+            name: (spec.shape, "the vision tower")
+            for name, spec in expected_tensors(
+                spelling.registry([*vision_rows(), *deepstack_rows()]),
+                self.structure(config, tensors, options),
+                lambda _: "",
+            ).items()
+        }
+        return replace(
+            extras,
+            carried={**carried, **extras.carried},
+            absent=extras.absent | carried.keys(),
+            needed=needed,
         )
 
-    def _spelling(
-        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
-    ) -> Spelling:
-        if options.spelling is not None:
-            return options.spelling
-        return Spelling() if tensors is None else self.spelling(config, tensors)
-
-    def _mtp(self, config: HFConfig, tensors: Tensors | None, options: PlanOptions) -> MTPInFiles:
-        """The MTP layer of these files, or of those that a config alone would have."""
-        without = WITH_MTP in options.without
-        if tensors is None:
-            return MTPInFiles(mapped=False) if without else stated_mtp(config)
-        given = None if options.experts is None else parse_expert_layout(options.experts)
-        spelling = self._spelling(config, tensors, options)
-        try:
-            found = find_mtp(self.rows, config, tensors, spelling, given)
-        except InputError:
-            if not without:
-                raise
-            return MTPInFiles(mapped=False)  # what is carried over may lie as it likes
-        return MTPInFiles(mapped=False, obstacle=found.obstacle) if without else found
-
-    def _has_output_layer(
-        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
-    ) -> bool:
-        """Whether files have an output layer of their own, or should have one."""
-        if tensors is None:
-            return not is_headless(config)
-        head = self._spelling(config, tensors, options).of(f"{HF_HEAD}weight")
-        if head not in tensors:
-            return not needs_no_head(config, tensors, options.files)
-        structure = qwen_vl_structure(config)
-        return not is_headless(config) or tuple(tensors[head].shape) == structure.shape("V H")
+    def numbered(self, config: HFConfig) -> dict[str, tuple[HFConfig, str]]:
+        """Also the blocks of the vision tower."""
+        return super().numbered(config) | {f"{HF_VISION}blocks.": (config.vision, "depth")}
 
     def provider_settings(
         self, config: HFConfig, dtype: str, tensors: Tensors | None = None
     ) -> dict[str, Any]:
         """Fields of the family's provider. Raises ConfigError."""
-        return qwen_vl_settings(config, dtype)
-
-    def provider_bridge(self, hf_pretrained: PreTrainedVLM | HasConfig) -> "ModelProvider":
-        """The family's provider, configured like a Hugging Face model.
-
-        hf_pretrained: a model, of which only the config and the headers of the files are read; or
-        any object with a `config`, which then is all there is to go by. Raises ConfigError for a
-        value that is missing or that Qwen3VLModel cannot honour.
-        """
-        if not isinstance(hf_pretrained, PreTrainedVLM):
-            hf_pretrained = PreTrainedVLM.from_config(hf_pretrained.config)
-        tensors = hf_pretrained.tensors if hf_pretrained.has_weights else None
-        config = hf_pretrained.hf_config
-        self.check(config)
-        self._check_output_layer(hf_pretrained)
-        dtype = hf_pretrained.main_dtype
-        return self.provider_of(self.provider_settings(config, dtype, tensors))
-
-    def _check_output_layer(self, hf: "PreTrainedVLM") -> None:
-        """Raise UnsupportedModel for files without one: Qwen3VLModel of Megatron has it."""
-        config, tensors = hf.hf_config, hf.weights if hf.has_weights else None
-        options = PlanOptions(files=hf.side_file_names)
-        if not _is_tied(config) and not self._has_output_layer(config, tensors, options):
-            raise UnsupportedModel(
-                f"{hf.name_or_path}: a {config.architecture} without an output layer can be "
-                f"converted from files to files, but the Megatron model that computes always has "
-                f"one; add lm_head.weight and name the ForConditionalGeneration class to build it"
-            )
-
-
-_TIED = (
-    "the config ties them (tie_word_embeddings): set it to false if the output layer is a matrix "
-    "of its own, or remove {}"
-)
-_SAME = "transformers takes both names for one parameter: remove the wrong one, perhaps {}"
-
-
-def _is_tied(config: HFConfig) -> bool:
-    """Whether the output layer is the embedding."""
-    return config.require("tie_word_embeddings", bool)
-
-
-def _why_carried(spelling: Spelling, config: HFConfig, name: str) -> str:
-    """Why a tensor is carried that lies beside a whole model."""
-    name = spelling.regular(name)
-    if is_other_head(name):
-        return "the head of a reward, value or classification model"
-    if name.endswith("rotary_emb.inv_freq"):
-        return "a buffer that the model computes by itself"
-    if "lora_" in name or ".base_layer." in name:
-        return "of an adapter, which the model does not apply"
-    for root, key in (
-        (f"{HF_LANGUAGE}layers.", "text_config.num_hidden_layers"),
-        (f"{HF_VISION}blocks.", "vision_config.depth"),
-    ):
-        number = name.removeprefix(spelling.of(root)).partition(".")[0]
-        if name.startswith(spelling.of(root)) and number.isdecimal():
-            section, _, count = key.partition(".")
-            if int(number) >= config.section(section).count(count):
-                return f"of a layer beyond {key}"
-            if name.endswith(".bias"):
-                return "a bias that the config switches off"
-    return "transformers does not read it either"
+        return super().provider_settings(config, dtype, tensors) | vision_settings(config)

@@ -1,4 +1,4 @@
-"""The rotary embedding of the text model, as a config states it and transformers completes it."""
+"""The rotary embedding of the language model, as a config has it and transformers completes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import MROPE_SECTION, PARTIAL_ROTARY
+from megatron.bridge.models.qwen_vl.config_keys import (
+    MROPE_SECTION,
+    PARTIAL_ROTARY,
+    language_of,
+)
 from megatron.bridge.quoting import quoted
 
 _FORMS = ("rope_parameters", "rope_scaling")
@@ -19,12 +23,12 @@ _TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proport
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding of the text model.
+    """Rotary embedding of the language model.
 
     theta: the base. mrope_section: rotary frequencies of the axes (time, height, width), which
-    always alternate. partial_rotary_factor: the part of each head that is rotated, from its start.
-    rope_type: how the frequencies are scaled. scaling: the parameters of that type, by the names
-    that transformers gives them; empty for "default".
+    always alternate; empty where a token has one position. partial_rotary_factor: the part of each
+    head that is rotated, from its start. rope_type: how the frequencies are scaled. scaling: the
+    parameters of that type, by the names that transformers gives them; empty for "default".
     """
 
     theta: float
@@ -35,31 +39,34 @@ class Rope:
 
 
 def read_rope(config: HFConfig) -> Rope:
-    """The text model's rotary embedding, of a whole model's config, in either form.
+    """The language model's rotary embedding, of a whole model's config, in either form.
 
-    New form: `text_config.rope_parameters`. Old form: `text_config.rope_scaling` and
-    `text_config.rope_theta`. Raises ConfigError for a value that is no base, part or section, or
-    that is stated twice and differently.
+    New form: `rope_parameters`. Old form: `rope_scaling` and `rope_theta`. Raises ConfigError for a
+    value that is no base, part or section, or that is stated twice and differently.
     """
-    text = config.text
+    text = language_of(config)
     theta = text.agreed(_places("rope_theta", anywhere=True), text.positive)
-    sections = _places("mrope_section")
-    if any(map(text.has, sections)):
-        section = text.agreed(sections, partial(text.require, kind=list))
-    else:
-        section = list(MROPE_SECTION[config.model_type])
-    if len(section) != 3 or not all(type(size) is int and size >= 0 for size in section):
-        raise ConfigError(
-            f"{config.origin}: text_config.{_FORMS[0]}.mrope_section must be a list of three "
-            f"counts, found {quoted(section)}"
-        )
+    section = _mrope_section(text) if config.model_type in MROPE_SECTION else ()
     kind = _kind(text)
     rotated, places = 1.0, _places("partial_rotary_factor", anywhere=True)
     # Where heads are rotated as a whole, transformers reads it for scaled types all the same.
     scaled = kind != "default" and any(map(text.has, places))
     if config.model_type in PARTIAL_ROTARY or scaled:
         rotated = text.agreed(places, partial(text.positive, limit=1.0))
-    return Rope(theta, tuple(section), rotated, kind, _scaling(text, kind))
+    return Rope(theta, section, rotated, kind, _scaling(text, kind))
+
+
+def _mrope_section(text: HFConfig) -> tuple[int, ...]:
+    places = _places("mrope_section")
+    section: list[Any] = list(MROPE_SECTION[text.root.model_type])
+    if any(map(text.has, places)):
+        section = text.agreed(places, partial(text.require, kind=list))
+    if len(section) != 3 or not all(type(size) is int and size >= 0 for size in section):
+        raise ConfigError(
+            f"{text.origin}: {text.dotted(places[0])} must be a list of three counts, found "
+            f"{quoted(section)}"
+        )
+    return tuple(section)
 
 
 def vision_rope_settings(vision: HFConfig) -> dict[str, Any]:
@@ -85,10 +92,11 @@ def _kind(section: HFConfig, *more: str) -> str:
         places += _places("type")
     kind = section.agreed(places, partial(section.require, kind=str))
     if kind not in (*_TYPES, *more):
+        too = ", with which it reads mrope_section, too,"
         raise ConfigError(
             f"{section.origin}: transformers knows no rope_type {quoted(kind)} and cannot build "
-            f"the model: set it to 'default', with which it reads mrope_section, too, or to one of "
-            f"{', '.join(_TYPES[1:])}"
+            f"the model: set it to 'default'{too * (section.root.model_type in MROPE_SECTION)} or "
+            f"to one of {', '.join(_TYPES[1:])}"
         )
     return kind
 

@@ -1,25 +1,19 @@
-"""The rows that the Qwen vision-language families share, each written once.
+"""The rows that the language models of the Qwen families share, each written once.
 
 Shapes on the Hugging Face side use these symbols, which `structure.py` derives from a config:
 
-    H     hidden size of the language model           h   hidden size of the vision tower
-    I     intermediate size of its dense MLP          i   intermediate size of its MLP
-    Q     query heads x head dimension                D   h x merged patches (spatial_merge_size^2)
-    K     key-value heads x head dimension            P   entries of the position table
-    d     head dimension                              O   output size of the mergers
-    V     vocabulary, before padding                  c t p   channels, frames, side of a patch
-    E     routed experts of a layer                   C   GDN: channels of the convolution
-    Ie    intermediate size of a routed expert        Z   GDN: value heads x value dimension
-    Is    intermediate size of the shared expert      nv  GDN: value heads
-                                                      dv  GDN: value dimension
-                                                      w   GDN: width of the convolution
+    H     hidden size                                 E     routed experts of a layer
+    I     intermediate size of the dense MLP          Ie    intermediate size of a routed expert
+    Q     query heads x head dimension                Is    intermediate size of the shared expert
+    K     key-value heads x head dimension            C     GDN: channels of the convolution
+    d     head dimension                              Z     GDN: value heads x value dimension
+    V     vocabulary, before padding                  nv    GDN: value heads
+    L     labels of a classifier                      dv    GDN: value dimension
+                                                      w     GDN: width of the convolution
 """
-
-from dataclasses import dataclass, replace
 
 from megatron.bridge.models.conversion.param_mapping import (
     ColumnParallelMapping,
-    ConcatenatedQKVMapping,
     GatedMLPMapping,
     NormMapping,
     ParamMapping,
@@ -37,78 +31,45 @@ from megatron.bridge.models.qwen_vl.gated_delta_mapping import (
     GatedDeltaInProjMapping,
     ZeroCenteredNormMapping,
 )
-
-LANGUAGE = "language_model."
-VISION = "vision_model."
-HF_LANGUAGE = "model.language_model."
-HF_VISION = "model.visual."
-HF_EMBEDDING = f"{HF_LANGUAGE}embed_tokens."
-HF_HEAD = "lm_head."
-
-DECODER_LAYERS = f"{LANGUAGE}decoder.layers."
-VISION_LAYERS = f"{VISION}decoder.layers."
-DEEPSTACK_MERGERS = f"{VISION}decoder.deepstack_merger_list."
-
-MTP = f"{LANGUAGE}mtp.layers.0."
-MTP_LAYER = f"{MTP}mtp_model_layer."
-HF_MTP = "mtp."
-HF_MTP_LAYER = f"{HF_MTP}layers.0."
-
-# Optional parts.
-ATTENTION_BIAS = "attention_bias"
-UNTIED_OUTPUT = "untied_output"
-WITH_MTP = "mtp"
-MTP_ATTENTION_BIAS = "mtp_attention_bias"
-
-# Parts that a Megatron model may be built without; the MTP layer is one, too.
-VISION_PART = "vision"
-
-# Kinds of layers.
-FULL_ATTENTION = "full_attention"
-LINEAR_ATTENTION = "linear_attention"
-DENSE_MLP = "dense_mlp"
-SPARSE_MLP = "sparse_mlp"
+from megatron.bridge.models.qwen_vl.parts import (
+    HF_HEAD,
+    HF_MTP,
+    HF_SCORE,
+    SCORE_BIAS,
+    UNTIED_OUTPUT,
+    WITH_MTP,
+    Layer,
+    Prefixes,
+)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Where the rows of one layer apply: its names on both sides, a kind of layer, its features.
-
-    only: without which there is no such layer. bias: without which its attention has no biases.
-    """
-
-    megatron: str
-    hf: str
-    kind: str | None = None
-    only: str | None = None
-    bias: str = ATTENTION_BIAS
-
-    def of_kind(self, kind: str) -> "Layer":
-        """The same layers, but only those of one kind."""
-        return replace(self, kind=kind)
-
-
-DECODER_LAYER = Layer(f"{DECODER_LAYERS}*.", f"{HF_LANGUAGE}layers.*.")
-MTP_MODEL_LAYER = Layer(MTP_LAYER, HF_MTP_LAYER, only=WITH_MTP, bias=MTP_ATTENTION_BIAS)
-
-
-def embedding_rows() -> list[ParamMapping]:
+def embedding_rows(prefixes: Prefixes) -> list[ParamMapping]:
     """Word embedding, final norm and the output layer, which is absent where it is tied."""
+    megatron, hf = prefixes.megatron, prefixes.hf
     return [
         ColumnParallelMapping(
-            f"{LANGUAGE}embedding.word_embeddings.weight",
-            f"{HF_EMBEDDING}weight",
+            f"{megatron}embedding.word_embeddings.weight",
+            f"{prefixes.hf_embedding}weight",
             "V H",
             vocabulary=True,
         ),
         ColumnParallelMapping(
-            f"{LANGUAGE}output_layer.weight",
+            f"{megatron}output_layer.weight",
             f"{HF_HEAD}weight",
             "V H",
             vocabulary=True,
             only=UNTIED_OUTPUT,
         ),
-        NormMapping(f"{LANGUAGE}decoder.final_layernorm.weight", f"{HF_LANGUAGE}norm.weight", "H"),
+        NormMapping(f"{megatron}decoder.final_layernorm.weight", f"{hf}norm.weight", "H"),
+    ]
+
+
+def score_rows(prefixes: Prefixes) -> list[ParamMapping]:
+    """The head of a classifier, in the place of the output layer: a score for each label."""
+    head = f"{prefixes.megatron}output_layer."
+    return [
+        ReplicatedMapping(f"{head}weight", f"{HF_SCORE}weight", "L H"),
+        ReplicatedMapping(f"{head}bias", f"{HF_SCORE}bias", "L", only=SCORE_BIAS),
     ]
 
 
@@ -204,17 +165,18 @@ def moe_rows(
     return rows
 
 
-def mtp_rows() -> list[ParamMapping]:
+def mtp_rows(prefixes: Prefixes) -> list[ParamMapping]:
     """What joins the multi-token-prediction layer to the decoder; the layer has rows of its own."""
+    mtp = prefixes.mtp
     rows: list[ParamMapping] = [
-        ColumnParallelMapping(f"{MTP}eh_proj.weight", f"{HF_MTP}fc.weight", "H 2H", only=WITH_MTP)
+        ColumnParallelMapping(f"{mtp}eh_proj.weight", f"{HF_MTP}fc.weight", "H 2H", only=WITH_MTP)
     ]
     for norm, hf_norm in (
         ("enorm", "pre_fc_norm_embedding"),
         ("hnorm", "pre_fc_norm_hidden"),
         ("final_layernorm", "norm"),
     ):
-        name, hf_name = f"{MTP}{norm}.weight", f"{HF_MTP}{hf_norm}.weight"
+        name, hf_name = f"{mtp}{norm}.weight", f"{HF_MTP}{hf_norm}.weight"
         rows.append(NormMapping(name, hf_name, "H", only=WITH_MTP))
     return rows
 
@@ -288,70 +250,4 @@ def _expert_rows(layer: Layer, experts: ExpertLayout) -> list[ParamMapping]:
             only=only,
             layers=kind,
         ),
-    ]
-
-
-def vision_rows() -> list[ParamMapping]:
-    """The vision tower, the same in every family: patches, positions, blocks, merger."""
-    block, hf = f"{VISION_LAYERS}*.", f"{HF_VISION}blocks.*."
-    rows: list[ParamMapping] = [
-        ReplicatedMapping(
-            f"{VISION}patch_embed.proj.weight", f"{HF_VISION}patch_embed.proj.weight", "h c t p p"
-        ),
-        ReplicatedMapping(
-            f"{VISION}patch_embed.proj.bias", f"{HF_VISION}patch_embed.proj.bias", "h"
-        ),
-        ReplicatedMapping(f"{VISION}pos_embed.weight", f"{HF_VISION}pos_embed.weight", "P h"),
-        ConcatenatedQKVMapping(
-            f"{block}self_attention.linear_qkv.weight", f"{hf}attn.qkv.weight", "3h h"
-        ),
-        ConcatenatedQKVMapping(
-            f"{block}self_attention.linear_qkv.bias", f"{hf}attn.qkv.bias", "3h"
-        ),
-        *_linear_rows(
-            f"{block}self_attention.linear_proj", f"{hf}attn.proj", "h h", RowParallelMapping
-        ),
-        *_linear_rows(
-            f"{block}mlp.linear_fc1", f"{hf}mlp.linear_fc1", "i h", ColumnParallelMapping
-        ),
-        *_linear_rows(f"{block}mlp.linear_fc2", f"{hf}mlp.linear_fc2", "h i", RowParallelMapping),
-    ]
-    for norm, hf_norm in (("self_attention.linear_qkv", "norm1"), ("mlp.linear_fc1", "norm2")):
-        rows += [
-            NormMapping(f"{block}{norm}.layer_norm_{part}", f"{hf}{hf_norm}.{part}", "h")
-            for part in ("weight", "bias")
-        ]
-    return rows + _merger_rows(f"{VISION}merger.", f"{HF_VISION}merger.", "h")
-
-
-def deepstack_rows() -> list[ParamMapping]:
-    """One more merger for each tapped block; its norm sees merged patches, not single ones."""
-    return _merger_rows(f"{DEEPSTACK_MERGERS}*.", f"{HF_VISION}deepstack_merger_list.*.", "D")
-
-
-def _merger_rows(merger: str, hf_merger: str, norm_size: str) -> list[ParamMapping]:
-    rows: list[ParamMapping] = [
-        NormMapping(f"{merger}patch_norm.{part}", f"{hf_merger}norm.{part}", norm_size)
-        for part in ("weight", "bias")
-    ]
-    return [
-        *rows,
-        *_linear_rows(
-            f"{merger}linear_fc1", f"{hf_merger}linear_fc1", "D D", ColumnParallelMapping
-        ),
-        *_linear_rows(f"{merger}linear_fc2", f"{hf_merger}linear_fc2", "O D", RowParallelMapping),
-    ]
-
-
-def _linear_rows(
-    linear: str,
-    hf_linear: str,
-    shape: str,
-    split: type[ColumnParallelMapping] | type[RowParallelMapping],
-) -> list[ParamMapping]:
-    """Weight and bias of a linear layer; a row-parallel layer's bias is not split."""
-    split_bias = ReplicatedMapping if split is RowParallelMapping else ColumnParallelMapping
-    return [
-        split(f"{linear}.weight", f"{hf_linear}.weight", shape),
-        split_bias(f"{linear}.bias", f"{hf_linear}.bias", shape.split()[0]),
     ]

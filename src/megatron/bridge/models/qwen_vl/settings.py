@@ -1,47 +1,62 @@
 """From a config.json to the fields of a provider, as plain values."""
 
+from dataclasses import asdict
 from typing import Any
 
 from megatron.bridge.dtypes import MIXABLE, TORCH_NAME_OF
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import field_settings, is_read
+from megatron.bridge.models.qwen_vl.config_keys import field_settings, is_read, language_of
+from megatron.bridge.models.qwen_vl.heads import scores_of
+from megatron.bridge.models.qwen_vl.parts import DENSE_MLP
 from megatron.bridge.models.qwen_vl.rope_config import read_rope, vision_rope_settings
-from megatron.bridge.models.qwen_vl.rows import DENSE_MLP
 from megatron.bridge.models.qwen_vl.structure import (
     decoder_layers,
-    deepstack_layers,
     expert_sizes,
     has_experts,
     layer_patterns,
     mlp_kinds,
 )
+from megatron.bridge.models.qwen_vl.vision_structure import deepstack_layers
 
 
-def qwen_vl_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
-    """Provider fields of a Qwen vision-language model whose weights are in `dtype` ("BF16").
+def language_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
+    """Provider fields of a language model whose weights are in `dtype` ("BF16").
 
     What the Megatron model cannot compute is refused when it is built: a conversion of files does
     not depend on it. Raises ConfigError for a value that makes no sense.
     """
     if dtype not in MIXABLE:
         raise ConfigError(f"{config.origin}: weights in {dtype}; expected {', '.join(MIXABLE)}")
-    text, vision, rope = config.text, config.vision, read_rope(config)
-    return {
+    text, rope = language_of(config), read_rope(config)
+    settings = {
         "num_layers": text.count("num_hidden_layers"),
-        **field_settings(text, "text_config"),
+        **field_settings(text),
         **layer_patterns(text),
         **_mlp_settings(text),
-        **field_settings(config, ""),
+        **_window_settings(text),
+        **field_settings(config),
         "rotary_base": rope.theta,
         "rotary_percent": rope.partial_rotary_factor,
-        "mrope_section": list(rope.mrope_section),
         "rope_parameters": {"rope_type": rope.rope_type, **rope.scaling},
         "params_dtype": TORCH_NAME_OF[dtype],
         "bf16": dtype == "BF16",
         "fp16": dtype == "F16",
+    }
+    # A token that has one position turns all frequencies with it.
+    one_position = [settings["kv_channels"] // 2, 0, 0]
+    settings["mrope_section"] = list(rope.mrope_section) or one_position
+    if scores := scores_of(config):
+        settings |= {"scores": asdict(scores), "share_embeddings_and_output_weights": False}
+    return settings
+
+
+def vision_settings(config: HFConfig) -> dict[str, Any]:
+    """Provider fields of the vision tower. Raises ConfigError for a value that makes no sense."""
+    vision = config.vision
+    return {
         "vision": {
-            **field_settings(vision, "vision_config"),
+            **field_settings(vision),
             "deepstack_visual_indexes": deepstack_layers(vision),
             **vision_rope_settings(vision),
         },
@@ -64,8 +79,27 @@ def _mlp_settings(text: HFConfig) -> dict[str, Any]:
             else 0.0
         ),
     }
+    if is_read(text, "norm_topk_prob"):
+        settings["moe_router_pre_softmax"] = not text.require("norm_topk_prob", bool)
     if mlp_kinds(text, decoder_layers(text))[DENSE_MLP]:
         settings["ffn_hidden_size"] = text.count("intermediate_size")
-    elif is_read(text, "text_config", "intermediate_size") and text.has("intermediate_size"):
+    elif is_read(text, "intermediate_size") and text.has("intermediate_size"):
         settings["ffn_hidden_size"] = text.count("intermediate_size", least=0)  # of none
     return settings
+
+
+def _window_settings(text: HFConfig) -> dict[str, Any]:
+    """How far back attention sees, where it does not see everything; megatron-core's fields.
+
+    In transformers the window is used where `use_sliding_window` is set: by the layers that
+    `layer_types` names, and without that list by those from `max_window_layers` on; in a mixture of
+    experts by all.
+    """
+    if not is_read(text, "use_sliding_window") or not text.require("use_sliding_window", bool):
+        return {}
+    layers = [True] * text.count("num_hidden_layers")
+    if is_read(text, "layer_types"):
+        layers = [kind == "sliding_attention" for kind in text.list_of("layer_types", str)]
+    if not any(layers):
+        return {}
+    return {"window_size": [text.count("sliding_window") - 1, 0]}

@@ -1,4 +1,4 @@
-"""From a config.json to the ModelStructure that the rows need."""
+"""From a config.json to the ModelStructure that the rows of the language model need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,30 +9,28 @@ from megatron.bridge.models.conversion.layer_keys import (
     KeyForms,
     layers_share_keys,
 )
-from megatron.bridge.models.conversion.structure import (
-    AttentionFields,
-    LanguageFields,
-    ModelStructure,
-)
+from megatron.bridge.models.conversion.structure import LanguageFields, ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import HYBRID, MOE, is_read
+from megatron.bridge.models.qwen_vl.config_keys import (
+    HYBRID,
+    MOE,
+    head_dim,
+    is_read,
+    language_of,
+)
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertSizes
-from megatron.bridge.models.qwen_vl.rows import (
+from megatron.bridge.models.qwen_vl.heads import scores_of
+from megatron.bridge.models.qwen_vl.parts import (
     ATTENTION_BIAS,
-    DECODER_LAYER,
-    DECODER_LAYERS,
-    DEEPSTACK_MERGERS,
     DENSE_MLP,
     FULL_ATTENTION,
-    LANGUAGE,
     LINEAR_ATTENTION,
     MTP_ATTENTION_BIAS,
-    MTP_MODEL_LAYER,
+    SCORE_BIAS,
     SPARSE_MLP,
     UNTIED_OUTPUT,
-    VISION,
-    VISION_LAYERS,
     WITH_MTP,
+    Prefixes,
 )
 from megatron.bridge.quoting import quoted
 
@@ -54,56 +52,70 @@ class QwenLanguageFields(LanguageFields):
     linear_value_head_dim: int = 0
 
 
-def qwen_vl_structure(
+def language_structure(
     config: HFConfig,
+    prefixes: Prefixes,
     padded_vocab_size: int | None = None,
     *,
     with_mtp: bool = False,
     keys: KeyForms = BY_CONFIG,
 ) -> ModelStructure:
-    """Structure of a Qwen vision-language model of any family.
+    """Structure of the language model of any family.
 
-    padded_vocab_size: rows of the Megatron embedding; without it, the vocabulary is padded as
-    `padded_vocabulary` does. with_mtp: whether there is an MTP layer to be mapped. keys: how the
-    checkpoint keys are formed; what it leaves open is as megatron-core does for the provider that
-    is made of the config. Raises ConfigError where the config lacks or contradicts a value.
+    Args:
+        config: of the whole model.
+        prefixes: of the language model's names.
+        padded_vocab_size: rows of the Megatron embedding; without it, the vocabulary is padded as
+            `padded_vocabulary` does.
+        with_mtp: whether there is an MTP layer to be mapped.
+        keys: how the checkpoint keys are formed; what it leaves open is as megatron-core does for
+            the provider that is made of the config.
+
+    Raises:
+        ConfigError: the config lacks or contradicts a value.
     """
-    text, vision = config.text, config.vision
-    fields = _language_fields(config, padded_vocab_size)
-    vision_hidden = vision.count("hidden_size")
-    vision_heads = vision.count("num_heads", MAX_PARTS)
-    vision_fields = AttentionFields(vision_heads, vision_heads, vision_hidden // vision_heads)
+    text = language_of(config)
+    fields = _fields(text, padded_vocab_size)
+    layers = decoder_layers(text)
+    kinds = {**attention_kinds(text, layers), **mlp_kinds(text, layers)}
+    experts = tuple(range(fields.num_moe_experts))
+    indices = {prefixes.layers: layers}
+    for layer in (prefixes.layer, prefixes.mtp_layer):
+        indices |= {f"{layer.megatron}mlp.experts.linear_fc{n}.weight": experts for n in (1, 2)}
+    stacked = keys.stacked.get(prefixes.layers, layers_share_keys(layer_patterns(text)))
+    scores = scores_of(config)
+    return ModelStructure(
+        dims=_dims(text, fields, kinds) | ({"L": scores.labels} if scores else {}),
+        fields={prefixes.megatron: fields},
+        indices=indices,
+        stacked=frozenset({prefixes.layers} if stacked else ()),
+        features=_features(config, with_mtp=with_mtp),
+        layer_kinds=kinds,
+        experts=fields.num_moe_experts,
+        sparse_norm_as_fused=keys.sparse_norm_as_fused,
+    )
+
+
+def _features(config: HFConfig, *, with_mtp: bool) -> frozenset[str]:
+    """The optional parts that a model of this config has."""
     features = set()
-    if text.require("attention_bias", bool):
+    if language_of(config).require("attention_bias", bool):
         features.add(ATTENTION_BIAS)
-    if not config.require("tie_word_embeddings", bool):
+    scores = scores_of(config)
+    if scores is not None and scores.bias:
+        features.add(SCORE_BIAS)
+    if scores is None and not is_tied(config):
         features.add(UNTIED_OUTPUT)
     if with_mtp:
         features.add(WITH_MTP)
         if ATTENTION_BIAS in features:
             features.add(MTP_ATTENTION_BIAS)
-    layers = decoder_layers(text)
-    kinds = {**attention_kinds(text, layers), **mlp_kinds(text, layers)}
-    stacked = {DECODER_LAYERS: layers_share_keys(layer_patterns(text)), VISION_LAYERS: True}
-    stacked |= keys.stacked
-    experts = tuple(range(fields.num_moe_experts))
-    indices = {
-        DECODER_LAYERS: layers,
-        VISION_LAYERS: tuple(range(vision.count("depth", MAX_PARTS // vision_heads))),
-        DEEPSTACK_MERGERS: tuple(range(len(deepstack_layers(vision)))),
-    }
-    for layer in (DECODER_LAYER, MTP_MODEL_LAYER):
-        indices |= {f"{layer.megatron}mlp.experts.linear_fc{n}.weight": experts for n in (1, 2)}
-    return ModelStructure(
-        dims=_language_dims(text, fields, kinds) | _vision_dims(vision),
-        fields={LANGUAGE: fields, VISION: vision_fields},
-        indices=indices,
-        stacked=frozenset(path for path, shared in stacked.items() if shared),
-        features=frozenset(features),
-        layer_kinds=kinds,
-        experts=fields.num_moe_experts,
-        sparse_norm_as_fused=keys.sparse_norm_as_fused,
-    )
+    return frozenset(features)
+
+
+def is_tied(config: HFConfig) -> bool:
+    """Whether the output layer is the embedding."""
+    return config.require("tie_word_embeddings", bool)
 
 
 def has_experts(text: HFConfig) -> bool:
@@ -133,21 +145,6 @@ def decoder_layers(text: HFConfig) -> tuple[int, ...]:
     return tuple(range(text.count("num_hidden_layers", MAX_PARTS // max(parts))))
 
 
-def deepstack_layers(vision: HFConfig) -> list[int]:
-    """The vision layers that hand features to the text model; one merger each."""
-    key = "deepstack_visual_indexes"
-    if not is_read(vision, "vision_config", key):
-        return []
-    layers = vision.list_of(key, int)
-    depth = vision.count("depth")
-    if len(set(layers)) < len(layers) or not all(0 <= layer < depth for layer in layers):
-        raise ConfigError(
-            f"{vision.origin}: vision_config.deepstack_visual_indexes should name some of "
-            f"{depth} layers, found {quoted(layers)}"
-        )
-    return layers
-
-
 def attention_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Which layers have full attention and which Gated DeltaNet, from `layer_types`."""
     if not has_delta_net(text):
@@ -156,7 +153,7 @@ def attention_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[
     unknown = set(types) - {FULL_ATTENTION, LINEAR_ATTENTION}
     if len(types) != len(layers) or unknown:
         raise ConfigError(
-            f"{text.origin}: text_config.layer_types should name {len(layers)} layers, each "
+            f"{text.origin}: {text.dotted('layer_types')} should name {len(layers)} layers, each "
             f"{FULL_ATTENTION} or {LINEAR_ATTENTION}; found {len(types)}, "
             f"{quoted(sorted(set(types)))}"
         )
@@ -174,13 +171,13 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
     """
     if not has_experts(text):
         return {DENSE_MLP: layers, SPARSE_MLP: ()}
-    if not is_read(text, "text_config", "mlp_only_layers"):
+    if not is_read(text, "mlp_only_layers"):
         return {SPARSE_MLP: layers, DENSE_MLP: ()}
     step = text.require("decoder_sparse_step", int)
     dense = set(text.list_of("mlp_only_layers", int))
     if step < 1:
         raise ConfigError(
-            f"{text.origin}: text_config.decoder_sparse_step must be 1 or more, found "
+            f"{text.origin}: {text.dotted('decoder_sparse_step')} must be 1 or more, found "
             f"{quoted(step)}"
         )
     sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
@@ -218,14 +215,13 @@ def _experts(text: HFConfig) -> int:
     return text.count("num_experts", MAX_PARTS)
 
 
-def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields:
-    text = config.text
+def _fields(text: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields:
     vocab_size = text.count("vocab_size")
     if padded_vocab_size is None:
         padded_vocab_size = padded_vocabulary(vocab_size)
     if padded_vocab_size < vocab_size:
         raise ConfigError(
-            f"{config.origin}: {vocab_size} tokens do not fit into an embedding of "
+            f"{text.origin}: {vocab_size} tokens do not fit into an embedding of "
             f"{padded_vocab_size} rows"
         )
     delta = (
@@ -237,7 +233,7 @@ def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLan
     return QwenLanguageFields(
         num_attention_heads=text.count("num_attention_heads"),
         num_query_groups=text.count("num_key_value_heads"),
-        kv_channels=text.count("head_dim"),
+        kv_channels=head_dim(text),
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
         num_moe_experts=_experts(text) if has_experts(text) else 0,
@@ -245,7 +241,7 @@ def _language_fields(config: HFConfig, padded_vocab_size: int | None) -> QwenLan
     )
 
 
-def _language_dims(
+def _dims(
     text: HFConfig, fields: QwenLanguageFields, kinds: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
     hidden = text.count("hidden_size")
@@ -277,18 +273,3 @@ def _language_dims(
             "w": text.count("linear_conv_kernel_dim"),
         }
     return dims
-
-
-def _vision_dims(vision: HFConfig) -> dict[str, int]:
-    hidden = vision.count("hidden_size")
-    return {
-        "h": hidden,
-        "3h": 3 * hidden,
-        "i": vision.count("intermediate_size"),
-        "D": hidden * vision.count("spatial_merge_size") ** 2,
-        "O": vision.count("out_hidden_size"),
-        "P": vision.count("num_position_embeddings"),
-        "c": vision.count("in_channels"),
-        "t": vision.count("temporal_patch_size"),
-        "p": vision.count("patch_size"),
-    }

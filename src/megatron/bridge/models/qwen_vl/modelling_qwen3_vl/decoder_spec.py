@@ -33,14 +33,14 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.following_token import (
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.router_loss import CountedRouter
 
 if TYPE_CHECKING:
-    from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
+    from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
 
 
 type DecoderSpec = ModuleSpec | TransformerBlockSubmodules
 
 
 def decoder_spec(
-    config: "Qwen3VLModelProvider", vp_stage: int | None = None, pp_rank: int | None = None
+    config: "QwenModelProvider", vp_stage: int | None = None, pp_rank: int | None = None
 ) -> TransformerBlockSubmodules:
     """The decoder layers of a pipeline stage and the final norm.
 
@@ -57,7 +57,7 @@ def decoder_spec(
     of_kind = {
         kind: _layer(
             config,
-            DeepstackTransformerLayer,
+            DeepstackTransformerLayer if config.takes_deepstack else TransformerLayer,
             linear_attention=bool(kind[0]),
             mixture_of_experts=bool(kind[1]),
             router=CountedRouter if config.has_router_loss else TopKRouter,
@@ -69,7 +69,7 @@ def decoder_spec(
 
 
 def stage_spec(
-    config: "Qwen3VLModelProvider", vp_stage: int | None, pp_rank: int
+    config: "QwenModelProvider", vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
     """The decoder layers of a pipeline stage by the provider's `transformer_layer_spec`.
 
@@ -89,13 +89,13 @@ def stage_spec(
             f"transformer_layer_spec gives {len(given.layer_specs)} layers, expected the {count} "
             f"of this pipeline stage"
         )
-    if not config.vision.deepstack_visual_indexes:
+    if not config.takes_deepstack:
         return given
     return replace(given, layer_specs=[_with_deepstack(layer) for layer in given.layer_specs])
 
 
 def _called(
-    given: Callable[..., DecoderSpec], config: "Qwen3VLModelProvider", vp_stage: int | None
+    given: Callable[..., DecoderSpec], config: "QwenModelProvider", vp_stage: int | None
 ) -> DecoderSpec:
     """What the callable gives, which takes the config, and `vp_stage` if it has a place for it."""
     expected = (
@@ -128,7 +128,7 @@ def _with_deepstack(layer: ModuleSpec) -> ModuleSpec:
 
 
 def _block(
-    config: "Qwen3VLModelProvider", layer_specs: list[ModuleSpec]
+    config: "QwenModelProvider", layer_specs: list[ModuleSpec]
 ) -> TransformerBlockSubmodules:
     """These layers, and the final norm of the backend."""
     return TransformerBlockSubmodules(
@@ -140,7 +140,7 @@ def _block(
 
 
 def predictor_spec(
-    config: "Qwen3VLModelProvider",
+    config: "QwenModelProvider",
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The block of multi-token prediction, None without `mtp_num_layers`.
 
@@ -159,7 +159,7 @@ def predictor_spec(
 
 
 def _layer(
-    config: "Qwen3VLModelProvider",
+    config: "QwenModelProvider",
     layer_class: type[TransformerLayer],
     *,
     linear_attention: bool,
@@ -179,7 +179,7 @@ def _layer(
     )
 
 
-def _local_layers(config: "Qwen3VLModelProvider", vp_stage: int | None, pp_rank: int) -> list[int]:
+def _local_layers(config: "QwenModelProvider", vp_stage: int | None, pp_rank: int) -> list[int]:
     """Numbers, from 0, of the layers on a pipeline stage."""
     if (layout := config.pipeline_model_parallel_layout) is not None:
         return layout.get_layer_id_list(

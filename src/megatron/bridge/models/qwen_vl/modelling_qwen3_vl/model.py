@@ -21,6 +21,7 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
     get_rope_index,
     token_types,
 )
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import check_text, masks
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
@@ -157,7 +158,13 @@ class Qwen3VLModel(MegatronModule):
         """
         visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         visual.check(self.config.vision.patch_values, self.config.vision.spatial_merge_size)
-        self._check_text(input_ids, position_ids, attention_mask, packed_seq_params)
+        check_text(self.config, input_ids, attention_mask, packed_seq_params)
+        batch, length = input_ids.shape
+        if position_ids is not None and position_ids.shape != (3, batch, length):
+            raise InputError(
+                f"position_ids has shape {list(position_ids.shape)}, expected "
+                f"{[3, batch, length]}: temporal, height and width of every token"
+            )
         self._check_prediction(input_ids, labels)
         with megatron_on_cpu():
             if position_ids is None:
@@ -167,12 +174,10 @@ class Qwen3VLModel(MegatronModule):
             decoder_input, context = None, None
             if self.pre_process:
                 decoder_input, context = self._embed(input_ids, visual)
-            padding = _padding(attention_mask)
             output = self.language_model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                attention_mask=None if padding is None else padding[:, None, None, :],
-                padding_mask=self._padding_of_experts(padding),
+                **masks(self.config, self.pg_collection.tp, attention_mask),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -183,38 +188,6 @@ class Qwen3VLModel(MegatronModule):
         if trim_vocab_padding and self.post_process and labels is None:
             return output[..., : self.config.vocab_size]
         return output
-
-    def _check_text(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-    ) -> None:
-        batch, length = input_ids.shape
-        if position_ids is not None and position_ids.shape != (3, batch, length):
-            raise InputError(
-                f"position_ids has shape {list(position_ids.shape)}, expected "
-                f"{[3, batch, length]}: temporal, height and width of every token"
-            )
-        if attention_mask is not None and attention_mask.shape != (batch, length):
-            raise InputError(
-                f"attention_mask has shape {list(attention_mask.shape)}, expected "
-                f"{[batch, length]} with 1 for real tokens"
-            )
-        if packed_seq_params is not None and (batch != 1 or attention_mask is not None):
-            raise InputError(
-                f"packed_seq_params was given with input_ids of shape {[batch, length]} and "
-                f"attention_mask {'None' if attention_mask is None else 'set'}: a packed batch is "
-                f"[1, tokens], without a mask"
-            )
-        ranks = self.config.tensor_model_parallel_size
-        if self.config.sequence_parallel and length % ranks:
-            raise InputError(
-                f"the sequence length {length} is not a multiple of "
-                f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
-                f"batch on the right."
-            )
 
     def _check_prediction(self, input_ids: Tensor, labels: Tensor | None) -> None:
         """Multi-token prediction needs the features of pictures where the predictors are."""
@@ -275,19 +248,3 @@ class Qwen3VLModel(MegatronModule):
             if context is not None:
                 context = tensor_parallel.scatter_to_sequence_parallel_region(context, group)
         return embeddings, context
-
-    def _padding_of_experts(self, padding: Tensor | None) -> Tensor | None:
-        """[b, s] of what the balance of the experts shall not count, this rank's part of s."""
-        if padding is None or self.config.num_moe_experts is None:
-            return None
-        if not self.config.sequence_parallel:
-            return padding
-        group = self.pg_collection.tp
-        return padding.chunk(group.size(), dim=1)[group.rank()]
-
-
-def _padding(attention_mask: Tensor | None) -> Tensor | None:
-    """[b, s] with nonzero for real tokens -> [b, s] with True for padding; None if none."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return ~attention_mask.bool()

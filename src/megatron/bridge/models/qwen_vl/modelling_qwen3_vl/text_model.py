@@ -7,6 +7,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron.bridge.errors import InputError
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     predictor_spec,
     stage_spec,
@@ -15,15 +16,15 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.following_token import Fo
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import (
     InterleavedMultimodalRotaryEmbedding,
 )
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import TEXT, token_types
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.router_loss import (
     CountedRouter,
     RouterCounts,
     RouterLoss,
 )
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.score_head import ScoreHead
 
 if TYPE_CHECKING:
-    from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
+    from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
 
 IGNORED_LABEL = -100
 
@@ -50,7 +51,7 @@ class Qwen3VLTextModel(GPTModel):
 
     def __init__(
         self,
-        config: "Qwen3VLModelProvider",
+        config: "QwenModelProvider",
         *,
         pre_process: bool,
         post_process: bool,
@@ -77,6 +78,8 @@ class Qwen3VLTextModel(GPTModel):
         )
         self.unpadded_vocab_size = config.vocab_size
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(config.rotary_frequencies)
+        if config.scores is not None and post_process:
+            self.output_layer = ScoreHead(config, pg_collection)
         self.router_loss = RouterLoss()
         for module in self.decoder.modules():
             if isinstance(module, CountedRouter):
@@ -94,6 +97,11 @@ class Qwen3VLTextModel(GPTModel):
         That loss is meant for a mean over the tokens: the gradients of the mean of what is
         returned are those of that mean plus `router_aux_loss_coef` times the routers' loss.
         """
+        if labels is not None and self.config.scores is not None:
+            raise InputError(
+                "labels were given to a classifier: compute the loss of its scores, which are "
+                "what it returns without labels"
+            )
         given |= {"labels": labels, "loss_mask": loss_mask}
         if not self.config.has_router_loss:
             return super().forward(*args, **given)
@@ -131,6 +139,11 @@ class Qwen3VLTextModel(GPTModel):
         megatron-core gives its predictors the embeddings of the tokens alone. Without labels
         outside of training there is nothing to predict for, and the predictors are not run.
         """
+        if self.config.scores is not None:
+            if not self.post_process:
+                return hidden_states
+            scores: Tensor = self.output_layer(hidden_states, input_ids)
+            return scores
         if self.config.mtp_num_layers and labels is None and not self.training:
             if not self.post_process:
                 return hidden_states
@@ -180,9 +193,9 @@ class Qwen3VLTextModel(GPTModel):
         if labels is not None:
             counts = labels != IGNORED_LABEL
         else:
-            config = self.config
-            types = token_types(input_ids, config.image_token_id, config.video_token_id)
-            counts = types == TEXT
+            counts = torch.ones_like(input_ids, dtype=torch.bool)
+            for placeholder in self.config.placeholders:
+                counts &= input_ids != placeholder
             if attention_mask is not None:
                 counts = counts & ~attention_mask[:, 0, 0, :]
         return counts.float() if loss_mask is None else loss_mask * counts

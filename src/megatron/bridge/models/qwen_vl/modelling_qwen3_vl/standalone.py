@@ -1,0 +1,127 @@
+"""A language model of text as a model of its own, with the names of a GPTModel."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron.bridge.errors import InputError
+from megatron.bridge.models.model_copy import deep_copy
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import check_text, masks
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
+from megatron.bridge.runtime.cpu import megatron_on_cpu
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
+
+
+class QwenModel(Qwen3VLTextModel):
+    """One pipeline stage of a Qwen model of text.
+
+    Args:
+        config: a finalized provider.
+        pre_process: this is the first stage.
+        post_process: this is the last stage.
+        vp_stage: virtual pipeline stage, None without interleaving.
+        pg_collection: process groups; None for megatron-core's current ones.
+    """
+
+    def __init__(
+        self,
+        config: "QwenModelProvider",
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+            vp_stage=vp_stage,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QwenModel":
+        """A model of its own on the same process groups; see `deep_copy`."""
+        return deep_copy(self, memo)
+
+    def forward(  # type: ignore[override]  # called like Qwen3VLModel
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        *,
+        trim_vocab_padding: bool = False,
+    ) -> Tensor:
+        """Run this pipeline stage.
+
+        Args:
+            input_ids: int64 [b, s]; packed sequences are [1, t].
+            position_ids: int64 [b, s]; None counts from 0 in each sequence, padding included,
+                as transformers does.
+            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side;
+                None if all are real.
+            labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
+            loss_mask: [b, s], for multi-token prediction, as in Qwen3VLModel.
+            packed_seq_params: "thd" packing, sequences do not see each other.
+            trim_vocab_padding: return logits of the real vocabulary only.
+
+        Returns:
+            Last stage: logits [b, s, padded vocabulary], of this rank's vocabulary if the
+            provider's `parallel_output` is set; with labels the loss per token, fp32 [b, s]; of a
+            classifier the scores, [b, labels] or [b, s, labels]. Other stages: hidden states
+            [s, b, h].
+
+        Raises:
+            InputError: inputs that contradict each other, with both numbers.
+        """
+        check_text(self.config, input_ids, attention_mask, packed_seq_params)
+        if position_ids is not None and position_ids.shape != input_ids.shape:
+            raise InputError(
+                f"position_ids has shape {list(position_ids.shape)}, expected "
+                f"{list(input_ids.shape)} like input_ids"
+            )
+        with megatron_on_cpu():
+            if position_ids is None:
+                position_ids = _positions(input_ids, packed_seq_params)
+            output: Tensor = super().forward(
+                input_ids=input_ids,
+                position_ids=position_ids.expand(3, *input_ids.shape),
+                **masks(self.config, self.pg_collection.tp, attention_mask),
+                decoder_input=self._embed(input_ids) if self.pre_process else None,
+                labels=labels,
+                loss_mask=loss_mask,
+                packed_seq_params=packed_seq_params,
+                runtime_gather_output=labels is None and not self.config.parallel_output,
+            )
+        if trim_vocab_padding and self.post_process and labels is None:
+            return output[..., : self.config.vocab_size]
+        return output
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [s, b, h]; with sequence parallelism this rank's part of the sequence."""
+        embeddings: Tensor = self.embedding(input_ids=input_ids, position_ids=None)
+        if not self.config.sequence_parallel:
+            return embeddings
+        group = self.pg_collection.tp
+        return tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group)
+
+
+def _positions(input_ids: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
+    """[b, s] or [1, s], each sequence from 0."""
+    device = input_ids.device
+    if packed_seq_params is None:
+        return torch.arange(input_ids.shape[1], device=device)[None]
+    boundaries = packed_seq_params.cu_seqlens_q_padded
+    if boundaries is None:
+        boundaries = packed_seq_params.cu_seqlens_q
+    lengths = boundaries.diff().tolist()
+    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]

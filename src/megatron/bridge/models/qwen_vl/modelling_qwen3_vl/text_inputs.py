@@ -1,0 +1,70 @@
+"""What a language model is called with, the same beside a vision tower and alone."""
+
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron.bridge.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
+
+
+def check_text(
+    config: "QwenModelProvider",
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    packed_seq_params: PackedSeqParams | None,
+) -> None:
+    """Raise InputError for inputs that contradict each other.
+
+    Args:
+        config: the provider.
+        input_ids: [b, s].
+        attention_mask: as it was given.
+        packed_seq_params: likewise.
+    """
+    batch, length = input_ids.shape
+    if attention_mask is not None and attention_mask.shape != (batch, length):
+        raise InputError(
+            f"attention_mask has shape {list(attention_mask.shape)}, expected "
+            f"{[batch, length]} with 1 for real tokens"
+        )
+    if packed_seq_params is not None and (batch != 1 or attention_mask is not None):
+        raise InputError(
+            f"packed_seq_params was given with input_ids of shape {[batch, length]} and "
+            f"attention_mask {'None' if attention_mask is None else 'set'}: a packed batch is "
+            f"[1, tokens], without a mask"
+        )
+    ranks = config.tensor_model_parallel_size
+    if config.sequence_parallel and length % ranks:
+        raise InputError(
+            f"the sequence length {length} is not a multiple of "
+            f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
+            f"batch on the right."
+        )
+
+
+def masks(
+    config: "QwenModelProvider", group: dist.ProcessGroup, attention_mask: Tensor | None
+) -> dict[str, Tensor | None]:
+    """The masks of GPTModel: of attention, and of what the balance of the experts does not count.
+
+    Args:
+        config: the provider.
+        group: of the tensor-parallel ranks.
+        attention_mask: [b, s], nonzero for real tokens; None if all are real.
+
+    Returns:
+        attention_mask: bool [b, 1, 1, s], True for padding; None if there is none.
+        padding_mask: bool [b, s], this rank's part of s; None also for a model without experts.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return {"attention_mask": None, "padding_mask": None}
+    padding = ~attention_mask.bool()
+    of_experts = None if config.num_moe_experts is None else padding
+    if of_experts is not None and config.sequence_parallel:
+        of_experts = padding.chunk(group.size(), dim=1)[group.rank()]
+    return {"attention_mask": padding[:, None, None, :], "padding_mask": of_experts}

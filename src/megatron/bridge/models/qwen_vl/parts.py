@@ -1,0 +1,102 @@
+"""The parts of a Qwen model: how their names begin on the two sides, and which are optional.
+
+A language model is the same whether it is a part of a vision-language model or a model of its own;
+only what stands before its names differs.
+"""
+
+from dataclasses import dataclass, replace
+
+VISION = "vision_model."
+VISION_LAYERS = f"{VISION}decoder.layers."
+DEEPSTACK_MERGERS = f"{VISION}decoder.deepstack_merger_list."
+
+HF_VISION = "model.visual."
+HF_HEAD = "lm_head."
+HF_SCORE = "score."
+HF_MTP = "mtp."
+HF_MTP_LAYER = f"{HF_MTP}layers.0."
+
+# Optional parts.
+ATTENTION_BIAS = "attention_bias"
+UNTIED_OUTPUT = "untied_output"
+SCORE_BIAS = "score_bias"
+WITH_MTP = "mtp"
+MTP_ATTENTION_BIAS = "mtp_attention_bias"
+
+# Parts that a Megatron model may be built without; the MTP layer is one, too.
+VISION_PART = "vision"
+
+# Kinds of layers.
+FULL_ATTENTION = "full_attention"
+LINEAR_ATTENTION = "linear_attention"
+DENSE_MLP = "dense_mlp"
+SPARSE_MLP = "sparse_mlp"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where the rows of one layer apply: its names on both sides, a kind of layer, its features.
+
+    only: without which there is no such layer. bias: without which its attention has no biases.
+    """
+
+    megatron: str
+    hf: str
+    kind: str | None = None
+    only: str | None = None
+    bias: str = ATTENTION_BIAS
+
+    def of_kind(self, kind: str) -> "Layer":
+        """The same layers, but only those of one kind."""
+        return replace(self, kind=kind)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """What the names of a language model begin with.
+
+    Attributes:
+        megatron: of its parameters in the Megatron model.
+        hf: of its tensors in Hugging Face files; output layer and MTP layer stand beside them.
+    """
+
+    megatron: str
+    hf: str
+
+    @property
+    def layers(self) -> str:
+        """Before the number of a decoder layer, in Megatron."""
+        return f"{self.megatron}decoder.layers."
+
+    @property
+    def hf_layers(self) -> str:
+        """Before the number of a decoder layer, in files."""
+        return f"{self.hf}layers."
+
+    @property
+    def hf_embedding(self) -> str:
+        """The word embedding in files."""
+        return f"{self.hf}embed_tokens."
+
+    @property
+    def mtp(self) -> str:
+        """The MTP layer in Megatron, and what joins it to the decoder."""
+        return f"{self.megatron}mtp.layers.0."
+
+    @property
+    def layer(self) -> Layer:
+        """Each decoder layer."""
+        return Layer(f"{self.layers}*.", f"{self.hf_layers}*.")
+
+    @property
+    def mtp_layer(self) -> Layer:
+        """The decoder layer inside of the MTP layer."""
+        return Layer(
+            f"{self.mtp}mtp_model_layer.", HF_MTP_LAYER, only=WITH_MTP, bias=MTP_ATTENTION_BIAS
+        )
+
+
+BESIDE_VISION = Prefixes("language_model.", "model.language_model.")
+"""The language model of a vision-language model."""
+ALONE = Prefixes("", "model.")
+"""A model of text alone: Megatron's names are those of a GPTModel."""

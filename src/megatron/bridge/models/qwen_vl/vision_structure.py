@@ -1,0 +1,72 @@
+"""From a config.json to the part of a ModelStructure that the rows of the vision tower need."""
+
+from dataclasses import replace
+
+from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
+from megatron.bridge.models.conversion.structure import AttentionFields, ModelStructure
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.config_keys import is_read
+from megatron.bridge.models.qwen_vl.parts import DEEPSTACK_MERGERS, VISION, VISION_LAYERS
+from megatron.bridge.models.qwen_vl.structure import MAX_PARTS
+from megatron.bridge.quoting import quoted
+
+
+def with_vision(
+    language: ModelStructure, config: HFConfig, keys: KeyForms = BY_CONFIG
+) -> ModelStructure:
+    """The structure of a language model and the vision tower beside it.
+
+    Args:
+        language: that of the language model.
+        config: of the whole model.
+        keys: how the checkpoint keys are formed.
+
+    Raises:
+        ConfigError: the config lacks or contradicts a value.
+    """
+    vision = config.vision
+    heads = vision.count("num_heads", MAX_PARTS)
+    fields = AttentionFields(heads, heads, vision.count("hidden_size") // heads)
+    indices = {
+        VISION_LAYERS: tuple(range(vision.count("depth", MAX_PARTS // heads))),
+        DEEPSTACK_MERGERS: tuple(range(len(deepstack_layers(vision)))),
+    }
+    stacked = {VISION_LAYERS} if keys.stacked.get(VISION_LAYERS, True) else set()
+    return replace(
+        language,
+        dims={**language.dims, **_dims(vision)},
+        fields={**language.fields, VISION: fields},
+        indices={**language.indices, **indices},
+        stacked=language.stacked | stacked,
+    )
+
+
+def deepstack_layers(vision: HFConfig) -> list[int]:
+    """The vision layers that hand features to the text model; one merger each."""
+    key = "deepstack_visual_indexes"
+    if not is_read(vision, key):
+        return []
+    layers = vision.list_of(key, int)
+    depth = vision.count("depth")
+    if len(set(layers)) < len(layers) or not all(0 <= layer < depth for layer in layers):
+        raise ConfigError(
+            f"{vision.origin}: vision_config.deepstack_visual_indexes should name some of "
+            f"{depth} layers, found {quoted(layers)}"
+        )
+    return layers
+
+
+def _dims(vision: HFConfig) -> dict[str, int]:
+    hidden = vision.count("hidden_size")
+    return {
+        "h": hidden,
+        "3h": 3 * hidden,
+        "i": vision.count("intermediate_size"),
+        "D": hidden * vision.count("spatial_merge_size") ** 2,
+        "O": vision.count("out_hidden_size"),
+        "P": vision.count("num_position_embeddings"),
+        "c": vision.count("in_channels"),
+        "t": vision.count("temporal_patch_size"),
+        "p": vision.count("patch_size"),
+    }
