@@ -173,12 +173,16 @@ def show(runs: dict[str, list[Step]]) -> None:
 
 
 def demos(options: argparse.Namespace, out: Path) -> list[Demo]:
-    """One for the model or the family that is given, otherwise one for each family."""
-    from megatron.bridge.synthetic import FAMILIES
+    """One for the model or the family that is given, otherwise one for each that takes pictures."""
+    from megatron.bridge.models.catalog import small_models
 
     if options.model or options.family:
         return [Demo(options.model, options.family, out)]
-    return [Demo(None, family, out / family) for family in FAMILIES]
+    return [
+        Demo(None, name, out / name)
+        for name, model in small_models().items()
+        if model.auto_model == "AutoModelForImageTextToText"
+    ]
 
 
 def main() -> int:

@@ -439,6 +439,27 @@ def test_headers_on_the_hub(info: object, said: str, monkeypatch: pytest.MonkeyP
         hub_headers("someone/model", "main")
 
 
+@pytest.mark.parametrize(
+    "other", [tensor("F32", [2, 3]), tensor("F16", [2, 3]), tensor("F32", [6])]
+)
+def test_a_tensor_in_two_files_on_the_hub(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as headers tell it is one: whether the data differ is found when they are read."""
+    files = {
+        file: SimpleNamespace(tensors={"w": info})
+        for file, info in (("a.safetensors", tensor("F32", [2, 3])), ("b.safetensors", other))
+    }
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.get_safetensors_metadata",
+        lambda *_, **__: SimpleNamespace(files_metadata=files),
+    )
+    if (other.dtype, other.shape) == ("F32", [2, 3]):
+        assert [found.shape for found in hub_headers("someone/model", "main").values()] == [(2, 3)]
+        return
+    with pytest.raises(CheckpointError, match=r"in two shards, a\.s.* and b\.s.* differ in it"):
+        hub_headers("someone/model", "main")
+
+
 def test_links_are_followed(
     small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -196,7 +196,6 @@ def test_weights_that_are_not_loaded(process_groups: None, processor: Any) -> No
     ("family", "text", "vision", "message"),
     [
         ("qwen3_vl", {"rope_type": "dynamic", "factor": 2.0}, {}, "rope_type is 'dynamic': .*long"),
-        ("qwen3_5", {"rope_type": "axial"}, {}, "rope_type is 'axial': implemented are 'default'"),
         (
             "qwen3_vl",
             {"rope_type": "yarn", "original_max_position_embeddings": 2048},

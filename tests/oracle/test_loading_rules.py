@@ -308,23 +308,25 @@ def test_a_shard_that_the_index_does_not_name(
     assert f"in a file that does not count as the model's: {files[1]}" in message
 
 
+@pytest.mark.parametrize("kind", ["mrope", "axial"])
 def test_a_rotation_that_transformers_does_not_know(
-    models: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, models: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`type` alone counts; with a rope_type that it knows beside it, nobody reads it."""
 
     def older(folder: Folder, **more: str) -> None:
         folder.text["rope_theta"] = 5e6
-        folder.text["rope_scaling"] = {"type": "mrope", "mrope_section": [6, 5, 5], **more}
+        folder.text["rope_scaling"] = {"type": kind, "mrope_section": [6, 5, 5], **more}
 
     model = models("qwen3-vl")
-    comes_back(changed(model, tmp_path / "model", lambda f: older(f, rope_type="default")), capsys)
+    known = changed(model, tmp_path / "model", lambda folder: older(folder, rope_type="default"))
+    comes_back(known, capsys)
     (tmp_path / "alone").mkdir()
     alone = changed(model, tmp_path / "alone" / "model", older)
-    assert "KeyError: 'mrope'" in missing_for_transformers(alone)
+    assert f"KeyError: '{kind}'" in missing_for_transformers(alone)
     statuses, said = verdicts(alone, capsys)
     assert statuses == {2}
-    assert "transformers knows no rope_type 'mrope'" in said.pop()
+    assert f"transformers knows no rope_type '{kind}'" in said.pop()
 
 
 def test_integers_in_a_layer_are_one_short_message(
@@ -340,3 +342,12 @@ def test_integers_in_a_layer_are_one_short_message(
     (message,) = said
     assert "tensors are I64, such as" in message
     assert len(message) < 400
+
+
+def test_a_tensor_in_fp8_that_no_row_needs(
+    models: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(folder: Folder) -> None:
+        folder.tensors["extra.weight"] = torch.ones(4, 6).to(torch.float8_e4m3fn)
+
+    comes_back(changed(models("qwen3-vl"), tmp_path / "model", add), capsys)

@@ -18,7 +18,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.checkpoint.live_model import local_tensors
 from megatron.bridge.errors import PlanError
 from megatron.bridge.inspection.parallel_layout import (
-    MakeProvider,
+    PlannedModel,
     configured,
     lay_out,
     on_rank,
@@ -28,6 +28,7 @@ from megatron.bridge.inspection.parallel_legality import REFUSED, why_illegal
 from megatron.bridge.inspection.parallel_request import ParallelRequest
 from megatron.bridge.inspection.rank_grid import rank_positions
 from megatron.bridge.inspection.rank_share import adam_bytes, share_of
+from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.boxes import volume
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from providers import small_provider
@@ -41,8 +42,17 @@ _MOE = {
 }
 
 
-def maker(family: str, **fields: Any) -> MakeProvider:
-    return partial(small_provider, family, **_BF16, **fields)
+_ARCHITECTURES = {
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+}
+
+
+def planned(family: str, **fields: Any) -> PlannedModel:
+    make = partial(small_provider, family, **_BF16, **fields)
+    return PlannedModel(bridge_for(_ARCHITECTURES[family]), make)
 
 
 CASES_OF_RANKS = [
@@ -62,8 +72,8 @@ def test_every_rank_holds_what_is_said_of_its_stage(
     family: str, fields: dict[str, Any], request_: ParallelRequest
 ) -> None:
     """Weights and names as built; gradients as megatron-core's own DDP allocates them."""
-    make = maker(family, **fields)
-    layout = lay_out(make, request_)
+    model = planned(family, **fields)
+    layout = lay_out(model, request_)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     holders: Counter[object] = Counter()
     held: dict[int, list[object]] = {}
@@ -71,10 +81,10 @@ def test_every_rank_holds_what_is_said_of_its_stage(
     for position in layout.positions:
         share = layout.stages[position.pp]
         with without_advice(), on_rank(position.rank, request_):
-            provider = configured(make, request_)
+            provider = configured(model, request_)
             stages = [None] if request_.vpp is None else range(request_.vpp)
             chunks = [provider.provide(vp_stage=stage) for stage in stages]
-            assert share_of(chunks) == share
+            assert share_of(chunks, model.bridge) == share
             locals_ = local_tensors(chunks)
             wrapped = [DistributedDataParallel(provider, ddp, chunk) for chunk in chunks]
         buffers = [buffer for one in wrapped for buffer in one.buffers]
@@ -106,11 +116,12 @@ def test_the_ranks_hold_the_planned_model() -> None:
     bridge = AutoBridge.from_hf_config(config)
     request_ = ParallelRequest(tp=2, ep=2, etp=1)
     make = partial(bridge.to_megatron_provider, load_weights=False)
-    layout = lay_out(make, request_)
+    model = PlannedModel(bridge.model_bridge, make)
+    layout = lay_out(model, request_)
     found: dict[tuple[str, object], int] = {}
     for position in layout.positions:
         with without_advice(), on_rank(position.rank, request_):
-            provider = configured(make, request_)
+            provider = configured(model, request_)
             for local in local_tensors([provider.provide()]):
                 found[local.key, local.box] = volume(local.box)
     plan = bridge.plan(PlanOptions(provider.padded_vocab_size))
@@ -155,7 +166,8 @@ def test_context_parallel_ranks_share_the_optimizer_too() -> None:
     bytes_of = []
     for request_ in (ParallelRequest(), ParallelRequest(cp=2, world_size=6)):
         with on_rank(0, request_):
-            bytes_of.append(share_of([torch.nn.Sequential(torch.nn.Linear(384, 24, bias=False))]))
+            module = torch.nn.Sequential(torch.nn.Linear(384, 24, bias=False))
+            bytes_of.append(share_of([module], bridge_for(_ARCHITECTURES["qwen3_vl"])))
     one, six = bytes_of
     assert one.parameters == six.parameters == 384 * 24
     assert one.optimizer_bytes == 6 * six.optimizer_bytes == 384 * 24 * 8
@@ -165,10 +177,10 @@ def test_context_parallel_ranks_share_the_optimizer_too() -> None:
 # --- what is illegal ---
 
 
-def problems(make: MakeProvider, request_: ParallelRequest, **more: Any) -> tuple[str, ...]:
+def problems(model: PlannedModel, request_: ParallelRequest, **more: Any) -> tuple[str, ...]:
     with pytest.raises(REFUSED) as refused:
-        lay_out(make, request_)
-    error = why_illegal(make, request_, refused.value, **more)  # type: ignore[arg-type]
+        lay_out(model, request_)
+    error = why_illegal(model, request_, refused.value, more)  # type: ignore[arg-type]
     assert isinstance(error, PlanError)
     return error.problems
 
@@ -191,19 +203,19 @@ ILLEGAL = [
 def test_an_illegal_size_and_the_nearest_legal_ones(
     family: str, fields: dict[str, Any], request_: ParallelRequest, why: str, nearest: str | None
 ) -> None:
-    make = maker(family, **fields)
-    [problem] = problems(make, request_)
+    model = planned(family, **fields)
+    [problem] = problems(model, request_)
     option = list(request_.given())[-1]
     assert problem.startswith(f"--{option} {getattr(request_, option)}: ")
     assert why in problem
     assert problem.endswith(f"(the nearest legal: {nearest})" if nearest else "(legal without it)")
     for size in [] if nearest is None else nearest.split(" or "):
-        lay_out(make, request_.with_size(option, int(size)))
+        lay_out(model, request_.with_size(option, int(size)))
 
 
 def test_all_illegal_sizes_are_told_at_once() -> None:
     request_ = ParallelRequest(tp=5, pp=3, ep=7, world_size=50)
-    tp, pp, ep, world = problems(maker("qwen3_vl_moe", **_MOE), request_)
+    tp, pp, ep, world = problems(planned("qwen3_vl_moe", **_MOE), request_)
     assert tp.startswith("--tp 5: ")
     assert pp.startswith("--pp 3: ")
     assert ep.startswith("--ep 7: ")
@@ -215,18 +227,18 @@ def test_all_illegal_sizes_are_told_at_once() -> None:
 
 def test_an_mtp_layer_that_is_in_the_way() -> None:
     fields = {"num_layers": 4, "share_embeddings_and_output_weights": True}
-    tied = maker("qwen3_5", mtp_num_layers=1, **fields)
-    [problem] = problems(tied, ParallelRequest(pp=2), without_mtp=maker("qwen3_5", **fields))
+    tied = planned("qwen3_5", mtp_num_layers=1, **fields)
+    [problem] = problems(tied, ParallelRequest(pp=2), mtp=planned("qwen3_5", **fields))
     assert "cannot share the output layer's weight" in problem
     assert problem.endswith("(the nearest legal: 1); legal without the MTP layer: --no-mtp")
-    [problem] = problems(tied, ParallelRequest(pp=3), without_mtp=maker("qwen3_5", **fields))
+    [problem] = problems(tied, ParallelRequest(pp=3), mtp=planned("qwen3_5", **fields))
     assert "--no-mtp" not in problem
 
 
 @pytest.mark.parametrize("world_size", [3, 5])
 def test_a_world_size_that_does_not_fit(world_size: int) -> None:
     request_ = ParallelRequest(tp=2, world_size=world_size)
-    [problem] = problems(maker("qwen3_vl"), request_)
+    [problem] = problems(planned("qwen3_vl"), request_)
     assert problem == (
         f"--world-size {world_size}: no multiple of what is needed: 2 ranks hold the model "
         f"(tp x pp x cp) (the nearest legal: {world_size - 1} or {world_size + 1})"

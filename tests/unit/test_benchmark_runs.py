@@ -143,7 +143,7 @@ def test_files_are_those_of_the_layout_and_are_used_again(tmp_path: Path) -> Non
     assert files.weights == ["model.safetensors"]
     report = inspect_hf(str(files.folder))
     assert report.problem is None
-    assert report.experts.decoder == "fused-transposed"
+    assert report.description["experts"].value["decoder"] == "fused-transposed"
     weights = files.folder / files.weights[0]
     written = weights.stat().st_mtime_ns
     assert files.file_bytes() == weights.stat().st_size > files.nbytes

@@ -12,7 +12,8 @@ import pytest
 from cli_documentation import DOCUMENTATION
 from megatron.bridge.cli import main
 from megatron.bridge.cli.output import WIDTH
-from megatron.bridge.synthetic import FAMILIES, make_model
+from megatron.bridge.synthetic import make_model
+from vision_families import FAMILIES
 
 KEYS = {"qwen3-vl": 115, "qwen3-vl-moe": 137, "qwen3.5": 144, "qwen3.5-moe": 206}
 BRIDGES = {

@@ -18,7 +18,8 @@ from megatron.bridge.cli.output import WIDTH
 from megatron.bridge.cli.plan_document import plan_document
 from megatron.bridge.inspection.hf_folder import inspect_hf
 from megatron.bridge.inspection.plan_report import plan_model
-from megatron.bridge.synthetic import FAMILIES, make_model
+from megatron.bridge.synthetic import make_model
+from vision_families import FAMILIES
 
 SIZES = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
 

@@ -98,6 +98,19 @@ def test_files_that_come_and_go(folder: Path) -> None:
         Fingerprint.of(folder, NAMES)
 
 
+def test_many_changes_are_a_short_message(tmp_path: Path) -> None:
+    names = [f"file{number}" for number in range(20)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    before = Fingerprint.of(tmp_path, names)
+    for name in names:
+        (tmp_path / name).write_text("other")
+    with pytest.raises(SourceChanged, match=r"and 17 more") as error:
+        check_unchanged(before)
+    assert len(str(error.value).splitlines()) <= 6
+    assert len(error.value.problems) == 20
+
+
 def test_a_pipe_is_refused_instead_of_waited_for(folder: Path) -> None:
     before = Fingerprint.of(folder, NAMES)
     (folder / "config.json").unlink()

@@ -23,8 +23,9 @@ from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, dequant
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
-from megatron.bridge.synthetic import FAMILIES, make_model
+from megatron.bridge.synthetic import make_model
 from megatron.bridge.verification.tensors import verify
+from vision_families import FAMILIES
 
 BLOCK = BlockFP8(128, 128)
 O_PROJ = "model.language_model.layers.3.self_attn.o_proj.weight"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron.bridge.cli import main
 from megatron.bridge.inspection import parallel_layout, parallel_legality
-from megatron.bridge.inspection.parallel_layout import build_rank, lay_out, provider_maker
+from megatron.bridge.inspection.parallel_layout import PlannedModel, build_rank, lay_out
 from megatron.bridge.inspection.parallel_request import ParallelRequest
 from megatron.bridge.inspection.rank_share import RankShare
 from megatron.bridge.models.catalog import bridge_for
@@ -67,11 +68,9 @@ def test_stages_that_are_alike_hold_what_megatron_core_says(
     settings = {"text.num_hidden_layers": 16, "text.mtp_num_hidden_layers": 1}
     hf = PreTrainedVLM.from_pretrained(make_model("qwen3.5-moe", tmp_path / "model", settings))
     bridge = bridge_for(hf.hf_config.architecture)
-    make = provider_maker(
-        bridge.provider,
-        bridge.provider_settings(hf.hf_config, hf.main_dtype, hf.tensors),
-        with_mtp=True,
-    )
+    fields = bridge.provider_settings(hf.hf_config, hf.main_dtype, hf.tensors)
+    make = partial(bridge.provider_of, {**fields, "mtp_num_layers": 1})
+    planned = PlannedModel(bridge, make)
     request = ParallelRequest(pp=8 if vpp else 16, vpp=vpp, ep=2, world_size=32)
     built: list[RankShare] = []
 
@@ -80,8 +79,8 @@ def test_stages_that_are_alike_hold_what_megatron_core_says(
         return built[-1]
 
     monkeypatch.setattr(parallel_layout, "build_rank", counted)
-    layout = lay_out(make, request)
+    layout = lay_out(planned, request)
     # The first, the last, and one of each kind between.
     assert len(built) <= 4
     for stage, share in enumerate(layout.stages):
-        assert share == build_rank(make, request, layout.ranks_of(stage)[0]), stage
+        assert share == build_rank(planned, request, layout.ranks_of(stage)[0]), stage

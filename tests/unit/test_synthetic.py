@@ -14,10 +14,11 @@ from megatron.bridge.errors import InputError, TargetExists, UnsupportedModel
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.rope_config import read_rope
-from megatron.bridge.synthetic import FAMILIES, make_model
+from megatron.bridge.synthetic import make_model
 from megatron.bridge.synthetic.disk_tensors import RandomTensor
 from megatron.bridge.synthetic.settings import parse_assignments, resolve_settings
 from megatron.bridge.synthetic.weights import random_values
+from vision_families import FAMILIES
 
 FAMILY = FAMILIES["qwen3-vl"]
 
@@ -259,3 +260,11 @@ def test_an_existing_target(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     made = make_model("qwen3-vl", tmp_path / "tiny", {"text.num_hidden_layers": 2}, force=True)
     assert (made / "model.safetensors").exists()
+
+
+def test_many_settings_that_make_no_model_are_a_short_message(tmp_path: Path) -> None:
+    wrong = {f"vision.{key}": -1 for key in ("depth", "hidden_size", "num_heads", "patch_size")}
+    with pytest.raises(InputError, match="these settings make no model") as error:
+        make_model("qwen3-vl", tmp_path / "model", {**wrong, "text.head_dim": 0})
+    assert len(str(error.value).splitlines()) <= 6
+    assert len(error.value.problems) == 5

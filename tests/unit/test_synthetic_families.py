@@ -15,10 +15,11 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.qwen_vl.rope_config import read_rope
-from megatron.bridge.synthetic import FAMILIES, make_model
+from megatron.bridge.synthetic import make_model
 from megatron.bridge.synthetic.disk_tensors import RandomTensor, disk_tensors
 from megatron.bridge.synthetic.settings import resolve_settings
 from megatron.bridge.synthetic.weights import random_values
+from vision_families import FAMILIES
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,10 @@ import torch
 
 from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
-from megatron.bridge.synthetic import FAMILIES, make_model
+from megatron.bridge.synthetic import make_model
 from megatron.bridge.verification.tensors import verify
 from torch_dist_folders import write_torch_dist
+from vision_families import FAMILIES
 
 MOE = [family for family in FAMILIES if family.endswith("-moe")]
 READABLE = {

@@ -11,6 +11,14 @@ import pytest
 from megatron.bridge.worker_threads import share_out
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is raised also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_each_item_is_worked_on_once_by_one_thread() -> None:
     seen: list[int] = []
     together = threading.Barrier(3, timeout=30)

@@ -1,4 +1,4 @@
-"""Qwen vision-language models between Hugging Face and Megatron-Core, both ways, exactly."""
+"""Models between Hugging Face and Megatron-Core, both ways, exactly."""
 
 from typing import TYPE_CHECKING, Any
 

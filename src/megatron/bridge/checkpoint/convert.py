@@ -43,7 +43,7 @@ class Converted:
     written: bytes that were written, taken over from an earlier run and read back.
     dropped: tensors of a Megatron checkpoint that are no weights (optimizer state).
     left_out: names of tensors that the config has and an export without a reference cannot take
-        from anywhere (an MTP layer that the model was trained without).
+        from anywhere (a layer that the model was trained without).
     reference, side_files: of an export, what it is laid out like, None for the config that the
         checkpoint keeps; the files beside the weights and their index.
     inexact: tensors that will not come back exactly, with the largest error; only norms that
@@ -139,8 +139,8 @@ def export_checkpoint(
     """Write the Megatron checkpoint `source` as a Hugging Face folder laid out like `reference`.
 
     Names, shapes, dtypes, shards and side files are those of the reference; where it holds no
-    weights, the dtypes are the checkpoint's. What the checkpoint has no place for, such as the MTP
-    layer of a model that was trained without it, comes from the reference.
+    weights, the dtypes are the checkpoint's. What the checkpoint has no place for, such as a
+    layer that the model was trained without, comes from the reference.
 
     reference: None for the config that the checkpoint keeps, which has no tokenizer and no other
     side files. iteration: see `iteration_folder`. experts: another disk layout of routed experts

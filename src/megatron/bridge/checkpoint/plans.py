@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 
 _STATE = re.compile(r"(chained_\d+\.)*(optimizer\.|(rng_state|rerun_state_machine_state)(/|$))")
-_EXPERTS = ".mlp.experts."
 
 
 def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPlan:
@@ -113,7 +112,7 @@ def _check_whole(
     checkpoint: "TorchDistCheckpoint", bridge: MegatronModelBridge, options: PlanOptions
 ) -> None:
     """Raise InputError for a checkpoint without a part that files of the model need."""
-    if lacking := sorted(options.without - bridge.optional_parts):
+    if lacking := sorted(options.without - bridge.optional_parts.keys()):
         raise InputError(
             f"{checkpoint.folder}: it holds no {' and no '.join(lacking)} part of the model, and "
             f"the Hugging Face side has no weights to take it from; name a folder or hub id that "
@@ -159,18 +158,22 @@ def _rearranged(
     spelling = bridge.spelling(reference.hf_config, known)
     options = replace(options, spelling=spelling)
     carried = _carried(bridge, reference, options)
-    dtypes = {_experts_of(spelling.regular(name)): spec.dtype for name, spec in known.items()}
+
+    def module_of(name: str) -> str:
+        return _experts_of(spelling.regular(name), bridge.experts_module)
+
+    dtypes = {module_of(name): spec.dtype for name, spec in known.items()}
     expected = bridge.expected_tensors(reference.hf_config, reference.main_dtype, options)
     rearranged: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in expected.items():
-        module = _experts_of(spelling.regular(name))
+        module = module_of(name)
         if module and module in dtypes:
             rearranged[module][name] = TensorSpec(name, spec.shape, dtypes[module])
     # In the order of the reference; what is not an expert is the plan's to accept or refuse.
     tensors: dict[str, TensorSpec] = {}
     modules = set(rearranged)
     for name, stored in known.items():
-        module = _experts_of(spelling.regular(name))
+        module = module_of(name)
         if module in modules and name not in carried:
             tensors |= rearranged.pop(module, {})
         else:
@@ -189,9 +192,12 @@ def _carried(
         return bridge.extras(config, known, options).carried
 
 
-def _experts_of(name: str) -> str:
-    """The module of routed experts that a tensor belongs to; empty for any other tensor."""
-    module, mark, _ = name.partition(_EXPERTS)
+def _experts_of(name: str, experts: str) -> str:
+    """The module of routed experts that a tensor belongs to; empty for any other tensor.
+
+    experts: what such names have behind that of their layer.
+    """
+    module, mark, _ = name.partition(experts)
     return module + mark if mark else ""
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.summary import FileSummary, TensorSummary
     from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
-    from megatron.bridge.models.qwen_vl.rope_config import Rope
     from megatron.bridge.verification.distance import Distance
     from megatron.bridge.verification.logits import CompareReport
     from megatron.bridge.verification.report import FastReport, VerifyReport
@@ -42,15 +41,11 @@ def hf_document(report: HFReport) -> Document:
         "hf": None if report.hf is None else summary_document(report.hf),
         "shards": _files(report.shards),
         "side_files": list(report.side_files),
-        "text": dict(report.text),
-        "vision": dict(report.vision),
+        **{key: fact.value for key, fact in report.description.items()},
         "filled_in": dict(report.filled_in),
-        "rope": None if report.rope is None else _rope(report.rope),
         "tied": report.tied,
         "quantization": _quantization(report.quantization),
         "dtypes_assumed": report.dtypes_assumed,
-        "experts": {"decoder": report.experts.decoder, "mtp": report.experts.mtp},
-        "mtp": {"in_config": report.mtp.in_config, "present": report.mtp.present},
         "carried": {} if plan is None else dict(plan.carried),
         "proven": report.problem is None,
         "problems": _problems(report.problem),
@@ -253,16 +248,6 @@ def _quantization(quantization: BlockFP8 | None) -> Document | None:
     if quantization is None:
         return None
     return {"method": "fp8", "block": [quantization.rows, quantization.columns]}
-
-
-def _rope(rope: Rope) -> Document:
-    return {
-        "theta": rope.theta,
-        "mrope_section": list(rope.mrope_section),
-        "interleaved": True,
-        "partial_rotary_factor": rope.partial_rotary_factor,
-        "rope_type": rope.rope_type,
-    }
 
 
 def _problems(problem: BridgeError | None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.conversion.expert_layout import ExpertLayout
 from megatron.bridge.paths import local_path
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def choice_option(names: Sequence[str], description: str) -> Any:
 
 
 def experts_option(description: str) -> Any:
-    """Of a disk layout of routed experts: the values of ExpertLayout, which is imported later."""
-    return choice_option(("fused", "fused-transposed", "per-expert"), description)
+    """Of a disk layout of routed experts."""
+    return choice_option(tuple(ExpertLayout), description)
 
 
 def size_option(description: str) -> Any:

@@ -40,15 +40,18 @@ def kind_of_stage(provider: ModelProvider, request: ParallelRequest, stage: int)
     return tuple(tuple(_kind(provider, layer) for layer in chunk) for chunk in layers)
 
 
-def shifted(share: RankShare, layers: Layers) -> RankShare:
-    """What a stage holds that has these layers in place of those of `share`."""
+def shifted(share: RankShare, layers: Layers, decoder: str) -> RankShare:
+    """What a stage holds that has these layers in place of those of `share`.
+
+    decoder: what names of parameters have before the number of a layer.
+    """
     numbers = {
         old: new
         for before, after in zip(share.layers, layers, strict=True)
         for old, new in zip(before, after, strict=True)
     }
     name = share.largest.name
-    if (place := layer_of(name)) is not None:
+    if (place := layer_of(name, decoder)) is not None:
         number, begin, end = place
         name = f"{name[:begin]}{numbers[number]}{name[end:]}"
     return replace(share, layers=layers, largest=replace(share.largest, name=name))

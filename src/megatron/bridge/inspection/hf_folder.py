@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ from megatron.bridge.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.inspection.row_summary import RowSummary, row_summaries
 from megatron.bridge.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
+from megatron.bridge.models.conversion.description import LANGUAGE_SIZES, Description, sizes_fact
 from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.conversion.model_bridge import DEFAULTS, PlanOptions, with_files
 from megatron.bridge.models.conversion.plan import ConversionPlan
@@ -26,59 +27,9 @@ from megatron.bridge.models.hf_pretrained.reference import local_folder
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
-from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
-from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
-from megatron.bridge.models.qwen_vl.qwen_vl_bridge import QwenVLBridge
-from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
 from megatron.bridge.paths import local_path
 
 type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference"]
-
-TEXT_KEYS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "mlp_only_layers",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_conv_kernel_dim",
-    "mtp_num_hidden_layers",
-    "vocab_size",
-    "max_position_embeddings",
-    "attention_bias",
-)
-VISION_KEYS = (
-    "depth",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "out_hidden_size",
-    "num_position_embeddings",
-    "patch_size",
-    "temporal_patch_size",
-    "spatial_merge_size",
-    "deepstack_visual_indexes",
-)
-
-
-@dataclass(frozen=True)
-class MTPSummary:
-    """Whether the config names a multi-token-prediction layer, and whether its tensors are there.
-
-    transformers drops the tensors and keeps the config. present: None where no files are at hand.
-    """
-
-    in_config: bool
-    present: bool | None
 
 
 @dataclass(frozen=True)
@@ -89,12 +40,12 @@ class HFReport:
     the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
     them, "reference" that it gives them in the layout of a reference. bridge: the class that
     converts it, or None.
-    text, vision: what the config states, of the keys that size a model. filled_in: what it leaves
-    out and transformers' config class fills in, of the keys that were needed, by path. experts: how
-    routed experts lie in the files, or would by the release. dtypes_assumed: they are the config's
-    and the release, for lack of files. hf: the tensors as they are stored. plan: None if it is not
-    proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized model.
-    settings: fields of the family's provider; None where they are not known to be right.
+    description: what the family says of the model; without a bridge, sizes alone. filled_in: what
+    the config leaves out and transformers' config class fills in, of the keys that were needed, by
+    path. dtypes_assumed: they are the config's and the release, for lack of files. hf: the tensors
+    as they are stored. plan: None if it is not proven, and then `problem` says why; of an FP8
+    release it is the plan of the dequantized model. settings: fields of the family's provider; None
+    where they are not known to be right.
     """
 
     source: str
@@ -106,14 +57,10 @@ class HFReport:
     hf: TensorSummary | None
     shards: tuple[FileSummary, ...]
     side_files: tuple[str, ...]
-    text: Mapping[str, Any]
-    vision: Mapping[str, Any]
+    description: Description
     filled_in: Mapping[str, Any]
-    rope: Rope | None
     tied: bool
     quantization: BlockFP8 | None
-    experts: DiskLayout
-    mtp: MTPSummary
     plan: ConversionPlan | None
     settings: Mapping[str, Any] | None
     problem: BridgeError | None
@@ -159,7 +106,10 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
     found = _conversion(config, tensors, options)
     if origin != "config":
         _check_equal(hf, found, read=origin == "files")
-    rope, rope_problem = _rope(config)
+    if bridge is None:
+        description: Description = {"text": sizes_fact("text", config, LANGUAGE_SIZES)}
+    else:
+        description = bridge().describe(config, tensors, options)
     expected = None if found.plan is None else found.plan.hf
     specs = expected if tensors is None else tensors
     return HFReport(
@@ -172,17 +122,13 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
         hf=None if specs is None else TensorSummary.of(specs.values()),
         shards=() if tensors is None else _shards(tensors),
         side_files=tuple(map(str, hf.side_files)),
-        text=_stated(config, "text_config", TEXT_KEYS),
-        vision=_stated(config, "vision_config", VISION_KEYS),
+        description=description,
         filled_in=dict(config.filled_in),
-        rope=rope,
         tied=_tied(config),
         quantization=found.quantization,
-        experts=found.experts,
-        mtp=_mtp(config, tensors),
         plan=found.plan,
         settings=found.settings,
-        problem=found.problem or rope_problem,
+        problem=found.problem,
     )
 
 
@@ -221,10 +167,9 @@ def _tensors(
 
 @dataclass
 class _Conversion:
-    """How a model is quantized, how its experts lie, and its plan or why there is none."""
+    """How a model is quantized, and its plan or why there is none."""
 
     quantization: BlockFP8 | None = None
-    experts: DiskLayout = field(default_factory=DiskLayout)
     plan: ConversionPlan | None = None
     settings: Mapping[str, Any] | None = None
     problem: BridgeError | None = None
@@ -243,8 +188,6 @@ def _conversion(
         view = None
         if tensors is not None:
             view = dequantized_view(tensors, found.quantization, config.origin)
-        if isinstance(bridge, QwenVLBridge):
-            found.experts = bridge.disk_layout(config, view, options)
         if view is None:
             plan = bridge.plan_from_config(config, config.dtype, options)
         else:
@@ -277,36 +220,12 @@ def _check_equal(hf: PreTrainedVLM, found: _Conversion, *, read: bool) -> None:
         found.plan, found.settings, found.problem = None, None, error
 
 
-def _mtp(
-    config: HFConfig, tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None
-) -> MTPSummary:
-    """What config and files say of the MTP layer; a wrong value is in `problem`."""
-    layers = _stated(config, "text_config", ("mtp_num_hidden_layers",))
-    present = None if tensors is None else has_mtp_tensors(tensors)
-    return MTPSummary(any(layers.values()), present)
-
-
 def _tied(config: HFConfig) -> bool:
     """A wrong value is in `problem`."""
     try:
         return config.require("tie_word_embeddings", bool)
     except ConfigError:
         return False
-
-
-def _rope(config: HFConfig) -> tuple[Rope | None, ConfigError | None]:
-    try:
-        return read_rope(config), None
-    except ConfigError as error:
-        return None, error
-
-
-def _stated(config: HFConfig, section: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The keys that the config states; one that a bridge needs and misses is in `problem`."""
-    data = config.data.get(section)
-    if not isinstance(data, dict):
-        return {}
-    return {key: data[key] for key in keys if data.get(key) is not None}
 
 
 def _shards(

@@ -8,11 +8,9 @@ shapes: one rank of each kind of stage is built.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 import torch
 
@@ -20,16 +18,23 @@ from megatron.bridge.inspection.alike_stages import kind_of_stage, shifted, stag
 from megatron.bridge.inspection.parallel_request import OPTIONS, ParallelRequest
 from megatron.bridge.inspection.rank_grid import RankPosition, rank_positions
 from megatron.bridge.inspection.rank_share import RankShare, share_of
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
-
-type MakeProvider = Callable[[], ModelProvider]
 
 _ADVICE = (
     "Using a large number of experts .* without fp32 routing",
     "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model that has no parallel layout yet. make: makes its provider, a new one every time."""
+
+    bridge: MegatronModelBridge
+    make: Callable[[], ModelProvider]
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,9 @@ class ParallelLayout:
         return [position.rank for position in self.positions if position.pp == stage]
 
 
-def provider_maker(provider: str, settings: Mapping[str, Any], *, with_mtp: bool) -> MakeProvider:
-    """Makes providers of one model that has no parallel layout yet.
-
-    provider: dotted path of the class. settings: its fields. with_mtp: build the MTP layer too.
-    """
-    module, _, name = provider.rpartition(".")
-    family = getattr(import_module(module), name)
-    fields = {**settings, **({"mtp_num_layers": 1} if with_mtp else {})}
-    return lambda: family.from_settings(fields)
-
-
-def configured(make: MakeProvider, request: ParallelRequest) -> ModelProvider:
+def configured(model: PlannedModel, request: ParallelRequest) -> ModelProvider:
     """A provider with the sizes of `request`, set as training scripts of Megatron-LM set them."""
-    provider = make()
+    provider = model.make()
     for option, field in OPTIONS.items():
         setattr(provider, field, getattr(request, option))
     if request.vpp is not None:
@@ -92,16 +86,17 @@ def without_advice() -> Iterator[None]:
         yield
 
 
-def build_rank(make: MakeProvider, request: ParallelRequest, rank: int) -> RankShare:
+def build_rank(model: PlannedModel, request: ParallelRequest, rank: int) -> RankShare:
     """Build the model of one rank and measure it."""
-    provider = configured(make, request)
+    provider = configured(model, request)
     with on_rank(rank, request):
         stages = [None] if request.vpp is None else list(range(request.vpp))
-        return share_of([provider.provide(vp_stage=stage) for stage in stages])
+        chunks = [provider.provide(vp_stage=stage) for stage in stages]
+        return share_of(chunks, model.bridge)
 
 
 def lay_out(
-    make: MakeProvider, request: ParallelRequest, progress: Progress | None = None
+    model: PlannedModel, request: ParallelRequest, progress: Progress | None = None
 ) -> ParallelLayout:
     """What every rank holds. Raises whatever megatron-core raises for sizes that it refuses.
 
@@ -109,7 +104,7 @@ def lay_out(
     """
     shown = progress or Silent()
     with without_advice():
-        provider = configured(make, request)
+        provider = configured(model, request)
         provider.finalize()  # most refusals need no cluster, which takes its time
         shown.start("plan", request.pp)
         with on_rank(0, request):  # only of a cluster that it accepts are the positions right
@@ -120,9 +115,10 @@ def lay_out(
         for stage in range(request.pp):
             kind = kind_of_stage(provider, request, stage)
             if kind in kinds:
-                share = shifted(kinds[kind], stage_layers(provider, request, stage))
+                layers = stage_layers(provider, request, stage)
+                share = shifted(kinds[kind], layers, model.bridge.layer_paths[0])
             else:
-                share = kinds[kind] = build_rank(make, request, first[stage])
+                share = kinds[kind] = build_rank(model, request, first[stage])
             stages.append(share)
             shown.advance(1)
     return ParallelLayout(request, tuple(stages), tuple(positions))

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from megatron.bridge.errors import ConfigError, PlanError
 from megatron.bridge.inspection.parallel_layout import (
-    MakeProvider,
+    PlannedModel,
     configured,
     on_rank,
     without_advice,
 )
 from megatron.bridge.inspection.parallel_request import ParallelRequest
-from megatron.bridge.models.model_provider import ModelProvider
 
 type Refusals = Callable[[ParallelRequest], list[str]]
 
@@ -37,24 +36,26 @@ _SEARCH_SECONDS = 4.0
 
 
 def why_illegal(
-    make: MakeProvider,
+    model: PlannedModel,
     request: ParallelRequest,
     error: Exception,
-    without_mtp: MakeProvider | None = None,
+    without: Mapping[str, PlannedModel],
 ) -> PlanError:
     """Every size that is illegal by itself; if there is none, what megatron-core said.
 
-    error: what the attempt to lay out the model ended with, one of REFUSED. without_mtp: makes the
-    same model without its MTP layer, where it has one.
+    error: what the attempt to lay out the model ended with, one of REFUSED. without: the same model
+    without one of its optional parts, by the name of the part.
     """
 
     def refusals(tried: ParallelRequest) -> list[str]:
-        return _refusals(make, tried)
+        return _refusals(model, tried)
 
     with without_advice():
         problems = _size_problems(request, refusals)
-        if problems and without_mtp is not None and not _refusals(without_mtp, request):
-            problems[-1] += "; legal without the MTP layer: --no-mtp"
+        for part, lesser in without.items():
+            if problems and not _refusals(lesser, request):
+                words = model.bridge.optional_parts[part]
+                problems[-1] += f"; legal without {words}: --no-{part}"
         problems += _world_problems(request)
     heading = f"the model cannot be laid out by {str(request) or 'any layout'}"
     return PlanError(problems or [_reason(error)], heading=heading)
@@ -123,9 +124,9 @@ def _forms_groups(request: ParallelRequest) -> bool:
         return False
 
 
-def _refusals(make: MakeProvider, request: ParallelRequest) -> list[str]:
+def _refusals(model: PlannedModel, request: ParallelRequest) -> list[str]:
     """Why the model cannot be built with these sizes, on as many ranks as they need."""
-    provider = configured(make, request)
+    provider = configured(model, request)
     if problems := provider.problems():
         return problems
     try:
@@ -133,7 +134,7 @@ def _refusals(make: MakeProvider, request: ParallelRequest) -> list[str]:
         # The rules of the pipeline are those above; how a layer is split is the same on all stages.
         single = replace(request, pp=1, vpp=None, world_size=None)
         with on_rank(0, single):
-            _one_layer_of_each_kind(configured(make, single)).provide()
+            model.bridge.small(configured(model, single)).provide()
     except REFUSED as error:
         return [_reason(error).removeprefix(f"{type(provider).__name__}: ")]
     return []
@@ -141,22 +142,6 @@ def _refusals(make: MakeProvider, request: ParallelRequest) -> list[str]:
 
 def _or(sizes: Iterable[int]) -> str:
     return " or ".join(map(str, sizes))
-
-
-def _one_layer_of_each_kind(provider: ModelProvider) -> ModelProvider:
-    """The same widths in a model that is built in no time."""
-    patterns = {
-        name: pattern
-        for name in ("linear_attention_freq", "moe_layer_freq")
-        if isinstance(pattern := getattr(provider, name), list)
-    }
-    kinds = list(dict.fromkeys(zip(*patterns.values(), strict=True))) or [()]
-    provider.num_layers = len(kinds)
-    for position, name in enumerate(patterns):
-        setattr(provider, name, [kind[position] for kind in kinds])
-    provider.mtp_num_layers = None
-    provider.vision = replace(provider.vision, depth=1, deepstack_visual_indexes=())
-    return provider
 
 
 def _reason(error: Exception) -> str:

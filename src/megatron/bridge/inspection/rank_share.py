@@ -17,15 +17,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron.bridge.checkpoint.live_model import named_parameters
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 
 _MOMENTS = 2
-_LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
-_PARTS = {
-    "vision_model.": "vision",
-    "language_model.embedding.": "embedding",
-    "language_model.output_layer.": "output",
-    "language_model.mtp.": "MTP",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +55,9 @@ class RankShare:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def share_of(chunks: Sequence[torch.nn.Module]) -> RankShare:
+def share_of(chunks: Sequence[torch.nn.Module], bridge: MegatronModelBridge) -> RankShare:
     """The share of the rank whose process groups exist and that built `chunks`."""
+    decoder = bridge.layer_paths[0]
     buffers = [_buffer_bytes(chunk.parameters()) for chunk in chunks]
     layers, parts = [], set()
     parameters = weight_bytes = 0
@@ -70,9 +65,9 @@ def share_of(chunks: Sequence[torch.nn.Module]) -> RankShare:
     for chunk in chunks:
         own_layers = set()
         for name, _, parameter in named_parameters([chunk]):
-            if match := _LAYER.match(name):
-                own_layers.add(int(match[1]))
-            parts |= {part for prefix, part in _PARTS.items() if name.startswith(prefix)}
+            if (place := layer_of(name, decoder)) is not None:
+                own_layers.add(place[0])
+            parts |= {part for prefix, part in bridge.parts.items() if name.startswith(prefix)}
             parameters += parameter.numel()
             weight_bytes += parameter.nbytes
             if parameter.nbytes > largest.bytes:
@@ -80,7 +75,7 @@ def share_of(chunks: Sequence[torch.nn.Module]) -> RankShare:
         layers.append(tuple(sorted(own_layers)))
     return RankShare(
         layers=tuple(layers),
-        parts=tuple(part for part in _PARTS.values() if part in parts),
+        parts=tuple(part for part in bridge.parts.values() if part in parts),
         parameters=parameters,
         weight_bytes=weight_bytes,
         gradient_bytes=sum(gradients for gradients, _ in buffers),
@@ -89,12 +84,12 @@ def share_of(chunks: Sequence[torch.nn.Module]) -> RankShare:
     )
 
 
-def layer_of(name: str) -> tuple[int, int, int] | None:
+def layer_of(name: str, decoder: str) -> tuple[int, int, int] | None:
     """The number of the decoder layer that a parameter belongs to, and where it stands in its name.
 
-    None for a parameter of no decoder layer.
+    decoder: what stands before that number. None for a parameter of no decoder layer.
     """
-    match = _LAYER.match(name)
+    match = re.match(rf"{re.escape(decoder)}(\d+)\.", name)
     return None if match is None else (int(match[1]), *match.span(1))
 
 

@@ -20,7 +20,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.backends.activations import activation
 from megatron.bridge.models.backends.selection import uses_transformer_engine
 from megatron.bridge.models.wrapping import Chunks, PreWrapHook, chunks_after
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
@@ -68,6 +70,21 @@ class ModelProvider(TransformerConfig, ABC):
         self._pre_wrap_hooks: list[PreWrapHook] = []
         self._derived: dict[str, Any] = {}
         self._set_by_megatron_core: set[str] = set()
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """A provider from plain values, as a bridge derives them and a checkpoint records them.
+
+        Dtypes are torch names ("bfloat16"), `hidden_act` is the name of the activation.
+        """
+        fields = dict(settings)
+        if "hidden_act" in fields:
+            fields["activation_func"] = activation(fields.pop("hidden_act"))
+        for name, value in settings.items():
+            # Some dtypes of megatron-core's are words of its own ("fp32"): these stay.
+            if name.endswith("_dtype") and value in TORCH_NAMES:
+                fields[name] = getattr(torch, value)
+        return cls(**fields)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A provider of its own. Functions, and so the hooks, are the same ones."""
@@ -124,7 +141,7 @@ class ModelProvider(TransformerConfig, ABC):
         """Show megatron-core's checks a router that they accept, where they are too strict.
 
         With one expert per token its weight is 1, whatever the router says: such a router learns
-        by the auxiliary loss alone, so megatron-core refuses it. Qwen's models are computed so.
+        by the auxiliary loss alone, so megatron-core refuses it. Such models are computed so.
         """
         one_expert = self.num_moe_experts is not None and self.moe_router_topk == 1
         pre_softmax = self.moe_router_pre_softmax

@@ -10,15 +10,15 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.bridge.dtypes import TORCH_NAMES
+from megatron.bridge.models.small_model import SmallModel
 from megatron.bridge.synthetic import fp8
-from megatron.bridge.synthetic.family import Family
 from megatron.bridge.synthetic.settings import DiskForm, Settings
 
 _EXPERTS = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<projection>gate_up_proj|down_proj)")
-_LAYER = "model.language_model.layers.0."
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class DiskTensor:
     scale_dtype: str = ""
 
 
-def disk_tensors(family: Family, settings: Settings) -> list[DiskTensor]:
+def disk_tensors(family: SmallModel, settings: Settings) -> list[DiskTensor]:
     """The tensors on disk of a model with these settings.
 
     Names and shapes in memory are those of transformers' classes, built without memory on the
@@ -62,50 +62,40 @@ def disk_tensors(family: Family, settings: Settings) -> list[DiskTensor]:
     """
     return [
         stored
-        for name, shape in _parameters(settings.config)
+        for name, shape in _parameters(family, settings.config)
         for tensor in _in_layout(family, settings.form, name, shape)
-        for stored in _in_precision(settings.form, tensor)
+        for stored in _in_precision(family, settings.form, tensor)
     ]
 
 
-def _parameters(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the parameters in memory, those of multi-token prediction included."""
+def _parameters(
+    family: SmallModel, config: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all parameters, also of those that transformers' class does not have."""
+    parameters = partial(_transformers_parameters, family.auto_model)
     tied = config["tie_word_embeddings"]
-    for name, shape in _transformers_parameters(config):
+    for name, shape in parameters(config):
         if not (tied and name == "lm_head.weight"):
             yield name, shape
-    text = config["text_config"]
-    layers = text.get("mtp_num_hidden_layers", 0)  # no key of Qwen3-VL, which has none
-    if not layers:
-        return
-    # transformers has no such module. Its layers are ordinary ones with full attention.
-    hidden = text["hidden_size"]
-    yield "mtp.fc.weight", (hidden, 2 * hidden)
-    for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
-        yield f"mtp.{norm}.weight", (hidden,)
-    one_layer = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
-    model = {**config, "text_config": {**text, **one_layer}}
-    model["vision_config"] = {**config["vision_config"], "depth": 1}
-    for name, shape in _transformers_parameters(model):
-        if name.startswith(_LAYER):
-            for number in range(layers):
-                yield f"mtp.layers.{number}.{name.removeprefix(_LAYER)}", shape
+    yield from family.further_parameters(config, parameters)
 
 
-def _transformers_parameters(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+def _transformers_parameters(
+    auto_model: str, config: Mapping[str, Any]
+) -> list[tuple[str, tuple[int, ...]]]:
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    import transformers
     from transformers.initialization import no_init_weights
 
     values = copy.deepcopy(dict(config))  # transformers changes what it is given
-    model_config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(model_config)
+        model = getattr(transformers, auto_model).from_config(model_config)
     return [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
 
 
 def _in_layout(
-    family: Family, form: DiskForm, name: str, shape: tuple[int, ...]
+    family: SmallModel, form: DiskForm, name: str, shape: tuple[int, ...]
 ) -> Iterator[DiskTensor]:
     """One parameter as it is laid out on disk, before quantization."""
 
@@ -132,7 +122,8 @@ def _in_layout(
         )
         for number in range(count)
     )
-    layout = form.mtp_experts if name.startswith("mtp.") else form.experts
+    options = (o for start, o in family.expert_options.items() if name.startswith(start))
+    layout = form.experts[next(options, "experts")]
     if layout == "per-expert":
         yield from (stored(part) for expert in experts for part in expert)
         return
@@ -147,9 +138,9 @@ def _in_layout(
     )
 
 
-def _in_precision(form: DiskForm, tensor: DiskTensor) -> Iterator[DiskTensor]:
+def _in_precision(family: SmallModel, form: DiskForm, tensor: DiskTensor) -> Iterator[DiskTensor]:
     """One tensor as it is, or as FP8 values and their scales."""
-    if not form.fp8 or not fp8.is_quantized(tensor.experts[0][0].name):
+    if not form.fp8 or not _matches(family.fp8_matrices, tensor.experts[0][0].name):
         yield tensor
         return
     scale_dtype = TORCH_NAMES[form.scale_dtype]

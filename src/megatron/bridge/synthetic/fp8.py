@@ -6,7 +6,6 @@ a weight is its stored value *times* the scale. Blocks at the edge are smaller.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +15,6 @@ if TYPE_CHECKING:
 BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
 _LARGEST = 448.0  # of e4m3
-# Left as they are: head, embeddings, norms, the router, the gate of the shared expert, the small
-# projections, convolution and vectors of the Gated DeltaNet, the vision model, mtp.fc.
-_QUANTIZED = re.compile(
-    r"^(model\.language_model|mtp)\.layers\..*"
-    r"\.([qkvo]_proj|in_proj_qkv|in_proj_z|out_proj|gate_proj|up_proj|down_proj)\.weight$"
-)
-
-
-def is_quantized(matrix: str) -> bool:
-    """Whether the FP8 release quantizes the matrix of this name, an expert's own included."""
-    return _QUANTIZED.match(matrix) is not None
 
 
 def scale_shape(matrix: tuple[int, ...]) -> tuple[int, ...]:

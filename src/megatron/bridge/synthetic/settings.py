@@ -1,7 +1,7 @@
 """Settings `key=value` of a synthetic model, applied to its family's config and checked.
 
-Keys are the config's dotted paths, with `text.` and `vision.` short for the two sub-configs, and
-the keys of `OPTIONS`. Values may be of the right type or text, as from a command line. A nested
+Keys are the config's dotted paths, which the family may have shorter forms of, and the keys of
+`OPTIONS`. Values may be of the right type or text, as from a command line. A nested
 mapping, such as a real model's whole config.json, means the same as its dotted keys.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.synthetic.family import Family
+from megatron.bridge.models.small_model import SmallModel
 from megatron.bridge.synthetic.validation import problems_of
 
 OPTIONS: Mapping[str, Any] = {
@@ -28,33 +28,12 @@ OPTIONS: Mapping[str, Any] = {
 }
 """Settings of every family that are no config keys, with their defaults.
 
-A family has its own besides, where they have a meaning: `experts` and `mtp_experts`, the layout of
-the experts on disk, and `ssm_dtype`, the dtype of the tensors that released models have in float32.
+A family has its own besides, where they have a meaning: `experts` and those of its
+`expert_options`, the layout of experts on disk, and `ssm_dtype`, the dtype of the tensors that
+released models have in float32.
 """
 
-_EXPERT_LAYOUTS = ("fused", "fused-transposed", "per-expert")
-_CHOICES = {
-    "rope_form": ("old", "new"),
-    "dtype": ("bfloat16", "float16", "float32"),
-    "ssm_dtype": ("bfloat16", "float16", "float32"),
-    "fp8_scale_dtype": ("bfloat16", "float32"),
-    "experts": _EXPERT_LAYOUTS,
-    "mtp_experts": _EXPERT_LAYOUTS,
-}
-_ROPE = "text_config.rope_parameters."
-_PREFIXES = {
-    "text.": "text_config.",
-    "vision.": "vision_config.",
-    "text_config.rope_scaling.": _ROPE,
-}
-_ALIASES = {
-    "vocab_size": "text_config.vocab_size",
-    "text_config.dtype": "dtype",
-    "text_config.num_local_experts": "text_config.num_experts",
-    "text_config.partial_rotary_factor": f"{_ROPE}partial_rotary_factor",
-    "text_config.rope_theta": f"{_ROPE}rope_theta",
-}
-_FIXED = ("architectures", "model_type", "text_config.model_type", "vision_config.model_type")
+_FIXED = ("architectures", "model_type")
 _ORDINARY_TOKENS = 256
 
 
@@ -62,14 +41,13 @@ _ORDINARY_TOKENS = 256
 class DiskForm:
     """How the weights are stored; dtypes are torch's names.
 
-    `experts` and `mtp_experts` are "fused", "fused-transposed" or "per-expert", and empty in a
-    family without them; so is `ssm_dtype`. `scale_dtype` is that of the scales of FP8.
+    `experts` has an ExpertLayout by the option that names it, of families with experts; `ssm_dtype`
+    is empty in one without such tensors. `scale_dtype` is that of the scales of FP8.
     """
 
     dtype: str
     ssm_dtype: str
-    experts: str
-    mtp_experts: str
+    experts: Mapping[str, str]
     fp8: bool
     scale_dtype: str
 
@@ -102,7 +80,7 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
     return settings
 
 
-def resolve_settings(family: Family, settings: Mapping[str, object]) -> Settings:
+def resolve_settings(family: SmallModel, settings: Mapping[str, object]) -> Settings:
     """Apply `settings` to the config of `family`.
 
     Raises InputError for an unknown key (listing the known ones), a value of the wrong type, or
@@ -112,7 +90,7 @@ def resolve_settings(family: Family, settings: Mapping[str, object]) -> Settings
     fixed = (*_FIXED, *family.fixed)
     given: dict[str, Any] = {}
     for name, value in _flatten(settings):
-        key = _full_key(name)
+        key = _full_key(family, name)
         if key not in defaults and key not in family.token_ids:
             raise _unknown(key, [*(defaults.keys() - set(fixed)), *family.token_ids])
         typed = _typed(key, defaults.get(key, 0), value)
@@ -124,60 +102,48 @@ def resolve_settings(family: Family, settings: Mapping[str, object]) -> Settings
     if given.get("fp8", False):
         defaults |= family.fp8_options
     values = {**defaults, **given}
-    _follow(given, values)
+    _follow(family, given, values)
     first_token_id = _place_tokens(family, given, values)
-    problems = [
-        f"{key} must be one of {', '.join(choices)}, found {values[key]!r}"
-        for key, choices in _CHOICES.items()
-        if key in values and values[key] not in choices
-    ]
-    problems += problems_of(values, first_token_id + len(family.tokens))
-    if problems:
+    if problems := problems_of(family, values, first_token_id + len(family.tokens)):
         raise InputError.of_problems("these settings make no model", problems)
     options = OPTIONS.keys() | family.options.keys()
-    config = _unflatten({key: value for key, value in values.items() if key not in options})
+    of_config = {key: value for key, value in values.items() if key not in options}
+    config = _unflatten(of_config | {f"{family.language}dtype": values["dtype"]})
     if values["rope_form"] == "old":
-        _use_old_form_of_rope(config["text_config"])
+        _use_old_form_of_rope(family.language_of(config))
     form = DiskForm(
         dtype=values["dtype"],
         # Families without such tensors have no such option.
         ssm_dtype=values.get("ssm_dtype", ""),
-        experts=values.get("experts", ""),
-        mtp_experts=values.get("mtp_experts", ""),
+        experts={
+            option: values[option]
+            for option in ("experts", *family.expert_options.values())
+            if option in values
+        },
         fp8=values["fp8"],
         scale_dtype=values["fp8_scale_dtype"],
     )
     return Settings(config, form, values["num_shards"], values["max_shard_size"], first_token_id)
 
 
-def _follow(given: Mapping[str, Any], values: dict[str, Any]) -> None:
+def _follow(family: SmallModel, given: Mapping[str, Any], values: dict[str, Any]) -> None:
     """Set the values that follow other ones, unless they are given on their own."""
-    values["text_config.dtype"] = values["dtype"]
-    for follower, leader in (
-        ("text_config.tie_word_embeddings", "tie_word_embeddings"),
-        ("vision_config.out_hidden_size", "text_config.hidden_size"),
-    ):
+    for follower, leader in family.follow.items():
         if follower in values:
             values[follower] = given.get(follower, values[leader])
-    if "text_config.layer_types" in values.keys() - given.keys():
-        # An interval of zero is refused later, by its own name.
-        interval = max(1, values["text_config.full_attention_interval"])
-        values["text_config.layer_types"] = [
-            "linear_attention" if number % interval else "full_attention"
-            for number in range(1, values["text_config.num_hidden_layers"] + 1)
-        ]
+    family.complete(given, values)
 
 
-def _use_old_form_of_rope(text: dict[str, Any]) -> None:
+def _use_old_form_of_rope(language: dict[str, Any]) -> None:
     """Write as transformers did before version 5."""
-    rope = text.pop("rope_parameters")
+    rope = language.pop("rope_parameters")
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
-            text[key] = rope.pop(key)
-    text["rope_scaling"] = rope
+            language[key] = rope.pop(key)
+    language["rope_scaling"] = rope
 
 
-def _place_tokens(family: Family, given: Mapping[str, Any], values: dict[str, Any]) -> int:
+def _place_tokens(family: SmallModel, given: Mapping[str, Any], values: dict[str, Any]) -> int:
     """Fill in the ids of tokens; any of them that is given places all of them."""
     places = {
         key: given[key] - family.tokens.index(token)
@@ -195,11 +161,21 @@ def _place_tokens(family: Family, given: Mapping[str, Any], values: dict[str, An
     return first
 
 
-def _full_key(key: str) -> str:
-    for short, full in _PREFIXES.items():
+def _full_key(family: SmallModel, key: str) -> str:
+    language = family.language
+    rope = f"{language}rope_parameters."
+    shorts = {**family.shorts, f"{language}rope_scaling.": rope}
+    for short, full in shorts.items():
         if key.startswith(short):
             key = full + key.removeprefix(short)
-    return _ALIASES.get(key, key)
+    aliases = {
+        "vocab_size": f"{language}vocab_size",
+        f"{language}dtype": "dtype",
+        f"{language}partial_rotary_factor": f"{rope}partial_rotary_factor",
+        f"{language}rope_theta": f"{rope}rope_theta",
+        **family.aliases,
+    }
+    return aliases.get(key, key)
 
 
 def _unknown(key: str, known: list[str]) -> InputError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron.bridge.errors import UnsupportedModel
+from megatron.bridge.errors import InputError, UnsupportedModel
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -29,12 +29,34 @@ if TYPE_CHECKING:
 def prompt_inputs(
     hf: PreTrainedVLM, prompt: str, image: Image | None = None
 ) -> dict[str, torch.Tensor]:
-    """What the processor makes of one turn of a user, ready for the answer."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
-    if image is not None:
-        content.insert(0, {"type": "image", "image": image})
+    """What the processor makes of one turn of a user, ready for the answer.
+
+    Without a chat template, as base models are, what the tokenizer makes of the prompt as it is.
+    Raises InputError for a picture that the model cannot take.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    processor = hf.processor
+    text_only = isinstance(processor, PreTrainedTokenizerBase)
+    if text_only and image is not None:
+        raise InputError(
+            f"{hf.name_or_path}: the model takes no pictures (it has a tokenizer and no "
+            f"processor); leave the picture out"
+        )
+    if processor.chat_template is None:
+        if image is not None:
+            raise InputError(
+                f"{hf.name_or_path}: there is no chat template, which says where a picture "
+                f"stands; leave the picture out, or give the model its chat_template.jinja"
+            )
+        return dict(hf.tokenizer(prompt, return_tensors="pt"))
+    content: Any = prompt
+    if not text_only:
+        content = [{"type": "text", "text": prompt}]
+        if image is not None:
+            content.insert(0, {"type": "image", "image": image})
     return dict(
-        hf.processor.apply_chat_template(
+        processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
@@ -54,15 +76,17 @@ def run_transformers(
     """
     # torch has no grouped matrix product of float64: one expert at a time.
     options: dict[str, Any] = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
-    spelling = bridge_for(hf.hf_config.architecture).spelling(hf.hf_config, hf.weights)
+    bridge = bridge_for(hf.hf_config.architecture)
+    spelling = bridge.spelling(hf.hf_config, hf.weights)
     if key_mapping := spelling.to_declared():  # transformers does not know these roots
         options["key_mapping"] = key_mapping
     with _no_progress_bars():
-        model = hf.load_model(dtype=dtype, **options).eval()
-    text = getattr(getattr(model, "model", None), "language_model", None)
-    if text is None:
+        model = hf.load_model(bridge.auto_model, dtype=dtype, **options).eval()
+    decoder = model.get_decoder()
+    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")):
         raise UnsupportedModel(
-            f"{type(model).__name__}: its decoder layers are not under model.language_model"
+            f"{type(model).__name__}: its decoder, a {type(decoder).__name__}, has no `layers` "
+            f"that end in a `norm`, where hidden states could be read"
         )
     if dtype is torch.float64:
         restore_frequencies(model)
@@ -72,13 +96,13 @@ def run_transformers(
         hidden.append(args[0] if args else kwargs["hidden_states"])
 
     with ExitStack() as hooks:
-        # Deepstack adds to the hidden states between two layers: what enters the next one counts.
-        for module in (*text.layers[1:], text.norm):
+        # A model may add to the hidden states between two layers: what enters the next one counts.
+        for module in (*decoder.layers[1:], decoder.norm):
             handle = module.register_forward_pre_hook(record, with_kwargs=True)
             hooks.callback(handle.remove)
         with _arithmetic(dtype):
             logits = model(**inputs, use_cache=False).logits
-    del model, text
+    del model, decoder
     gc.collect()
     return logits, hidden
 
@@ -100,12 +124,14 @@ def run_megatron(
     provider.params_dtype = torch.float32 if dtype is torch.float64 else dtype
     provider.bf16, provider.fp16 = dtype is torch.bfloat16, dtype is torch.float16
     with _process_groups():
-        chunks = list(provider.provide_distributed_model(wrap_with_ddp=False))
+        with _arithmetic(dtype):  # buffers of frequencies are made with the model
+            chunks = list(provider.provide_distributed_model(wrap_with_ddp=False))
         bridge.load_hf_weights(chunks, progress=progress)
         model = chunks[0].eval()
         if dtype is torch.float64:
             model = model.double()
-        layers = model.language_model.decoder.layers
+        family = bridge.model_bridge
+        layers = list(model.get_submodule(family.layer_paths[0].rstrip(".")).children())
         if len(layers) != len(hidden):
             raise UnsupportedModel(
                 f"transformers ran {len(hidden)} decoder layers, this process holds {len(layers)}; "
@@ -119,7 +145,7 @@ def run_megatron(
             device = next(model.parameters()).device
             on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
             with _arithmetic(dtype):
-                logits = model(**on_device, trim_vocab_padding=True).cpu()
+                logits = family.logits(model, on_device).cpu()
     return logits, [measured for measured in found if measured is not None]
 
 

@@ -120,7 +120,9 @@ def compare(
     distances = logits_distance(expected[0], found[0])
     require_finite(os.fspath(source), layers, distances)
 
-    image_token = hf.hf_config.require("image_token_id", int)
+    # A tokenizer, which is all that a model of text alone has, knows no such token.
+    image_token = getattr(hf.processor, "image_token_id", None)
+    image_tokens = 0 if image_token is None else int((inputs["input_ids"] == image_token).sum())
     return CompareReport(
         source=os.fspath(source),
         architecture=hf.hf_config.architecture,
@@ -128,7 +130,7 @@ def compare(
         prompt=text,
         image=_image_name(image),
         tokens=inputs["input_ids"].shape[1],
-        image_tokens=int((inputs["input_ids"] == image_token).sum()),
+        image_tokens=image_tokens,
         layers=tuple(layers),
         logits=distances,
         hf_next=_next_token(hf, expected),

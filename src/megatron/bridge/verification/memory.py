@@ -16,6 +16,7 @@ import torch
 
 from megatron.bridge.dtypes import itemsize as bytes_each
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.sizes import format_bytes
@@ -68,24 +69,20 @@ def needed(hf: PreTrainedVLM, inputs: Mapping[str, torch.Tensor], dtype: torch.d
         weights += sum(spec.nbytes for spec in hf.weights.values())
     # Scores and their softmax; in short dtypes the softmax and its argument are in float32.
     per_score = 2 * itemsize if itemsize >= torch.float32.itemsize else itemsize + 2 * 4
-    patches = 0
-    for name in ("image_grid_thw", "video_grid_thw"):
-        for _, height, width in inputs[name].tolist() if name in inputs else ():
-            patches = max(patches, height * width)
     length = inputs["input_ids"].shape[1]
-    vision_heads = config.require("vision_config.num_heads", int)
-    text_heads = config.require("text_config.num_attention_heads", int)
-    patch = config.require("vision_config.patch_size", int)
-    per_pair = vision_heads * per_score
+    bridge = bridge_for(config.architecture)
+    language, pictures = bridge.language(config), bridge.pictures(config, inputs)
+    patches, heads, patch_pixels, unit_pixels = pictures or (0, 0, 0, 0)
+    per_pair = heads * per_score
     return Need(
         weights=weights,
         vision=patches**2 * per_pair,
-        text=length**2 * text_heads * per_score,
-        logits=2 * length * config.require("text_config.vocab_size", int) * itemsize,
+        text=length**2 * language.count("num_attention_heads") * per_score,
+        logits=2 * length * language.count("vocab_size") * itemsize,
         patches=patches,
         per_pair=per_pair,
-        pixels_per_patch=patch**2,
-        unit=patch * config.require("vision_config.spatial_merge_size", int),
+        pixels_per_patch=patch_pixels**2,
+        unit=unit_pixels,
     )
 
 
@@ -98,7 +95,7 @@ def require_memory(source: str, need: Need) -> None:
         f"{source}: compare would take about {format_bytes(need.bytes)} of memory, and "
         f"{format_bytes(available)} are available: {format_bytes(need.weights)} for the weights, "
     )
-    if need.vision >= max(need.text, need.logits) and (pixels := need.most_pixels(usable)):
+    if need.vision > max(need.text, need.logits) and (pixels := need.most_pixels(usable)):
         raise InputError(
             f"{heading}{format_bytes(need.vision)} for attention between the {need.patches:,} "
             f"patches of the picture; give a smaller one: --max-pixels {pixels} "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def make_model(
     *,
-    family: Annotated[str, typer.Option(help="qwen3-vl, qwen3-vl-moe, qwen3.5 or qwen3.5-moe.")],
+    family: Annotated[str, typer.Option(help="Family; for another name, all are listed.")],
     out: Annotated[
         Path,
         typer.Option(

@@ -80,7 +80,7 @@ def plan(
             no_mtp, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, world_size=world_size
         )
         report = _report(source, reference, revision, iteration, experts)
-        layout, illegal = _layout(report, request, output, with_mtp=not no_mtp)
+        layout, illegal = _layout(report, request, output, without=["mtp"] if no_mtp else [])
         _show(report, request, layout, illegal, output)
         if problem := report.model.problem or illegal:
             raise problem
@@ -141,7 +141,7 @@ def _request(wanted: bool, **sizes: int | None) -> ParallelRequest | None:
 
 
 def _layout(
-    report: PlanReport, request: ParallelRequest | None, output: Output, *, with_mtp: bool
+    report: PlanReport, request: ParallelRequest | None, output: Output, *, without: list[str]
 ) -> tuple[ParallelLayout | None, PlanError | None]:
     if request is None or report.model.problem is not None:
         return None, None
@@ -151,7 +151,7 @@ def _layout(
 
     try:
         progress = StageNotes(output.note)
-        return plan_layout(report.model, request, with_mtp=with_mtp, progress=progress), None
+        return plan_layout(report.model, request, without=without, progress=progress), None
     except PlanError as error:
         return None, error
 

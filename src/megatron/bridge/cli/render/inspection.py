@@ -15,12 +15,10 @@ from megatron.bridge.quoting import quoted
 from megatron.bridge.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from megatron.bridge.inspection.hf_folder import HFReport, MTPSummary
+    from megatron.bridge.inspection.hf_folder import HFReport
     from megatron.bridge.inspection.megatron_folder import MegatronReport
     from megatron.bridge.inspection.row_summary import RowSummary
     from megatron.bridge.inspection.summary import TensorSummary
-    from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
-    from megatron.bridge.models.qwen_vl.rope_config import Rope
 
 _ORIGINS = {
     "files": "headers of the files",
@@ -44,10 +42,9 @@ def render_hf(report: HFReport) -> RenderableType:
                 *peculiarities(report),
                 ("shards", _shards(report)),
                 ("side files", ", ".join(report.side_files) or "none"),
-                ("text", _settings(report.text)),
-                ("vision", _settings(report.vision)),
+                *_facts(report, "config"),
                 ("default", _settings(report.filled_in)),
-                ("rope", None if report.rope is None else _rope(report.rope)),
+                *_facts(report, "model"),
                 ("embeddings", "tied" if report.tied else "not tied"),
                 ("megatron", _megatron(report)),
                 ("plan", verdict(report.problem is None, "proven", "not proven")),
@@ -67,13 +64,18 @@ def identity(report: HFReport) -> list[tuple[str, object]]:
 
 
 def peculiarities(report: HFReport) -> list[tuple[str, object]]:
-    """What not every model has: assumed dtypes, quantization, experts, an MTP layer."""
+    """What not every model has: assumed dtypes, quantization, what the family says of files."""
     return [
         ("dtypes assumed", _assumption(report)),
         ("quantization", _quantization(report)),
-        ("experts", _experts(report.experts)),
-        ("MTP layer", _mtp(report.mtp)),
+        *_facts(report, "files"),
     ]
+
+
+def _facts(report: HFReport, about: str) -> list[tuple[str, object]]:
+    """What the family says of the model."""
+    facts = report.description.values()
+    return [(fact.label, fact.shown) for fact in facts if fact.about == about]
 
 
 def plan_rows(report: HFReport) -> list[RenderableType]:
@@ -152,24 +154,6 @@ def _assumption(report: HFReport) -> str | None:
     return "no file says them: " + "; ".join(parts)
 
 
-def _experts(experts: DiskLayout) -> str | None:
-    parts = [
-        f"{layout} ({where})"
-        for where, layout in (("decoder", experts.decoder), ("MTP layer", experts.mtp))
-        if layout is not None
-    ]
-    return ", ".join(parts) or None
-
-
-def _mtp(mtp: MTPSummary) -> str | None:
-    if mtp.present:
-        return "present"
-    if not mtp.in_config:
-        return None
-    files = "not in the files" if mtp.present is False else "no files at hand"
-    return f"named by the config, {files}"
-
-
 def _quantization(report: HFReport) -> str | None:
     if report.quantization is None:
         return None
@@ -191,14 +175,6 @@ def _named_sizes(files: Mapping[str, int]) -> str | None:
 
 def _settings(values: Mapping[str, Any]) -> str | None:
     return ", ".join(f"{key} {quoted(value)}" for key, value in values.items()) or None
-
-
-def _rope(rope: Rope) -> str:
-    scaling = "".join(f", {key} {quoted(value)}" for key, value in rope.scaling.items())
-    return (
-        f"{rope.rope_type}{scaling}, theta {rope.theta:g}, mrope section "
-        f"{list(rope.mrope_section)} interleaved, {rope.partial_rotary_factor:g} of each head"
-    )
 
 
 def _megatron(report: HFReport) -> str | None:

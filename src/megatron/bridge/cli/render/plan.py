@@ -47,7 +47,7 @@ def render_plan(report: PlanReport, layout: ParallelLayout | None) -> Renderable
     if report.cost is not None:
         parts += ["", _cost(report)]
     if layout is not None:
-        experts = model.experts.decoder is not None
+        experts = model.settings is not None and bool(model.settings.get("num_moe_experts"))
         parts += ["", _cluster(layout, experts=experts), "", _stages(layout), "", _largest(layout)]
     return Group(*parts)
 

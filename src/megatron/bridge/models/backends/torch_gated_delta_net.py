@@ -1,4 +1,4 @@
-"""Gated DeltaNet, the linear attention of Qwen3.5, in plain torch.
+"""Gated DeltaNet, a linear attention, in plain torch.
 
 megatron-core's own GatedDeltaNet needs flash-linear-attention. Here are the same parameters, with
 the same sharding and checkpoint keys, and also packed sequences and padded batches.
@@ -31,7 +31,7 @@ class GatedDeltaNetParameters(MegatronModule):
     """What both implementations need beyond megatron-core: dtype and gradient of a few parameters.
 
     megatron-core makes every parameter in `params_dtype`, and its Float16Module casts them all
-    once more. Qwen3.5 is released with A_log and the output norm in fp32.
+    once more. Models are released with A_log and the output norm in fp32.
     """
 
     def finish_parameters(self, ssm_dtype: torch.dtype | None) -> None:

@@ -10,9 +10,9 @@ from megatron.bridge.errors import ConfigError
 class RMSNorm(nn.Module):
     """x / rms(x), scaled by `weight`; computed in fp32 whatever the dtype of `x`.
 
-    Plain: `weight * normalized.to(x.dtype)`, as Qwen3VLTextRMSNorm rounds it. Zero-centred
+    Plain: `weight * normalized.to(x.dtype)`, as transformers rounds it. Zero-centred
     (`config.layernorm_zero_centered_gamma`): `(normalized * (1 + weight)).to(x.dtype)`, the
-    product in fp32, as Qwen3_5RMSNorm rounds it.
+    product in fp32, as transformers rounds that.
 
     Args:
         config: for `params_dtype`, `sequence_parallel`, `layernorm_zero_centered_gamma`.

@@ -1,6 +1,6 @@
 """AutoBridge: one entry for every supported model, in both directions.
 
-bridge = AutoBridge.from_hf_pretrained("Qwen/Qwen3-VL-8B-Instruct")
+bridge = AutoBridge.from_hf_pretrained("organization/model")
 provider = bridge.to_megatron_provider()
 model = provider.provide_distributed_model(wrap_with_ddp=False)
 bridge.save_hf_pretrained(model, "out")

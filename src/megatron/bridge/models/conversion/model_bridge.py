@@ -5,13 +5,19 @@ config.json names, so that importing the module of a family is all it takes to s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from megatron.bridge.dtypes import MIXABLE, widest
-from megatron.bridge.errors import ConfigError, PlanError
+from megatron.bridge.dtypes import MIXABLE, TORCH_NAME_OF, widest
+from megatron.bridge.errors import ConfigError, PlanError, UnsupportedModel
+from megatron.bridge.models.conversion.description import (
+    LANGUAGE_SIZES,
+    Description,
+    PictureCost,
+    sizes_fact,
+)
 from megatron.bridge.models.conversion.diagnosis import Terms
 from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
@@ -24,6 +30,8 @@ from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.quoting import printable, quoted
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
     from megatron.bridge.models.model_provider import ModelProvider
 
@@ -89,12 +97,23 @@ class MegatronModelBridge(ABC):
     """Dotted path of the provider that builds it."""
     model_type: ClassVar[str | None] = None
     """What config.json states beside the architecture; None if that is not looked at."""
-    optional_parts: ClassVar[frozenset[str]] = frozenset()
-    """Parts without which the Hugging Face files are whole, by the names of PlanOptions.without."""
-    embedding_key: ClassVar[str] = "language_model.embedding.word_embeddings.weight"
+    auto_model: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that loads the model."""
+    optional_parts: ClassVar[Mapping[str, str]] = {}
+    """Parts without which the Hugging Face files are whole, by the names of PlanOptions.without,
+    and the words for each."""
+    embedding_key: ClassVar[str] = "embedding.word_embeddings.weight"
     """Checkpoint key whose rows are the vocabulary, padding included."""
-    layer_paths: ClassVar[tuple[str, ...]] = ()
-    """What Megatron names of parameters have before the number of a TransformerBlock's layer."""
+    layer_paths: ClassVar[tuple[str, ...]] = ("decoder.layers.",)
+    """What Megatron names of parameters have before the number of a TransformerBlock's layer.
+
+    The decoder's is the first; transformers' `get_decoder()` has the same layers.
+    """
+    parts: ClassVar[Mapping[str, str]] = {"embedding.": "embedding", "output_layer.": "output"}
+    """What Megatron names of parameters outside of the decoder's layers begin with, and the word
+    for that part, in the order of the model."""
+    experts_module: ClassVar[str] = ".mlp.experts."
+    """What Hugging Face names of routed experts have behind the name of their layer."""
 
     @staticmethod
     def register_bridge[Bridge: MegatronModelBridge](
@@ -141,6 +160,10 @@ class MegatronModelBridge(ABC):
             )
         config.stated_dtypes()
 
+    def language(self, config: HFConfig) -> HFConfig:
+        """The config of the language model, which is the whole one or a section of it."""
+        return config
+
     @abstractmethod
     def mapping_registry(self) -> MegatronMappingRegistry:
         """The rows of the family, for files laid out as they are released."""
@@ -157,7 +180,8 @@ class MegatronModelBridge(ABC):
     ) -> ModelStructure:
         """Counts and dimensions of one model; what only files can tell is told by `tensors`.
 
-        Raises ConfigError.
+        Which layers share checkpoint keys is as megatron-core does it for the model of the config;
+        where `options.keys` say otherwise, that counts. Raises ConfigError.
         """
 
     def spelling(self, config: HFConfig, tensors: Tensors) -> Spelling:
@@ -216,15 +240,105 @@ class MegatronModelBridge(ABC):
         Raises ConfigError for a value that is missing or that the Megatron model cannot honour.
         """
 
+    def dtype_settings(self, config: HFConfig, dtype: str) -> dict[str, Any]:
+        """The fields of a provider that say its dtype. Raises ConfigError if it can have none."""
+        if dtype not in MIXABLE:
+            raise ConfigError(f"{config.origin}: weights in {dtype}; expected {', '.join(MIXABLE)}")
+        return {
+            "params_dtype": TORCH_NAME_OF[dtype],
+            "bf16": dtype == "BF16",
+            "fp16": dtype == "F16",
+        }
+
     def provider_of(self, settings: Mapping[str, Any]) -> "ModelProvider":
         """The family's model provider with these fields, as `provider_settings` gives them."""
         module, _, name = self.provider.rpartition(".")
         provider: ModelProvider = getattr(import_module(module), name).from_settings(settings)
         return provider
 
-    @abstractmethod
     def provider_bridge(self, hf_pretrained: "PreTrainedVLM | HasConfig") -> "ModelProvider":
-        """The family's model provider, configured like a Hugging Face model."""
+        """The family's model provider, configured like a Hugging Face model.
+
+        hf_pretrained: a model, of which only the config and the headers of the files are read; or
+        any object with a `config`, which then is all there is to go by. Raises ConfigError for a
+        value that is missing or that the Megatron model cannot honour.
+        """
+        from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+
+        hf = hf_pretrained
+        if not isinstance(hf, PreTrainedVLM):
+            hf = PreTrainedVLM.from_config(hf.config)
+        tensors = hf.tensors if hf.has_weights else None
+        self.check(hf.hf_config)
+        return self.provider_of(self.provider_settings(hf.hf_config, hf.main_dtype, tensors))
+
+    def settings_for_layout(
+        self, settings: Mapping[str, Any], plan: ConversionPlan, without: Collection[str]
+    ) -> Mapping[str, Any]:
+        """Fields of the provider for a model with every part of a plan, to be laid out over ranks.
+
+        settings: as `provider_settings` gives them. without: names of `optional_parts`.
+        """
+        return settings
+
+    def small(self, provider: "ModelProvider") -> "ModelProvider":
+        """The same widths with one layer of each kind: built in no time, and split alike.
+
+        provider: it may be changed and returned.
+        """
+        patterns = {
+            name: pattern
+            for name in ("linear_attention_freq", "moe_layer_freq")
+            if isinstance(pattern := getattr(provider, name), list)
+        }
+        kinds = list(dict.fromkeys(zip(*patterns.values(), strict=True))) or [()]
+        provider.num_layers = len(kinds)
+        for position, name in enumerate(patterns):
+            setattr(provider, name, [kind[position] for kind in kinds])
+        provider.mtp_num_layers = None
+        return provider
+
+    def describe(
+        self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
+    ) -> Description:
+        """What `inspect` shows of a model beyond what it shows of every one.
+
+        tensors: those of the files as they are stored, None without files. Raises nothing: what
+        cannot be told is left out, and the plan says why.
+        """
+        return {"text": sizes_fact("text", config, LANGUAGE_SIZES)}
+
+    def pictures(
+        self, config: HFConfig, inputs: Mapping[str, "torch.Tensor"]
+    ) -> PictureCost | None:
+        """What attention over the pictures of a prompt takes; None for a model without any.
+
+        inputs: what the processor made of the prompt.
+        """
+        return None
+
+    def logits(
+        self, model: "torch.nn.Module", inputs: Mapping[str, "torch.Tensor"]
+    ) -> "torch.Tensor":
+        """[b, s, vocabulary] of the live model for what the tokenizer gives, without padding.
+
+        model: of one process, on the device of the inputs. Here as GPTModel is called. Raises
+        UnsupportedModel for inputs that it does not take.
+        """
+        import torch
+
+        tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if others := inputs.keys() - {"input_ids", "attention_mask"}:
+            raise UnsupportedModel(
+                f"{type(self).__name__}: the processor gives {', '.join(sorted(others))}, too; "
+                f"expected input_ids and attention_mask alone: override `logits`"
+            )
+        if mask is not None and not bool(mask.bool().all()):
+            raise UnsupportedModel(f"{type(self).__name__}: a prompt with padding: give it alone")
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        found: torch.Tensor = model(tokens, positions, None, runtime_gather_output=True)
+        provider: Any = model.config
+        return found[..., : provider.vocab_size]
 
     def plan(
         self, config: HFConfig, tensors: Tensors, options: PlanOptions = DEFAULTS
@@ -240,7 +354,7 @@ class MegatronModelBridge(ABC):
         try:
             plan = build_plan(
                 self.registry_for(config, tensors, options),
-                self.structure(config, tensors, options),
+                self.structure(config, tensors, options).with_keys(options.keys),
                 tensors,
                 self.extras(config, tensors, options),
                 terms,
@@ -268,7 +382,7 @@ class MegatronModelBridge(ABC):
         self.check(config)
         return expected_tensors(
             self.registry_for(config, None, options),
-            self.structure(config, None, options),
+            self.structure(config, None, options).with_keys(options.keys),
             lambda name: self.assumed_dtype(config, name, dtype),
         )
 

@@ -6,12 +6,16 @@ computed and their checkpoint keys named without building a model.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.conversion.boxes import Box, Shape, full_box
-from megatron.bridge.models.conversion.layer_keys import SPARSE_NORM, SPARSE_NORM_AS_FUSED
+from megatron.bridge.models.conversion.layer_keys import (
+    SPARSE_NORM,
+    SPARSE_NORM_AS_FUSED,
+    KeyForms,
+)
 from megatron.bridge.models.conversion.patterns import WILDCARD, fill
 
 _RENAMED = ((".mtp_model_layer.", ".transformer_layer."),)
@@ -70,6 +74,19 @@ class LanguageFields(AttentionFields):
     padded_vocab_size: int
 
 
+def padded_vocabulary(vocab_size: int, rows: int | None = None) -> int:
+    """Rows of the Megatron embedding: as many as are given, or the next multiple of 128.
+
+    That is what megatron-core's clients pad to before tensor parallelism. Raises ConfigError for
+    fewer rows than the vocabulary has tokens.
+    """
+    if rows is None:
+        return -(-vocab_size // 128) * 128
+    if rows < vocab_size:
+        raise ConfigError(f"{vocab_size} tokens do not fit into an embedding of {rows} rows")
+    return rows
+
+
 class Placement(NamedTuple):
     """Where the parameters of a row, or a part of each, lie in the checkpoint.
 
@@ -108,9 +125,9 @@ class ModelStructure:
     """Counts, dimensions and optional parts of one model.
 
     dims: the symbols that rows write their Hugging Face shapes with, e.g. ``{"H": 2048}``.
-    fields: what layouts read, by Megatron prefix (``"language_model."``).
+    fields: what layouts read, by Megatron prefix (``""`` for all).
     indices: which numbers a wildcard takes, by the Megatron path before it
-        (``"language_model.decoder.layers."``).
+        (``"decoder.layers."``).
     stacked: layer paths whose checkpoint keys carry all layers on a leading axis; see KeyForms.
     features: optional parts that are present; a row with ``only="..."`` exists with its feature.
     layer_kinds: the layers of each kind, for rows that are declared with ``layers="..."``.
@@ -126,6 +143,15 @@ class ModelStructure:
     layer_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     experts: int = 0
     sparse_norm_as_fused: bool = False
+
+    def with_keys(self, keys: KeyForms) -> "ModelStructure":
+        """The same model with checkpoint keys of these forms; what they leave open stays."""
+        shared = {path for path, is_shared in keys.stacked.items() if is_shared}
+        return replace(
+            self,
+            stacked=(self.stacked - keys.stacked.keys()) | shared,
+            sparse_norm_as_fused=self.sparse_norm_as_fused or keys.sparse_norm_as_fused,
+        )
 
     def fields_for(self, megatron_param: str) -> LayoutFields:
         """The fields of the part of the model that a parameter belongs to."""

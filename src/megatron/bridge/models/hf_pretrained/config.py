@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG_FILE = "config.json"
+TEXT, VISION = "text_config", "vision_config"
+"""Where transformers puts the configs of a model's parts, if it is more than a language model."""
 MAX_CONFIG_BYTES = 4 << 20
 MAX_COUNT = (1 << 31) - 1
 
@@ -34,7 +36,7 @@ MAX_COUNT = (1 << 31) - 1
 class HFConfig:
     """A read-only view of a model's config.json, or of one object inside it.
 
-    Keys are dotted paths ("text_config.num_hidden_layers"). A JSON null counts as absent, as it
+    Keys are dotted paths ("rope_parameters.rope_theta"). A JSON null counts as absent, as it
     does in transformers. A key that is absent has the value of transformers' own config class,
     where that has one. What was given is copied and never changed.
     """
@@ -111,8 +113,8 @@ class HFConfig:
     def dtype(self) -> str:
         """The safetensors name of the dtype that the config states for the weights.
 
-        It stands at the top or in `text_config`, as `dtype` or, before transformers 5, as
-        `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is no dtype.
+        It stands at the top or in the language model's section, as `dtype` or, before transformers
+        5, as `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is no dtype.
         """
         stated = self.stated_dtypes()
         if not stated:
@@ -126,7 +128,7 @@ class HFConfig:
 
         Raises ConfigError for one that is no dtype.
         """
-        parents = ("", "text_config.")
+        parents = ("", f"{TEXT}.")
         keys = [parent + name for name in ("dtype", "torch_dtype") for parent in parents]
         stated = {key: self.require(key, str) for key in keys if self.has(key)}
         for key, name in stated.items():
@@ -144,13 +146,13 @@ class HFConfig:
 
     @property
     def text(self) -> Self:
-        """The view of `text_config`."""
-        return self.section("text_config")
+        """The view of the language model's section."""
+        return self.section(TEXT)
 
     @property
     def vision(self) -> Self:
-        """The view of `vision_config`."""
-        return self.section("vision_config")
+        """The view of the vision encoder's section."""
+        return self.section(VISION)
 
     def section(self, path: str) -> Self:
         """The view of an object inside; its errors keep the full dotted path.

@@ -1,8 +1,7 @@
 """A config.json that states another dtype of the weights."""
 
-from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.config import TEXT, VISION, HFConfig
 
-_PARENTS = ("text_config", "vision_config")
 _KEYS = ("dtype", "torch_dtype")
 
 
@@ -12,7 +11,10 @@ def config_in_dtype(config: HFConfig, name: str) -> HFConfig:
     A config that states none is left so: transformers then goes by the files.
     """
     data = config.data
-    sections = [data, *(data[parent] for parent in _PARENTS if isinstance(data.get(parent), dict))]
+    sections = [
+        data,
+        *(data[parent] for parent in (TEXT, VISION) if isinstance(data.get(parent), dict)),
+    ]
     for section in sections:
         section.update({key: name for key in _KEYS if section.get(key) is not None})
     return HFConfig.from_dict(data, config.origin)

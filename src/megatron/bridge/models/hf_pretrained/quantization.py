@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
-from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, HFConfig
+from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, TEXT, HFConfig
 from megatron.bridge.models.hf_pretrained.other_quantization import (
     is_plain,
     other_quantization,
@@ -59,7 +59,7 @@ def quantization_of(
     tensors: the files, where they are at hand. Raises UnsupportedModel for any other quantization,
     ConfigError for an incomplete one, or one that the files do not have.
     """
-    stated = [key for key in (CONFIG_KEY, f"text_config.{CONFIG_KEY}") if _states(config, key)]
+    stated = [key for key in (CONFIG_KEY, f"{TEXT}.{CONFIG_KEY}") if _states(config, key)]
     if stated and tensors is not None and _is_plain(tensors):
         raise ConfigError(
             f"{config.origin}: {stated[0]} was left behind: the weights are not quantized, all are "
@@ -68,7 +68,7 @@ def quantization_of(
         )
     if CONFIG_KEY not in stated and stated:
         raise UnsupportedModel(
-            f"{config.origin}: {CONFIG_KEY} stands in text_config; a model that is quantized in "
+            f"{config.origin}: {CONFIG_KEY} stands in {TEXT}; a model that is quantized in "
             f"part is not supported. {_OTHER_RELEASE} as a whole"
         )
     if not stated:

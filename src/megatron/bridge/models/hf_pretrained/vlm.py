@@ -1,8 +1,8 @@
-"""A Hugging Face vision-language model: its config, tensors, processor and side files.
+"""A Hugging Face model: its config, tensors, processor and side files.
 
-hf = PreTrainedVLM.from_pretrained("Qwen/Qwen3-VL-2B-Instruct")
-hf.hf_config.require("text_config.num_hidden_layers", int)
-hf.weights.read("model.language_model.norm.weight")
+hf = PreTrainedVLM.from_pretrained("organization/model")
+hf.hf_config.require("tie_word_embeddings", bool)
+hf.weights.read("lm_head.weight")
 """
 
 from __future__ import annotations
@@ -306,9 +306,10 @@ class PreTrainedVLM:
 
         return self._load("generation config", GenerationConfig, self.folder)
 
-    def load_model(self, **kwargs: Any) -> PreTrainedModel:
+    def load_model(self, auto_model: str | None = None, **kwargs: Any) -> PreTrainedModel:
         """The model of transformers itself with these weights, in eager attention.
 
+        auto_model: the class of transformers that loads it; None for that of the model type.
         It is the reference to compare with. `kwargs` go to its `from_pretrained`, for instance
         `dtype=torch.float32`. The weights of an FP8 release are dequantized here: transformers
         itself would not round them to bfloat16, and takes blocks for equal in size.
@@ -321,7 +322,7 @@ class PreTrainedVLM:
             options = {"config": copy.deepcopy(self.config)} | options
         quantized = isinstance(self.weights, DequantizedTensors)
         if not quantized and self.tensors.files_as_released:
-            auto_class = transformers.AutoModelForImageTextToText
+            auto_class = getattr(transformers, auto_model or self._auto_model)
             loaded = self._load("model", auto_class, self.weights_folder, **options)
         else:
             config = copy.deepcopy(self.config)
@@ -341,6 +342,15 @@ class PreTrainedVLM:
                 f"({len(missing)} tensors are missing for it) and would make up random ones"
             )
         return model
+
+    @property
+    def _auto_model(self) -> str:
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TAKE_PICTURES,
+        )
+
+        takes_pictures = self.hf_config.model_type in TAKE_PICTURES
+        return "AutoModelForImageTextToText" if takes_pictures else "AutoModelForCausalLM"
 
     @property
     def _remote_code(self) -> dict[str, bool]:

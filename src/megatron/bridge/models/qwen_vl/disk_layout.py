@@ -4,35 +4,23 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from megatron.bridge.errors import ConfigError, InputError
+from megatron.bridge.models.conversion.expert_layout import ExpertLayout, parse_expert_layout
 from megatron.bridge.models.conversion.plan import TensorLike
+
+__all__ = [
+    "DiskLayout",
+    "ExpertLayout",
+    "ExpertSizes",
+    "check_expert_order",
+    "find_expert_layout",
+    "parse_expert_layout",
+]
 
 _FUSED = ("gate_up_proj", "down_proj")
 _PARTS = ("gate", "up", "down")
 _ONE = re.compile(rf"([0-9]{{1,9}})\.({'|'.join(_PARTS)})_proj\.weight")
-
-
-class ExpertLayout(StrEnum):
-    """Disk layouts of routed experts; shapes are those of gate_up and down."""
-
-    FUSED = "fused"
-    """One tensor for all experts: [E, 2I, H] and [E, H, I]."""
-    FUSED_TRANSPOSED = "fused-transposed"
-    """One tensor for all experts: [E, H, 2I] and [E, I, H]."""
-    PER_EXPERT = "per-expert"
-    """Tensors of their own for each expert: gate and up [I, H], down [H, I]."""
-
-
-def parse_expert_layout(name: str) -> ExpertLayout:
-    """The layout of this name. Raises InputError, listing the names."""
-    try:
-        return ExpertLayout(name)
-    except ValueError:
-        raise InputError(
-            f"{name!r} is no disk layout of experts; expected {', '.join(ExpertLayout)}"
-        ) from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRe
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
     HasConfig,
-    MegatronModelBridge,
     PlanOptions,
     Tensors,
 )
@@ -24,6 +23,7 @@ from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.config_keys import check_keys, language_of
+from megatron.bridge.models.qwen_vl.description import DescribedQwen
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
@@ -45,7 +45,6 @@ from megatron.bridge.models.qwen_vl.parts import (
     HF_VISION,
     UNTIED_OUTPUT,
     WITH_MTP,
-    Prefixes,
 )
 from megatron.bridge.models.qwen_vl.rows import score_rows
 from megatron.bridge.models.qwen_vl.settings import language_settings
@@ -61,17 +60,14 @@ if TYPE_CHECKING:
     from megatron.bridge.models.model_provider import ModelProvider
 
 
-class QwenBridge(MegatronModelBridge):
+class QwenBridge(DescribedQwen):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
-    prefixes: ClassVar[Prefixes]
-    """Of the names of the language model."""
     roots: ClassVar[Roots]
     """Of the parts in files."""
     released_layout: ClassVar[DiskLayout] = DiskLayout()
     merges_experts: ClassVar[bool] = False
     """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
-    optional_parts = frozenset({WITH_MTP})
 
     @abstractmethod
     def language_rows(self, disk: DiskLayout) -> list[ParamMapping]:
@@ -80,10 +76,6 @@ class QwenBridge(MegatronModelBridge):
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
         """The rows of the whole model for files laid out like `disk`."""
         return self.language_rows(disk)
-
-    def language(self, config: HFConfig) -> HFConfig:
-        """The config of the language model."""
-        return language_of(config)
 
     def check(self, config: HFConfig) -> None:
         """Also each key that has one value which can be converted."""

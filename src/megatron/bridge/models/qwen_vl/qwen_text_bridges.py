@@ -1,6 +1,7 @@
 """Bridges for Qwen models of text alone: what the language models of the other families are."""
 
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.qwen_vl.description import language_parts
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout, ExpertLayout
 from megatron.bridge.models.qwen_vl.families import (
     Qwen3Family,
@@ -22,7 +23,7 @@ class QwenTextBridge(QwenBridge):
     prefixes = ALONE
     roots = TEXT_ROOTS
     layer_paths = (ALONE.layers,)
-    embedding_key = "embedding.word_embeddings.weight"
+    parts = language_parts(ALONE)
 
 
 @MegatronModelBridge.register_bridge(

@@ -17,6 +17,7 @@ from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.qwen_vl.description import DescribedVision
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.names import VISION_LANGUAGE_ROOTS
 from megatron.bridge.models.qwen_vl.parts import (
@@ -34,7 +35,7 @@ from megatron.bridge.models.qwen_vl.vision_structure import with_vision
 MODEL = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel"
 
 
-class QwenVLBridge(QwenBridge):
+class QwenVLBridge(QwenBridge, DescribedVision):
     """A language model of any family with the vision tower, which is the same in all of them."""
 
     prefixes = BESIDE_VISION
