@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.config_values import dtype_settings, padded_vocabulary
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
@@ -17,11 +18,7 @@ from megatron.bridge.models.conversion.param_mapping import (
     QKVMapping,
     RowParallelMapping,
 )
-from megatron.bridge.models.conversion.structure import (
-    LanguageFields,
-    ModelStructure,
-    padded_vocabulary,
-)
+from megatron.bridge.models.conversion.structure import LanguageFields, ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.small_model import SmallModel, register_small_models
 
@@ -82,7 +79,7 @@ class LlamaBridge(MegatronModelBridge):
         )
         heads, groups = map(config.count, ("num_attention_heads", "num_key_value_heads"))
         d = config.count("head_dim")
-        padded = padded_vocabulary(vocabulary, options.padded_vocab_size)
+        padded = padded_vocabulary(config, options.padded_vocab_size)
         return ModelStructure(
             dims={"V": vocabulary, "H": hidden, "I": inner, "Q": heads * d, "K": groups * d},
             fields={"": LanguageFields(heads, groups, d, vocabulary, padded)},
@@ -104,7 +101,7 @@ class LlamaBridge(MegatronModelBridge):
                 )
         return {
             **{field: config.count(key) for field, key in COUNTS.items()},
-            **self.dtype_settings(config, dtype),
+            **dtype_settings(config, dtype),
             "layernorm_epsilon": config.positive("rms_norm_eps"),
             "rotary_base": rope["rope_theta"],
             "share_embeddings_and_output_weights": config.require("tie_word_embeddings", bool),

@@ -7,6 +7,7 @@ oracle is transformers.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,19 @@ def test_compare(model: Path, dtype: str, capsys: pytest.CaptureFixture[str]) ->
     assert (found["image"], found["image_tokens"]) == (None, 0)
     assert len(found["layers"]) == SIZES["num_hidden_layers"]
     assert main(["compare", str(model)]) == 0
+
+
+def test_compare_with_a_chat_template(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A turn of text alone, as the tokenizer's template takes it."""
+    folder = tmp_path / "chat"
+    shutil.copytree(model, folder)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template + "{{ 'A:' if add_generation_prompt }}")
+    found = document(capsys, "compare", folder, "--prompt", "Why?")
+    assert found["agrees"]
+    assert found["tokens"] == len("[user] Why?A:")
 
 
 def test_a_picture_is_refused(

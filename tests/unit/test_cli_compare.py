@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,16 @@ def test_a_phone_and_a_released_model(small_model: Path) -> None:
     patches = need.most_pixels(need.bytes) // need.pixels_per_patch
     assert 0.98 * 46_500 < patches < 46_500  # sides are rounded by the processor
     assert (available_bytes() or 1) > 0
+
+
+def test_without_a_chat_template(
+    small_model: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As base models are: the prompt is run as it is, and nothing says where a picture stands."""
+    base = tmp_path / "base"
+    shutil.copytree(small_model, base)
+    (base / "chat_template.jinja").unlink()
+    assert main(["compare", str(base), "--prompt", "To be", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == len("To be")
+    assert main(["compare", str(base), "--image", str(photograph)]) == 2
+    assert "there is no chat template, which says where a picture stands" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from megatron.bridge.dtypes import MIXABLE, TORCH_NAME_OF, widest
+from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import ConfigError, PlanError, UnsupportedModel
 from megatron.bridge.models.conversion.description import (
     LANGUAGE_SIZES,
@@ -239,16 +239,6 @@ class MegatronModelBridge(ABC):
         tensors: the files, whose headers say which parameters have a dtype of their own.
         Raises ConfigError for a value that is missing or that the Megatron model cannot honour.
         """
-
-    def dtype_settings(self, config: HFConfig, dtype: str) -> dict[str, Any]:
-        """The fields of a provider that say its dtype. Raises ConfigError if it can have none."""
-        if dtype not in MIXABLE:
-            raise ConfigError(f"{config.origin}: weights in {dtype}; expected {', '.join(MIXABLE)}")
-        return {
-            "params_dtype": TORCH_NAME_OF[dtype],
-            "bf16": dtype == "BF16",
-            "fp16": dtype == "F16",
-        }
 
     def provider_of(self, settings: Mapping[str, Any]) -> "ModelProvider":
         """The family's model provider with these fields, as `provider_settings` gives them."""

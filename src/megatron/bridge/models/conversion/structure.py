@@ -74,19 +74,6 @@ class LanguageFields(AttentionFields):
     padded_vocab_size: int
 
 
-def padded_vocabulary(vocab_size: int, rows: int | None = None) -> int:
-    """Rows of the Megatron embedding: as many as are given, or the next multiple of 128.
-
-    That is what megatron-core's clients pad to before tensor parallelism. Raises ConfigError for
-    fewer rows than the vocabulary has tokens.
-    """
-    if rows is None:
-        return -(-vocab_size // 128) * 128
-    if rows < vocab_size:
-        raise ConfigError(f"{vocab_size} tokens do not fit into an embedding of {rows} rows")
-    return rows
-
-
 class Placement(NamedTuple):
     """Where the parameters of a row, or a part of each, lie in the checkpoint.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron.bridge.models.backends.activations import activation, activation_problem
+from megatron.bridge.models.backends.activations import activation_problem
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     DecoderSpec,
@@ -78,24 +78,19 @@ class QwenModelProvider(ModelProvider):
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """A provider from plain values, as a bridge derives them and a checkpoint records them.
 
-        Dtypes are torch names ("bfloat16"), `scores` is a mapping of ScoreConfig's fields,
-        `hidden_act` the name of the activation, `rope_parameters` that of transformers' config.
+        Also, `scores` is a mapping of ScoreConfig's fields, `rope_parameters` that of transformers'
+        config.
         """
         fields = dict(settings)
         if settings.get("scores") is not None:
             fields["scores"] = ScoreConfig(**settings["scores"])
         if settings.get("window_size") is not None:
             fields["window_size"] = tuple(settings["window_size"])
-        if "hidden_act" in fields:
-            fields["activation_func"] = activation(fields.pop("hidden_act"))
         if "rope_parameters" in fields:
             fields["rope_parameters"] = rope_parameters_of_type(
                 fields["rope_parameters"], max_position_embeddings=settings["seq_length"]
             )
-        for name in ("params_dtype", "ssm_dtype"):
-            if isinstance(dtype := settings.get(name), str):
-                fields[name] = getattr(torch, dtype)
-        return cls(**fields)
+        return super().from_settings(fields)
 
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""

@@ -3,8 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from megatron.bridge.dtypes import MIXABLE, TORCH_NAME_OF
-from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.config_values import dtype_settings
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import field_settings, is_read, language_of
 from megatron.bridge.models.qwen_vl.heads import scores_of
@@ -26,8 +25,7 @@ def language_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     What the Megatron model cannot compute is refused when it is built: a conversion of files does
     not depend on it. Raises ConfigError for a value that makes no sense.
     """
-    if dtype not in MIXABLE:
-        raise ConfigError(f"{config.origin}: weights in {dtype}; expected {', '.join(MIXABLE)}")
+    of_dtype = dtype_settings(config, dtype)
     text, rope = language_of(config), read_rope(config)
     settings = {
         "num_layers": text.count("num_hidden_layers"),
@@ -39,9 +37,7 @@ def language_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
         "rotary_base": rope.theta,
         "rotary_percent": rope.partial_rotary_factor,
         "rope_parameters": {"rope_type": rope.rope_type, **rope.scaling},
-        "params_dtype": TORCH_NAME_OF[dtype],
-        "bf16": dtype == "BF16",
-        "fp16": dtype == "F16",
+        **of_dtype,
     }
     # A token that has one position turns all frequencies with it.
     one_position = [settings["kv_channels"] // 2, 0, 0]

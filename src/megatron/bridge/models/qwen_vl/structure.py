@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.conversion.config_values import padded_vocabulary
 from megatron.bridge.models.conversion.layer_keys import (
     BY_CONFIG,
     KeyForms,
@@ -206,24 +207,11 @@ def layer_patterns(text: HFConfig) -> dict[str, int | list[int]]:
     return patterns
 
 
-def padded_vocabulary(vocab_size: int, divisible_by: int = 128) -> int:
-    """The next multiple; 128 is what megatron-core's clients pad to before tensor parallelism."""
-    return -(-vocab_size // divisible_by) * divisible_by
-
-
 def _experts(text: HFConfig) -> int:
     return text.count("num_experts", MAX_PARTS)
 
 
 def _fields(text: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields:
-    vocab_size = text.count("vocab_size")
-    if padded_vocab_size is None:
-        padded_vocab_size = padded_vocabulary(vocab_size)
-    if padded_vocab_size < vocab_size:
-        raise ConfigError(
-            f"{text.origin}: {vocab_size} tokens do not fit into an embedding of "
-            f"{padded_vocab_size} rows"
-        )
     delta = (
         "linear_num_key_heads",
         "linear_num_value_heads",
@@ -234,8 +222,8 @@ def _fields(text: HFConfig, padded_vocab_size: int | None) -> QwenLanguageFields
         num_attention_heads=text.count("num_attention_heads"),
         num_query_groups=text.count("num_key_value_heads"),
         kv_channels=head_dim(text),
-        vocab_size=vocab_size,
-        padded_vocab_size=padded_vocab_size,
+        vocab_size=text.count("vocab_size"),
+        padded_vocab_size=padded_vocabulary(text, padded_vocab_size),
         num_moe_experts=_experts(text) if has_experts(text) else 0,
         **({name: text.count(name) for name in delta} if has_delta_net(text) else {}),
     )
