@@ -205,7 +205,7 @@ def test_inspect_megatron(small_checkpoint: Path, capsys: pytest.CaptureFixture[
     assert document["architecture"] == "Qwen3VLForConditionalGeneration"
     assert document["config_record"] is True
     assert document["megatron"]["keys"] == len(document["tensors"]) == 44
-    assert document["objects"] == 39
+    assert document["objects"] == 53
     assert [file["name"] for file in document["files"]] == ["__0_0.distcp"]
     status, out, _ = run(capsys, "inspect", small_checkpoint / "iter_0000000")
     assert status == 0

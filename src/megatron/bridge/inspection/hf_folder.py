@@ -189,6 +189,7 @@ def _conversion(
         if tensors is not None:
             view = dequantized_view(tensors, found.quantization, config.origin)
         if view is None:
+            bridge.check(config)  # what is wrong with the kind of model comes before its dtype
             plan = bridge.plan_from_config(config, config.dtype, options)
         else:
             plan = bridge.plan(config, view, options)

@@ -58,14 +58,17 @@ class TransformersDefaults:
 
     @cached_property
     def architecture(self) -> str | None:
-        """The class that transformers loads for the model type; None if it knows none."""
-        from transformers.models.auto import modeling_auto
+        """The class that transformers loads for the model type; None if it knows none.
 
-        for known in (
-            modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        A class of models that take images comes before the one for their text alone.
+        """
+        from transformers.models.auto import modeling_auto as auto
+
+        for names in (
+            auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         ):
-            if isinstance(name := known.get(self.model_type), str):
+            if isinstance(name := names.get(self.model_type), str):
                 return name
         return None
 
@@ -126,15 +129,19 @@ def declared_aliases(model_type: str) -> Mapping[str, tuple[str, ...]]:
 
 @cache
 def _config_classes(model_type: str) -> Mapping[str, ast.ClassDef]:
-    """The source of a model type's config class, and of those inside by their prefix."""
+    """The source of a model type's config class, and of those inside by their prefix.
+
+    The config of a part of a model stands in the module of that model, whose name is shorter.
+    """
     name = model_type.replace("-", "_")
-    if not name.isidentifier():
-        return {}
-    classes = _classes_in(f"models/{name}/configuration_{name}.py")
-    for node in classes.values():
-        if _assigned(node).get("model_type") == model_type:
-            inside = _sections(node).items()
-            return {"": node} | {f"{key}.": classes[one] for key, one in inside if one in classes}
+    while name.isidentifier():
+        classes = _classes_in(f"models/{name}/configuration_{name}.py")
+        for node in classes.values():
+            if _assigned(node).get("model_type") == model_type:
+                inside = _sections(node).items()
+                sections = {f"{key}.": classes[one] for key, one in inside if one in classes}
+                return {"": node} | sections
+        name = name.rpartition("_")[0]
     return {}
 
 

@@ -298,7 +298,15 @@ CONFIG_KEYS: Mapping[str, Mapping[str, Section]] = {
 
 
 def language_of(config: HFConfig) -> HFConfig:
-    """The config of the language model: the whole one, or the part of it that describes text."""
+    """The config of the language model: the whole one, or the part of it that describes text.
+
+    Raises ConfigError for a model type that no family has.
+    """
+    if config.model_type not in CONFIG_KEYS:
+        raise ConfigError(
+            f"{config.origin}: model_type {quoted(config.model_type)} is none of "
+            f"{', '.join(CONFIG_KEYS)}; state that of the model"
+        )
     return config.text if "text_config" in CONFIG_KEYS[config.model_type] else config
 
 

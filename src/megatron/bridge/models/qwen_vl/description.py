@@ -21,7 +21,6 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import dequantized_view
 from megatron.bridge.models.hf_pretrained.quantization import quantization_of
-from megatron.bridge.models.qwen_vl.config_keys import language_of
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
 from megatron.bridge.models.qwen_vl.parts import BESIDE_VISION, VISION, WITH_MTP, Prefixes
@@ -74,14 +73,14 @@ class DescribedQwen(MegatronModelBridge):
         """How the experts lie in files, or would."""
 
     def language(self, config: HFConfig) -> HFConfig:
-        """The config of the language model."""
-        return language_of(config)
+        """The config of the language model, which is the whole one."""
+        return config
 
     def describe(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
     ) -> Description:
         """Sizes, the rotation, how experts lie, and the MTP layer."""
-        text = _language(config)
+        text = self._language(config)
         return {
             "text": sizes_fact("text", text, _TEXT_SIZES),
             "rope": _rope_fact(config),
@@ -105,6 +104,12 @@ class DescribedQwen(MegatronModelBridge):
         found: torch.Tensor = model(**inputs, trim_vocab_padding=True)
         return found
 
+    def _language(self, config: HFConfig) -> HFConfig | None:
+        try:
+            return self.language(config)
+        except ConfigError:
+            return None
+
     def _known_layout(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
     ) -> DiskLayout:
@@ -123,6 +128,10 @@ class DescribedVision(DescribedQwen):
     auto_model = "AutoModelForImageTextToText"
     embedding_key = f"{BESIDE_VISION.megatron}embedding.word_embeddings.weight"
     parts: ClassVar[Mapping[str, str]] = {VISION: "vision", **language_parts(BESIDE_VISION)}
+
+    def language(self, config: HFConfig) -> HFConfig:
+        """The section of the text model."""
+        return config.text
 
     def describe(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
@@ -149,13 +158,6 @@ class DescribedVision(DescribedQwen):
         side = config.vision.count("patch_size")
         merged = config.vision.count("spatial_merge_size")
         return PictureCost(patches, config.vision.count("num_heads"), side, side * merged)
-
-
-def _language(config: HFConfig) -> HFConfig | None:
-    try:
-        return language_of(config)
-    except ConfigError:
-        return None
 
 
 def _section(config: HFConfig, name: str) -> HFConfig | None:
