@@ -1,6 +1,9 @@
 """Qwen models, of text alone and with vision: importing this package registers their bridges."""
 
-from megatron.bridge.models.qwen_vl import small_models  # noqa: F401  (they register themselves)
+from megatron.bridge.models.qwen_vl import (  # noqa: F401  (they register themselves)
+    small_models,
+    small_text_models,
+)
 from megatron.bridge.models.qwen_vl.qwen3_vl_bridge import Qwen3VLBridge, Qwen3VLMoEBridge
 from megatron.bridge.models.qwen_vl.qwen35_vl_bridge import Qwen35VLBridge, Qwen35VLMoEBridge
 from megatron.bridge.models.qwen_vl.qwen_text_bridges import (

@@ -6,24 +6,26 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-POSITIVE = (
-    "text_config.decoder_sparse_step",
-    "text_config.full_attention_interval",
-    "text_config.head_dim",
-    "text_config.hidden_size",
-    "text_config.intermediate_size",
-    "text_config.linear_conv_kernel_dim",
-    "text_config.linear_key_head_dim",
-    "text_config.linear_num_key_heads",
-    "text_config.linear_num_value_heads",
-    "text_config.linear_value_head_dim",
-    "text_config.moe_intermediate_size",
-    "text_config.num_attention_heads",
-    "text_config.num_experts",
-    "text_config.num_experts_per_tok",
-    "text_config.num_hidden_layers",
-    "text_config.num_key_value_heads",
-    "text_config.shared_expert_intermediate_size",
+_LANGUAGE_POSITIVE = (
+    "decoder_sparse_step",
+    "full_attention_interval",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "shared_expert_intermediate_size",
+)
+_VISION_POSITIVE = (
     "vision_config.depth",
     "vision_config.hidden_size",
     "vision_config.in_channels",
@@ -34,39 +36,48 @@ POSITIVE = (
     "vision_config.spatial_merge_size",
     "vision_config.temporal_patch_size",
 )
-"""Keys of numbers that must be positive; most of the checks divide by some of them."""
 
 
-def problems_of(values: Mapping[str, Any]) -> Iterator[str]:
-    """Every contradiction in `values`, by dotted key."""
-    yield from _text_problems(values)
-    yield from _rope_problems(values)
-    yield from _hybrid_problems(values)
-    yield from _moe_problems(values)
-    yield from _vision_problems(values)
+def positive(language: str, *, vision: bool = False) -> tuple[str, ...]:
+    """Keys of numbers that must be positive; most of the checks divide by some of them.
+
+    language: what the keys of the language model begin with.
+    """
+    keys = tuple(f"{language}{key}" for key in _LANGUAGE_POSITIVE)
+    return (*keys, *_VISION_POSITIVE) if vision else keys
 
 
-def _text_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    heads = values["text_config.num_attention_heads"]
-    groups = values["text_config.num_key_value_heads"]
+def language_problems(values: Mapping[str, Any], language: str) -> Iterator[str]:
+    """Every contradiction in `values` of a language model, by dotted key."""
+    yield from _attention_problems(values, language)
+    yield from _rope_problems(values, language)
+    yield from _hybrid_problems(values, language)
+    yield from _moe_problems(values, language)
+
+
+def _attention_problems(values: Mapping[str, Any], language: str) -> Iterator[str]:
+    heads = values[f"{language}num_attention_heads"]
+    groups = values[f"{language}num_key_value_heads"]
     if heads % groups:
         yield (
-            f"text_config.num_attention_heads ({heads}) must be a multiple of "
-            f"text_config.num_key_value_heads ({groups})"
+            f"{language}num_attention_heads ({heads}) must be a multiple of "
+            f"{language}num_key_value_heads ({groups})"
         )
 
 
-def _rope_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    head_dim = values["text_config.head_dim"]
-    key = "text_config.rope_parameters.mrope_section"
-    factor_key = "text_config.rope_parameters.partial_rotary_factor"
-    section = values[key]
-    rotated, what = head_dim, f"text_config.head_dim ({head_dim})"
+def _rope_problems(values: Mapping[str, Any], language: str) -> Iterator[str]:
+    head_dim = values[f"{language}head_dim"]
+    key = f"{language}rope_parameters.mrope_section"
+    factor_key = f"{language}rope_parameters.partial_rotary_factor"
+    rotated, what = head_dim, f"{language}head_dim ({head_dim})"
     if factor_key in values:
         rotated = head_dim * values[factor_key]
         what += f" * {factor_key} ({values[factor_key]})"
     if not 0 < rotated <= head_dim or rotated % 2:
         yield f"{what} must be an even number of rotated dimensions"
+    if key not in values:  # a token has one position
+        return
+    section = values[key]
     if len(section) != 3 or min(section) < 0 or sum(section) != rotated / 2:
         yield f"{key} {section} must be three counts whose sum is half of {what}"
         return
@@ -79,47 +90,48 @@ def _rope_problems(values: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _hybrid_problems(values: Mapping[str, Any]) -> Iterator[str]:
+def _hybrid_problems(values: Mapping[str, Any], language: str) -> Iterator[str]:
     """Of linear attention and multi-token prediction, in the families that have them."""
-    if "text_config.layer_types" not in values:
+    if f"{language}layer_types" not in values:
         return
-    key_heads = values["text_config.linear_num_key_heads"]
-    value_heads = values["text_config.linear_num_value_heads"]
+    key_heads = values[f"{language}linear_num_key_heads"]
+    value_heads = values[f"{language}linear_num_value_heads"]
     if value_heads % key_heads:
         yield (
-            f"text_config.linear_num_value_heads ({value_heads}) must be a multiple of "
-            f"text_config.linear_num_key_heads ({key_heads})"
+            f"{language}linear_num_value_heads ({value_heads}) must be a multiple of "
+            f"{language}linear_num_key_heads ({key_heads})"
         )
-    types, layers = values["text_config.layer_types"], values["text_config.num_hidden_layers"]
+    types, layers = values[f"{language}layer_types"], values[f"{language}num_hidden_layers"]
     known = {"linear_attention", "full_attention"}
     if len(types) != layers or set(types) - known:
         yield (
-            f"text_config.layer_types {types} must name one of {', '.join(sorted(known))} for each "
-            f"of text_config.num_hidden_layers ({layers})"
+            f"{language}layer_types {types} must name one of {', '.join(sorted(known))} for each "
+            f"of {language}num_hidden_layers ({layers})"
         )
-    predicted = values["text_config.mtp_num_hidden_layers"]
+    predicted = values[f"{language}mtp_num_hidden_layers"]
     if predicted < 0:
-        yield f"text_config.mtp_num_hidden_layers must not be negative, found {predicted}"
+        yield f"{language}mtp_num_hidden_layers must not be negative, found {predicted}"
 
 
-def _moe_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    if "text_config.num_experts" not in values:
+def _moe_problems(values: Mapping[str, Any], language: str) -> Iterator[str]:
+    if f"{language}num_experts" not in values:
         return
-    experts, chosen = values["text_config.num_experts"], values["text_config.num_experts_per_tok"]
+    experts, chosen = values[f"{language}num_experts"], values[f"{language}num_experts_per_tok"]
     if chosen > experts:
         yield (
-            f"text_config.num_experts_per_tok ({chosen}) must not exceed text_config.num_experts "
+            f"{language}num_experts_per_tok ({chosen}) must not exceed {language}num_experts "
             f"({experts})"
         )
-    dense, layers = values["text_config.mlp_only_layers"], values["text_config.num_hidden_layers"]
+    dense, layers = values[f"{language}mlp_only_layers"], values[f"{language}num_hidden_layers"]
     if dense != sorted(set(dense)) or any(not 0 <= layer < layers for layer in dense):
         yield (
-            f"text_config.mlp_only_layers {dense} must be ascending layer numbers below "
-            f"text_config.num_hidden_layers ({layers})"
+            f"{language}mlp_only_layers {dense} must be ascending layer numbers below "
+            f"{language}num_hidden_layers ({layers})"
         )
 
 
-def _vision_problems(values: Mapping[str, Any]) -> Iterator[str]:
+def vision_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Every contradiction in `values` of a vision tower beside a language model."""
     hidden, heads = values["vision_config.hidden_size"], values["vision_config.num_heads"]
     if hidden % (4 * heads):
         yield (

@@ -1,0 +1,116 @@
+"""What the released models of text alone look like, at a size for tests."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.bridge.models.qwen_vl.small_language import (
+    DENSE,
+    HYBRID_ATTENTION,
+    HYBRID_FIXED,
+    HYBRID_OPTIONS,
+    MOE,
+    SHARED_EXPERT,
+    TEXT,
+    fp8_matrices,
+    hybrid,
+    small_model,
+)
+from megatron.bridge.models.qwen_vl.small_model_rules import language_problems, positive
+from megatron.bridge.models.small_model import SmallModel, register_small_models
+
+_ROOT = "model"
+_ATTENTION = {
+    "head_dim": 32,
+    "num_attention_heads": 8,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+
+
+def _family(
+    name: str, architecture: str, model_type: str, *parts: dict[str, Any], **fields: Any
+) -> SmallModel:
+    """A family, with what all of them have in common."""
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.57.0.dev0",
+    }
+    for part in (TEXT, *parts):
+        config |= part
+    return small_model(
+        name,
+        config,
+        "",
+        positive=positive(""),
+        problems=partial(language_problems, language=""),
+        fp8_matrices=fp8_matrices(_ROOT),
+        **fields,
+    )
+
+
+_QWEN3 = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "token_ids": {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"},
+}
+_HYBRID = {"token_ids": {"eos_token_id": "<|endoftext|>"}, **hybrid("", _ROOT)}
+
+register_small_models(
+    _family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        "qwen3",
+        _ATTENTION,
+        DENSE,
+        {"max_window_layers": 5, "num_hidden_layers": 5},
+        fixed=("sliding_window", "use_sliding_window"),
+        **_QWEN3,
+    ),
+    _family(
+        "qwen3-moe",
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        _ATTENTION,
+        MOE,
+        # One MLP of this size has a layer without experts, of which released models have none.
+        DENSE,
+        {
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "num_hidden_layers": 7,
+        },
+        fixed=("sliding_window", "use_sliding_window"),
+        options={"experts": "per-expert"},
+        **_QWEN3,
+    ),
+    _family(
+        "qwen3.5-text",
+        "Qwen3_5ForCausalLM",
+        "qwen3_5_text",
+        HYBRID_ATTENTION,
+        DENSE,
+        {"num_hidden_layers": 6},
+        fixed=HYBRID_FIXED,
+        options=HYBRID_OPTIONS,
+        **_HYBRID,
+    ),
+    _family(
+        "qwen3.5-moe-text",
+        "Qwen3_5MoeForCausalLM",
+        "qwen3_5_moe_text",
+        HYBRID_ATTENTION,
+        MOE,
+        SHARED_EXPERT,
+        {"num_hidden_layers": 7},
+        fixed=(*HYBRID_FIXED, "mlp_only_layers"),
+        options=HYBRID_OPTIONS | {"experts": "fused", "mtp_experts": "fused"},
+        expert_options={"mtp.": "mtp_experts"},
+        fp8_options={"experts": "per-expert", "mtp_experts": "per-expert"},
+        **_HYBRID,
+    ),
+)
