@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron.bridge.errors import InputError, MismatchError
+from megatron.bridge.errors import InputError, MismatchError, UnsupportedModel
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.paths import local_path
@@ -102,6 +102,12 @@ def compare(
         )
     hf = PreTrainedVLM.from_pretrained(source, revision)
     bridge = AutoBridge(hf)
+    if (architecture := hf.hf_config.architecture).endswith("Classification"):
+        raise UnsupportedModel(
+            f"{os.fspath(source)}: a {architecture} scores labels, and logits of tokens are what "
+            f"is compared: compare the language model that it was made of, or its scores from "
+            f"Python (AutoBridge.to_megatron_model)"
+        )
     # What cannot be converted, or has no live model, is said before gigabytes are loaded.
     bridge.plan()
     bridge.to_megatron_provider(load_weights=False)
@@ -110,6 +116,11 @@ def compare(
         picture = at_most(picture, max_pixels)
     text = prompt if prompt is not None else IMAGE_PROMPT if picture else TEXT_PROMPT
     inputs = prompt_inputs(hf, text, picture)
+    if not inputs["input_ids"].numel():
+        raise InputError(
+            f"{os.fspath(source)}: its tokenizer makes no tokens of the prompt; are its files "
+            f"complete, such as tokenizer.json?"
+        )
     require_memory(os.fspath(source), needed(hf, inputs, getattr(torch, dtype)))
 
     begin = time.perf_counter()
