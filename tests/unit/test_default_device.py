@@ -1,5 +1,6 @@
 """Callers who made another device torch's default: bytes are moved on the host all the same."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.checkpoint.live_model import local_tensors
 from megatron.bridge.cli import main
+from megatron.bridge.runtime.parallel import destroy_process_groups
 from megatron.bridge.synthetic import make_model
+
+
+@pytest.fixture(autouse=True)
+def no_process_groups_left() -> Iterator[None]:
+    yield
+    destroy_process_groups()
 
 
 @pytest.mark.parametrize("family", ["qwen3-vl", "qwen3.5-moe"])
