@@ -12,6 +12,7 @@ import released_configs as released
 from megatron.bridge.cli import main
 from megatron.bridge.models.catalog import small_models
 from megatron.bridge.synthetic import make_model
+from oracle import text_models
 from refusals import paths_below
 
 FAMILIES = {
@@ -101,3 +102,15 @@ def test_layers_of_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     model = make_model("qwen3-moe", tmp_path / "model", settings)
     assert document(capsys, "compare", model)["agrees"] is True
     assert {*FAMILIES} <= small_models().keys()
+
+
+def test_compare_says_what_it_cannot_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores of labels; and a prompt of which the tokenizer makes nothing."""
+    classifier = text_models.save(text_models.build("Qwen3ForTokenClassification"), tmp_path / "a")
+    assert main(["compare", str(classifier)]) == 2
+    assert "a Qwen3ForTokenClassification scores labels" in capsys.readouterr().err
+    without_tokenizer = text_models.save(text_models.build("Qwen3ForCausalLM"), tmp_path / "b")
+    assert main(["compare", str(without_tokenizer)]) == 2
+    assert "its tokenizer makes no tokens of the prompt" in capsys.readouterr().err
