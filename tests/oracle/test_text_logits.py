@@ -55,6 +55,18 @@ def tokens(batch: int = 2, length: int = 11) -> Tensor:
     return ids.to(torch.get_default_device())
 
 
+def packed(*lengths: int) -> PackedSeqParams:
+    """Sequences of these lengths, one behind the other."""
+    boundaries = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
 def padded(side: str) -> dict[str, Tensor]:
     """A batch in which one sequence is shorter; 5 is the token of padding."""
     ids = tokens()
@@ -134,16 +146,8 @@ def test_positions_that_are_given(name: str, build: Build) -> None:
 def test_packed_sequences(name: str, build: Build) -> None:
     pair = build(name)
     first, second = tokens()[0, :7], tokens()[1, :5]
-    boundaries = torch.tensor([0, 7, 12], dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=7,
-        max_seqlen_kv=7,
-    )
     with torch.no_grad():
-        ours = pair.ours(torch.cat((first, second))[None], packed_seq_params=packed)
+        ours = pair.ours(torch.cat((first, second))[None], packed_seq_params=packed(7, 5))
         alone = [pair.hf(input_ids=one[None], use_cache=False).logits for one in (first, second)]
     assert_close(torch.cat(alone, dim=1), ours[..., : tiny.VOCAB_SIZE])
 
@@ -262,6 +266,13 @@ def test_a_classifier_that_cannot_tell_where_sequences_end(build: Build) -> None
     assert_close(*logits_of(pair, {"input_ids": tokens(batch=1)}))
     with pytest.raises(InputError, match=r"2 sequences.* no pad_token_id"):
         pair.ours(tokens())
+
+
+def test_a_classifier_of_sequences_takes_no_pack(build: Build) -> None:
+    """It would score the last of several sequences, and say nothing of the others."""
+    pair = build("Qwen3ForSequenceClassification")
+    with pytest.raises(InputError, match="scores the last token of each row"):
+        pair.ours(tokens(batch=1), packed_seq_params=packed(4, 7))
 
 
 def test_a_classifier_has_no_loss_of_its_own(build: Build) -> None:

@@ -16,7 +16,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.rope_config import read_rope
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.synthetic.disk_tensors import RandomTensor
-from megatron.bridge.synthetic.settings import parse_assignments, resolve_settings
+from megatron.bridge.synthetic.settings import resolve_settings
 from megatron.bridge.synthetic.weights import random_values
 from vision_families import FAMILIES
 
@@ -240,13 +240,6 @@ def test_the_family_is_not_changed_by_its_models() -> None:
     resolved.config["text_config"]["rope_parameters"]["mrope_section"].clear()
     resolved.config["architectures"].clear()
     assert json.dumps(FAMILY.config) == before
-
-
-def test_assignments() -> None:
-    assert parse_assignments(["a.b=1", "c=x=y", "d="]) == {"a.b": "1", "c": "x=y", "d": ""}
-    for texts in (["a"], ["=1"], ["a=1", "a=2"]):
-        with pytest.raises(InputError):
-            parse_assignments(texts)
 
 
 def test_unknown_family(tmp_path: Path) -> None:

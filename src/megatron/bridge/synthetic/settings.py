@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,19 +65,6 @@ class Settings:
     num_shards: int
     max_shard_size: int
     first_token_id: int
-
-
-def parse_assignments(texts: Iterable[str]) -> dict[str, str]:
-    """Settings from `key=value` texts; InputError for one without `=` or a key given twice."""
-    settings: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise InputError(f"a setting is key=value, found {text!r}")
-        if key in settings:
-            raise InputError(f"the setting {key} is given twice")
-        settings[key] = value
-    return settings
 
 
 def resolve_settings(family: SmallModel, settings: Mapping[str, object]) -> Settings:

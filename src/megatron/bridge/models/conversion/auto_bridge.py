@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 from megatron.bridge.checkpoint.interruption import done_means_done
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from megatron.bridge.models.conversion.boxes import Box
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.conversion.plan import TensorSpec
     from megatron.bridge.models.model_provider import ModelProvider
@@ -236,7 +234,7 @@ class AutoBridge:
         force: bool = False,
     ) -> None:
         """Write a live model's weights and nothing else; see export_hf_weights."""
-        self._save(model, local_path(path), dtype, force, round=round, side_files=False)
+        self._save(model, path, dtype, round=round, side_files=False, force=force)
 
     def save_hf_pretrained(
         self,
@@ -252,7 +250,7 @@ class AutoBridge:
         With `dtype` config.json states it, too. Raises TargetExists if `path` exists and `force`
         is not set; see export_hf_weights.
         """
-        self._save(model, local_path(path), dtype, force, round=round, side_files=True)
+        self._save(model, path, dtype, round=round, side_files=True, force=force)
 
     def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
         """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
@@ -457,36 +455,32 @@ class AutoBridge:
             keys=KeyForms.of(keys, bridge.layer_paths),
         )
 
-    @done_means_done()
     def _save(
         self,
         model: Model,
-        path: Path,
+        path: PathLike,
         dtype: DType | None,
-        force: bool,
         *,
         round: bool,  # noqa: A002 - the name of the option
         side_files: bool,
+        force: bool,
     ) -> None:
-        from megatron.bridge.checkpoint.hf_folder import side_file_copies, weight_files
+        from megatron.bridge.checkpoint.live_folder import save_folder
         from megatron.bridge.checkpoint.live_model import LiveTensors
-        from megatron.bridge.checkpoint.staging import staged_folder
-        from megatron.bridge.checkpoint.stream import write_files
-        from megatron.bridge.models.conversion.transfer import fill_export
 
-        check_target(path, [self.hf_pretrained.name_or_path], force=force)
+        target, reference = local_path(path), self.hf_pretrained
+        check_target(target, [reference.name_or_path], force=force)
         plan = self._export_plan(model, dtype)
-        source, casting = LiveTensors(model, plan), _casting_of(round=round)
-
-        def fill(name: str, box: "Box", out: "torch.Tensor") -> None:
-            fill_export(plan, name, box, out, source, lambda: self.hf_pretrained.weights, casting)
-
-        files = [*weight_files(plan.hf, self.hf_pretrained)]
-        if side_files:
-            stated = None if dtype is None else weight_dtype(dtype)
-            files += side_file_copies(self.hf_pretrained, dtype=stated)
-        with staged_folder(path, force=force) as staged:
-            write_files(staged, files, fill)
+        save_folder(
+            LiveTensors(model, plan),
+            target,
+            plan,
+            reference,
+            _casting_of(round=round),
+            side_files=side_files,
+            dtype=None if dtype is None else weight_dtype(dtype),
+            force=force,
+        )
 
 
 def _shown(

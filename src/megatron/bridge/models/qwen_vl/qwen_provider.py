@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.bridge.models.backends.activations import activation_problem
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.models.qwen_vl.heads import Scores
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     DecoderSpec,
     decoder_spec,
@@ -20,7 +21,6 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_frequencies import (
     RotaryFrequencies,
     rope_parameters_of_type,
 )
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.score_head import ScoreConfig
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.standalone import QwenModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -72,18 +72,18 @@ class QwenModelProvider(ModelProvider):
     transformer_layer_spec: DecoderSpec | Callable[..., DecoderSpec] = decoder_spec
 
     ssm_dtype: torch.dtype | None = None
-    scores: ScoreConfig | None = None
+    scores: Scores | None = None
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """A provider from plain values, as a bridge derives them and a checkpoint records them.
 
-        Also, `scores` is a mapping of ScoreConfig's fields, `rope_parameters` that of transformers'
+        Also, `scores` is a mapping of the fields of Scores, `rope_parameters` that of transformers'
         config.
         """
         fields = dict(settings)
         if settings.get("scores") is not None:
-            fields["scores"] = ScoreConfig(**settings["scores"])
+            fields["scores"] = Scores(**settings["scores"])
         if settings.get("window_size") is not None:
             fields["window_size"] = tuple(settings["window_size"])
         if "rope_parameters" in fields:

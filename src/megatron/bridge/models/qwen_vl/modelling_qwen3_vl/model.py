@@ -21,7 +21,11 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
     get_rope_index,
     token_types,
 )
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import check_text, masks
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
+    check_text,
+    masks,
+    packed_boundaries,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
@@ -220,9 +224,7 @@ class Qwen3VLModel(MegatronModule):
         grids = (visual.image_grid_thw, visual.video_grid_thw)
         if packed_seq_params is None:
             return get_rope_index(types, *grids, attention_mask, merge)
-        boundaries = packed_seq_params.cu_seqlens_q_padded
-        if boundaries is None:
-            boundaries = packed_seq_params.cu_seqlens_q
+        boundaries = packed_boundaries(packed_seq_params)
         return get_packed_rope_index(types, *grids, boundaries, merge)
 
     def _embed(self, input_ids: Tensor, visual: VisualInputs) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,5 @@
 """The head of a classifier, in the place of the output layer."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,25 +11,6 @@ from megatron.bridge.errors import InputError
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """The head of a classifier: a linear layer with one score for each label.
-
-    Attributes:
-        labels: how many.
-        each_token: whether every token is scored; otherwise a sequence is, at its last token.
-        bias: whether the layer has one.
-        dropout: of the hidden states that are scored.
-        pad_token_id: the token that does not count as the last one; None if any does.
-    """
-
-    labels: int
-    each_token: bool = False
-    bias: bool = False
-    dropout: float = 0.0
-    pad_token_id: int | None = None
 
 
 class ScoreHead(nn.Linear):

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.model_copy import deep_copy
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import check_text, masks
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
+    check_text,
+    masks,
+    packed_boundaries,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -120,8 +124,5 @@ def _positions(input_ids: Tensor, packed_seq_params: PackedSeqParams | None) -> 
     device = input_ids.device
     if packed_seq_params is None:
         return torch.arange(input_ids.shape[1], device=device)[None]
-    boundaries = packed_seq_params.cu_seqlens_q_padded
-    if boundaries is None:
-        boundaries = packed_seq_params.cu_seqlens_q
-    lengths = boundaries.diff().tolist()
+    lengths = packed_boundaries(packed_seq_params).diff().tolist()
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]

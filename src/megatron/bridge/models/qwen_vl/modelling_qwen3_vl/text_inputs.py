@@ -38,6 +38,11 @@ def check_text(
             f"attention_mask {'None' if attention_mask is None else 'set'}: a packed batch is "
             f"[1, tokens], without a mask"
         )
+    if packed_seq_params is not None and config.scores and not config.scores.each_token:
+        raise InputError(
+            "packed_seq_params was given to a classifier of sequences, which scores the last token "
+            "of each row: give the sequences as a padded batch"
+        )
     ranks = config.tensor_model_parallel_size
     if config.sequence_parallel and length % ranks:
         raise InputError(
@@ -45,6 +50,12 @@ def check_text(
             f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
             f"batch on the right."
         )
+
+
+def packed_boundaries(packed_seq_params: PackedSeqParams) -> Tensor:
+    """int [sequences + 1], where each sequence of a pack begins, padding between them included."""
+    padded: Tensor | None = packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q if padded is None else padded
 
 
 def masks(
