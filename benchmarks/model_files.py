@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.cases import Case
-from megatron.bridge.checkpoint.safetensors_writer import (
+from megatron.bridge.formats.safetensors_writer import (
     plan_shards,
     shard_header,
     tensor_bytes,
     write_index,
 )
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
-from megatron.bridge.synthetic.families import find_family
-from megatron.bridge.synthetic.settings import resolve_settings
+from megatron.bridge.synthetic.config_settings import resolve_settings
+from megatron.bridge.synthetic.family import find_family
 
 if TYPE_CHECKING:
     from megatron.bridge.synthetic.disk_tensors import DiskTensor
@@ -125,7 +125,7 @@ class ModelFiles:
         """Write the files, unless they are there; they are on the disk then."""
         if self.ready():
             return
-        from megatron.bridge.synthetic.side_files import write_side_files
+        from megatron.bridge.synthetic.processors import write_side_files
 
         self.remove()
         self.folder.mkdir(parents=True)

@@ -62,7 +62,7 @@ class Demo:
 
     def inspect(self) -> str:
         """What it holds, and the proof that it converts."""
-        from megatron.bridge.inspection.hf_folder import inspect_hf
+        from megatron.bridge.operations.inspection.hf_report import inspect_hf
 
         report = inspect_hf(self.source)
         if report.problem is not None:
@@ -83,7 +83,7 @@ class Demo:
     def compare(self) -> str:
         """Both models on a photograph that ships with scikit-learn, if they take pictures."""
         from megatron.bridge import AutoBridge
-        from megatron.bridge.verification.logits import compare
+        from megatron.bridge.operations.verification.logits import compare
 
         bridge = AutoBridge.from_hf_pretrained(self.source).model_bridge
         if bridge.auto_model == "AutoModelForImageTextToText":
@@ -111,7 +111,7 @@ class Demo:
 
     def verify(self) -> str:
         """Original and result, tensor by tensor, bit by bit; and every other file."""
-        from megatron.bridge.verification.tensors import verify
+        from megatron.bridge.operations.verification.tensors import verify
 
         report = verify(self.source, self.exported)
         if not report.identical:

@@ -57,8 +57,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_checkpoint(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small_model` as a Megatron checkpoint. Shared: copy it to change it."""
-    from megatron.bridge.checkpoint.convert import import_checkpoint
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+    from megatron.bridge.operations.convert import import_checkpoint
 
     target = tmp_path_factory.mktemp("checkpoints") / "small"
     import_checkpoint(PreTrainedVLM.from_pretrained(small_model), target)

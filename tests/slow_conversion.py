@@ -5,9 +5,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron.bridge.checkpoint.convert import Converted, export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import Converted, export_checkpoint, import_checkpoint
+from megatron.bridge.target.run import Run
 
 MEMORY = 4500 << 10
 """So small that there is one thread, and many small pieces."""

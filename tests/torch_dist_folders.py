@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron.bridge.checkpoint.pieces import FillTensor
-from megatron.bridge.checkpoint.stream import write_files
-from megatron.bridge.checkpoint.torch_dist_layout import torch_dist_files
-from megatron.bridge.models.conversion.boxes import Box, full_box
+from megatron.bridge.engine.pieces import FillTensor
+from megatron.bridge.engine.stream import write_files
+from megatron.bridge.formats.torch_dist.layout import torch_dist_files
 from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.tensors.boxes import Box, full_box
 
 
 def write_torch_dist(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
-from megatron.bridge.checkpoint.job import Job
-from megatron.bridge.checkpoint.manifest import PieceKey
-from megatron.bridge.checkpoint.partial import PartialFolder
+from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.target.job import Job
+from megatron.bridge.target.manifest import PieceKey
+from megatron.bridge.target.partial import PartialFolder
 
 SIZES = {"config.json": 11, "iter_1/a.bin": 70, "iter_1/b.bin": 64, "empty": 0}
 PIECES = [

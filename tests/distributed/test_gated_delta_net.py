@@ -10,14 +10,14 @@ from torch import Tensor
 
 from forked import run_ranks
 from gated_delta_layers import HIDDEN, config, random_layer
-from megatron.bridge.checkpoint.live_model import local_tensors
-from megatron.bridge.models.conversion.boxes import slices
+from megatron.bridge.live.tensors import local_tensors
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel import (
     ParallelSizes,
     destroy_process_groups,
     initialize_process_groups,
 )
+from megatron.bridge.tensors.boxes import slices
 
 WORLD = 2
 LENGTH, BATCH = 70, 3

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron.bridge.checkpoint.checksums import check_files
-from megatron.bridge.checkpoint.manifest import read_manifest
-from megatron.bridge.checkpoint.processes import Processes
 from megatron.bridge.errors import InputError
+from megatron.bridge.target.checksums import check_files
+from megatron.bridge.target.manifest import read_manifest
+from megatron.bridge.target.processes import Processes
 from shared_conversion import JOB, SIZES, convert, nothing
 
 SCRIPT = Path(__file__).parents[1] / "shared_conversion.py"

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from forked import run_ranks
-from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.cli import main
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.target.run import Run
 
 WORLD = 2
 

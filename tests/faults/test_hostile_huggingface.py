@@ -20,7 +20,7 @@ import pytest
 
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.inspection.hub_headers import hub_headers
+from megatron.bridge.operations.inspection.hub_headers import hub_headers
 from model_folders import INDEX, edit_index, safetensors_bytes, write_json
 from refusals import NOWHERE, paths_below, refused
 

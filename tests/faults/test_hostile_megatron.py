@@ -27,12 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.bridge.checkpoint.plain_pickle import read_plain_pickle
-from megatron.bridge.checkpoint.torch_dist_metadata import MAX_AXES, read_metadata
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.models.conversion.boxes import tiling_faults
+from megatron.bridge.formats.torch_dist.metadata import MAX_AXES, read_metadata
+from megatron.bridge.formats.torch_dist.plain_pickle import read_plain_pickle
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+from megatron.bridge.tensors.boxes import tiling_faults
 from refusals import NOWHERE, export_refused, paths_below, refused
 
 ITERATION = "iter_0000000"

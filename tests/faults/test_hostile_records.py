@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, config_record, read_hf_config
-from megatron.bridge.checkpoint.iterations import TRACKER_FILE
 from megatron.bridge.cli import main
+from megatron.bridge.formats.config_record import CONFIG_RECORD, config_record, read_hf_config
+from megatron.bridge.formats.iterations import TRACKER_FILE
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from refusals import export_refused, refused
 

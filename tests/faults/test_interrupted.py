@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint import unfinished
-from megatron.bridge.checkpoint.convert import import_checkpoint
-from megatron.bridge.checkpoint.run import Run
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError, InputError, SourceChanged
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import import_checkpoint
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.target import unfinished
+from megatron.bridge.target.run import Run
 from slow_conversion import MEMORY, convert
 
 AFTER = 12

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint.journal import Recorded
-from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
+from megatron.bridge.target.journal import Recorded
+from megatron.bridge.target.manifest import MANIFEST_FILE, read_manifest
 from model_folders import safetensors_bytes
 from unfinished_target import JOB, killed
 

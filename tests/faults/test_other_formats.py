@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron.bridge.auto_bridge import AutoBridge
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from refusals import NOWHERE, refused
 
 ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some one/base"})
@@ -227,8 +227,8 @@ def save_with_torch(checkpoint: Path, prefix: str, target: Path) -> None:
     """A checkpoint of the same tensors, in torch's own format."""
     import torch.distributed.checkpoint as dcp
 
-    from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
-    from megatron.bridge.models.conversion.boxes import full_box
+    from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+    from megatron.bridge.tensors.boxes import full_box
 
     stored = TorchDistCheckpoint(checkpoint)
     weights = {

@@ -20,8 +20,8 @@ os.fsync = lambda descriptor: None
 
 _LIBRARY = """
 import unfinished_target as t
-from megatron.bridge.checkpoint.interruption import done_means_done
-from megatron.bridge.checkpoint.partial import PartialFolder
+from megatron.bridge.target.interruption import done_means_done
+from megatron.bridge.target.partial import PartialFolder
 t.convert(home / "out")
 signal_at_every_line(PartialFolder, "_complete", home, number, stride=11)
 
@@ -35,7 +35,7 @@ ends(run)
 """
 
 _STAGED = """
-import megatron.bridge.checkpoint.staging as staging
+import megatron.bridge.target.staging as staging
 with staging.staged_folder(home / "out") as folder:
     (folder / "config.json").write_text("old")
 
@@ -50,7 +50,7 @@ ends(run)
 """
 
 _COMMAND = """
-from megatron.bridge.checkpoint.partial import PartialFolder
+from megatron.bridge.target.partial import PartialFolder
 from megatron.bridge.cli import main
 signal_at_every_line(PartialFolder, "_complete", home, number, stride=61)
 sys.argv = ["megatron-bridge", *sys.argv[3:]]

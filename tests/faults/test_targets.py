@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.checkpoint import mounts, targets
-from megatron.bridge.checkpoint.targets import check_target
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.target import mounts, targets
+from megatron.bridge.target.targets import check_target
 from refusals import refused
 from unfinished_target import complete, names, run
 
@@ -154,7 +154,7 @@ def test_one_that_cannot_be_removed_is_named(here: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(targets.shutil, "rmtree", refuse)
     # remove_journals needs it too, and is another module's.
-    monkeypatch.setattr("megatron.bridge.checkpoint.unfinished.shutil", __import__("shutil"))
+    monkeypatch.setattr("megatron.bridge.target.unfinished.shutil", __import__("shutil"))
     with pytest.raises(CheckpointError, match=r"out is complete; .* remove .*replaced-\w{8} you"):
         targets.put_in_place(_folder(here / "new"), here / "out", force=True)
     assert sorted(path.name for path in (here / "out").iterdir()) == ["config.json"]

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.errors import CheckpointError, PlanError
-from megatron.bridge.models.conversion.boxes import full_box
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.boxes import full_box
 
 KEY = "language_model.decoder.layers.mlp.linear_fc2.weight"
 

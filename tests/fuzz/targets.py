@@ -22,7 +22,7 @@ from megatron.bridge.errors import CheckpointError, ConfigError
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
-from megatron.bridge.quoting import is_name
+from megatron.bridge.text.quoting import is_name
 from model_folders import safetensors_bytes
 
 type Target = Callable[[bytes], None]
@@ -113,8 +113,8 @@ def checkpoint_metadata(data: bytes) -> None:
     import torch
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    from megatron.bridge.checkpoint.torch_dist_metadata import read_metadata
-    from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
+    from megatron.bridge.formats.torch_dist.metadata import read_metadata
+    from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 
     folder = _scratch("metadata")
     (folder / ".metadata").write_bytes(data)
@@ -145,7 +145,7 @@ def checkpoint_metadata(data: bytes) -> None:
 
 def saved_tensor(data: bytes) -> None:
     """A tensor as torch.save wrote it, or not."""
-    from megatron.bridge.checkpoint.saved_tensor_reader import find_saved_tensor
+    from megatron.bridge.formats.torch_dist.saved_tensor_reader import find_saved_tensor
 
     def read_at(offset: int, length: int) -> bytes:
         assert 0 <= offset <= offset + length <= len(data)
@@ -172,7 +172,7 @@ def saved_pickle(data: bytes) -> None:
 
 def config_record(data: bytes) -> None:
     """The run_config.yaml of a checkpoint."""
-    from megatron.bridge.checkpoint.config_record import CONFIG_RECORD, read_hf_config
+    from megatron.bridge.formats.config_record import CONFIG_RECORD, read_hf_config
 
     folder = _scratch("record")
     (folder / CONFIG_RECORD).write_bytes(data)
@@ -272,7 +272,7 @@ def _pickle_seeds() -> list[bytes]:
 
 
 def _record_seeds() -> list[bytes]:
-    from megatron.bridge.checkpoint.config_record import config_record as record
+    from megatron.bridge.formats.config_record import config_record as record
     from megatron.bridge.models.hf_pretrained.config import HFConfig
 
     config = HFConfig.from_dict({"model_type": "x", "text_config": {"sizes": [1, 2.5, None]}})

@@ -24,12 +24,12 @@ from fuzz.mutation import PICKLES, VALUES, damaged, json_text, spliced
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import BridgeError, CheckpointError
 from megatron.bridge.models.catalog import bridge_for
-from megatron.bridge.models.conversion.boxes import Box, tiling_faults
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.quantization import quantization_of
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
-from megatron.bridge.synthetic.families import find_family
-from megatron.bridge.synthetic.settings import resolve_settings
+from megatron.bridge.synthetic.config_settings import resolve_settings
+from megatron.bridge.synthetic.family import find_family
+from megatron.bridge.tensors.boxes import Box, tiling_faults
 
 same_each_time = settings(derandomize=True, deadline=None, max_examples=200, database=None)
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.cli import main
 from megatron.bridge.errors import InexactCast, InputError
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.synthetic import make_model
 from model_folders import change_tensors, read_tensors, same_tensors
 from refusals import refused

@@ -121,7 +121,10 @@ def test_rope_types_in_float64(
     build: Any, prompts: list[dict[str, Tensor]], family: str, parameters: dict[str, Any]
 ) -> None:
     """What is left is rounding in float64: the frequencies are those of float64 on both sides."""
-    from megatron.bridge.verification.float64 import float64_throughout, restore_frequencies
+    from megatron.bridge.operations.verification.float64 import (
+        float64_throughout,
+        restore_frequencies,
+    )
 
     pair = build({"text_config": rope(family, **parameters)}, case=CASE_OF[family])
     hf, ours = pair.hf.double(), pair.ours.double()

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.checkpoint.live_model import local_tensors
-from megatron.bridge.checkpoint.plans import is_state
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.cli import main
+from megatron.bridge.formats.file_plans import is_state
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+from megatron.bridge.live.tensors import local_tensors
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.synthetic import make_model

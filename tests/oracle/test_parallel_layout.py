@@ -15,22 +15,22 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 import released_configs as released
 from megatron.bridge import AutoBridge
-from megatron.bridge.checkpoint.live_model import local_tensors
 from megatron.bridge.errors import PlanError
-from megatron.bridge.inspection.parallel_layout import (
+from megatron.bridge.live.tensors import local_tensors
+from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.models.conversion.model_bridge import PlanOptions
+from megatron.bridge.operations.inspection.cluster_layout import (
     PlannedModel,
     configured,
     lay_out,
     on_rank,
     without_advice,
 )
-from megatron.bridge.inspection.parallel_legality import REFUSED, why_illegal
-from megatron.bridge.inspection.parallel_request import ParallelRequest
-from megatron.bridge.inspection.rank_grid import rank_positions
-from megatron.bridge.inspection.rank_share import adam_bytes, share_of
-from megatron.bridge.models.catalog import bridge_for
-from megatron.bridge.models.conversion.boxes import volume
-from megatron.bridge.models.conversion.model_bridge import PlanOptions
+from megatron.bridge.operations.inspection.cluster_legality import REFUSED, why_illegal
+from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
+from megatron.bridge.operations.inspection.rank_grid import rank_positions
+from megatron.bridge.operations.inspection.rank_share import adam_bytes, share_of
+from megatron.bridge.tensors.boxes import volume
 from providers import small_provider
 
 _BF16 = {"params_dtype": torch.bfloat16, "bf16": True}

@@ -18,9 +18,9 @@ import torch
 
 import released_configs as released
 from megatron.bridge import AutoBridge
-from megatron.bridge.models.conversion.boxes import Box, BoxIndex, tiling_faults
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.tensors.boxes import Box, BoxIndex, tiling_faults
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def parts_without(with_mtp: bool) -> frozenset[str]:
 
 
 def held_by(bridge: AutoBridge, layout: Layout, ranks: Iterable[int], *, with_mtp: bool) -> Held:
-    from megatron.bridge.checkpoint.live_model import local_tensors
+    from megatron.bridge.live.tensors import local_tensors
     from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
     from oracle.norm_states import objects_with_norms
 

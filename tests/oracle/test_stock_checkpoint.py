@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.checkpoint.convert import import_checkpoint
-from megatron.bridge.checkpoint.torch_dist_metadata import read_metadata
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
-from megatron.bridge.models.conversion.boxes import full_box
+from megatron.bridge.formats.torch_dist.metadata import read_metadata
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import import_checkpoint
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.boxes import full_box
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_saved_model_is_what_import_writes(
 def test_a_vocabulary_padded_otherwise_is_loaded(
     bridge: AutoBridge, folder: Path, model: Any
 ) -> None:
-    from megatron.bridge.checkpoint.megatron_checkpoint import load_checkpoint
+    from megatron.bridge.live.megatron_checkpoint import load_checkpoint
 
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.make_vocab_size_divisible_by = 512

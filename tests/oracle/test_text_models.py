@@ -17,8 +17,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 import released_configs as released
 from megatron.bridge import AutoBridge
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
 from megatron.bridge.cli import main
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from oracle import text_models
@@ -146,7 +146,7 @@ def test_keys_and_shapes_of_a_stock_gpt_model(tmp_path: Path, process_groups: No
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron.bridge.checkpoint.live_model import local_tensors
+    from megatron.bridge.live.tensors import local_tensors
     from megatron.bridge.runtime.cpu import megatron_on_cpu
 
     folder = text_models.save(text_models.build("Qwen3ForCausalLM"), tmp_path / "hf")

@@ -134,7 +134,7 @@ def tiny(name: str, layers: int = 1) -> Case:
 
 
 def test_files_are_those_of_the_layout_and_are_used_again(tmp_path: Path) -> None:
-    from megatron.bridge.inspection.hf_folder import inspect_hf
+    from megatron.bridge.operations.inspection.hf_report import inspect_hf
 
     files = ModelFiles(tiny("moe"), tmp_path)
     assert not files.ready()

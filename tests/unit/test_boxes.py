@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.bridge.models.conversion.boxes import (
+from megatron.bridge.tensors.boxes import (
     Box,
     BoxIndex,
     Shape,

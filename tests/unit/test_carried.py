@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from folders_in_memory import Folder, read_tensors
+from megatron.bridge.auto_bridge import AutoBridge
 from megatron.bridge.cli import main
 from megatron.bridge.errors import PlanError, UnsupportedModel
 from megatron.bridge.models.catalog import bridge_for
-from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.verification.tensors import verify
 from megatron.bridge.synthetic import make_model
-from megatron.bridge.verification.tensors import verify
 from plans_of import (
     DENSE_35,
     EMBEDDING,
@@ -314,15 +314,15 @@ def test_another_mtp_layer_is_carried_as_a_whole(config: dict[str, Any], case: s
 @pytest.fixture(scope="module")
 def language_only(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of stock layout that holds the language model alone."""
-    from megatron.bridge.checkpoint.convert import import_checkpoint
-    from megatron.bridge.checkpoint.plans import plan_of
+    from megatron.bridge.formats.file_plans import plan_of
     from megatron.bridge.models.conversion.model_bridge import PlanOptions
+    from megatron.bridge.operations.convert import import_checkpoint
 
     target = tmp_path_factory.mktemp("language") / "megatron"
     with pytest.MonkeyPatch.context() as patch:
         without = PlanOptions(without=frozenset({"vision"}))
         patch.setattr(
-            "megatron.bridge.checkpoint.convert.plan_of", lambda hf, _options: plan_of(hf, without)
+            "megatron.bridge.operations.convert.plan_of", lambda hf, _options: plan_of(hf, without)
         )
         import_checkpoint(PreTrainedVLM.from_pretrained(small_model), target)
     return target
@@ -386,8 +386,8 @@ def test_what_a_megatron_model_has_no_place_for_is_not_a_difference(
 def test_headers_alone_do_not_prove_a_copy(
     tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.bridge.inspection import hf_folder
     from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+    from megatron.bridge.operations.inspection import hf_folder
 
     folder = Folder.of(tied)
     folder.tensors[HEAD] = folder.tensors[EMBEDDING] * 2

@@ -18,7 +18,7 @@ from cli_documentation import DOCUMENTATION, documented_keys
 from megatron.bridge.cli import main, outcome
 from megatron.bridge.cli.output import WIDTH
 from megatron.bridge.progress_lines import ProgressLines
-from megatron.bridge.sizes import format_bytes
+from megatron.bridge.text.sizes import format_bytes
 
 COMMANDS = ("inspect", "plan", "import", "export", "verify", "compare", "make-model")
 

@@ -75,19 +75,24 @@ def test_every_family_agrees(
     assert len(document["layers"]) == 4
 
 
+def _fill_wrongly(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Let the live model get one matrix of layer 2 multiplied by `factor`."""
+    from megatron.bridge.live import weights
+
+    fill = weights.fill_from_files
+
+    def fill_wrongly(model: Sequence[Any], *args: Any) -> None:
+        fill(model, *args)
+        with torch.no_grad():
+            model[0].language_model.decoder.layers[2].mlp.linear_fc2.weight.mul_(factor)
+
+    monkeypatch.setattr(weights, "fill_from_files", fill_wrongly)
+
+
 def test_a_changed_weight_is_noticed(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron.bridge import AutoBridge
-
-    load = AutoBridge.load_hf_weights
-
-    def load_wrongly(self: AutoBridge, model: Sequence[Any], **kwargs: Any) -> None:
-        load(self, model, **kwargs)
-        with torch.no_grad():
-            model[0].language_model.decoder.layers[2].mlp.linear_fc2.weight.mul_(1.01)
-
-    monkeypatch.setattr(AutoBridge, "load_hf_weights", load_wrongly)
+    _fill_wrongly(monkeypatch, 1.01)
     assert main(["compare", str(small_model), "--prompt", "No picture."]) == 1
     printed = capsys.readouterr()
     assert "the logits differ" in printed.out
@@ -125,16 +130,7 @@ def test_float64_shows_what_rounding_hides(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A millionth of one layer: the noise of float32 hides it, that of float64 does not."""
-    from megatron.bridge import AutoBridge
-
-    load = AutoBridge.load_hf_weights
-
-    def load_wrongly(self: AutoBridge, model: Sequence[Any], **kwargs: Any) -> None:
-        load(self, model, **kwargs)
-        with torch.no_grad():
-            model[0].language_model.decoder.layers[2].mlp.linear_fc2.weight.mul_(1 + 1e-6)
-
-    monkeypatch.setattr(AutoBridge, "load_hf_weights", load_wrongly)
+    _fill_wrongly(monkeypatch, 1 + 1e-6)
     assert main(["compare", str(small_model)]) == 0
     assert main(["compare", str(small_model), "--dtype", "float64", "--json"]) == 1
     capsys.readouterr()
@@ -231,7 +227,7 @@ def test_a_picture_for_which_there_is_no_memory(
     """Refused before anything is loaded; with the number that the refusal names it runs."""
     from PIL import Image
 
-    from megatron.bridge.verification import logits, memory
+    from megatron.bridge.operations.verification import logits, memory
 
     with Image.open(photograph) as small:
         small.resize((600, 400)).save(tmp_path / "large.png")
@@ -255,7 +251,7 @@ def test_a_picture_for_which_there_is_no_memory(
 def test_weights_for_which_there_is_no_memory(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron.bridge.verification import memory
+    from megatron.bridge.operations.verification import memory
 
     monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000)
     assert main(["compare", str(small_model)]) == 2
@@ -264,7 +260,7 @@ def test_weights_for_which_there_is_no_memory(
 
 def test_a_phone_and_a_released_model(small_model: Path) -> None:
     """4000 x 3000 pixels, 16 heads, float32: scores and softmax of 46,500 patches."""
-    from megatron.bridge.verification.memory import available_bytes, needed
+    from megatron.bridge.operations.verification.memory import available_bytes, needed
 
     hf = PreTrainedVLM.from_pretrained(small_model)
     grid = torch.tensor([[1, 186, 250]])

@@ -59,7 +59,7 @@ def test_the_names_that_options_take_are_those_that_the_library_knows(
 ) -> None:
     """Options list them on their own, since their help must not wait for torch."""
     from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
-    from megatron.bridge.verification.logits import TOLERANCES
+    from megatron.bridge.operations.verification.logits import TOLERANCES
 
     for args, names in ((["import", "x", "y", "--experts"], ExpertLayout),
                         (["compare", "x", "--dtype"], TOLERANCES)):  # fmt: skip

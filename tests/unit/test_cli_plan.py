@@ -16,8 +16,8 @@ from cli_documentation import documented_keys
 from megatron.bridge.cli import main
 from megatron.bridge.cli.output import WIDTH
 from megatron.bridge.cli.plan_document import plan_document
-from megatron.bridge.inspection.hf_folder import inspect_hf
-from megatron.bridge.inspection.plan_report import plan_model
+from megatron.bridge.operations.inspection.forecast import plan_model
+from megatron.bridge.operations.inspection.hf_report import inspect_hf
 from megatron.bridge.synthetic import make_model
 from vision_families import FAMILIES
 

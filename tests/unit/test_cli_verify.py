@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from cli_documentation import documented_keys
-from megatron.bridge.checkpoint.manifest import MANIFEST_FILE
 from megatron.bridge.cli import main
 from megatron.bridge.cli.output import WIDTH
 from megatron.bridge.errors import InputError
-from megatron.bridge.sizes import parse_size, size_of
+from megatron.bridge.target.manifest import MANIFEST_FILE
+from megatron.bridge.text.sizes import parse_size, size_of
 
 # --- sizes ---
 

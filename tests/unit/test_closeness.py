@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+from megatron.bridge.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.verification.distance import Distance, distance
+from megatron.bridge.operations.verification.float64 import float64_throughout, restore_frequencies
+from megatron.bridge.operations.verification.forward import (
+    prompt_inputs,
+    run_megatron,
+    run_transformers,
+)
 from megatron.bridge.synthetic import make_model
-from megatron.bridge.verification.distance import Distance, distance
-from megatron.bridge.verification.float64 import float64_throughout, restore_frequencies
-from megatron.bridge.verification.forward import prompt_inputs, run_megatron, run_transformers
 
 # Two errors of one size, independent of one another, are sqrt(2) times that size apart.
 INDEPENDENT = 2**0.5

@@ -9,13 +9,13 @@ from math import inf, nan
 import pytest
 import torch
 
-from megatron.bridge.checkpoint.comparison import compare_tensors
-from megatron.bridge.checkpoint.difference import Difference, difference
-from megatron.bridge.checkpoint.stream import Budget
 from megatron.bridge.dtypes import safetensors_dtype
-from megatron.bridge.models.conversion.boxes import Box, slices, tiling_faults
+from megatron.bridge.engine.comparison import compare_tensors
+from megatron.bridge.engine.difference import Difference, difference
+from megatron.bridge.engine.stream import Budget
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Silent
+from megatron.bridge.tensors.boxes import Box, slices, tiling_faults
 
 SMALL = Budget(threads=3, piece_bytes=200)
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.checkpoint import written
-from megatron.bridge.checkpoint.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.cli.commands.convert import export_command, import_command
 from megatron.bridge.errors import InputError, MismatchError, TargetExists
+from megatron.bridge.operations.options import ConversionOptions, ExportKeywords, ImportKeywords
+from megatron.bridge.target import written
 from unfinished_target import names, tree
 
 
@@ -64,7 +64,7 @@ def test_verify_looks_at_what_was_written(
 def test_the_advice_of_an_error_can_be_followed(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron.bridge.checkpoint.unfinished.WORTH_KEEPING", 1)
+    monkeypatch.setattr("megatron.bridge.target.unfinished.WORTH_KEEPING", 1)
 
     class Stops:
         def start(self, task: str, total_bytes: int) -> None:

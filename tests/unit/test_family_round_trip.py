@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
-from megatron.bridge.models.conversion.boxes import full_box
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.boxes import full_box
 from torch_dist_folders import write_torch_dist
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
@@ -106,7 +106,7 @@ def test_norms_outside_of_the_range_are_reported(tmp_path: Path) -> None:
 
 def norm_of(folder: Path, ssm_dtype: str, values: torch.Tensor) -> PreTrainedVLM:
     """A Qwen3.5 whose first GDN norm holds `values` over and over."""
-    from megatron.bridge.checkpoint.safetensors_writer import write_shard
+    from megatron.bridge.formats.safetensors_writer import write_shard
 
     settings = {
         "ssm_dtype": ssm_dtype,

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint.fingerprint import (
+from megatron.bridge.errors import CheckpointError, SourceChanged
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.target.fingerprint import (
     Fingerprint,
     check_unchanged,
     hf_fingerprint,
     megatron_fingerprint,
 )
-from megatron.bridge.errors import CheckpointError, SourceChanged
-from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 NAMES = ("config.json", "a.safetensors", "__0_0.distcp")
 

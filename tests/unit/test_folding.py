@@ -8,7 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.bridge.folding import (
+from megatron.bridge.text.folding import (
     fold,
     fold_numbers,
     fold_pattern,

@@ -28,15 +28,14 @@ from gated_delta_layers import (
     random_layer,
     run,
 )
-from megatron.bridge.checkpoint.live_model import local_tensors
 from megatron.bridge.errors import ConfigError, InputError
+from megatron.bridge.live.tensors import local_tensors
 from megatron.bridge.models.backends.gated_delta_net import (
     gated_delta_net_module,
     gated_delta_net_spec,
 )
 from megatron.bridge.models.backends.selection import get_backend
 from megatron.bridge.models.backends.torch_gated_delta_net import TorchGatedDeltaNet
-from megatron.bridge.models.conversion.boxes import tiling_faults
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel import (
     ParallelSizes,
@@ -44,6 +43,7 @@ from megatron.bridge.runtime.parallel import (
     fake_cluster,
     initialize_process_groups,
 )
+from megatron.bridge.tensors.boxes import tiling_faults
 
 pytestmark = pytest.mark.usefixtures("on_the_gpu")
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron.bridge.checkpoint.config_record import CONFIG_RECORD
-from megatron.bridge.checkpoint.iterations import TRACKER_FILE, folder_name
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
+from megatron.bridge.auto_bridge import AutoBridge
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError, InputError
-from megatron.bridge.models.conversion.auto_bridge import AutoBridge
-from megatron.bridge.models.conversion.boxes import Box
+from megatron.bridge.formats.config_record import CONFIG_RECORD
+from megatron.bridge.formats.iterations import TRACKER_FILE, folder_name
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.boxes import Box
 from providers import one_process
 from refusals import NOWHERE, refused
 from torch_dist_folders import write_torch_dist

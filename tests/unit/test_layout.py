@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron.bridge.models.conversion.boxes import Shape, tiling_faults
 from megatron.bridge.models.conversion.layout import (
     HF,
     Concatenate,
@@ -24,6 +23,7 @@ from megatron.bridge.models.conversion.layout import (
     qkv,
 )
 from megatron.bridge.models.conversion.transfer import assemble, disassemble
+from megatron.bridge.tensors.boxes import Shape, tiling_faults
 
 # Layout, shapes of its tensors by role; no shape is square and no two extents are equal by chance.
 CASES: dict[str, tuple[Layout, dict[str, Shape]]] = {

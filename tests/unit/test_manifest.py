@@ -16,18 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.bridge.checkpoint.checksums import check_files
-from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
-from megatron.bridge.checkpoint.job import Job, layout_digest
-from megatron.bridge.checkpoint.journal import Journal, Recorded, boot_id, write_journal
-from megatron.bridge.checkpoint.manifest import (
+from megatron.bridge.engine.pieces import FileCopy, Literal, OutputFile, TensorData, pieces_of
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.target.checksums import check_files
+from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.target.job import Job, layout_digest
+from megatron.bridge.target.journal import Journal, Recorded, boot_id, write_journal
+from megatron.bridge.target.manifest import (
     MANIFEST_FILE,
     Manifest,
     PieceKey,
     read_manifest,
 )
-from megatron.bridge.checkpoint.pieces import FileCopy, Literal, OutputFile, TensorData, pieces_of
-from megatron.bridge.errors import CheckpointError
 
 SOURCE = Fingerprint((SourceFile("config.json", 12, 34, "ab"), SourceFile("b.distcp", 5, 6, None)))
 JOB = Job("import", {"experts": None, "shards": [3, 5]}, {"source": SOURCE}, "00ff", "1.2")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.bridge.errors import BridgeError, InputError, MismatchError
-from megatron.bridge.verification import logits as verification
-from megatron.bridge.verification.distance import Distance, distance, logits_distance
-from megatron.bridge.verification.logits import compare, require_finite
+from megatron.bridge.operations.verification import logits as verification
+from megatron.bridge.operations.verification.distance import Distance, distance, logits_distance
+from megatron.bridge.operations.verification.logits import compare, require_finite
 
 FINE = torch.arange(-9.0, 12.0).reshape(7, 3)
 

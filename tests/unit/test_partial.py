@@ -11,13 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint import journal, unfinished
-from megatron.bridge.checkpoint.checksums import check_files
-from megatron.bridge.checkpoint.fingerprint import Fingerprint, SourceFile
-from megatron.bridge.checkpoint.job import Job
-from megatron.bridge.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from megatron.bridge.checkpoint.partial import PartialFolder
-from megatron.bridge.checkpoint.targets import check_target, partial_of
 from megatron.bridge.errors import (
     CheckpointError,
     InputError,
@@ -25,6 +18,13 @@ from megatron.bridge.errors import (
     SourceChanged,
     TargetExists,
 )
+from megatron.bridge.target import journal, unfinished
+from megatron.bridge.target.checksums import check_files
+from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.target.job import Job
+from megatron.bridge.target.manifest import MANIFEST_FILE, read_manifest
+from megatron.bridge.target.partial import PartialFolder
+from megatron.bridge.target.targets import check_target, partial_of
 from unfinished_target import (
     JOB,
     PIECES,

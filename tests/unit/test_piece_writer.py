@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint import piece_writer
-from megatron.bridge.checkpoint.piece_writer import PieceBuffer, PieceWriter
-from megatron.bridge.checkpoint.pieces import Piece
+from megatron.bridge.engine import piece_writer
+from megatron.bridge.engine.piece_writer import PieceBuffer, PieceWriter
+from megatron.bridge.engine.pieces import Piece
 from megatron.bridge.errors import CheckpointError
 from open_files import few_open_files
 

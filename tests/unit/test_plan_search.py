@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.cli import main
-from megatron.bridge.inspection import parallel_layout, parallel_legality
-from megatron.bridge.inspection.parallel_layout import PlannedModel, build_rank, lay_out
-from megatron.bridge.inspection.parallel_request import ParallelRequest
-from megatron.bridge.inspection.rank_share import RankShare
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.inspection import parallel_layout, parallel_legality
+from megatron.bridge.operations.inspection.cluster_layout import PlannedModel, build_rank, lay_out
+from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
+from megatron.bridge.operations.inspection.rank_share import RankShare
 from released_configs import QWEN3_5_397B_A17B, QWEN3_VL_8B
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.plans import plan_of
-from megatron.bridge.checkpoint.run import Run
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint, iteration_folder
 from megatron.bridge.errors import CheckpointError, InputError, PlanError, TargetExists
-from megatron.bridge.models.conversion.boxes import full_box
+from megatron.bridge.formats.file_plans import plan_of
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint, iteration_folder
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.target.run import Run
+from megatron.bridge.tensors.boxes import full_box
 
 VARIANTS: dict[str, dict[str, object]] = {
     "untied": {"tie_word_embeddings": False},
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_leaves_nothing(model: Path, tmp_path: Path) -> None
     code = (
         "import resource, signal, sys; from pathlib import Path;"
         "from megatron.bridge.errors import CheckpointError;"
-        "from megatron.bridge.checkpoint.convert import import_checkpoint;"
+        "from megatron.bridge.operations.convert import import_checkpoint;"
         "from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM;"
         "import torch, torch.distributed.checkpoint;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"

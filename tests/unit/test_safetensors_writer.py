@@ -11,15 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.bridge.checkpoint.safetensors_writer import (
+from megatron.bridge.dtypes import DTYPE_NAMES, itemsize, safetensors_dtype, torch_dtype
+from megatron.bridge.errors import CheckpointError, TargetExists
+from megatron.bridge.formats.safetensors_writer import (
     index_text,
     plan_shards,
     tensor_bytes,
     write_index,
     write_shard,
 )
-from megatron.bridge.dtypes import DTYPE_NAMES, itemsize, safetensors_dtype, torch_dtype
-from megatron.bridge.errors import CheckpointError, TargetExists
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from model_folders import INDEX, SHARDS, write_example
 

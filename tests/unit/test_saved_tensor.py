@@ -13,16 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.bridge.checkpoint.saved_tensor import (
+from megatron.bridge.dtypes import DTYPE_NAMES, itemsize, torch_dtype
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.formats.torch_dist.saved_tensor import (
     MAX_FRAME_BYTES,
     SavedTensor,
     frame_of,
     saved_object,
 )
-from megatron.bridge.checkpoint.saved_tensor_reader import FoundTensor, find_saved_tensor
-from megatron.bridge.dtypes import DTYPE_NAMES, itemsize, torch_dtype
-from megatron.bridge.errors import CheckpointError
-from megatron.bridge.models.conversion.boxes import full_box
+from megatron.bridge.formats.torch_dist.saved_tensor_reader import FoundTensor, find_saved_tensor
+from megatron.bridge.tensors.boxes import full_box
 
 SHAPES = [(), (7,), (2, 3), (5, 1, 11), (1, 300, 233), (0, 3), (4, 0), (70000,)]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint.staging import staged_folder
 from megatron.bridge.errors import TargetExists
+from megatron.bridge.target.staging import staged_folder
 
 
 def listing(folder: Path) -> list[str]:
@@ -104,7 +104,7 @@ def test_a_target_that_appears_meanwhile(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_the_target_alone(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from megatron.bridge.checkpoint.staging import staged_folder\n"
+        "from megatron.bridge.target.staging import staged_folder\n"
         "with staged_folder(Path(sys.argv[1]), force=True) as folder:\n"
         "    (folder / 'file').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

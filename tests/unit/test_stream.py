@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.pieces import (
+from megatron.bridge.engine.pieces import (
     PIECE_BYTES,
     FileCopy,
     Literal,
@@ -17,15 +16,16 @@ from megatron.bridge.checkpoint.pieces import (
     TensorData,
     pieces_of,
 )
-from megatron.bridge.checkpoint.run import Run
-from megatron.bridge.checkpoint.stream import Budget, write_files, write_pieces
+from megatron.bridge.engine.stream import Budget, write_files, write_pieces
 from megatron.bridge.errors import CheckpointError, InputError
-from megatron.bridge.models.conversion.boxes import Box, box_shape, full_box, slices
 from megatron.bridge.models.hf_pretrained import slice_reader
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.progress import Silent
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.target.run import Run
+from megatron.bridge.tensors.boxes import Box, box_shape, full_box, slices
 from slow_conversion import Hook
 
 MIB = 1 << 20

@@ -15,8 +15,8 @@ from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.rope_config import read_rope
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.synthetic.config_settings import resolve_settings
 from megatron.bridge.synthetic.disk_tensors import RandomTensor
-from megatron.bridge.synthetic.settings import resolve_settings
 from megatron.bridge.synthetic.weights import random_values
 from vision_families import FAMILIES
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import released_configs as released
-from megatron.bridge.checkpoint.safetensors_writer import tensor_bytes
 from megatron.bridge.errors import InputError
+from megatron.bridge.formats.safetensors_writer import tensor_bytes
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.qwen_vl.rope_config import read_rope
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.synthetic.config_settings import resolve_settings
 from megatron.bridge.synthetic.disk_tensors import RandomTensor, disk_tensors
-from megatron.bridge.synthetic.settings import resolve_settings
 from megatron.bridge.synthetic.weights import random_values
 from vision_families import FAMILIES
 

@@ -16,18 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
 
-from megatron.bridge.checkpoint.pieces import OutputFile
-from megatron.bridge.checkpoint.saved_tensor import MAX_FRAME_BYTES, frame_of
-from megatron.bridge.checkpoint.torch_dist_layout import (
+from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
+from megatron.bridge.engine.pieces import OutputFile
+from megatron.bridge.errors import CheckpointError, InputError
+from megatron.bridge.formats.torch_dist.layout import (
     COMMON_STATE,
     TorchDistLayout,
     torch_dist_files,
 )
-from megatron.bridge.checkpoint.torch_dist_reader import TorchDistCheckpoint
-from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
-from megatron.bridge.errors import CheckpointError, InputError
-from megatron.bridge.models.conversion.boxes import Box, box_shape, full_box, slices
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+from megatron.bridge.formats.torch_dist.saved_tensor import MAX_FRAME_BYTES, frame_of
 from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.tensors.boxes import Box, box_shape, full_box, slices
 
 PIECE = MAX_FRAME_BYTES + 600
 MAX_FILE = 5 * PIECE

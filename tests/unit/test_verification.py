@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron.bridge.checkpoint.difference import Difference, difference
 from megatron.bridge.dtypes import DTYPE_NAMES, torch_dtype
-from megatron.bridge.verification.distance import distance, logits_distance
-from megatron.bridge.verification.tensors import verify
+from megatron.bridge.engine.difference import Difference, difference
+from megatron.bridge.operations.verification.distance import distance, logits_distance
+from megatron.bridge.operations.verification.tensors import verify
 
 # --- two tensors ---
 
@@ -160,8 +160,8 @@ def test_one_bit_is_found(changed: Path, small_model: Path, small_checkpoint: Pa
 def test_one_bit_is_found_between_megatron_checkpoints(
     changed: Path, small_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from megatron.bridge.checkpoint.convert import import_checkpoint
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+    from megatron.bridge.operations.convert import import_checkpoint
 
     import_checkpoint(PreTrainedVLM.from_pretrained(changed), tmp_path / "other")
     (found,) = verify(small_checkpoint, tmp_path / "other").different
@@ -207,8 +207,8 @@ def test_shapes_dtypes_and_names_of_hf_folders(small_model: Path, tmp_path: Path
 
 def test_missing_megatron_tensors_are_differences(small_model: Path, tmp_path: Path) -> None:
     """The same config with fewer layers in the checkpoint, and with a layer of other size."""
-    from megatron.bridge.checkpoint.convert import import_checkpoint
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+    from megatron.bridge.operations.convert import import_checkpoint
     from megatron.bridge.synthetic import make_model
 
     tied = make_model("qwen3-vl", tmp_path / "tied", {"tie_word_embeddings": "true"})

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint.convert import export_checkpoint, import_checkpoint
-from megatron.bridge.checkpoint.manifest import MANIFEST_FILE
-from megatron.bridge.checkpoint.run import Run
-from megatron.bridge.checkpoint.torch_dist_metadata import read_metadata
 from megatron.bridge.errors import CheckpointError, InputError, ReferenceNotFound
+from megatron.bridge.formats.torch_dist.metadata import read_metadata
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
-from megatron.bridge.verification.fast import verify_fast
-from megatron.bridge.verification.report import FastReport
+from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
+from megatron.bridge.operations.verification.fast import verify_fast
+from megatron.bridge.operations.verification.report import FastReport
+from megatron.bridge.target.manifest import MANIFEST_FILE
+from megatron.bridge.target.run import Run
 
 MEMORY = 5 << 20
 """So little that files have many pieces."""

@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 
-from megatron.bridge.worker_threads import share_out
+from megatron.bridge.engine.worker_threads import share_out
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ A message names the culprit, what was expected, what was found and what to do ne
 from collections.abc import Iterable
 from typing import Self
 
-from megatron.bridge.folding import listing
+from megatron.bridge.text.folding import listing
 
 
 class BridgeError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
-from megatron.bridge.sizes import format_bytes
+from megatron.bridge.text.sizes import format_bytes
 
 
 class ProgressLines:

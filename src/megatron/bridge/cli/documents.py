@@ -15,14 +15,14 @@ from megatron.bridge.cli.units import gigabytes_per_second
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
-    from megatron.bridge.checkpoint.convert import Converted
-    from megatron.bridge.inspection.hf_folder import HFReport
-    from megatron.bridge.inspection.megatron_folder import MegatronReport
-    from megatron.bridge.inspection.summary import FileSummary, TensorSummary
     from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
-    from megatron.bridge.verification.distance import Distance
-    from megatron.bridge.verification.logits import CompareReport
-    from megatron.bridge.verification.report import FastReport, VerifyReport
+    from megatron.bridge.operations.convert import Converted
+    from megatron.bridge.operations.inspection.hf_report import HFReport
+    from megatron.bridge.operations.inspection.megatron_report import MegatronReport
+    from megatron.bridge.operations.inspection.summary import FileSummary, TensorSummary
+    from megatron.bridge.operations.verification.distance import Distance
+    from megatron.bridge.operations.verification.logits import CompareReport
+    from megatron.bridge.operations.verification.report import FastReport, VerifyReport
 
 type Document = dict[str, Any]
 
@@ -216,8 +216,8 @@ def compare_document(report: CompareReport) -> Document:
 
 def made_model_document(family: str, out: Path, seed: int) -> Document:
     """`make-model`: what lies in the new folder."""
-    from megatron.bridge.inspection.summary import TensorSummary
     from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+    from megatron.bridge.operations.inspection.summary import TensorSummary
 
     tensors = TensorIndex.from_folder(out)
     return {

@@ -149,7 +149,7 @@ def not_negative(text: str) -> float:
 
 def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:
     """The Hugging Face model that was given. Raises what `PreTrainedVLM.from_pretrained` does."""
-    from megatron.bridge.checkpoint.iterations import is_megatron_folder
+    from megatron.bridge.formats.iterations import is_megatron_folder
     from megatron.bridge.models.hf_pretrained.other_formats import EXPORT_IT
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 

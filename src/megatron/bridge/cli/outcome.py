@@ -135,7 +135,7 @@ def terminable(*, for_good: bool) -> AbstractContextManager[None]:
 
     for_good: the process ends with the command.
     """
-    from megatron.bridge.checkpoint.interruption import orderly_end
+    from megatron.bridge.target.interruption import orderly_end
 
     def leave(_number: int, _frame: FrameType | None) -> NoReturn:
         sys.exit(TERMINATED)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron.bridge.cli.streams import write_result
 from megatron.bridge.progress import Progress, Silent
-from megatron.bridge.quoting import printable
+from megatron.bridge.text.quoting import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from megatron.bridge.cli.documents import Document, hf_document, summary_document
 from megatron.bridge.errors import PlanError
-from megatron.bridge.inspection.plan_report import ASSUMED_BYTES_PER_SECOND
+from megatron.bridge.operations.inspection.forecast import ASSUMED_BYTES_PER_SECOND
 
 if TYPE_CHECKING:
-    from megatron.bridge.inspection.parallel_layout import ParallelLayout
-    from megatron.bridge.inspection.parallel_request import ParallelRequest
-    from megatron.bridge.inspection.plan_report import ConversionCost, PlanReport
-    from megatron.bridge.inspection.rank_share import RankShare
+    from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
+    from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
+    from megatron.bridge.operations.inspection.forecast import ConversionCost, PlanReport
+    from megatron.bridge.operations.inspection.rank_share import RankShare
 
 
 def plan_document(

@@ -5,7 +5,7 @@ Units are powers of ten, as those of disks and of the hub; those with an i (MiB)
 
 from __future__ import annotations
 
-from megatron.bridge.sizes import format_bytes
+from megatron.bridge.text.sizes import format_bytes
 
 
 def format_rate(size: float, seconds: float) -> str:

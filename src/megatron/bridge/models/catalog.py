@@ -20,7 +20,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     MegatronModelBridge,
 )
 from megatron.bridge.models.small_model import REGISTERED_SMALL_MODELS, SmallModel
-from megatron.bridge.quoting import printable
+from megatron.bridge.text.quoting import printable
 
 ENTRY_POINTS = "megatron_bridge.families"
 """The group of entry points in which a package names the modules of its families."""

@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.models.small_model import SmallModel
-from megatron.bridge.synthetic import fp8
-from megatron.bridge.synthetic.settings import DiskForm, Settings
+from megatron.bridge.synthetic import quantize
+from megatron.bridge.synthetic.config_settings import DiskForm, Settings
 
 _EXPERTS = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 
@@ -147,7 +147,7 @@ def _in_precision(family: SmallModel, form: DiskForm, tensor: DiskTensor) -> Ite
     leading, matrix = tensor.shape[:-2], tensor.shape[-2:]
     for content, suffix, shape, dtype in (
         ("fp8-values", "", matrix, "F8_E4M3"),
-        ("fp8-scales", fp8.SCALE_SUFFIX, fp8.scale_shape(matrix), scale_dtype),
+        ("fp8-scales", quantize.SCALE_SUFFIX, quantize.scale_shape(matrix), scale_dtype),
     ):
         yield DiskTensor(
             tensor.name + suffix,

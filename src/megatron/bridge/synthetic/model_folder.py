@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron.bridge.checkpoint.interruption import done_means_done
-from megatron.bridge.checkpoint.staging import staged_folder
 from megatron.bridge.paths import local_path
-from megatron.bridge.synthetic.families import find_family
-from megatron.bridge.synthetic.settings import resolve_settings
+from megatron.bridge.synthetic.config_settings import resolve_settings
+from megatron.bridge.synthetic.family import find_family
+from megatron.bridge.target.interruption import done_means_done
+from megatron.bridge.target.staging import staged_folder
 
 
 @done_means_done()
@@ -25,7 +25,7 @@ def make_model(
     """Make a random model of `family` in the folder `out`, in the released disk layout.
 
     transformers loads it, and its processor takes real images and videos. `settings` change the
-    family's config (see `megatron.bridge.synthetic.settings`). The same arguments give the same
+    family's config (see `synthetic.config_settings`). The same arguments give the same
     files. Memory is bounded by the largest tensor, so real sizes can be made too.
 
     Raises UnsupportedModel for an unknown family, InputError for settings that make no model,
@@ -37,8 +37,8 @@ def make_model(
     with staged_folder(target, force=force) as folder:
         # Only here, since they import torch and transformers.
         from megatron.bridge.synthetic.disk_tensors import disk_tensors
-        from megatron.bridge.synthetic.fp8 import quantization_config
-        from megatron.bridge.synthetic.side_files import write_side_files
+        from megatron.bridge.synthetic.processors import write_side_files
+        from megatron.bridge.synthetic.quantize import quantization_config
         from megatron.bridge.synthetic.weights import write_weights
 
         tensors = disk_tensors(declaration, resolved)

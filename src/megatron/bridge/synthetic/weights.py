@@ -8,17 +8,17 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.bridge.checkpoint.safetensors_writer import (
+from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.errors import InputError
+from megatron.bridge.formats.safetensors_writer import (
     name_shards,
     plan_shards,
     tensor_bytes,
     write_index,
     write_shard,
 )
-from megatron.bridge.dtypes import torch_dtype
-from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
-from megatron.bridge.synthetic import fp8
+from megatron.bridge.synthetic import quantize
 from megatron.bridge.synthetic.disk_tensors import DiskTensor, RandomTensor
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _stored(matrix: torch.Tensor, tensor: DiskTensor) -> torch.Tensor:
     """What `tensor` stores of one matrix."""
     if tensor.content != "values":
         scale_dtype = torch_dtype(tensor.scale_dtype)
-        values, scales = fp8.quantize(matrix, scale_dtype)
+        values, scales = quantize.quantize(matrix, scale_dtype)
         matrix = values if tensor.content == "fp8-values" else scales
     return matrix.T if tensor.transposed else matrix
 

@@ -72,7 +72,7 @@ def compare(
         output.note("loading torch, transformers and megatron-core")
         from megatron.bridge.cli.documents import compare_document
         from megatron.bridge.errors import MismatchError
-        from megatron.bridge.verification.logits import compare as compare_models
+        from megatron.bridge.operations.verification.logits import compare as compare_models
 
         with output.progress() as progress:
             report = compare_models(

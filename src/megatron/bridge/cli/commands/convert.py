@@ -30,8 +30,8 @@ from megatron.bridge.cli.output import Output, import_torch, open_output
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from megatron.bridge.checkpoint.convert import Converted
-    from megatron.bridge.checkpoint.run import Run
+    from megatron.bridge.operations.convert import Converted
+    from megatron.bridge.target.run import Run
 
 
 def import_command(
@@ -57,9 +57,9 @@ def import_command(
     dequantized to BF16.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.checkpoint.convert import import_checkpoint
-        from megatron.bridge.checkpoint.options import ConversionOptions
-        from megatron.bridge.checkpoint.targets import check_target
+        from megatron.bridge.operations.convert import import_checkpoint
+        from megatron.bridge.operations.options import ConversionOptions
+        from megatron.bridge.target.targets import check_target
 
         check_target(target, [source], force=force)
         hf = hf_model(source, revision)
@@ -147,9 +147,9 @@ def export_command(
     and named.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.checkpoint.convert import export_checkpoint
-        from megatron.bridge.checkpoint.options import ConversionOptions
-        from megatron.bridge.checkpoint.targets import check_target
+        from megatron.bridge.operations.convert import export_checkpoint
+        from megatron.bridge.operations.options import ConversionOptions
+        from megatron.bridge.target.targets import check_target
 
         hf = None
         if reference is None:
@@ -181,7 +181,7 @@ def export_command(
 
 def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None:
     """A mistyped name would have everything done again, and nobody would notice."""
-    from megatron.bridge.checkpoint.targets import partial_of
+    from megatron.bridge.target.targets import partial_of
 
     if resume and not (partial := partial_of(target.absolute())).exists():
         output.note(f"nothing to resume: there is no {partial.name}; beginning anew")

@@ -34,7 +34,7 @@ def inspect(
     Reads headers and configs only. Exits with 2 if the model cannot be converted, after showing
     what is known of it.
     """
-    from megatron.bridge.checkpoint.iterations import is_megatron_folder
+    from megatron.bridge.formats.iterations import is_megatron_folder
 
     with open_output(as_json=as_json) as output:
         if is_megatron_folder(local_path(source), asked=iteration is not None):
@@ -46,7 +46,7 @@ def inspect(
 
 def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
     from megatron.bridge.cli.documents import hf_document
-    from megatron.bridge.inspection.hf_folder import inspect_hf
+    from megatron.bridge.operations.inspection.hf_report import inspect_hf
 
     report = inspect_hf(source, revision)
 
@@ -65,7 +65,7 @@ def _inspect_megatron(
 ) -> None:
     from megatron.bridge.cli.documents import megatron_document
     from megatron.bridge.errors import InputError
-    from megatron.bridge.inspection.megatron_folder import inspect_megatron
+    from megatron.bridge.operations.inspection.megatron_report import inspect_megatron
 
     if revision is not None:
         raise InputError(f"{source} is a folder: --revision means nothing for it")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from megatron.bridge.errors import PlanError
-    from megatron.bridge.inspection.parallel_layout import ParallelLayout
-    from megatron.bridge.inspection.parallel_request import ParallelRequest
-    from megatron.bridge.inspection.plan_report import PlanReport
+    from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
+    from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
+    from megatron.bridge.operations.inspection.forecast import PlanReport
 
 
 def plan(
@@ -93,9 +93,9 @@ def _report(
     iteration: str | None,
     experts: str | None,
 ) -> PlanReport:
-    from megatron.bridge.checkpoint.iterations import is_megatron_folder
     from megatron.bridge.errors import InputError
-    from megatron.bridge.inspection.plan_report import plan_export_of, plan_import_of
+    from megatron.bridge.formats.iterations import is_megatron_folder
+    from megatron.bridge.operations.inspection.forecast import plan_export_of, plan_import_of
     from megatron.bridge.paths import local_path
 
     path = local_path(source)
@@ -134,7 +134,7 @@ class StageNotes:
 
 def _request(wanted: bool, **sizes: int | None) -> ParallelRequest | None:
     """The parallel layout that the options ask for; None if none of them was given."""
-    from megatron.bridge.inspection.parallel_request import ParallelRequest
+    from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
 
     given = {name: size for name, size in sizes.items() if size is not None}
     return ParallelRequest(**given) if given or wanted else None
@@ -147,7 +147,7 @@ def _layout(
         return None, None
     output.note("plan: asking megatron-core what each rank holds")
     from megatron.bridge.errors import PlanError
-    from megatron.bridge.inspection.parallel_plan import plan_layout
+    from megatron.bridge.operations.inspection.cluster import plan_layout
 
     try:
         progress = StageNotes(output.note)

@@ -44,7 +44,7 @@ def verify(
     """
     with open_output(as_json=as_json) as output:
         from megatron.bridge.errors import InputError
-        from megatron.bridge.sizes import size_of
+        from megatron.bridge.text.sizes import size_of
 
         size = None if memory is None else size_of(memory, "--memory")
         if fast:
@@ -59,11 +59,11 @@ def verify(
 
 
 def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int | None) -> None:
-    from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
     from megatron.bridge.cli.documents import verify_document
     from megatron.bridge.cli.units import count
+    from megatron.bridge.engine.stream import DEFAULT_MEMORY
     from megatron.bridge.errors import MismatchError
-    from megatron.bridge.verification.tensors import verify as compare_tensors
+    from megatron.bridge.operations.verification.tensors import verify as compare_tensors
 
     import_torch()
     begin = time.perf_counter()
@@ -89,11 +89,11 @@ def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int |
 def _verify_fast(
     output: Output, a: str, b: str | None, iteration: str | None, memory: int | None
 ) -> None:
-    from megatron.bridge.checkpoint.stream import DEFAULT_MEMORY
     from megatron.bridge.cli.documents import verify_fast_document
     from megatron.bridge.cli.units import count
+    from megatron.bridge.engine.stream import DEFAULT_MEMORY
     from megatron.bridge.errors import MismatchError
-    from megatron.bridge.verification.fast import verify_fast
+    from megatron.bridge.operations.verification.fast import verify_fast
 
     with output.progress() as progress:
         report = verify_fast(a, b, progress, iteration=iteration, memory=memory or DEFAULT_MEMORY)

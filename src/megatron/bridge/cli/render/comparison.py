@@ -10,8 +10,8 @@ from rich.text import Text
 from megatron.bridge.cli.render.tables import facts, listing, number, verdict
 
 if TYPE_CHECKING:
-    from megatron.bridge.verification.distance import Distance
-    from megatron.bridge.verification.logits import CompareReport
+    from megatron.bridge.operations.verification.distance import Distance
+    from megatron.bridge.operations.verification.logits import CompareReport
 
 
 def render_compare(report: CompareReport) -> RenderableType:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, number
 from megatron.bridge.cli.units import count, format_rate
-from megatron.bridge.sizes import format_bytes
+from megatron.bridge.text.sizes import format_bytes
 
 
 def render_conversion(document: Mapping[str, Any]) -> RenderableType:

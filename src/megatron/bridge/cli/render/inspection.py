@@ -10,15 +10,15 @@ from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, verdict
 from megatron.bridge.cli.units import count
-from megatron.bridge.folding import fold, fold_words, template
-from megatron.bridge.quoting import quoted
-from megatron.bridge.sizes import format_bytes
+from megatron.bridge.text.folding import fold, fold_words, template
+from megatron.bridge.text.quoting import quoted
+from megatron.bridge.text.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from megatron.bridge.inspection.hf_folder import HFReport
-    from megatron.bridge.inspection.megatron_folder import MegatronReport
-    from megatron.bridge.inspection.row_summary import RowSummary
-    from megatron.bridge.inspection.summary import TensorSummary
+    from megatron.bridge.operations.inspection.hf_report import HFReport
+    from megatron.bridge.operations.inspection.megatron_report import MegatronReport
+    from megatron.bridge.operations.inspection.row_summary import RowSummary
+    from megatron.bridge.operations.inspection.summary import TensorSummary
 
 _ORIGINS = {
     "files": "headers of the files",

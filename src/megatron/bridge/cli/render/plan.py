@@ -13,15 +13,15 @@ from megatron.bridge.cli.render.conversion import left_out
 from megatron.bridge.cli.render.inspection import identity, peculiarities, plan_rows
 from megatron.bridge.cli.render.tables import facts, listing, verdict
 from megatron.bridge.cli.units import count
-from megatron.bridge.folding import fold, fold_numbers, template
-from megatron.bridge.inspection.plan_report import ASSUMED_BYTES_PER_SECOND
-from megatron.bridge.sizes import format_bytes
+from megatron.bridge.operations.inspection.forecast import ASSUMED_BYTES_PER_SECOND
+from megatron.bridge.text.folding import fold, fold_numbers, template
+from megatron.bridge.text.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from megatron.bridge.inspection.parallel_layout import ParallelLayout
-    from megatron.bridge.inspection.plan_report import PlanReport
-    from megatron.bridge.inspection.rank_share import RankShare
-    from megatron.bridge.inspection.summary import TensorSummary
+    from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
+    from megatron.bridge.operations.inspection.forecast import PlanReport
+    from megatron.bridge.operations.inspection.rank_share import RankShare
+    from megatron.bridge.operations.inspection.summary import TensorSummary
 
 _SHOWN_NAMES = 3
 

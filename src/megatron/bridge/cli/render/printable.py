@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from megatron.bridge.quoting import printable
+from megatron.bridge.text.quoting import printable
 
 
 class Printable:

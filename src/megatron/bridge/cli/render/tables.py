@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megatron.bridge.folding import fold
+from megatron.bridge.text.folding import fold
 
 
 def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:

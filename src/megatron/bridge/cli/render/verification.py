@@ -10,11 +10,11 @@ from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, number, verdict
 from megatron.bridge.cli.units import format_rate
-from megatron.bridge.folding import fold
-from megatron.bridge.sizes import format_bytes
+from megatron.bridge.text.folding import fold
+from megatron.bridge.text.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from megatron.bridge.verification.report import (
+    from megatron.bridge.operations.verification.report import (
         FastReport,
         TensorDifference,
         VerifyReport,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 LANGUAGE_SIZES = (
     "num_hidden_layers",

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
-from megatron.bridge.folding import fold_numbers
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.patterns import WILDCARD
 from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.conversion.structure import ModelStructure
+from megatron.bridge.text.folding import fold_numbers
 
 _SIZE = re.compile(r"(?P<times>\d*)(?P<symbol>[A-Za-z]+)")
 _ADAPTER = re.compile(r"(^|\.)(lora_|base_layer\b|modules_to_save\b|original_module\b)")

@@ -3,9 +3,9 @@
 from math import prod
 
 from megatron.bridge.errors import PlanError
-from megatron.bridge.models.conversion.boxes import Box
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.conversion.source import Source
+from megatron.bridge.tensors.boxes import Box
+from megatron.bridge.tensors.source import Source
 
 _BLOCK_ELEMENTS = 4 << 20
 

@@ -8,8 +8,8 @@ reference, so that files come back as they were.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from megatron.bridge.models.conversion.boxes import Shape
 from megatron.bridge.models.conversion.plan import CopyOf
+from megatron.bridge.tensors.boxes import Shape
 
 
 def _beside(_name: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.bridge.models.conversion.boxes import Box
+from megatron.bridge.tensors.boxes import Box
 
 SPARSE_NORM, SPARSE_NORM_AS_FUSED = ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
 """The norm before routed experts, and its key by megatron-core's local layer spec."""

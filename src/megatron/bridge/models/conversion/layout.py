@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron.bridge.models.conversion.boxes import Box, Shape, full_box
+from megatron.bridge.tensors.boxes import Box, Shape, full_box
 
 HF = "hf"
 """The role of the only tensor of a row that has just one."""

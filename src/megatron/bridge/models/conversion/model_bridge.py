@@ -27,7 +27,7 @@ from megatron.bridge.models.conversion.plan_builder import build_plan, expected_
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.quoting import printable, quoted
+from megatron.bridge.text.quoting import printable, quoted
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from math import prod
 from typing import NamedTuple, Protocol
 
 from megatron.bridge.dtypes import itemsize
-from megatron.bridge.models.conversion.boxes import Box, BoxIndex, Shape, tiling_faults
+from megatron.bridge.tensors.boxes import Box, BoxIndex, Shape, tiling_faults
 
 
 class TensorLike(Protocol):

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import PlanError
-from megatron.bridge.folding import join_numbers, split_numbers
-from megatron.bridge.models.conversion.boxes import Box, Shape
 from megatron.bridge.models.conversion.diagnosis import Terms, find_causes
 from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layout import LayoutError
@@ -31,6 +29,8 @@ from megatron.bridge.models.conversion.plan import (
 from megatron.bridge.models.conversion.recipe import Recipe, RecipeBook
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.scales import NO_SCALES, lacks_scales
+from megatron.bridge.tensors.boxes import Box, Shape
+from megatron.bridge.text.folding import join_numbers, split_numbers
 
 NO_EXTRAS = Extras()
 NO_TERMS = Terms()

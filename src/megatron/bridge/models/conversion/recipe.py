@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from megatron.bridge.models.conversion.box_pairs import hf_part
-from megatron.bridge.models.conversion.boxes import (
+from megatron.bridge.models.conversion.layout import Piece
+from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.conversion.structure import ModelStructure, Placement
+from megatron.bridge.tensors.box_pairs import hf_part
+from megatron.bridge.tensors.boxes import (
     Box,
     Shape,
     box_shape,
@@ -18,9 +21,6 @@ from megatron.bridge.models.conversion.boxes import (
     intersect,
     relative,
 )
-from megatron.bridge.models.conversion.layout import Piece
-from megatron.bridge.models.conversion.param_mapping import ParamMapping
-from megatron.bridge.models.conversion.structure import ModelStructure, Placement
 
 
 class PartRecipe(NamedTuple):

@@ -16,7 +16,7 @@ from functools import cached_property
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
-from megatron.bridge.quoting import printable
+from megatron.bridge.text.quoting import printable
 
 
 @dataclass(frozen=True)

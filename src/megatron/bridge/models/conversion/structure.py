@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.conversion.boxes import Box, Shape, full_box
 from megatron.bridge.models.conversion.layer_keys import (
     SPARSE_NORM,
     SPARSE_NORM_AS_FUSED,
     KeyForms,
 )
 from megatron.bridge.models.conversion.patterns import WILDCARD, fill
+from megatron.bridge.tensors.boxes import Box, Shape, full_box
 
 _RENAMED = ((".mtp_model_layer.", ".transformer_layer."),)
 """Parts of parameter names for which megatron-core keeps an older checkpoint key."""

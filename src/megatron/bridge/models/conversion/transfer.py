@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from megatron.bridge.dtypes import torch_dtype
-from megatron.bridge.models.conversion.box_pairs import BoxPair, hf_part, megatron_part
-from megatron.bridge.models.conversion.boxes import Box, box_shape, relative, row_blocks, slices
 from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
 from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.conversion.source import Source
+from megatron.bridge.tensors.box_pairs import BoxPair, hf_part, megatron_part
+from megatron.bridge.tensors.boxes import Box, box_shape, relative, row_blocks, slices
+from megatron.bridge.tensors.source import Source
 
 _CAST_BYTES = 1 << 20
 

@@ -21,7 +21,7 @@ from megatron.bridge.models.hf_pretrained.transformers_defaults import (
     TransformersDefaults,
     value_at,
 )
-from megatron.bridge.quoting import is_name, quoted
+from megatron.bridge.text.quoting import is_name, quoted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
-from megatron.bridge.quoting import is_name, printable
+from megatron.bridge.text.quoting import is_name, printable
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _MAX_ADAPTER_BYTES = 1 << 20

@@ -17,7 +17,7 @@ from megatron.bridge.models.hf_pretrained.other_quantization import (
     scaled_as_a_whole,
 )
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 CONFIG_KEY = "quantization_config"
 _STORED_DTYPE = "F8_E4M3"

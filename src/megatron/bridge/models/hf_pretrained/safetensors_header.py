@@ -18,7 +18,7 @@ from megatron.bridge.dtypes import DTYPE_NAMES, itemsize
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.regular_file import open_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
-from megatron.bridge.quoting import is_name, printable, quoted
+from megatron.bridge.text.quoting import is_name, printable, quoted
 
 METADATA_KEY = "__metadata__"
 LENGTH_BYTES = 8

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.weight_files import weight_file_names
-from megatron.bridge.quoting import printable
+from megatron.bridge.text.quoting import printable
 
 _OTHER_WEIGHTS = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx"}

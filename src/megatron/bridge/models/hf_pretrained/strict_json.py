@@ -7,7 +7,7 @@ from collections import Counter
 from math import isfinite
 from typing import Any, NoReturn
 
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 MAX_DEPTH = 64
 """Levels of nesting: far beyond any honest file, far from the limit of recursive code."""

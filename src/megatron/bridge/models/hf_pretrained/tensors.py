@@ -24,7 +24,7 @@ from megatron.bridge.models.hf_pretrained.safetensors_header import (
 )
 from megatron.bridge.models.hf_pretrained.slice_reader import Box, SliceReader
 from megatron.bridge.models.hf_pretrained.weight_files import SINGLE_FILE, SUFFIX, WeightFiles
-from megatron.bridge.quoting import printable
+from megatron.bridge.text.quoting import printable
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 _MAX_COUNT = 1 << 18
 """Layers, heads or labels: transformers makes lists of such lengths."""

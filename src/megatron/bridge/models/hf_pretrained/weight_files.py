@@ -15,7 +15,7 @@ from megatron.bridge.models.hf_pretrained.other_formats import other_weights
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.safetensors_header import MAX_HEADER_BYTES
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
-from megatron.bridge.quoting import is_name, printable, quoted
+from megatron.bridge.text.quoting import is_name, printable, quoted
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

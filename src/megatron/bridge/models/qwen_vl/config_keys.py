@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 type Read = Callable[[HFConfig, str], Any]
 

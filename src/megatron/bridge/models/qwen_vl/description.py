@@ -25,7 +25,7 @@ from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
 from megatron.bridge.models.qwen_vl.parts import BESIDE_VISION, VISION, WITH_MTP, Prefixes
 from megatron.bridge.models.qwen_vl.rope_config import Rope, read_rope
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 if TYPE_CHECKING:
     import torch

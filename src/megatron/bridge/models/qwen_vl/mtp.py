@@ -19,12 +19,12 @@ from megatron.bridge.models.qwen_vl.disk_layout import (
     find_expert_layout,
 )
 from megatron.bridge.models.qwen_vl.parts import HF_MTP, Prefixes
-from megatron.bridge.models.qwen_vl.structure import (
+from megatron.bridge.models.qwen_vl.text_structure import (
     expert_sizes,
     has_experts,
     language_structure,
 )
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 _KEY = "mtp_num_hidden_layers"
 _DEDICATED = "mtp_use_dedicated_embeddings"

@@ -46,9 +46,9 @@ from megatron.bridge.models.qwen_vl.parts import (
     UNTIED_OUTPUT,
     WITH_MTP,
 )
+from megatron.bridge.models.qwen_vl.provider_settings import language_settings
 from megatron.bridge.models.qwen_vl.rows import score_rows
-from megatron.bridge.models.qwen_vl.settings import language_settings
-from megatron.bridge.models.qwen_vl.structure import (
+from megatron.bridge.models.qwen_vl.text_structure import (
     expert_sizes,
     has_experts,
     is_tied,

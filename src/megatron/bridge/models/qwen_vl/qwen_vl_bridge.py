@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.bridge.errors import UnsupportedModel
-from megatron.bridge.models.conversion.boxes import Shape
 from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
@@ -27,10 +26,11 @@ from megatron.bridge.models.qwen_vl.parts import (
     VISION_LAYERS,
     VISION_PART,
 )
+from megatron.bridge.models.qwen_vl.provider_settings import vision_settings
 from megatron.bridge.models.qwen_vl.qwen_bridge import QwenBridge
-from megatron.bridge.models.qwen_vl.settings import vision_settings
 from megatron.bridge.models.qwen_vl.vision_rows import deepstack_rows, vision_rows
 from megatron.bridge.models.qwen_vl.vision_structure import with_vision
+from megatron.bridge.tensors.boxes import Shape
 
 MODEL = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel"
 

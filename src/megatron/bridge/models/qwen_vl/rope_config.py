@@ -13,7 +13,7 @@ from megatron.bridge.models.qwen_vl.config_keys import (
     PARTIAL_ROTARY,
     language_of,
 )
-from megatron.bridge.quoting import quoted
+from megatron.bridge.text.quoting import quoted
 
 _FORMS = ("rope_parameters", "rope_scaling")
 """Where the parameters stand: since transformers 5, and before it."""

@@ -8,8 +8,8 @@ from megatron.bridge.models.conversion.structure import AttentionFields, ModelSt
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import is_read
 from megatron.bridge.models.qwen_vl.parts import DEEPSTACK_MERGERS, VISION, VISION_LAYERS
-from megatron.bridge.models.qwen_vl.structure import MAX_PARTS
-from megatron.bridge.quoting import quoted
+from megatron.bridge.models.qwen_vl.text_structure import MAX_PARTS
+from megatron.bridge.text.quoting import quoted
 
 
 def with_vision(

@@ -1,0 +1,430 @@
+"""AutoBridge: one entry for every supported model, in both directions.
+
+bridge = AutoBridge.from_hf_pretrained("organization/model")
+provider = bridge.to_megatron_provider()
+model = provider.provide_distributed_model(wrap_with_ddp=False)
+bridge.save_hf_pretrained(model, "out")
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
+
+from megatron.bridge.dtypes import DType, weight_dtype
+from megatron.bridge.errors import InputError
+from megatron.bridge.formats.iterations import Iteration, iteration_folder
+from megatron.bridge.models.catalog import bridge_for, registered_bridges
+from megatron.bridge.models.conversion.model_bridge import (
+    DEFAULTS,
+    MegatronModelBridge,
+    PlanOptions,
+)
+from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.options import ConversionOptions, ExportKeywords, ImportKeywords
+from megatron.bridge.paths import PathLike, local_path
+from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.progress_lines import ProgressLines
+from megatron.bridge.target.interruption import done_means_done
+from megatron.bridge.target.targets import check_target
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from megatron.bridge.live.conversion_tasks import ConversionTask
+    from megatron.bridge.models.conversion.casting import Casting
+    from megatron.bridge.models.model_provider import ModelProvider
+
+type Model = Sequence[torch.nn.Module]
+
+
+class HFWeight(NamedTuple):
+    """A Hugging Face tensor by name."""
+
+    name: str
+    tensor: "torch.Tensor"
+
+    @property
+    def param_name(self) -> str:
+        """`name`, as other bridges call it."""
+        return self.name
+
+    @property
+    def weight(self) -> "torch.Tensor":
+        """`tensor`, as other bridges call it."""
+        return self.tensor
+
+
+class AutoBridge:
+    """Converts one Hugging Face model; make it by `from_hf_pretrained` or `from_hf_config`."""
+
+    def __init__(self, hf_pretrained: PreTrainedVLM, *, experts: str | None = None) -> None:
+        self.hf_pretrained = hf_pretrained
+        self.experts = experts
+
+    @classmethod
+    def from_hf_pretrained(
+        cls,
+        path: PathLike,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        experts: str | None = None,
+    ) -> Self:
+        """A folder, or a hub id ("org/name" or "org/name@revision").
+
+        experts: how routed experts lie in the files (ExpertLayout); found from names and shapes if
+        not given, and refused where they say otherwise. Raises ReferenceNotFound, ConfigError, or
+        UnsupportedModel if no bridge converts it.
+        """
+        hf = PreTrainedVLM.from_pretrained(path, revision, trust_remote_code)
+        bridge = cls(hf, experts=experts)
+        _ = bridge.model_bridge
+        return bridge
+
+    @classmethod
+    def from_hf_config(cls, config: "PretrainedConfig | Mapping[str, Any]") -> Self:
+        """A config alone: models can be built and weights exported, but none are at hand."""
+        bridge = cls(PreTrainedVLM.from_config(config))
+        _ = bridge.model_bridge
+        return bridge
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """The Hugging Face architectures that have a bridge."""
+        return sorted(registered_bridges())
+
+    @classmethod
+    def supports(cls, config: "PretrainedConfig | Mapping[str, Any]") -> bool:
+        """Whether a config's architecture has a bridge."""
+        view = PreTrainedVLM.from_config(config).hf_config
+        return view.has("architectures") and view.architecture in registered_bridges()
+
+    @classmethod
+    def can_handle(cls, path: PathLike, *, trust_remote_code: bool = False) -> bool:
+        """Whether a folder or hub id holds a model with a bridge; False for anything unreadable."""
+        try:
+            config = PreTrainedVLM.from_pretrained(
+                path, trust_remote_code=trust_remote_code
+            ).hf_config
+            return config.architecture in registered_bridges()
+        except InputError:
+            return False
+
+    @property
+    def model_bridge(self) -> MegatronModelBridge:
+        """The family's bridge, by the architecture of the config. Raises UnsupportedModel."""
+        return bridge_for(self.hf_pretrained.hf_config.architecture)
+
+    @property
+    def transformer_config(self) -> "ModelProvider":
+        """The finalized provider, which is a megatron-core TransformerConfig."""
+        provider = self.to_megatron_provider(load_weights=False)
+        provider.finalize()
+        return provider
+
+    def plan(self, options: PlanOptions = DEFAULTS) -> ConversionPlan:
+        """The proven plan of the files, or of the config where there are none.
+
+        Raises PlanError, ConfigError or CheckpointError.
+        """
+        from megatron.bridge.formats.file_plans import plan_of
+
+        return plan_of(
+            self.hf_pretrained, replace(options, experts=options.experts or self.experts)
+        )
+
+    def to_megatron_provider(self, load_weights: bool = True) -> "ModelProvider":
+        """A provider configured like the model; its fields may be changed before it builds.
+
+        load_weights: fill each model that the provider builds. Raises InputError if that is asked
+        of a config alone.
+        """
+        if load_weights and not self.hf_pretrained.has_weights:
+            raise InputError(
+                f"{self.hf_pretrained.name_or_path}: there are no weights to load; "
+                f"use to_megatron_provider(load_weights=False)"
+            )
+        provider = self.model_bridge.provider_bridge(self.hf_pretrained)
+        if load_weights:
+            provider.register_pre_wrap_hook(self.load_hf_weights)
+        return provider
+
+    def to_megatron_model(
+        self, load_weights: bool = True, *, wrap_with_ddp: bool = False
+    ) -> "list[torch.nn.Module]":
+        """Build this rank's chunks of the model, by default with weights and without DDP."""
+        provider = self.to_megatron_provider(load_weights)
+        return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
+
+    def load_hf_weights(
+        self,
+        model: Model,
+        hf_path: PathLike | None = None,
+        progress: Progress | None = None,
+        *,
+        experts: str | None = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+    ) -> None:
+        """Fill a live model, at any parallel layout, from this model's files or those at `hf_path`.
+
+        experts: as in `from_hf_pretrained`. Each rank reads only what it holds. Values are cast to
+        the parameters' dtypes. Raises PlanError if files and model do not fit, InexactCast if a
+        norm that Megatron keeps as w - 1 does not fit its parameter, unless `round` is set.
+        """
+        from megatron.bridge.live.weights import fill_from_files
+        from megatron.bridge.models.conversion.casting import Casting
+
+        source = self if hf_path is None else type(self).from_hf_pretrained(hf_path)
+        ways_out = "load with round=True to round them, or build the model in a wider dtype"
+        fill_from_files(
+            model,
+            source.hf_pretrained,
+            progress,
+            experts=experts or source.experts,
+            casting=Casting(round, ways_out),
+        )
+
+    def export_hf_weights(
+        self,
+        model: Model,
+        *,
+        cpu: bool = True,
+        dtype: DType | None = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+    ) -> Iterator[HFWeight]:
+        """Every Hugging Face tensor of a live model, by name, in the order of the files.
+
+        cpu: move tensors to the CPU. dtype: of the tensors, where without it each has the dtype of
+        its file; what the release keeps in float32 stays so. round: round values that do not fit
+        instead of raising InexactCast. Raises InputError if this rank does not hold the whole
+        model.
+        """
+        from megatron.bridge.live.weights import export_weights, plan_of_model
+
+        plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=dtype)
+        for name, tensor in export_weights(model, plan, _casting_of(round=round)):
+            yield HFWeight(name, tensor.cpu() if cpu else tensor)
+
+    def save_hf_weights(
+        self,
+        model: Model,
+        path: PathLike,
+        *,
+        dtype: DType | None = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+        force: bool = False,
+    ) -> None:
+        """Write a live model's weights and nothing else; see export_hf_weights."""
+        self._save(model, path, dtype, round=round, side_files=False, force=force)
+
+    def save_hf_pretrained(
+        self,
+        model: Model,
+        path: PathLike,
+        *,
+        dtype: DType | None = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+        force: bool = False,
+    ) -> None:
+        """Write a folder that transformers loads: weights, config, tokenizer, processor and all.
+
+        With `dtype` config.json states it, too. Raises TargetExists if `path` exists and `force`
+        is not set; see export_hf_weights.
+        """
+        self._save(model, path, dtype, round=round, side_files=True, force=force)
+
+    def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
+        """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
+
+        Raises TargetExists if `path` exists and `force` is not set, InputError if this rank does
+        not hold the whole model.
+        """
+        from megatron.bridge.live.megatron_checkpoint import save_model
+
+        hf, target = self.hf_pretrained, local_path(path)
+        check_target(target, [hf.name_or_path], force=force)
+        save_model(model, target, hf, experts=self.experts, force=force)
+
+    def load_megatron_model(
+        self,
+        path: PathLike,
+        *,
+        iteration: Iteration | None = None,
+        dtype: DType | None = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+        mp_overrides: Mapping[str, Any] | None = None,
+        wrap_with_ddp: bool = False,
+    ) -> "list[torch.nn.Module]":
+        """Build this rank's chunks of the model, filled from a torch_dist checkpoint of any layout.
+
+        iteration: a number, or "release"; by default the one that the tracker file names. dtype: of
+        the model, without it that of the checkpoint. round: round values that the model does not
+        hold instead of raising InexactCast. mp_overrides: fields of the provider, set before it
+        builds, such as the parallel sizes. Raises CheckpointError, PlanError if the checkpoint does
+        not hold this model, or InputError for a field that the provider lacks.
+        """
+        from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+        from megatron.bridge.live.megatron_checkpoint import provider_of_checkpoint
+
+        provider = provider_of_checkpoint(
+            TorchDistCheckpoint(local_path(path), iteration),
+            self.hf_pretrained,
+            None if dtype is None else weight_dtype(dtype),
+            _casting_of(round=round),
+        )
+        try:
+            provider.set_fields(mp_overrides or {})
+        except AttributeError as error:
+            raise InputError(f"mp_overrides: {error}") from error
+        return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
+
+    @classmethod
+    @done_means_done()
+    def import_ckpt(
+        cls,
+        hf_model_id: PathLike,
+        megatron_path: PathLike,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        torch_dtype: "torch.dtype | str | None" = None,
+        device_map: Any = None,
+        show_progress: bool = False,
+        progress: Progress | None = None,
+        **options: Unpack[ImportKeywords],
+    ) -> None:
+        """A Hugging Face folder or hub id to a Megatron checkpoint, files to files.
+
+        options: those of the command, see ConversionOptions; also as one of the processes that
+        torchrun started. show_progress: as lines on stderr. torch_dtype: every tensor keeps its
+        own, so the files' main dtype or "auto". device_map: no model is built, so "cpu" or "auto".
+        Raises InputError for an option that cannot be honoured, and what
+        `operations.convert.import_checkpoint` raises.
+        """
+        from megatron.bridge.operations.convert import import_checkpoint
+
+        chosen = ConversionOptions.of("import_ckpt", ImportKeywords, options)
+        if device_map not in (None, "cpu", "auto"):
+            raise InputError(
+                f"device_map={device_map!r}: import_ckpt builds no model, files are converted to "
+                "files; leave it out"
+            )
+        target = local_path(megatron_path)
+        check_target(target, [hf_model_id], force=chosen.force)
+        source = cls.from_hf_pretrained(
+            hf_model_id, revision=revision, trust_remote_code=trust_remote_code
+        ).hf_pretrained
+        _check_dtype(torch_dtype, source)
+        with chosen.run(_shown(progress, show_progress)) as run:
+            import_checkpoint(source, target, experts=chosen.experts, run=run)
+
+    @done_means_done()
+    def export_ckpt(
+        self,
+        megatron_path: PathLike,
+        hf_path: PathLike,
+        show_progress: bool = False,
+        strict: bool = True,
+        source_path: PathLike | None = None,
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[ExportKeywords],
+    ) -> None:
+        """A Megatron checkpoint to a folder laid out like this model's, files to files.
+
+        options: those of the command, see ConversionOptions; also as one of the processes that
+        torchrun started. show_progress: as lines on stderr. strict: what is not proven is not
+        written, with False neither. source_path: another model than this one to be laid out like.
+        Raises InputError for an option that cannot be honoured, and what
+        `operations.convert.export_checkpoint` raises.
+        """
+        from megatron.bridge.operations.convert import export_checkpoint
+
+        chosen = ConversionOptions.of("export_ckpt", ExportKeywords, options)
+        source, target = local_path(megatron_path), local_path(hf_path)
+        like = self if source_path is None else type(self).from_hf_pretrained(source_path)
+        reference = like.hf_pretrained
+        check_target(target, [source, reference.name_or_path], force=chosen.force)
+        with chosen.run(_shown(progress, show_progress)) as run:
+            export_checkpoint(source, target, reference, **chosen.of_export, run=run)
+
+    @staticmethod
+    def get_hf_model_id_from_checkpoint(
+        path: PathLike, *, iteration: Iteration | None = None
+    ) -> str | None:
+        """The Hugging Face model that a checkpoint's run_config.yaml names as `hf_model_id`.
+
+        path, iteration: as of `load_megatron_model`. None if there is no such record, or none in
+        it. Raises CheckpointError if there is no checkpoint.
+        """
+        from megatron.bridge.formats.config_record import read_record
+
+        record = read_record(iteration_folder(local_path(path), iteration))
+        return None if record is None else record.hf_model_id
+
+    def get_conversion_tasks(self, model: Model) -> "list[ConversionTask]":
+        """The row of every parameter of a live model. Raises PlanError for one without a row."""
+        from megatron.bridge.live.conversion_tasks import conversion_tasks
+
+        return conversion_tasks(model, self.model_bridge.mapping_registry())
+
+    def _save(
+        self,
+        model: Model,
+        path: PathLike,
+        dtype: DType | None,
+        *,
+        round: bool,  # noqa: A002 - the name of the option
+        side_files: bool,
+        force: bool,
+    ) -> None:
+        from megatron.bridge.live.save import save_folder
+
+        target, reference = local_path(path), self.hf_pretrained
+        check_target(target, [reference.name_or_path], force=force)
+        save_folder(
+            model,
+            target,
+            reference,
+            experts=self.experts,
+            side_files=side_files,
+            dtype=dtype,
+            casting=_casting_of(round=round),
+            force=force,
+        )
+
+
+def _shown(
+    progress: Progress | None, show_progress: bool
+) -> Callable[[], AbstractContextManager[Progress]]:
+    """The progress that was asked for, shown by one process."""
+
+    def show() -> AbstractContextManager[Progress]:
+        lines = ProgressLines(sys.stderr) if show_progress else Silent()
+        return nullcontext(progress or lines)
+
+    return show
+
+
+def _check_dtype(given: "torch.dtype | str | None", source: PreTrainedVLM) -> None:
+    """Raise InputError for a dtype that the weights of an import will not have."""
+    from megatron.bridge.dtypes import torch_dtype
+
+    if given is None or given == "auto":
+        return
+    name, main = str(given).removeprefix("torch."), torch_dtype(source.main_dtype)
+    if name != str(main).removeprefix("torch."):
+        raise InputError(
+            f"torch_dtype={given!r}: import_ckpt keeps the dtype of every tensor, and most of "
+            f"{source.name_or_path} are {main}; leave it out"
+        )
+
+
+def _casting_of(*, round: bool) -> "Casting":  # noqa: A002 - the name of the option
+    from megatron.bridge.models.conversion.casting import Casting
+
+    return Casting(round, "round=True rounds them, dtype=torch.float32 keeps them")

@@ -1,1 +1,0 @@
-"""Moving tensors: files of both formats, and live models."""

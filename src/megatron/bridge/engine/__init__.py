@@ -1,0 +1,1 @@
+"""Bytes from sources into files: pieces, threads, checksums."""

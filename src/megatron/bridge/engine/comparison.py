@@ -1,0 +1,67 @@
+"""Tensors from two sides compared block by block, in several threads and in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from megatron.bridge.engine.difference import Difference, difference
+from megatron.bridge.engine.pieces import FillTensor, TensorData, as_tensor, tensor_blocks
+from megatron.bridge.engine.stream import Budget
+from megatron.bridge.engine.worker_threads import share_out
+from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.progress import Progress
+from megatron.bridge.tensors.boxes import box_shape
+
+
+def compare_tensors(
+    specs: Iterable[TensorSpec],
+    a: FillTensor,
+    b: FillTensor,
+    budget: Budget,
+    progress: Progress,
+    *,
+    rows_multiple: Mapping[str, int] | None = None,
+) -> dict[str, Difference]:
+    """Compare tensors that both sides have with these shapes and dtypes; every name, in order.
+
+    a, b: fill a box of a tensor into contiguous memory; called by several threads. Each thread has
+    a buffer of the length of a piece for either side. rows_multiple: tensors that are only made
+    from such a multiple of rows on, by name (see `row_blocks`).
+    Whatever a side raises ends all threads and is raised.
+    """
+    specs = list(specs)
+    found = {spec.name: Difference() for spec in specs}
+    lock = threading.Lock()
+    progress.start("verify", sum(spec.nbytes for spec in specs))
+
+    def work(blocks: Iterator[TensorData]) -> None:
+        torch.set_num_threads(1)  # of this thread: the blocks are what runs in parallel
+        here, there = _Buffer(), _Buffer()
+        for block in blocks:
+            apart = difference(here.filled(block, a), there.filled(block, b))
+            with lock:
+                found[block.name] += apart
+                progress.advance(block.nbytes)
+
+    blocks = tensor_blocks(specs, budget.piece_bytes, rows_multiple or {})
+    share_out(blocks, work, budget.threads)
+    return found
+
+
+class _Buffer:
+    """Memory that grows to the longest block it was filled with."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(b"")
+
+    def filled(self, block: TensorData, fill: FillTensor) -> torch.Tensor:
+        """The block as one side has it; until it is filled again."""
+        if block.nbytes > len(self._memory):
+            self._memory = memoryview(b"")  # the old one goes first
+            self._memory = memoryview(bytearray(block.nbytes))
+        tensor = as_tensor(self._memory[: block.nbytes], box_shape(block.box), block.dtype)
+        fill(block.name, block.box, tensor)
+        return tensor

@@ -1,0 +1,162 @@
+"""run_config.yaml: how to build the model of a Megatron checkpoint, beside its weights.
+
+`model` names the provider class under `_target_` and its fields as plain values; `hf` holds the
+Hugging Face config that the checkpoint was made from, so that the checkpoint describes itself.
+
+Other trainers write a file of this name, too, without `hf`. It does not describe the model; what
+is of use in it is `hf_model_id`, where the model came from.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.regular_file import read_regular
+from megatron.bridge.models.hf_pretrained.strict_json import parse_object
+from megatron.bridge.text.quoting import is_name
+
+CONFIG_RECORD = "run_config.yaml"
+
+_MAX_BYTES = 1 << 20
+_MODEL_ID = "hf_model_id"
+_OURS = re.compile(rb"^hf[ \t]*:", re.MULTILINE)
+_NULLS = ("", "~", "null")
+_ITEM, _KEY = object(), object()
+_Syntax = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class ConfigRecord:
+    """A record beside a checkpoint.
+
+    hf: the Hugging Face config of the model; None in a record of another program. hf_model_id: the
+    Hugging Face model that such a record names: a hub id, or a path on some machine.
+    """
+
+    hf: HFConfig | None
+    hf_model_id: str | None = None
+
+
+def config_record(provider: str, settings: Mapping[str, Any], hf: HFConfig) -> bytes:
+    """The content of the record.
+
+    provider: dotted path of the provider class. settings: its fields as plain values.
+    """
+    record = {"model": {"_target_": provider, **settings}, "hf": {"config": hf.data}}
+    return yaml.dump(record, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode()
+
+
+def read_record(folder: Path) -> ConfigRecord | None:
+    """The record in an iteration's folder; None if there is none.
+
+    A file without an entry `hf`, whatever else it holds, is a record of another program: nothing
+    of it is built, and it need not be valid. So is one whose `hf` has no `config`. Raises
+    CheckpointError if ours is damaged or holds more than plain data, or if the file cannot be read.
+    """
+    path = folder / CONFIG_RECORD
+    try:
+        text = read_regular(path, _MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read as a config record: {error}") from error
+    except ValueError:  # longer than ours are
+        return ConfigRecord(None)
+    if not _OURS.search(text):
+        return ConfigRecord(None, _model_id(text))
+    try:
+        record = _Loader(text).get_single_data()
+        entry = record["hf"]
+        if not (isinstance(entry, dict) and "config" in entry):
+            return ConfigRecord(None, _model_id(text))  # an entry of that name, but not ours
+        # YAML knows dates, sets and numbers that JSON does not.
+        config = parse_object(json.dumps(entry["config"]).encode())
+    except (ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: cannot be read as a config record: {reason}") from error
+    return ConfigRecord(HFConfig.from_dict(config, origin=str(path)), _model_id(text))
+
+
+def read_hf_config(folder: Path) -> HFConfig:
+    """The Hugging Face config in the record of an iteration's folder.
+
+    Raises CheckpointError if no record holds one, with the model that the record names if it does.
+    """
+    record = read_record(folder)
+    if record is None:
+        reason = f"{folder}: no {CONFIG_RECORD}, so the model is unknown"
+    elif record.hf is None:
+        reason = f"{folder / CONFIG_RECORD}: a record of another program, so the model is unknown"
+    else:
+        return record.hf
+    raise CheckpointError(f"{reason}; name its Hugging Face model by --hf{_suggestion(record)}")
+
+
+def _suggestion(record: ConfigRecord | None) -> str:
+    if record is None or record.hf_model_id is None:
+        return ""
+    return f", as in --hf {shlex.quote(record.hf_model_id)}, which the record names"
+
+
+def _model_id(text: bytes) -> str | None:
+    """The first value of `hf_model_id`, wherever it stands.
+
+    Of YAML only the syntax is read: tags are not followed, aliases not expanded, nothing is built.
+    """
+    if _MODEL_ID.encode() not in text:
+        return None
+    try:
+        for key, value in _scalar_pairs(text):
+            if key == _MODEL_ID and value not in _NULLS and is_name(value):
+                return value
+    except (yaml.YAMLError, ValueError, RecursionError):
+        pass  # what stands before the fault was looked at
+    return None
+
+
+def _scalar_pairs(text: bytes) -> Iterator[tuple[str, str]]:
+    """Each key and value of all mappings that are both scalars, or aliases of one."""
+    scalars: dict[str, str] = {}
+    expected: list[object] = []  # by each open collection: an item, a key, or the value of a key
+    for event in yaml.parse(text, Loader=_Syntax):
+        if isinstance(event, yaml.CollectionEndEvent):
+            expected.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            scalar = scalars.get(event.anchor or "")
+            if isinstance(event, yaml.ScalarEvent):
+                scalar = event.value
+                if event.anchor:
+                    scalars[event.anchor] = event.value
+            place = expected[-1] if expected else _ITEM
+            if place is _KEY:
+                expected[-1] = scalar
+            elif place is not _ITEM:
+                expected[-1] = _KEY
+                if isinstance(place, str) and scalar is not None:
+                    yield place, scalar
+            if isinstance(event, yaml.CollectionStartEvent):
+                expected.append(_KEY if isinstance(event, yaml.MappingStartEvent) else _ITEM)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what is shared as often as it stands there."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds plain values; refuses aliases, by which a few lines stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which no record needs")
+        return super().compose_node(parent, index)

@@ -1,0 +1,185 @@
+"""Quantizing weights again, into the FP8 form of a reference: its tensors, names and scale dtypes.
+
+The scale of a block is its largest magnitude / 448, the largest number of e4m3. A block whose
+values are exactly multiples of e4m3 numbers and the reference's own scale keeps that scale, so what
+was not changed since it was read from the reference comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.engine.pieces import FillTensor
+from megatron.bridge.errors import CheckpointError, InputError
+from megatron.bridge.models.hf_pretrained.fp8 import (
+    DequantizedTensors,
+    block_rows,
+    e4m3_to_float,
+)
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks, slices
+
+if TYPE_CHECKING:
+    import torch
+
+LARGEST = 448.0
+"""The largest number of e4m3."""
+
+_SCALES_AT_ONCE = 256
+"""Scales that are computed together: of 128x128 values each, so of 8 MiB in BF16."""
+
+
+def fp8_reference(reference: PreTrainedVLM) -> DequantizedTensors:
+    """The weights of a reference that says how to quantize. Raises InputError for any other."""
+    if reference.quantization is None:
+        raise InputError(
+            f"{reference.name_or_path} is not quantized, so it does not say how to write FP8; "
+            f"give an FP8 release as the reference, or export without --fp8 (fp8=False)"
+        )
+    weights = reference.weights if reference.has_weights else None
+    if not isinstance(weights, DequantizedTensors):
+        raise InputError(
+            f"{reference.name_or_path} holds no weights, so it does not say which of them are "
+            f"quantized; give the whole FP8 release as the reference"
+        )
+    return weights
+
+
+class Requantizer:
+    """Makes the tensors of an FP8 reference from those of the dequantized model, box by box.
+
+    Files hold scales and weights apart, so a weight is read once for its values and once for its
+    scales.
+    """
+
+    def __init__(self, reference: DequantizedTensors, weight: FillTensor) -> None:
+        """weight: fills memory with a box of the dequantized model's tensor of a name."""
+        self._reference = reference
+        self._weight = weight
+
+    @property
+    def rows_multiple(self) -> dict[str, int]:
+        """The rows of a block, by name of each tensor that is only made in whole blocks of rows."""
+        return dict.fromkeys(self._reference.quantized, self._reference.quantization.rows)
+
+    def fill(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Fill `out` with a box of the tensor of this name as the reference's files have it.
+
+        The box of a quantized weight is made of whole blocks. Raises CheckpointError for values
+        that are not finite.
+        """
+        quantized = self._reference.quantized
+        owner = name.removesuffix(SCALE_SUFFIX)
+        if name in quantized:
+            weight, scales = self._with_scales(name, box)
+            out.copy_(quantize(weight, scales, self._reference.quantization))
+        elif owner != name and owner in quantized:
+            for part in row_blocks(box_shape(box), 1, _SCALES_AT_ONCE):
+                blocks = tuple(
+                    (start + first, start + last)
+                    for (start, _), (first, last) in zip(box, part, strict=True)
+                )
+                _, scales = self._with_scales(owner, self._weight_box(owner, blocks))
+                out[slices(part)] = scales.to(out.dtype)
+        else:
+            self._weight(name, box, out)
+
+    def _with_scales(self, name: str, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
+        """A box of whole blocks of a weight, and its scales in float32.
+
+        Every scale is a number of the dtype that files hold.
+        """
+        import torch
+
+        reference = self._reference
+        weight = torch.empty(box_shape(box), dtype=torch_dtype(reference[name].dtype), device="cpu")
+        self._weight(name, box, weight)
+        dtype = torch_dtype(reference.quantized[name].dtype)
+        preferred = reference.read_scales(name, reference.scale_box(box))
+        try:
+            return weight, block_scales(weight, reference.quantization, dtype, preferred)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: cannot be quantized: {error}") from error
+
+    def _weight_box(self, name: str, blocks: Box) -> Box:
+        """The box of a weight that a box of its scales stands for."""
+        *leading, (row, row_end), (column, column_end) = blocks
+        *_, rows, columns = self._reference[name].shape
+        block = self._reference.quantization
+        return (
+            *leading,
+            (row * block.rows, min(row_end * block.rows, rows)),
+            (column * block.columns, min(column_end * block.columns, columns)),
+        )
+
+
+def block_scales(
+    weight: torch.Tensor,
+    block: BlockFP8,
+    dtype: torch.dtype,
+    preferred: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The scales of a weight [..., rows, columns], rounded to `dtype` and given in float32.
+
+    preferred: scales that are kept where the block's bfloat16 values come back exactly with them.
+    A block of zeros has scale 1. Raises ValueError for values that are not finite.
+    """
+    import torch
+
+    scales = torch.empty(block.scale_shape(tuple(weight.shape)), device="cpu")
+    for number, (start, stop) in enumerate(block_rows(weight.shape[-2], block)):
+        part = weight[..., start:stop, :]
+        largest = _largest_of_blocks(part.float().abs(), block)
+        if not torch.isfinite(largest).all():
+            raise ValueError("it holds values that are not finite")
+        # In float32 and then rounded: quantizing divides by what files hold.
+        found = (largest / LARGEST).to(dtype).float()
+        found[found == 0] = 1.0
+        if preferred is not None:
+            wanted = preferred[..., number, :]
+            again = e4m3_to_float(_quotients(part, wanted, block).to(torch.float8_e4m3fn))
+            again *= _spread(wanted, part, block)
+            differs = again.to(weight.dtype).view(torch.int16) != part.view(torch.int16)
+            exact = _largest_of_blocks(differs.to(torch.uint8), block) == 0
+            found = torch.where(exact, wanted, found)
+        scales[..., number, :] = found
+    return scales
+
+
+def quantize(weight: torch.Tensor, scales: torch.Tensor, block: BlockFP8) -> torch.Tensor:
+    """A weight [..., rows, columns] as e4m3, divided by the float32 scales of its blocks."""
+    import torch
+
+    result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device="cpu")
+    for number, (start, stop) in enumerate(block_rows(weight.shape[-2], block)):
+        part = weight[..., start:stop, :]
+        result[..., start:stop, :] = _quotients(part, scales[..., number, :], block)
+    return result
+
+
+def _quotients(rows: torch.Tensor, scales: torch.Tensor, block: BlockFP8) -> torch.Tensor:
+    """Values of one row of blocks by their scales [..., columns of blocks], in e4m3's range."""
+    quotients: torch.Tensor = rows.float() / _spread(scales, rows, block)
+    # A scale that was rounded down would push the largest value out of range.
+    return quotients.clamp_(-LARGEST, LARGEST)
+
+
+def _spread(scales: torch.Tensor, rows: torch.Tensor, block: BlockFP8) -> torch.Tensor:
+    """The scale of each column of one row of blocks, to be multiplied with the rows."""
+    import torch
+
+    columns = torch.arange(rows.shape[-1], device="cpu") // block.columns
+    return scales[..., columns].unsqueeze(-2)
+
+
+def _largest_of_blocks(rows: torch.Tensor, block: BlockFP8) -> torch.Tensor:
+    """The largest of the non-negative values of each block in one row of blocks."""
+    import torch
+
+    of_columns = rows.amax(dim=-2)
+    missing = -of_columns.shape[-1] % block.columns
+    padded = torch.nn.functional.pad(of_columns, (0, missing))
+    return padded.unflatten(-1, (-1, block.columns)).amax(dim=-1)

@@ -1,0 +1,49 @@
+"""A Megatron checkpoint of one iteration: tracker file, torch_dist files, config record."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.bridge.engine.pieces import PIECE_BYTES, OutputFile
+from megatron.bridge.formats.config_record import CONFIG_RECORD, config_record
+from megatron.bridge.formats.iterations import TRACKER_FILE, folder_name
+from megatron.bridge.formats.torch_dist.layout import torch_dist_files
+from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+
+MAX_FILE_BYTES = 1 << 29
+"""Bytes per torch_dist file: enough files for many processes to share, few enough for a disk."""
+
+_ITERATION = 0
+
+
+def megatron_files(
+    plan: ConversionPlan,
+    *,
+    provider: str,
+    settings: Mapping[str, Any],
+    hf_config: HFConfig,
+    tensors: Mapping[str, TensorSpec] | None = None,
+    piece_bytes: int = PIECE_BYTES,
+    max_file_bytes: int | None = None,
+) -> tuple[OutputFile, ...]:
+    """Every file of the checkpoint that holds the Megatron side of a plan.
+
+    provider, settings, hf_config: for the config record. tensors: those of the plan, where their
+    dtypes differ. max_file_bytes: of one torch_dist file.
+    """
+    folder = folder_name(_ITERATION)
+    data = torch_dist_files(
+        plan.megatron if tensors is None else tensors,
+        ((parameter.key, parameter.box) for parameter in plan.parameters),
+        extra_states=plan.extra_states,
+        iteration=_ITERATION,
+        piece_bytes=piece_bytes,
+        max_file_bytes=max_file_bytes or MAX_FILE_BYTES,
+        folder=folder,
+    )
+    record = config_record(provider, settings, hf_config)
+    return (
+        *data.files,
+        OutputFile.of_bytes(f"{folder}/{CONFIG_RECORD}", record),
+        OutputFile.of_bytes(TRACKER_FILE, str(_ITERATION).encode()),
+    )

@@ -1,0 +1,197 @@
+"""The files of a torch_dist checkpoint, laid out before any of their data are there.
+
+The names are those that megatron-core's dist_checkpointing.save gives: tensors under their
+checkpoint key, objects under ShardedObject.unique_key, the common state as one more object. Where
+each of them lies is in `.metadata`, PyTorch's own index, so what reads a distributed checkpoint of
+PyTorch reads these files.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron.bridge.dtypes import itemsize, torch_dtype
+from megatron.bridge.engine.pieces import PIECE_BYTES, Literal, OutputFile, Part
+from megatron.bridge.errors import InputError
+from megatron.bridge.formats.iterations import METADATA_FILE
+from megatron.bridge.formats.torch_dist.saved_tensor import (
+    MAX_FRAME_BYTES,
+    SavedTensor,
+    saved_object,
+)
+from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks
+
+COMMON_STATE = "common_state/shard_0_1"
+"""Where megatron-core keeps everything that is not sharded."""
+
+BACKEND_FILE = "metadata.json"
+_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+_VERSION = "1.0.0"
+"""Of the index, as PyTorch counts."""
+
+_PICKLE_PROTOCOL = 4
+
+
+@dataclass(frozen=True)
+class TorchDistLayout:
+    """The files of a torch_dist checkpoint, those of its index last; `metadata` is that index."""
+
+    files: tuple[OutputFile, ...]
+    metadata: bytes
+
+
+def torch_dist_files(
+    tensors: Mapping[str, TensorSpec],
+    chunks: Iterable[tuple[str, Box]],
+    *,
+    max_file_bytes: int,
+    piece_bytes: int = PIECE_BYTES,
+    extra_states: Iterable[str] = (),
+    iteration: int = 0,
+    folder: str = "",
+) -> TorchDistLayout:
+    """Lay out a torch_dist checkpoint; the same arguments give the same bytes.
+
+    tensors: global tensors by key. chunks: boxes that tile them; each is stored in as many pieces
+    as it takes for none to be longer than `piece_bytes`. max_file_bytes: files of data are longer
+    only where this is less than two pieces. extra_states: names of objects without content.
+    iteration: recorded in the common state, as Megatron's training loop does. folder: in which the
+    files lie, with "/" between folders.
+
+    Raises InputError if `piece_bytes` has no room for data, CheckpointError for unknown dtypes.
+    """
+    with _without_collection():
+        stored = [*_saved_tensors(tensors, chunks, piece_bytes), *_objects(extra_states, iteration)]
+        files, places = _distributed([item.part for item in stored], max_file_bytes)
+        metadata = pickle.dumps(_index(tensors, stored, places), protocol=_PICKLE_PROTOCOL)
+    prefix = f"{folder}/" if folder else ""
+    return TorchDistLayout(
+        (
+            *(OutputFile(prefix + name, parts) for name, parts in files.items()),
+            OutputFile.of_bytes(prefix + BACKEND_FILE, json.dumps(_BACKEND).encode(), piece_bytes),
+            OutputFile.of_bytes(prefix + METADATA_FILE, metadata, piece_bytes),
+        ),
+        metadata,
+    )
+
+
+class _Stored(NamedTuple):
+    """What is stored under a key: a box of a tensor, or an object, whose `box` is None."""
+
+    key: str
+    box: Box | None
+    part: Part
+
+
+def _saved_tensors(
+    tensors: Mapping[str, TensorSpec], chunks: Iterable[tuple[str, Box]], piece_bytes: int
+) -> Iterator[_Stored]:
+    room = piece_bytes - MAX_FRAME_BYTES
+    if room <= 0:
+        raise InputError(
+            f"pieces of {piece_bytes} bytes have no room for data; allow more than "
+            f"{MAX_FRAME_BYTES}"
+        )
+    for key, box in chunks:
+        dtype = tensors[key].dtype
+        for block in row_blocks(box_shape(box), itemsize(dtype), room):
+            moved = tuple(
+                (zero + start, zero + stop)
+                for (start, stop), (zero, _) in zip(block, box, strict=True)
+            )
+            yield _Stored(key, moved, SavedTensor(key, moved, dtype))
+
+
+def _objects(extra_states: Iterable[str], iteration: int) -> Iterator[_Stored]:
+    """megatron-core stores an object as a list of its shards."""
+    empty = Literal(saved_object([None]))
+    for name in extra_states:
+        yield _Stored(name, None, empty)
+    common = {"checkpoint_version": 3.0, "iteration": iteration}
+    yield _Stored(COMMON_STATE, None, Literal(saved_object([common])))
+
+
+def _distributed(
+    parts: Sequence[Part], max_file_bytes: int
+) -> tuple[dict[str, tuple[Part, ...]], list[_StorageInfo]]:
+    """Files that are filled evenly and in order, and where in them each part lies."""
+    sizes = [part.nbytes for part in parts]
+    total, longest = sum(sizes), max(sizes)
+    # A file ends behind the part that fills its share, so it can be longer by almost that part.
+    share = total if total <= max_file_bytes else max(max_file_bytes - longest, longest)
+    count = -(-total // share)
+    files: dict[str, list[Part]] = {}
+    places: list[_StorageInfo] = []
+    position = begin = 0
+    turn, name = -1, ""
+    for part, nbytes in zip(parts, sizes, strict=True):
+        if position * count // total != turn:
+            turn, name, begin = position * count // total, f"__0_{len(files)}.distcp", position
+            files[name] = []
+        files[name].append(part)
+        places.append(_StorageInfo(name, position - begin, nbytes))
+        position += nbytes
+    return {name: tuple(parts) for name, parts in files.items()}, places
+
+
+def _index(
+    tensors: Mapping[str, TensorSpec], stored: Sequence[_Stored], places: Sequence[_StorageInfo]
+) -> Metadata:
+    """What PyTorch's readers look up.
+
+    A pickle names an object that it holds already by its number. What is the same object here does
+    not depend on the caller's: otherwise its bytes would, too.
+    """
+    names = {key: key for key in tensors}
+    properties = {
+        spec.dtype: TensorProperties(torch_dtype(spec.dtype)) for spec in tensors.values()
+    }
+    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in tensors}
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+        key: TensorStorageMetadata(properties[spec.dtype], torch.Size(spec.shape), chunks[key])
+        for key, spec in tensors.items()
+    }
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for (key, box, _), place in zip(stored, places, strict=True):
+        if box is None:
+            entries[key] = BytesStorageMetadata()
+            storage[MetadataIndex(key)] = place
+        else:
+            offsets = torch.Size([start for start, _ in box])
+            chunks[key].append(ChunkStorageMetadata(offsets, torch.Size(box_shape(box))))
+            storage[MetadataIndex(names[key], offsets)] = place
+    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
+    metadata.version = _VERSION
+    return metadata
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Among a million new objects, none is garbage; looking for it takes as long as the work."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,268 @@
+"""Finding the data of a tensor that torch.save wrote, without running anything of its pickle.
+
+A tensor as `SavedTensor` lays it out is recognised by its bytes; any other is read as the zip file
+that it is. Its pickle is let through only if it is made of the few operations that a plain tensor
+needs; the calls in it are taken for what they say of the tensor, and none is made.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from struct import Struct
+from typing import Any, NamedTuple
+
+from megatron.bridge.dtypes import TORCH_NAMES, itemsize
+from megatron.bridge.errors import CheckpointError
+from megatron.bridge.formats.torch_dist.saved_tensor import MAX_BLOB_BYTES, STORAGES, frame_of
+from megatron.bridge.tensors.boxes import Shape
+
+type ReadAt = Callable[[int, int], bytes]
+"""``read_at(offset, length)``: so many bytes of the saved tensor. Raises CheckpointError."""
+
+_MAX_READ = 1 << 20
+"""No directory of an honest saved tensor is as long."""
+
+_MAX_PICKLE = 1 << 14
+_LOCAL = Struct("<4s22x2H")
+_LOCAL_MARK = b"PK\3\4"
+_ENCRYPTED = 1
+
+_OPERATIONS = frozenset(
+    (
+        "PROTO GLOBAL MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE BINUNICODE BININT BININT1 "
+        "BININT2 LONG1 NEWTRUE NEWFALSE BINPUT BINGET BINPERSID REDUCE STOP"
+    ).split()
+)
+"""None asks for more memory than the pickle itself takes, as LONG_BINPUT would."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTensor:
+    """A contiguous tensor; `offset` of its data is from the begin of the saved tensor."""
+
+    offset: int
+    shape: Shape
+    dtype: str
+
+
+def find_saved_tensor(read_at: ReadAt, length: int, dtype: str, shape: Shape) -> FoundTensor:
+    """Find the data of a tensor in the `length` bytes that torch.save made of it.
+
+    dtype, shape: what is expected; the caller compares it with what is found. Raises
+    CheckpointError for anything but a plain, contiguous, little-endian, uncompressed tensor.
+    """
+    if (begin := _begin_if_ours(read_at, length, dtype, shape)) is not None:
+        return FoundTensor(begin, shape, dtype)
+    try:
+        return _find(_Blob(read_at, length))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise CheckpointError(f"it is no saved tensor: {error}") from error
+
+
+def _begin_if_ours(read_at: ReadAt, length: int, dtype: str, shape: Shape) -> int | None:
+    """Where the data begin, if all bytes around them are those that `SavedTensor` writes."""
+    if not prod(shape) * itemsize(dtype) < length <= MAX_BLOB_BYTES:
+        return None
+    frame = frame_of(dtype, shape)
+    if frame.nbytes != length:
+        return None
+    begin = len(frame.head)
+    end = begin + frame.tensor_bytes
+    ours = read_at(0, begin) == frame.head and frame.is_tail(read_at(end, length - end))
+    return begin if ours else None
+
+
+class _Blob(io.RawIOBase):
+    """A saved tensor as a file of its own, for zipfile; refuses reads that need much memory."""
+
+    def __init__(self, read_at: ReadAt, length: int) -> None:
+        self.length = length
+        self._read_at = read_at
+        self._position = 0
+
+    def at(self, offset: int, count: int) -> bytes:
+        if not 0 <= offset <= offset + count <= self.length:
+            raise CheckpointError("it is no saved tensor: a record lies outside of it")
+        if count > _MAX_READ:
+            raise CheckpointError(f"it is no saved tensor: a directory of {count} bytes")
+        return self._read_at(offset, count)
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}
+        self._position = start[whence] + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self.length - self._position)
+        data = self.at(self._position, rest if size is None or size < 0 else min(size, rest))
+        self._position += len(data)
+        return data
+
+
+def _find(blob: _Blob) -> FoundTensor:
+    with zipfile.ZipFile(blob) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if len(entries) < len(archive.infolist()):
+            raise CheckpointError("it is no saved tensor: two records have one name")
+        root = next(iter(entries), "").partition("/")[0]
+
+        def small(name: str) -> bytes:
+            entry = _stored(entries, f"{root}/{name}")
+            if entry.file_size > _MAX_PICKLE:
+                raise CheckpointError(f"its {name} of {entry.file_size} bytes is no tensor's")
+            return archive.read(entry)
+
+        # Older files do not name the order.
+        if f"{root}/byteorder" in entries and (order := small("byteorder")) != b"little":
+            raise CheckpointError(f"its byte order is {order!r}, not b'little'")
+        tensor = _described(small("data.pkl"))
+    entry = _stored(entries, f"{root}/data/{tensor.storage.key}")
+    if entry.file_size != tensor.storage.nbytes:
+        raise CheckpointError(
+            f"its data should be {tensor.storage.nbytes} bytes, the record has {entry.file_size}"
+        )
+    begin = _begin_of(blob, entry) + tensor.offset * itemsize(tensor.dtype)
+    return FoundTensor(begin, tensor.shape, tensor.dtype)
+
+
+def _stored(entries: dict[str, zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:
+    entry = entries.get(name)
+    if entry is None:
+        raise CheckpointError(f"it is no saved tensor: it has no record {name}")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
+        raise CheckpointError(f"its {name} is compressed or encrypted; save it without")
+    if entry.compress_size != entry.file_size:
+        raise CheckpointError(f"its {name} has two different sizes")
+    return entry
+
+
+def _begin_of(blob: _Blob, entry: zipfile.ZipInfo) -> int:
+    """Where the content of a record begins: behind the local header, which has its own length."""
+    name = entry.orig_filename.encode()
+    header = blob.at(entry.header_offset, _LOCAL.size + len(name))
+    mark, name_bytes, extra_bytes = _LOCAL.unpack_from(header)
+    if mark != _LOCAL_MARK or name_bytes != len(name) or header[_LOCAL.size :] != name:
+        raise CheckpointError(f"its {entry.filename} does not lie where the directory says")
+    begin: int = entry.header_offset + len(header) + extra_bytes
+    if begin + entry.file_size > blob.length:
+        raise CheckpointError(f"its {entry.filename} sticks out of it")
+    return begin
+
+
+class _Kind(NamedTuple):
+    """A class of storage: `dtype` of its elements, None if it holds bytes."""
+
+    dtype: str | None
+
+
+class _Storage(NamedTuple):
+    """Where the pickle says that data are: in the record data/`key`."""
+
+    dtype: str | None
+    key: str
+    nbytes: int
+
+
+class _Tensor(NamedTuple):
+    """What the pickle says of a tensor; `offset` is in elements."""
+
+    storage: _Storage
+    offset: int
+    shape: Shape
+    dtype: str
+
+
+@lru_cache(maxsize=1024)
+def _described(data: bytes) -> _Tensor:
+    """The tensor of a `data.pkl`. Raises CheckpointError or UnpicklingError for anything else."""
+    for operation, _, _ in pickletools.genops(data):
+        if operation.name not in _OPERATIONS:
+            raise CheckpointError(f"refused: its pickle uses {operation.name}, no tensor needs it")
+    tensor = _TensorUnpickler(io.BytesIO(data)).load()
+    if not isinstance(tensor, _Tensor):
+        raise CheckpointError("it is no tensor but another object")
+    return tensor
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        match module:
+            case "torch" if name in _KINDS:
+                return _KINDS[name]
+            case "torch" if name in TORCH_NAMES:
+                return TORCH_NAMES[name]
+            case "torch.storage" if name == "UntypedStorage":
+                return _Kind(None)
+            case "torch._utils" if name == "_rebuild_tensor_v2":
+                return _typed
+            case "torch._utils" if name == "_rebuild_tensor_v3":
+                return _untyped
+            case "collections" if name == "OrderedDict":
+                return OrderedDict
+        raise CheckpointError(f"refused: its pickle names {module}.{name}, which no tensor needs")
+
+    def persistent_load(self, reference: object) -> _Storage:
+        match reference:
+            case ("storage", _Kind(dtype), str(key), str(), int(length)):
+                return _Storage(dtype, key, length * (itemsize(dtype) if dtype else 1))
+        raise CheckpointError("refused: its pickle refers to something else than a storage")
+
+
+_KINDS = {storage: _Kind(dtype) for dtype, storage in STORAGES.items()}
+
+
+def _typed(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any
+) -> _Tensor:
+    """In the place of torch._utils._rebuild_tensor_v2."""
+    return _untyped(storage, offset, shape, strides, requires_grad, hooks, storage.dtype)
+
+
+def _untyped(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+) -> _Tensor:
+    """In the place of torch._utils._rebuild_tensor_v3."""
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(type(number) is int for number in numbers):
+        raise CheckpointError("refused: its pickle calls torch with wrong arguments")
+    if min(numbers) < 0 or not _is_contiguous(shape, strides):
+        raise CheckpointError(
+            f"shape {shape} with strides {strides}: only contiguous tensors are read; "
+            "save it as a contiguous one"
+        )
+    if (offset + prod(shape)) * itemsize(dtype) > storage.nbytes:
+        raise CheckpointError(f"shape {shape} does not fit into {storage.nbytes} bytes of data")
+    return _Tensor(storage, offset, shape, dtype)
+
+
+def _is_contiguous(shape: Shape, strides: Shape) -> bool:
+    """Whether elements lie in row-major order; the stride of an axis of length 1 is free."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= max(1, size)
+    return True

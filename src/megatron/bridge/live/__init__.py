@@ -1,0 +1,1 @@
+"""Live Megatron models, as the source and as the target of a conversion."""

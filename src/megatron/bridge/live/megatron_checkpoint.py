@@ -1,0 +1,205 @@
+"""Live Megatron models to and from torch_dist checkpoints."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.bridge.dtypes import (
+    TORCH_NAME_OF,
+    can_be_cast,
+    main_dtype,
+    safetensors_dtype,
+    widest,
+)
+from megatron.bridge.engine.stream import write_files
+from megatron.bridge.errors import PlanError
+from megatron.bridge.formats.file_plans import as_stored, differences, weight_tensors
+from megatron.bridge.formats.megatron_folder import megatron_files
+from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+from megatron.bridge.live.tensors import LiveTensors, LocalTensor, local_tensors
+from megatron.bridge.live.weights import plan_of_model
+from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.models.conversion.casting import EXACTLY, Casting
+from megatron.bridge.models.conversion.layer_keys import stored_place
+from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.target.interruption import done_means_done
+from megatron.bridge.target.staging import staged_folder
+from megatron.bridge.tensors.boxes import (
+    Box,
+    box_shape,
+    full_box,
+    intersect,
+    relative,
+    slices,
+)
+
+
+def save_model(
+    model: Sequence[torch.nn.Module],
+    target: Path,
+    hf: PreTrainedVLM,
+    *,
+    experts: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write the weights of a model, in its own dtypes, as target/iter_0000000.
+
+    Args:
+        model: the chunks of this rank.
+        target: the folder, which is complete or not there.
+        hf: what the model was made of, for the config record.
+        experts: see `plan_of_model`.
+        force: replace a target that exists.
+
+    Raises:
+        TargetExists: the target exists, and `force` is not set.
+        InputError: this rank does not hold all of the model.
+    """
+    plan = plan_of_model(hf, model, experts=experts)
+    source = LiveTensors(model, plan)
+    saved = TORCH_NAME_OF[main_dtype(source.tensors.values())]
+    save_checkpoint(
+        source,
+        target,
+        plan,
+        provider=bridge_for(hf.hf_config.architecture).provider,
+        settings=_provider_settings(hf, plan, source.tensors),
+        hf_config=config_in_dtype(hf.unquantized_config, saved),
+        force=force,
+    )
+
+
+def provider_of_checkpoint(
+    source: Path | TorchDistCheckpoint, hf: PreTrainedVLM, dtype: str | None, casting: Casting
+) -> ModelProvider:
+    """A provider whose models are filled from a torch_dist checkpoint of any layout.
+
+    Args:
+        source: the checkpoint.
+        hf: the Hugging Face side of the model; its files are not read.
+        dtype: of the model, None for that of the checkpoint.
+        casting: of values that the model's parameters do not hold.
+
+    Raises:
+        PlanError: the checkpoint does not hold this model.
+        CheckpointError: it cannot be read.
+    """
+    checkpoint = source if isinstance(source, TorchDistCheckpoint) else TorchDistCheckpoint(source)
+    bridge, config = bridge_for(hf.hf_config.architecture), hf.hf_config
+    found = weight_tensors(checkpoint)
+    options = bridge.options_of_checkpoint(found)
+    plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
+    if problems := list(differences(plan.megatron, found)):
+        raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")
+    provider = bridge.provider_of(_provider_settings(hf, plan, found, dtype))
+    paths = bridge.layer_paths
+    provider.register_pre_wrap_hook(
+        lambda model: load_checkpoint(model, checkpoint, layer_paths=paths, casting=casting)
+    )
+    return provider
+
+
+def _provider_settings(
+    hf: PreTrainedVLM,
+    plan: ConversionPlan,
+    stored: Mapping[str, TensorSpec],
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Fields of the provider for a model that holds what is stored, by key.
+
+    dtype: of the model; parameters with a dtype of their own keep it where it is wider.
+    """
+    tensors = as_stored(plan, stored)
+    if dtype is not None:
+        tensors = {
+            name: replace(spec, dtype=widest(spec.dtype, dtype) or spec.dtype)
+            for name, spec in tensors.items()
+        }
+    bridge = bridge_for(hf.hf_config.architecture)
+    return bridge.provider_settings(hf.hf_config, dtype or main_dtype(stored.values()), tensors)
+
+
+@torch.no_grad()
+@done_means_done()
+def save_checkpoint(
+    source: LiveTensors,
+    target: Path,
+    plan: ConversionPlan,
+    *,
+    provider: str,
+    settings: Mapping[str, Any],
+    hf_config: HFConfig,
+    force: bool = False,
+) -> None:
+    """Write the weights of a model, in its own dtypes, as target/iter_0000000.
+
+    plan: of the model. provider, settings, hf_config: for the config record. Raises TargetExists,
+    or InputError if this rank does not hold all of the model.
+    """
+    files = megatron_files(
+        plan,
+        provider=provider,
+        settings=settings,
+        hf_config=hf_config,
+        tensors={key: source.tensors.get(key, spec) for key, spec in plan.megatron.items()},
+    )
+    with staged_folder(target, force=force) as staged:
+        write_files(staged, files, source.read_into)
+
+
+@torch.no_grad()
+def load_checkpoint(
+    model: Sequence[torch.nn.Module],
+    source: Path | TorchDistCheckpoint,
+    *,
+    layer_paths: Collection[str] = (),
+    casting: Casting = EXACTLY,
+) -> None:
+    """Fill a model from a torch_dist checkpoint, whatever layout it was written with.
+
+    Each rank reads only what it holds. A vocabulary that was padded to another size is cut or
+    filled up with zeros. layer_paths: of the model's layers, whose keys may be formed in another
+    way than the model's (`stored_place`). casting: of values that the model's parameters do not
+    hold. Raises CheckpointError if the checkpoint is damaged, PlanError if it does not hold the
+    model, InexactCast.
+    """
+    checkpoint = source if isinstance(source, TorchDistCheckpoint) else TorchDistCheckpoint(source)
+    stored = checkpoint.tensors
+    tensors = [
+        (local, *stored_place(local.key, local.box, stored.keys(), layer_paths))
+        for local in local_tensors(model)
+    ]
+    if problems := list(_misfits(tensors, stored)):
+        raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")
+    for local, key, box in tensors:
+        found = intersect(box, full_box(stored[key].shape))
+        data = local.data.reshape(box_shape(box))
+        if found != box:
+            data.zero_()
+        if found is not None:
+            part = casting.cast(checkpoint.read(key, found), data.dtype, key)
+            data[slices(relative(found, box))] = part
+
+
+def _misfits(
+    tensors: Sequence[tuple[LocalTensor, str, Box]], stored: Mapping[str, TensorSpec]
+) -> Iterator[str]:
+    for local, key, box in tensors:
+        spec = stored.get(key)
+        if spec is None:
+            yield f"{local.key}: missing from the checkpoint"
+            continue
+        # Keys that are formed in another way differ by the axis of the layer only.
+        shape = local.key_shape[max(len(local.box) - len(box), 0) :]
+        there = spec.shape[max(len(box) - len(local.box), 0) :]
+        if there != shape and not (local.is_padded and there[1:] == shape[1:]):
+            yield f"{local.key}: the model has shape {local.key_shape}, the file {spec.shape}"
+        elif not can_be_cast(safetensors_dtype(local.data.dtype), spec.dtype):
+            yield f"{local.key}: the model has {local.data.dtype}, the file {spec.dtype}"

@@ -1,0 +1,163 @@
+"""What a live Megatron model holds, as the tensors of a checkpoint.
+
+megatron-core says where every parameter lives: `sharded_state_dict()` gives, on each rank, the
+checkpoint key, the box of the global tensor and a view of the parameter's memory, for any layer
+spec and any parallel layout. So nothing about sharding is written here.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron.bridge.dtypes import safetensors_dtype, widest
+from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.models.conversion.casting import EXACTLY
+from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.wrapping import unwrapped
+from megatron.bridge.runtime.cpu import megatron_on_cpu
+from megatron.bridge.tensors.boxes import (
+    Box,
+    BoxIndex,
+    Shape,
+    box_shape,
+    relative,
+    slices,
+    tiling_faults,
+    volume,
+)
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """What one rank holds of a checkpoint tensor: its box, and the memory it lies in.
+
+    is_padded: megatron-core lets its rows differ from the checkpoint's (a padded vocabulary).
+    """
+
+    key: str
+    key_shape: Shape
+    box: Box
+    data: torch.Tensor
+    is_padded: bool
+
+
+def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
+    """Everything that this rank's chunks hold; `data` are views of the parameters."""
+    found = []
+    for chunk in unwrapped(model):
+        with megatron_on_cpu():
+            state = chunk.sharded_state_dict()
+            apply_factories(state)
+        for entry in nested_values(state):
+            if not isinstance(entry, ShardedTensor):
+                continue
+            # Axes that stand for the layer or the expert are not part of the local tensor.
+            local = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+            box = tuple(
+                (start, start + size)
+                for start, size in zip(entry.global_offset, local, strict=True)
+            )
+            shape = tuple(entry.global_shape)
+            found.append(LocalTensor(entry.key, shape, box, entry.data, entry.allow_shape_mismatch))
+    return found
+
+
+def named_parameters(
+    model: Sequence[torch.nn.Module],
+) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter]]:
+    """(name, owning module, parameter) of every parameter of this rank's chunks.
+
+    A layer's number is that in the whole model, not that on this pipeline stage.
+    """
+    for chunk in unwrapped(model):
+        modules = dict(chunk.named_modules())
+        for local_name, parameter in chunk.named_parameters():
+            module_name, _, own_name = local_name.rpartition(".")
+            name, owner = "", chunk
+            for part in module_name.split("."):
+                owner = owner[int(part)] if part.isdecimal() else getattr(owner, part)
+                number = getattr(owner, "layer_number", None) if part.isdecimal() else None
+                name += f"{part if number is None else number - 1}."
+            yield name + own_name, modules[module_name], parameter
+
+
+class LiveTensors:
+    """Checkpoint tensors read from the parameters of this rank, in their own dtypes: a Source.
+
+    tensors: by key. Where parameters that share a key differ in dtype, it has the widest.
+    """
+
+    def __init__(self, model: Sequence[torch.nn.Module], plan: ConversionPlan) -> None:
+        """Raises PlanError if the model and the plan do not have the same tensors."""
+        tensors = local_tensors(model)
+        if problems := list(mismatches(plan, tensors)):
+            raise PlanError(problems, heading="the model is not the one that the files hold")
+        by_key: dict[str, list[tuple[Box, LocalTensor]]] = defaultdict(list)
+        for local in tensors:
+            by_key[local.key].append((local.box, local))
+        self._indexes = {key: BoxIndex(items) for key, items in by_key.items()}
+        self.tensors = {
+            key: TensorSpec(key, parts[0][1].key_shape, _common_dtype(key, parts))
+            for key, parts in by_key.items()
+        }
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of a key. Raises InputError if this rank holds nothing of it."""
+        return self._known(name).dtype
+
+    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+        """Copy one box of a key. Raises InputError if this rank does not hold all of it."""
+        self._known(name)
+        parts = list(self._indexes[name].overlapping(box))
+        if sum(volume(shared) for shared, _ in parts) != volume(box):
+            raise self._split(name)
+        for shared, local in parts:
+            whole = local.data.detach().reshape(box_shape(local.box))
+            part = EXACTLY.cast(whole[slices(relative(shared, local.box))], out.dtype, name)
+            out[slices(relative(shared, box))] = part
+
+    def _known(self, name: str) -> TensorSpec:
+        if name not in self.tensors:
+            raise self._split(name)
+        return self.tensors[name]
+
+    def _split(self, name: str) -> InputError:
+        return InputError(
+            f"{name}: this rank holds only a part of it; exporting from models that are "
+            f"split over ranks is not supported yet, save a Megatron checkpoint and export that"
+        )
+
+
+def _common_dtype(key: str, parts: Sequence[tuple[Box, LocalTensor]]) -> str:
+    dtypes = {safetensors_dtype(local.data.dtype) for _, local in parts}
+    dtype = widest(*dtypes)
+    if dtype is None:
+        raise InputError(
+            f"{key}: parameters of the model that share this key are in {sorted(dtypes)}, and no "
+            f"dtype holds the values of all; cast them to one"
+        )
+    return dtype
+
+
+def mismatches(plan: ConversionPlan, tensors: list[LocalTensor]) -> Iterator[str]:
+    """How what this rank holds is not what the plan fills, one by one."""
+    held: dict[str, list[Box]] = defaultdict(list)
+    for local in tensors:
+        spec = plan.megatron.get(local.key)
+        if spec is None:
+            yield f"{local.key}: no Hugging Face tensor fills it"
+        elif spec.shape != local.key_shape:
+            yield f"{local.key}: the files make shape {spec.shape}, the model has {local.key_shape}"
+        else:
+            held[local.key].append(local.box)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return  # other ranks hold the rest
+    for key, spec in plan.megatron.items():
+        # A tied output layer shows its weight once more under the key of the embedding.
+        for fault in tiling_faults(spec.shape, dict.fromkeys(held[key])):
+            yield f"{key}: the model does not hold all of it: {fault}"

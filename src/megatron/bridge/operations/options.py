@@ -1,0 +1,121 @@
+"""The options of a conversion, as the commands and AutoBridge take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self, TypedDict
+
+from megatron.bridge.dtypes import DType
+from megatron.bridge.errors import InputError
+from megatron.bridge.formats.iterations import Iteration
+from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.target.processes import Processes
+from megatron.bridge.text.quoting import quoted
+from megatron.bridge.text.sizes import Size, size_of
+
+if TYPE_CHECKING:
+    from megatron.bridge.target.run import Run
+
+
+class ImportKeywords(TypedDict, total=False):
+    """The options of an import, see ConversionOptions."""
+
+    experts: str | None
+    memory: Size | None
+    max_shard_size: Size | None
+    verify: bool
+    resume: bool
+    force: bool
+
+
+class ExportKeywords(ImportKeywords, total=False):
+    """The options of an export, see ConversionOptions."""
+
+    iteration: Iteration | None
+    fp8: bool
+    dtype: DType | None
+    round: bool
+    keep_manifest: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What decides how a conversion is done, beside its source and target.
+
+    experts: a disk layout of routed experts (ExpertLayout): of an import's source where shapes
+    cannot tell it, of an export's target where it should not be the reference's. memory: bytes that
+    buffers of each process may take, or a text such as "512MiB"; None for 1 GiB. max_shard_size: of
+    tensor data per output file, likewise. verify: read back what was written and compare it with
+    the source, bit by bit, before the target appears. resume: go on with what an interrupted run
+    left. force: replace a target.
+
+    Of exports only: iteration, the number of another than the tracker file names; fp8, quantize
+    what the reference has quantized; dtype, of the tensors ("bfloat16"), where it should not be the
+    reference's; round, round values that do not fit their dtype; keep_manifest, leave the checksums
+    of the files in the target.
+    """
+
+    experts: str | None = None
+    memory: Size | None = None
+    max_shard_size: Size | None = None
+    verify: bool = False
+    resume: bool = False
+    force: bool = False
+    iteration: Iteration | None = None
+    fp8: bool = False
+    dtype: DType | None = None
+    round: bool = False
+    keep_manifest: bool = False
+
+    @classmethod
+    def of(cls, command: str, taken: type[ImportKeywords], given: Mapping[str, Any]) -> Self:
+        """Those that were given by name to `command`, which takes the keywords `taken`.
+
+        Raises InputError for a name that it does not take.
+        """
+        known = [field.name for field in fields(cls) if field.name in taken.__annotations__]
+        for name in given:
+            if name not in known:
+                raise InputError(
+                    f"{command} takes no option {quoted(name)}; its options: {', '.join(known)}"
+                )
+        return cls(**given)
+
+    @property
+    def of_export(self) -> dict[str, Any]:
+        """What decides what an export writes, by the names of `export_checkpoint`."""
+        names = ("iteration", "experts", "fp8", "dtype", "round")
+        return {name: getattr(self, name) for name in names}
+
+    @contextmanager
+    def run(
+        self, progress: Callable[[], AbstractContextManager[Progress]] | None = None
+    ) -> Iterator[Run]:
+        """What carries the conversion out: this process, or those that torchrun started.
+
+        progress: entered by the first of them alone. Raises InputError for a size that is not a
+        valid one, or if the other processes cannot be reached.
+        """
+        from megatron.bridge.engine.stream import DEFAULT_MEMORY
+        from megatron.bridge.target.run import Run
+        from megatron.bridge.target.written import check_written
+
+        memory, largest = self.memory, self.max_shard_size
+        budget = DEFAULT_MEMORY if memory is None else size_of(memory, "memory (--memory)")
+        shard = None if largest is None else size_of(largest, "max_shard_size (--max-shard-size)")
+        with (
+            Processes.from_environment() as processes,
+            progress() if progress and processes.is_first else nullcontext(Silent()) as shown,
+        ):
+            yield Run(
+                memory=budget,
+                max_shard_bytes=shard,
+                force=self.force,
+                resume=self.resume,
+                check=check_written if self.verify else None,
+                keep_manifest=self.keep_manifest,
+                processes=processes,
+                progress=shown,
+            )

@@ -1,0 +1,173 @@
+"""A target of `import` or `export` against its manifest: what was written is there, unchanged.
+
+Only the target is read, and of the source no more than tells that it is the one that the manifest
+records. That what was written is what should have been is not looked at again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget
+from megatron.bridge.errors import CheckpointError, InputError
+from megatron.bridge.formats.iterations import (
+    METADATA_FILE,
+    Iteration,
+    is_megatron_checkpoint,
+    is_megatron_folder,
+    iteration_folder,
+)
+from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.verification.file_ranges import TensorPlaces
+from megatron.bridge.operations.verification.report import FastReport, FileDifference, Kind
+from megatron.bridge.paths import local_path
+from megatron.bridge.progress import Progress
+from megatron.bridge.target.checksums import check_files
+from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.target.manifest import MANIFEST_FILE, Manifest, read_manifest
+from megatron.bridge.text.quoting import quoted
+
+_KINDS: dict[str, tuple[Kind, Kind]] = {
+    "import": ("huggingface", "megatron"),
+    "export": ("megatron", "huggingface"),
+}
+"""What a command reads and what it writes."""
+
+_SOURCE = "source"
+"""The name that manifests give to what was converted."""
+
+
+def verify_fast(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    *,
+    iteration: Iteration | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> FastReport:
+    """Read the files of a target again and compare them with the checksums in its manifest.
+
+    a, b: the target, and what it was converted from, in either order; without `b` no source is
+    looked at. A file of the source that was modified since counts as a difference, even if it
+    holds the same bytes. iteration: of a source that is a Megatron checkpoint. memory: as in
+    `verify`.
+    Raises InputError if no side is a target with a manifest, or for a source that cannot be found;
+    CheckpointError for a manifest that cannot be read. Differences are in the report.
+    """
+    begin = time.perf_counter()
+    budget = Budget.of(memory)
+    target, source, changes = _assigned(a, b, iteration)
+    reads, writes = _KINDS[target.manifest.job.command]
+    faults = check_files(target.folder, target.manifest, progress, budget.threads)
+    seconds = time.perf_counter() - begin
+    places = TensorPlaces(target.folder)
+    return FastReport(
+        target=target.name,
+        target_kind=writes,
+        source=source,
+        source_kind=reads,
+        files=len(target.manifest.files),
+        nbytes=target.manifest.nbytes,
+        different=[
+            FileDifference(file, offset, nbytes, problem, places.tensors_in(file, offset, nbytes))
+            for file, offset, nbytes, problem in faults
+        ],
+        source_changes=changes,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    name: str
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def recorded(self) -> Fingerprint:
+        """Of what it was converted from."""
+        return self.manifest.job.sources[_SOURCE]
+
+    def reads(self, source: str | os.PathLike[str]) -> bool:
+        """Whether it was converted from something of this kind."""
+        folder = local_path(source)
+        if self.source_kind == "megatron":
+            return is_megatron_checkpoint(folder)
+        return not is_megatron_folder(folder)
+
+    @property
+    def source_kind(self) -> str:
+        """What it was converted from: "megatron" or "huggingface"."""
+        return _KINDS[self.manifest.job.command][0]
+
+
+def _assigned(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str] | None,
+    iteration: Iteration | None,
+) -> tuple[_Target, str | None, list[str]]:
+    """The target, its source, and how that is not the one that is recorded."""
+    if b is None:
+        if target := _target(a):
+            return target, None, []
+        raise _no_manifest(os.fspath(a))
+    found = [
+        (target, os.fspath(source), _changes(target, source, iteration))
+        for side, source in ((b, a), (a, b))
+        if (target := _target(side))
+    ]
+    if not found:
+        raise _no_manifest(f"{os.fspath(a)}, {os.fspath(b)}")
+    # A checkpoint that was imported and then exported has a manifest, and so has what came of it.
+    return min(found, key=lambda one: len(one[2]))
+
+
+def _no_manifest(where: str) -> InputError:
+    return InputError(
+        f"{where}: there is no {MANIFEST_FILE}, as import and export --keep-manifest leave it, so "
+        "no checksums to compare with; verify against the source without --fast"
+    )
+
+
+def _target(reference: str | os.PathLike[str]) -> _Target | None:
+    """A folder with a manifest; of a Megatron checkpoint also the folder of an iteration."""
+    folder = local_path(reference)
+    for candidate in (folder, folder.absolute().parent):
+        if manifest := read_manifest(candidate):
+            command, sources = manifest.job.command, manifest.job.sources
+            if command not in _KINDS or _SOURCE not in sources:
+                raise CheckpointError(
+                    f"{candidate / MANIFEST_FILE}: it is of {quoted(command)}, which this version "
+                    "does not know; verify without --fast"
+                )
+            return _Target(os.fspath(reference), candidate, manifest)
+        if not (folder / METADATA_FILE).is_file():
+            break
+    return None
+
+
+def _changes(
+    target: _Target, source: str | os.PathLike[str], iteration: Iteration | None
+) -> list[str]:
+    """How a source differs from the one that is recorded, file by file."""
+    megatron = target.source_kind == "megatron"
+    if not target.reads(source):
+        return [f"it is a {'Hugging Face model' if megatron else 'Megatron checkpoint'}"]
+    if megatron:
+        return _differences(target.recorded, iteration_folder(local_path(source), iteration))
+    return _differences(target.recorded, PreTrainedVLM.from_pretrained(source).weights_folder)
+
+
+def _differences(recorded: Fingerprint, folder: Path) -> list[str]:
+    seen = []
+    for file in recorded.files:
+        try:
+            seen.append(SourceFile.of(folder, file.name))
+        except FileNotFoundError:
+            continue  # reported as missing
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return Fingerprint(tuple(seen)).changed_since(recorded)

@@ -1,0 +1,1 @@
+"""Where a result is written: complete or not there, resumed, shared by processes."""

@@ -1,0 +1,41 @@
+"""A folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron.bridge.target.folder_sync import sync_all
+from megatron.bridge.target.interruption import uninterrupted
+from megatron.bridge.target.targets import check_target, put_in_place
+
+
+@contextmanager
+def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a new folder beside `target` to write into; rename it to `target` at the end.
+
+    If the block raises, the new folder is removed and `target` is as it was. A killed process
+    leaves a hidden folder `.<name>.partial-*` behind, and `target` as it was. From the renaming on,
+    Ctrl-C and SIGTERM come too late.
+
+    Raises what `check_target` raises; with `force` the old target is replaced after the new one is
+    complete.
+    """
+    target = target.absolute()
+    check_target(target, [], force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        staged.mkdir()
+        yield staged
+        tree = [(Path(folder), names) for folder, _, names in os.walk(staged)]
+        sync_all(path for folder, names in tree for path in (folder, *map(folder.joinpath, names)))
+        put_in_place(staged, target, force=force)
+    except BaseException:
+        with uninterrupted():
+            shutil.rmtree(staged, ignore_errors=True)
+        raise

@@ -1,0 +1,1 @@
+"""Boxes of tensors and tensors without their data: the words that all other folders share."""
