@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.formats.torch_dist import plain_pickle
 from megatron.bridge.formats.torch_dist.metadata import MAX_AXES, read_metadata
 from megatron.bridge.formats.torch_dist.plain_pickle import read_plain_pickle
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
@@ -109,14 +110,14 @@ CODE: dict[str, tuple[bytes, str]] = {
     "bytes that are code": (b"C\x01\x00.", "SHORT_BINBYTES"),
     "attributes of a class": (
         name(CLASSES, "Metadata") + b"N}" + text("polluted") + text("yes") + b"s\x86b.",
-        "it sets the state of what is no new object",
+        "sets the state of what is no new object",
     ),
     "attributes of a function": (
         name("torch.serialization", "_get_layout") + b"}" + text("polluted") + text("x") + b"sb.",
         "new object",
     ),
     "a call of a result": (
-        name("builtins", "set") + b")R" + b")R.", "it calls what is no name"
+        name("builtins", "set") + b")R" + b")R.", "calls what is no name"
     ),
 }  # fmt: skip
 
@@ -233,7 +234,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "a memo that is empty": (b"h\x05.", "damaged"),
     "another protocol": (b"\x80\x09N.", "protocol 9"),
     "no UTF-8": (b"\x8c\x02\xff\xfe.", "damaged"),
-    "half of a surrogate pair": (b"\x8c\x03\xed\xa0\x80.", "damaged"),
+    "half of a surrogate pair": (b"\x8c\x03\xed\xa0\x80.", "not the index"),
     "an unknown operation": (b"\xfe.", "byte 0xfe"),
     "a key twice": (b"}" + (text("a") + b"Ns") * 2 + b".", "has the key 'a' twice"),
     "an odd number of entries": (b"}(" + text("a") + b"u.", "damaged"),
@@ -254,6 +255,14 @@ def test_bombs(case: str, tmp_path: Path) -> None:
     assert said in str(error.value)
     assert len(str(error.value)) < 2000
     assert peak < 1_000_000 + 200 * len(program)
+
+
+def test_more_objects_than_any_index_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte makes an object of 56, and a file may have 256 MiB."""
+    (tmp_path / ".metadata").write_bytes(b"]" * 1000 + b".")
+    assert "not the index" in refusal(tmp_path)
+    monkeypatch.setattr(plain_pickle, "MAX_OPERATIONS", 1000)
+    assert "its pickle has more than 1000 operations" in refusal(tmp_path)
 
 
 def test_lists_that_are_shared_a_thousand_times(tmp_path: Path) -> None:
@@ -466,7 +475,7 @@ def test_an_honest_pickle_is_read_as_plain_data() -> None:
     value = {"a": [1, -1, 1 << 40, -(1 << 70), None, True, False, "ü", (), (1,), (1, 2), (1, 2, 3)],
              "b": {"c": tuple(range(300))}}  # fmt: skip
     for protocol in (2, 3, 4, 5):
-        assert read_plain_pickle(pickle.dumps(value, protocol), names) == value
-    call = read_plain_pickle(pickle.dumps(BytesStorageMetadata(), 4), names)
+        assert read_plain_pickle(pickle.dumps(value, protocol), names, "index") == value
+    call = read_plain_pickle(pickle.dumps(BytesStorageMetadata(), 4), names, "index")
     assert call.callee.name == "BytesStorageMetadata"  # type: ignore[union-attr]
-    assert read_plain_pickle(pickle.dumps({"x"}, 4), names) == ["x"]
+    assert read_plain_pickle(pickle.dumps({"x"}, 4), names, "index") == ["x"]

@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from math import prod
@@ -289,7 +290,7 @@ class Runs:
 @pytest.mark.parametrize("call", [eval, exec, __import__, getattr, print, torch.load])
 def test_a_pickle_that_calls(call: Callable[..., object], capsys: Any) -> None:
     message = refusal(with_pickle(pickle.dumps(Runs(call, "raise SystemExit"), protocol=2)))
-    assert "refused: its pickle names" in message
+    assert "its pickle names" in message
     assert call.__name__ in message
     assert capsys.readouterr().out == ""
 
@@ -297,12 +298,20 @@ def test_a_pickle_that_calls(call: Callable[..., object], capsys: Any) -> None:
 def test_a_pickle_that_sets_attributes() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.note = "a state, which needs BUILD"  # type: ignore[attr-defined]
-    assert "refused" in refusal(torch_saved(parameter))
+    assert "_rebuild_parameter_with_state" in refusal(torch_saved(parameter))
 
 
 def test_a_pickle_that_asks_for_memory() -> None:
-    message = refusal(with_pickle(b"\x80\x02)r\xff\xff\xff\x7f."))
-    assert "uses LONG_BINPUT" in message
+    """Python's own reader in C takes 32 GiB for the last place of a memo."""
+    program = with_pickle(b"\x80\x02)r\xff\xff\xff\x7f.")
+    tracemalloc.start()
+    try:
+        message = refusal(program)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "no tensor but another object" in message
+    assert peak < 1_000_000
 
 
 def test_a_pickle_of_megabytes() -> None:

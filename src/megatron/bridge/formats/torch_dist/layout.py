@@ -8,11 +8,9 @@ PyTorch reads these files.
 
 from __future__ import annotations
 
-import gc
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +30,7 @@ from megatron.bridge.dtypes import itemsize, torch_dtype
 from megatron.bridge.engine.pieces import PIECE_BYTES, Literal, OutputFile, Part
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import METADATA_FILE
+from megatron.bridge.formats.torch_dist.collection import without_collection
 from megatron.bridge.formats.torch_dist.saved_tensor import (
     MAX_FRAME_BYTES,
     SavedTensor,
@@ -80,7 +79,7 @@ def torch_dist_files(
 
     Raises InputError if `piece_bytes` has no room for data, CheckpointError for unknown dtypes.
     """
-    with _without_collection():
+    with without_collection():
         stored = [*_saved_tensors(tensors, chunks, piece_bytes), *_objects(extra_states, iteration)]
         files, places = _distributed([item.part for item in stored], max_file_bytes)
         metadata = pickle.dumps(_index(tensors, stored, places), protocol=_PICKLE_PROTOCOL)
@@ -183,15 +182,3 @@ def _index(
     metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
     metadata.version = _VERSION
     return metadata
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Among a million new objects, none is garbage; looking for it takes as long as the work."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.iterations import METADATA_FILE
+from megatron.bridge.formats.torch_dist.collection import without_collection
 from megatron.bridge.formats.torch_dist.plain_pickle import (
     Call,
     Entries,
@@ -77,7 +78,9 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / METADATA_FILE
     try:
-        return _metadata(read_plain_pickle(read_regular(path, MAX_METADATA_BYTES), _NAMES))
+        data = read_regular(path, MAX_METADATA_BYTES)
+        with without_collection():
+            return _metadata(read_plain_pickle(data, _NAMES, "index"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: not a torch_dist checkpoint: no {METADATA_FILE}"

@@ -2,28 +2,41 @@
 
 Python's own unpickler makes every call that a pickle asks for. Restricted to a few harmless names
 it can still be made to change the classes that it imported, to hash what takes longer than the
-universe lasts, and to ask for memory that the pickle does not fill. This reader knows the
-operations that data classes need and refuses all others. Time and memory are proportional to the
-length of the pickle.
+universe lasts, and to ask for memory that the pickle does not fill. This reader is Python's own in
+its pure form, with only the operations that tensors and data classes need; those that would call,
+hash or change what the pickle names are replaced. Time and memory are proportional to the length
+of the pickle, and bounded.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import struct
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.text.quoting import quoted
 
-type Plain = bool | int | str | Name | Call | tuple[Plain, ...] | list[Plain] | Entries | None
+type Plain = (
+    bool | int | str | Name | Call | Reference | tuple[Plain, ...] | list[Plain] | Entries | None
+)
 type Entries = dict[str | Call, Plain]
 
-_HIGHEST_PROTOCOL = 5
+MAX_OPERATIONS = 100_000_000
+"""Each makes one object at most; the index of a million pieces takes 67 million."""
+
 _MAX_MARKS = 64
 """Containers that are open at once."""
+
+_UNCHANGED = (
+    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "TUPLE EMPTY_LIST APPEND APPENDS EMPTY_DICT SHORT_BINUNICODE BINUNICODE GLOBAL STACK_GLOBAL "
+    "MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET STOP"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +45,13 @@ class Name:
 
     module: str
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An object that lies outside of the pickle, and what is said of it."""
+
+    what: Plain
 
 
 class Call:
@@ -49,134 +69,115 @@ class Call:
         self.state: Plain = None
 
 
-def read_plain_pickle(data: bytes, names: Container[tuple[str, str]]) -> Plain:
+def read_plain_pickle(
+    data: bytes, names: Container[tuple[str, str]], what: str, *, references: bool = False
+) -> Plain:
     """What a pickle holds; a set is read as a list.
 
-    Raises CheckpointError if it is damaged, uses operations that data classes do not need, or
-    names anything but the (module, name) in `names`.
+    Args:
+        data: The pickle.
+        names: The (module, name) that it may name.
+        what: It should be, in messages.
+        references: Whether it may refer to objects outside of it.
+
+    Raises:
+        CheckpointError: If it is damaged, too long, or uses or names anything else.
     """
-    machine = _Machine(data, names)
+    machine = _Machine(file := io.BytesIO(data), names, what, references)
     try:
-        return machine.run()
-    except (IndexError, KeyError, ValueError, struct.error):
-        raise CheckpointError(f"it is damaged before byte {machine.position}") from None
+        for _ in range(MAX_OPERATIONS):
+            machine.dispatch[machine.read(1)[0]](machine)
+    except pickle._Stop as stop:  # type: ignore[attr-defined]
+        value: Plain = stop.value
+        return value
+    except (pickle.UnpicklingError, AttributeError, LookupError, ValueError, struct.error):
+        raise CheckpointError(f"its pickle is damaged before byte {file.tell()}") from None
+    raise CheckpointError(f"its pickle has more than {MAX_OPERATIONS} operations")
 
 
-class _Machine:
-    """The machine that a pickle is a program of. `position` is that of the next byte."""
+class _Operations(dict[int, Callable[[Any], None]]):
+    """What the machine does, by the byte of the operation."""
 
-    def __init__(self, data: bytes, names: Container[tuple[str, str]]) -> None:
-        self.position = 0
-        self._data = data
+    def __missing__(self, operation: int) -> Callable[[Any], None]:
+        known = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+        name = known.get(operation, f"byte {operation:#04x}")
+        return lambda machine: machine.refuse(f"uses {name}")
+
+
+if TYPE_CHECKING:
+    _PurePython = Any
+else:
+    _PurePython = pickle._Unpickler
+
+
+def _operations(**replaced: Callable[[Any], None]) -> _Operations:
+    steps = {name: _PurePython.dispatch[getattr(pickle, name)[0]] for name in _UNCHANGED.split()}
+    return _Operations({getattr(pickle, n)[0]: step for n, step in (steps | replaced).items()})
+
+
+class _Machine(_PurePython):
+    def __init__(
+        self, file: io.BytesIO, names: Container[tuple[str, str]], what: str, references: bool
+    ) -> None:
+        super().__init__(file)
+        # As `load` begins, but for frames, which say nothing of what is in memory anyway.
+        self.read, self.readline = file.read, file.readline
+        self.stack: list[Any] = []
+        self.metastack: list[list[Any]] = []  # the stacks that each MARK put aside
+        self.append = self.stack.append
         self._names = names
-        self._memo: dict[int, Plain] = {}
-        self._stack: list[Plain] = []
-        self._below: list[list[Plain]] = []  # the stacks that each MARK put aside
+        self._what = what
+        self._references = references
 
-    def run(self) -> Plain:
-        data = self._data
-        while (operation := data[self.position]) != pickle.STOP[0]:
-            self.position += 1
-            step = _STEPS.get(operation)
-            if step is None:
-                raise CheckpointError(f"it uses {_name_of(operation)}, which no index needs")
-            step(self)
-        return self._stack.pop()
+    def refuse(self, does: str) -> None:
+        raise CheckpointError(f"its pickle {does}, which no {self._what} needs")
 
-    # --- what stands behind an operation ---
+    def find_class(self, module: str, name: str) -> Name:
+        if (module, name) not in self._names:
+            self.refuse(f"names {quoted(f'{module}.{name}')}")
+        return Name(module, name)
 
-    def _take(self, count: int) -> bytes:
-        begin, self.position = self.position, self.position + count
-        if self.position > len(self._data):
-            raise ValueError("cut off")
-        return self._data[begin : self.position]
-
-    def _number(self, form: struct.Struct) -> int:
-        number: int = form.unpack_from(self._data, self.position)[0]
-        self.position += form.size
-        return number
-
-    def _line(self) -> str:
-        end = self._data.index(b"\n", self.position)
-        line = self._take(end - self.position)
-        self.position += 1
-        return line.decode()
-
-    # --- operations ---
+    def refer(self) -> None:
+        if not self._references:
+            self.refuse("uses BINPERSID")
+        self.stack[-1] = Reference(self.stack[-1])
 
     def protocol(self) -> None:
-        if (number := self._take(1)[0]) > _HIGHEST_PROTOCOL:
-            raise CheckpointError(f"it is a pickle of protocol {number}")
+        if (number := self.read(1)[0]) > pickle.HIGHEST_PROTOCOL:
+            raise CheckpointError(f"its pickle is of protocol {number}")
 
-    def skip(self, count: int) -> None:
-        self._take(count)
-
-    def constant(self, value: Plain) -> None:
-        self._stack.append(value)
-
-    def byte(self) -> None:
-        self._stack.append(self._data[self.position])
-        self.position += 1
-
-    def integer(self, form: struct.Struct) -> None:
-        self._stack.append(self._number(form))
-
-    def long_integer(self) -> None:
-        self._stack.append(int.from_bytes(self._take(self._number(_U8)), "little", signed=True))
-
-    def text(self, length: struct.Struct) -> None:
-        self._stack.append(self._take(self._number(length)).decode())
-
-    def new_list(self) -> None:
-        self._stack.append([])
-
-    def new_dict(self) -> None:
-        self._stack.append({})
+    def skip_frame(self) -> None:
+        self.read(8)
 
     def mark(self) -> None:
-        if len(self._below) == _MAX_MARKS:
-            raise CheckpointError("it is nested too deeply")
-        self._below.append(self._stack)
-        self._stack = []
+        if len(self.metastack) == _MAX_MARKS:
+            raise CheckpointError("its pickle is nested too deeply")
+        self.load_mark()
 
-    def _since_mark(self) -> list[Plain]:
-        items, self._stack = self._stack, self._below.pop()
-        return items
+    def call(self) -> None:
+        arguments, callee = self.stack.pop(), self.stack.pop()
+        if not isinstance(callee, Name) or not isinstance(arguments, tuple):
+            raise CheckpointError("its pickle calls what is no name")
+        self.stack.append(Call(callee, arguments))
 
-    def marked_tuple(self) -> None:
-        items = self._since_mark()
-        self._stack.append(tuple(items))
-
-    def short_tuple(self, length: int) -> None:
-        items = self._stack[-length:]
-        if len(items) < length:
-            raise ValueError("stack too short")
-        self._stack[-length:] = [tuple(items)]
-
-    def append(self) -> None:
-        self._extend([self._stack.pop()])
-
-    def append_marked(self) -> None:
-        self._extend(self._since_mark())
-
-    def _extend(self, items: list[Plain]) -> None:
-        target = self._stack[-1]
-        if not isinstance(target, list):
-            raise CheckpointError("it appends to what is no list")
-        target.extend(items)
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, Call) or target.state is not None:
+            raise CheckpointError("its pickle sets the state of what is no new object")
+        target.state = state
 
     def set_item(self) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
+        value, key = self.stack.pop(), self.stack.pop()
         self._update([key, value])
 
     def set_marked(self) -> None:
-        self._update(self._since_mark())
+        self._update(self.pop_mark())
 
     def _update(self, items: list[Plain]) -> None:
-        target = self._stack[-1]
+        target = self.stack[-1]
         entries = target.entries if isinstance(target, Call) else target
         if not isinstance(entries, dict):
-            raise CheckpointError("it puts entries into what is no dict")
+            raise CheckpointError("its pickle puts entries into what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | Call):  # no other hash is bounded in time
                 raise CheckpointError(f"a dict has a key of type {type(key).__name__}")
@@ -184,95 +185,16 @@ class _Machine:
                 raise CheckpointError(f"a dict has the key {quoted(key)} twice")
             entries[key] = value
 
-    def name_in_lines(self) -> None:
-        self._name(self._line(), self._line())
-
-    def name_on_stack(self) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._name(module, name)
-
-    def _name(self, module: Plain, name: Plain) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("no name")
-        if (module, name) not in self._names:
-            raise CheckpointError(f"it names {quoted(f'{module}.{name}')}, which no index needs")
-        self._stack.append(Name(module, name))
-
-    def call(self) -> None:
-        arguments, callee = self._stack.pop(), self._stack.pop()
-        if not isinstance(callee, Name) or not isinstance(arguments, tuple):
-            raise CheckpointError("it calls what is no name")
-        self._stack.append(Call(callee, arguments))
-
-    def build(self) -> None:
-        state, target = self._stack.pop(), self._stack[-1]
-        if not isinstance(target, Call) or target.state is not None:
-            raise CheckpointError("it sets the state of what is no new object")
-        target.state = state
-
-    def remember_next(self) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
-
-    def remember(self, number: struct.Struct) -> None:
-        self._memo[self._number(number)] = self._stack[-1]
-
-    def recall(self, number: struct.Struct) -> None:
-        self._stack.append(self._memo[self._number(number)])
-
-
-_U8, _U16, _U32, _I32 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<i"))
-
-type _Step = Callable[[_Machine], None]
-
-
-def _with(step: Callable[..., None], **argument: object) -> _Step:
-    return partial(step, **argument)
-
-
-_STEPS: dict[int, _Step] = {
-    code[0]: step
-    for code, step in (
-        (pickle.PROTO, _Machine.protocol),
-        (pickle.FRAME, _with(_Machine.skip, count=8)),
-        (pickle.NONE, _with(_Machine.constant, value=None)),
-        (pickle.NEWTRUE, _with(_Machine.constant, value=True)),
-        (pickle.NEWFALSE, _with(_Machine.constant, value=False)),
-        (pickle.BININT, _with(_Machine.integer, form=_I32)),
-        (pickle.BININT1, _Machine.byte),
-        (pickle.BININT2, _with(_Machine.integer, form=_U16)),
-        (pickle.LONG1, _Machine.long_integer),
-        (pickle.SHORT_BINUNICODE, _with(_Machine.text, length=_U8)),
-        (pickle.BINUNICODE, _with(_Machine.text, length=_U32)),
-        (pickle.EMPTY_TUPLE, _with(_Machine.constant, value=())),
-        (pickle.TUPLE1, _with(_Machine.short_tuple, length=1)),
-        (pickle.TUPLE2, _with(_Machine.short_tuple, length=2)),
-        (pickle.TUPLE3, _with(_Machine.short_tuple, length=3)),
-        (pickle.MARK, _Machine.mark),
-        (pickle.TUPLE, _Machine.marked_tuple),
-        (pickle.EMPTY_LIST, _Machine.new_list),
-        (pickle.EMPTY_SET, _Machine.new_list),
-        (pickle.APPEND, _Machine.append),
-        (pickle.APPENDS, _Machine.append_marked),
-        (pickle.ADDITEMS, _Machine.append_marked),
-        (pickle.EMPTY_DICT, _Machine.new_dict),
-        (pickle.SETITEM, _Machine.set_item),
-        (pickle.SETITEMS, _Machine.set_marked),
-        (pickle.GLOBAL, _Machine.name_in_lines),
-        (pickle.STACK_GLOBAL, _Machine.name_on_stack),
-        (pickle.REDUCE, _Machine.call),
-        (pickle.NEWOBJ, _Machine.call),
-        (pickle.BUILD, _Machine.build),
-        (pickle.MEMOIZE, _Machine.remember_next),
-        (pickle.BINPUT, _with(_Machine.remember, number=_U8)),
-        (pickle.LONG_BINPUT, _with(_Machine.remember, number=_U32)),
-        (pickle.BINGET, _with(_Machine.recall, number=_U8)),
-        (pickle.LONG_BINGET, _with(_Machine.recall, number=_U32)),
+    dispatch = _operations(
+        PROTO=protocol,
+        FRAME=skip_frame,
+        MARK=mark,
+        BINPERSID=refer,
+        REDUCE=call,
+        NEWOBJ=call,
+        BUILD=build,
+        SETITEM=set_item,
+        SETITEMS=set_marked,
+        EMPTY_SET=_PurePython.load_empty_list,
+        ADDITEMS=_PurePython.load_appends,
     )
-}
-
-
-def _name_of(operation: int) -> str:
-    import pickletools
-
-    known = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-    return known.get(operation, f"byte {operation:#04x}")

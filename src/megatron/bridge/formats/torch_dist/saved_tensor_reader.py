@@ -1,29 +1,34 @@
 """Finding the data of a tensor that torch.save wrote, without running anything of its pickle.
 
 A tensor as `SavedTensor` lays it out is recognised by its bytes; any other is read as the zip file
-that it is. Its pickle is let through only if it is made of the few operations that a plain tensor
-needs; the calls in it are taken for what they say of the tensor, and none is made.
+that it is. Its pickle is read as plain data; the calls in it are taken for what they say of the
+tensor, and none is made.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import pickle
-import pickletools
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron.bridge.dtypes import TORCH_NAMES, itemsize
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.formats.torch_dist.plain_pickle import (
+    Call,
+    Name,
+    Plain,
+    Reference,
+    read_plain_pickle,
+)
 from megatron.bridge.formats.torch_dist.saved_tensor import MAX_BLOB_BYTES, STORAGES, frame_of
 from megatron.bridge.tensors.boxes import Shape
+from megatron.bridge.text.quoting import quoted
 
 type ReadAt = Callable[[int, int], bytes]
 """``read_at(offset, length)``: so many bytes of the saved tensor. Raises CheckpointError."""
@@ -36,13 +41,14 @@ _LOCAL = Struct("<4s22x2H")
 _LOCAL_MARK = b"PK\3\4"
 _ENCRYPTED = 1
 
-_OPERATIONS = frozenset(
-    (
-        "PROTO GLOBAL MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE BINUNICODE BININT BININT1 "
-        "BININT2 LONG1 NEWTRUE NEWFALSE BINPUT BINGET BINPERSID REDUCE STOP"
-    ).split()
+_STORED = {storage: dtype for dtype, storage in STORAGES.items()} | {"UntypedStorage": None}
+"""The dtype of a storage's elements by its class; None if it holds bytes."""
+
+_NAMES = frozenset(
+    {("torch", name) for name in (*STORAGES.values(), *TORCH_NAMES)}
+    | {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")}
+    | {("torch.storage", "UntypedStorage"), ("collections", "OrderedDict")}
 )
-"""None asks for more memory than the pickle itself takes, as LONG_BINPUT would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +139,10 @@ def _find(blob: _Blob) -> FoundTensor:
         if f"{root}/byteorder" in entries and (order := small("byteorder")) != b"little":
             raise CheckpointError(f"its byte order is {order!r}, not b'little'")
         tensor = _described(small("data.pkl"))
-    entry = _stored(entries, f"{root}/data/{tensor.storage.key}")
-    if entry.file_size != tensor.storage.nbytes:
+    entry = _stored(entries, f"{root}/data/{tensor.key}")
+    if entry.file_size != tensor.nbytes:
         raise CheckpointError(
-            f"its data should be {tensor.storage.nbytes} bytes, the record has {entry.file_size}"
+            f"its data should be {tensor.nbytes} bytes, the record has {entry.file_size}"
         )
     begin = _begin_of(blob, entry) + tensor.offset * itemsize(tensor.dtype)
     return FoundTensor(begin, tensor.shape, tensor.dtype)
@@ -166,24 +172,14 @@ def _begin_of(blob: _Blob, entry: zipfile.ZipInfo) -> int:
     return begin
 
 
-class _Kind(NamedTuple):
-    """A class of storage: `dtype` of its elements, None if it holds bytes."""
+class _Tensor(NamedTuple):
+    """What the pickle says of a tensor: elements from `offset` on in the record data/`key`.
 
-    dtype: str | None
+    nbytes: of that record.
+    """
 
-
-class _Storage(NamedTuple):
-    """Where the pickle says that data are: in the record data/`key`."""
-
-    dtype: str | None
     key: str
     nbytes: int
-
-
-class _Tensor(NamedTuple):
-    """What the pickle says of a tensor; `offset` is in elements."""
-
-    storage: _Storage
     offset: int
     shape: Shape
     dtype: str
@@ -191,74 +187,48 @@ class _Tensor(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _described(data: bytes) -> _Tensor:
-    """The tensor of a `data.pkl`. Raises CheckpointError or UnpicklingError for anything else."""
-    for operation, _, _ in pickletools.genops(data):
-        if operation.name not in _OPERATIONS:
-            raise CheckpointError(f"refused: its pickle uses {operation.name}, no tensor needs it")
-    tensor = _TensorUnpickler(io.BytesIO(data)).load()
-    if not isinstance(tensor, _Tensor):
-        raise CheckpointError("it is no tensor but another object")
-    return tensor
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        match module:
-            case "torch" if name in _KINDS:
-                return _KINDS[name]
-            case "torch" if name in TORCH_NAMES:
-                return TORCH_NAMES[name]
-            case "torch.storage" if name == "UntypedStorage":
-                return _Kind(None)
-            case "torch._utils" if name == "_rebuild_tensor_v2":
-                return _typed
-            case "torch._utils" if name == "_rebuild_tensor_v3":
-                return _untyped
-            case "collections" if name == "OrderedDict":
-                return OrderedDict
-        raise CheckpointError(f"refused: its pickle names {module}.{name}, which no tensor needs")
-
-    def persistent_load(self, reference: object) -> _Storage:
-        match reference:
-            case ("storage", _Kind(dtype), str(key), str(), int(length)):
-                return _Storage(dtype, key, length * (itemsize(dtype) if dtype else 1))
-        raise CheckpointError("refused: its pickle refers to something else than a storage")
-
-
-_KINDS = {storage: _Kind(dtype) for dtype, storage in STORAGES.items()}
-
-
-def _typed(
-    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any
-) -> _Tensor:
-    """In the place of torch._utils._rebuild_tensor_v2."""
-    return _untyped(storage, offset, shape, strides, requires_grad, hooks, storage.dtype)
-
-
-def _untyped(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    requires_grad: Any,
-    hooks: Any,
-    dtype: Any,
-) -> _Tensor:
-    """In the place of torch._utils._rebuild_tensor_v3."""
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(type(number) is int for number in numbers):
-        raise CheckpointError("refused: its pickle calls torch with wrong arguments")
-    if min(numbers) < 0 or not _is_contiguous(shape, strides):
+    """The tensor of a `data.pkl`. Raises CheckpointError for anything else."""
+    match read_plain_pickle(data, _NAMES, "tensor", references=True):
+        case Call(
+            callee=Name("torch._utils", function),
+            arguments=(Reference(storage), offset, tuple(shape), tuple(strides), _, _, *stated),
+        ):
+            pass
+        case _:
+            raise CheckpointError("it is no tensor but another object")
+    match storage:
+        case ("storage", Name(_, kind), str(key), str(), int(length)) if kind in _STORED:
+            nbytes = length * itemsize(_STORED[kind] or "U8")
+        case _:
+            raise CheckpointError("its pickle refers to something else than a storage")
+    match function, stated:
+        case "_rebuild_tensor_v2", []:
+            dtype = _STORED[kind]
+        case "_rebuild_tensor_v3", [Name("torch", name)]:
+            dtype = TORCH_NAMES.get(name)
+        case _:
+            dtype = None
+    if dtype is None:
+        raise CheckpointError("its pickle calls torch with wrong arguments")
+    begin, *sizes = map(_whole_number, (offset, *shape))
+    steps = tuple(map(_whole_number, strides))
+    if not _is_contiguous(sizes, steps):
         raise CheckpointError(
-            f"shape {shape} with strides {strides}: only contiguous tensors are read; "
-            "save it as a contiguous one"
+            f"shape {quoted(shape)} with strides {quoted(strides)}: only contiguous tensors are "
+            "read; save it as a contiguous one"
         )
-    if (offset + prod(shape)) * itemsize(dtype) > storage.nbytes:
-        raise CheckpointError(f"shape {shape} does not fit into {storage.nbytes} bytes of data")
-    return _Tensor(storage, offset, shape, dtype)
+    if (begin + prod(sizes)) * itemsize(dtype) > nbytes:
+        raise CheckpointError(f"shape {quoted(shape)} does not fit into {nbytes} bytes of data")
+    return _Tensor(key, nbytes, begin, tuple(sizes), dtype)
 
 
-def _is_contiguous(shape: Shape, strides: Shape) -> bool:
+def _whole_number(value: Plain) -> int:
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"its pickle has {quoted(value)} where a size should be")
+    return value
+
+
+def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether elements lie in row-major order; the stride of an axis of length 1 is free."""
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
