@@ -40,9 +40,7 @@ class Terms:
 
 
 class _Need(NamedTuple):
-    """A tensor that a row asks for: its shape in symbols, and the Megatron path and number of its
-    layer.
-    """
+    """A tensor that a row asks for; `layer` is the Megatron path and the number of its layer."""
 
     symbols: str
     layer: tuple[str, int] | None
