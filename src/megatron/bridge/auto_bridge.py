@@ -76,9 +76,18 @@ class AutoBridge:
     ) -> Self:
         """A folder, or a hub id ("org/name" or "org/name@revision").
 
-        experts: how routed experts lie in the files (ExpertLayout); found from names and shapes if
-        not given, and refused where they say otherwise. Raises ReferenceNotFound, ConfigError, or
-        UnsupportedModel if no bridge converts it.
+        Args:
+            path: the folder or hub id.
+            revision: of a hub id, where it does not stand behind an "@".
+            trust_remote_code: whether transformers may run Python code that comes with the model.
+            experts: how routed experts lie in the files (ExpertLayout). Without it that is found
+                from names and shapes; a layout that these contradict is refused.
+
+        Raises:
+            ReferenceNotFound: there is no such folder, repository or revision.
+            CheckpointError: the folder is of another format, or holds an adapter.
+            ConfigError: the config cannot be read.
+            UnsupportedModel: no bridge converts the model.
         """
         hf = PreTrainedVLM.from_pretrained(path, revision, trust_remote_code)
         bridge = cls(hf, experts=experts)
@@ -129,7 +138,10 @@ class AutoBridge:
     def plan(self, options: PlanOptions = DEFAULTS) -> ConversionPlan:
         """The proven plan of the files, or of the config where there are none.
 
-        Raises PlanError, ConfigError or CheckpointError.
+        Raises:
+            PlanError: files and config are not of one model.
+            ConfigError: the config cannot be used.
+            CheckpointError: the files cannot be read.
         """
         from megatron.bridge.formats.file_plans import plan_of
 
@@ -140,8 +152,11 @@ class AutoBridge:
     def to_megatron_provider(self, load_weights: bool = True) -> "ModelProvider":
         """A provider configured like the model; its fields may be changed before it builds.
 
-        load_weights: fill each model that the provider builds. Raises InputError if that is asked
-        of a config alone.
+        Args:
+            load_weights: fill each model that the provider builds.
+
+        Raises:
+            InputError: weights are asked for, and there is a config alone.
         """
         if load_weights and not self.hf_pretrained.has_weights:
             raise InputError(
@@ -169,11 +184,20 @@ class AutoBridge:
         experts: str | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
     ) -> None:
-        """Fill a live model, at any parallel layout, from this model's files or those at `hf_path`.
+        """Fill a live model, at any parallel layout, from this model's files or from others.
 
-        experts: as in `from_hf_pretrained`. Each rank reads only what it holds. Values are cast to
-        the parameters' dtypes. Raises PlanError if files and model do not fit, InexactCast if a
-        norm that Megatron keeps as w - 1 does not fit its parameter, unless `round` is set.
+        Each rank reads only what it holds. Values are cast to the parameters' dtypes.
+
+        Args:
+            model: the chunks of this rank.
+            hf_path: a folder or hub id; None for this model's files.
+            progress: is told how many bytes are loaded.
+            experts: as in `from_hf_pretrained`.
+            round: round values that do not fit instead of raising InexactCast.
+
+        Raises:
+            PlanError: files and model do not fit.
+            InexactCast: a norm that Megatron keeps as w - 1 does not fit its parameter.
         """
         from megatron.bridge.live.weights import fill_from_files
         from megatron.bridge.models.conversion.casting import Casting
@@ -198,10 +222,19 @@ class AutoBridge:
     ) -> Iterator[HFWeight]:
         """Every Hugging Face tensor of a live model, by name, in the order of the files.
 
-        cpu: move tensors to the CPU. dtype: of the tensors, where without it each has the dtype of
-        its file; what the release keeps in float32 stays so. round: round values that do not fit
-        instead of raising InexactCast. Raises InputError if this rank does not hold the whole
-        model.
+        Args:
+            model: the chunks of this rank.
+            cpu: move tensors to the CPU.
+            dtype: of the tensors; what the release keeps in float32 stays so. None for the dtype
+                that each has in its file.
+            round: round values that do not fit instead of raising InexactCast.
+
+        Yields:
+            The tensors.
+
+        Raises:
+            InputError: this rank does not hold the whole model.
+            InexactCast: values do not fit their dtype.
         """
         from megatron.bridge.live.weights import export_weights, plan_of_model
 
@@ -218,7 +251,7 @@ class AutoBridge:
         round: bool = False,  # noqa: A002 - the name of the option
         force: bool = False,
     ) -> None:
-        """Write a live model's weights and nothing else; see export_hf_weights."""
+        """Write a live model's weights and nothing else; see `save_hf_pretrained`."""
         self._save(model, path, dtype, round=round, side_files=False, force=force)
 
     def save_hf_pretrained(
@@ -232,16 +265,31 @@ class AutoBridge:
     ) -> None:
         """Write a folder that transformers loads: weights, config, tokenizer, processor and all.
 
-        With `dtype` config.json states it, too. Raises TargetExists if `path` exists and `force`
-        is not set; see export_hf_weights.
+        Args:
+            model: the chunks of this rank.
+            path: the folder, which is complete or not there.
+            dtype: as in `export_hf_weights`; config.json then states it, too.
+            round: as in `export_hf_weights`.
+            force: replace a folder that exists.
+
+        Raises:
+            TargetExists: `path` exists, and `force` is not set.
+            InputError: this rank does not hold the whole model.
+            InexactCast: values do not fit their dtype.
         """
         self._save(model, path, dtype, round=round, side_files=True, force=force)
 
     def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
         """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
 
-        Raises TargetExists if `path` exists and `force` is not set, InputError if this rank does
-        not hold the whole model.
+        Args:
+            model: the chunks of this rank.
+            path: the folder, which is complete or not there.
+            force: replace a folder that exists.
+
+        Raises:
+            TargetExists: `path` exists, and `force` is not set.
+            InputError: this rank does not hold the whole model.
         """
         from megatron.bridge.live.megatron_checkpoint import save_model
 
@@ -261,11 +309,19 @@ class AutoBridge:
     ) -> "list[torch.nn.Module]":
         """Build this rank's chunks of the model, filled from a torch_dist checkpoint of any layout.
 
-        iteration: a number, or "release"; by default the one that the tracker file names. dtype: of
-        the model, without it that of the checkpoint. round: round values that the model does not
-        hold instead of raising InexactCast. mp_overrides: fields of the provider, set before it
-        builds, such as the parallel sizes. Raises CheckpointError, PlanError if the checkpoint does
-        not hold this model, or InputError for a field that the provider lacks.
+        Args:
+            path: the folder of the checkpoint.
+            iteration: a number, or "release"; None for the one that the tracker file names.
+            dtype: of the model; None for that of the checkpoint.
+            round: round values that the model does not hold instead of raising InexactCast.
+            mp_overrides: fields of the provider, set before it builds, such as the parallel sizes.
+            wrap_with_ddp: wrap each chunk in megatron-core's DistributedDataParallel.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read.
+            PlanError: the checkpoint does not hold this model.
+            InputError: the provider has no field of a name in `mp_overrides`.
+            InexactCast: values do not fit the model's dtypes.
         """
         from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
         from megatron.bridge.live.megatron_checkpoint import provider_of_checkpoint
@@ -299,11 +355,21 @@ class AutoBridge:
     ) -> None:
         """A Hugging Face folder or hub id to a Megatron checkpoint, files to files.
 
-        options: those of the command, see ConversionOptions; also as one of the processes that
-        torchrun started. show_progress: as lines on stderr. torch_dtype: every tensor keeps its
-        own, so the files' main dtype or "auto". device_map: no model is built, so "cpu" or "auto".
-        Raises InputError for an option that cannot be honoured, and what
-        `operations.convert.import_checkpoint` raises.
+        Args:
+            hf_model_id: the folder or hub id.
+            megatron_path: the folder of the checkpoint.
+            revision: of a hub id.
+            trust_remote_code: whether transformers may run Python code that comes with the model.
+            torch_dtype: every tensor keeps its dtype, so only the files' main dtype or "auto".
+            device_map: no model is built, so only "cpu" or "auto".
+            show_progress: as lines on stderr.
+            progress: is told how many bytes are converted.
+            **options: those of the command, see ConversionOptions; also as one of the processes
+                that torchrun started.
+
+        Raises:
+            InputError: an option cannot be honoured.
+            BridgeError: as `operations.convert.import_checkpoint`.
         """
         from megatron.bridge.operations.convert import import_checkpoint
 
@@ -336,11 +402,19 @@ class AutoBridge:
     ) -> None:
         """A Megatron checkpoint to a folder laid out like this model's, files to files.
 
-        options: those of the command, see ConversionOptions; also as one of the processes that
-        torchrun started. show_progress: as lines on stderr. strict: what is not proven is not
-        written, with False neither. source_path: another model than this one to be laid out like.
-        Raises InputError for an option that cannot be honoured, and what
-        `operations.convert.export_checkpoint` raises.
+        Args:
+            megatron_path: the folder of the checkpoint.
+            hf_path: the folder to write.
+            show_progress: as lines on stderr.
+            strict: accepted as other bridges have it; what is not proven is never written.
+            source_path: another model than this one to be laid out like.
+            progress: is told how many bytes are converted.
+            **options: those of the command, see ConversionOptions; also as one of the processes
+                that torchrun started.
+
+        Raises:
+            InputError: an option cannot be honoured.
+            BridgeError: as `operations.convert.export_checkpoint`.
         """
         from megatron.bridge.operations.convert import export_checkpoint
 
@@ -358,8 +432,15 @@ class AutoBridge:
     ) -> str | None:
         """The Hugging Face model that a checkpoint's run_config.yaml names as `hf_model_id`.
 
-        path, iteration: as of `load_megatron_model`. None if there is no such record, or none in
-        it. Raises CheckpointError if there is no checkpoint.
+        Args:
+            path: the folder of the checkpoint.
+            iteration: as of `load_megatron_model`.
+
+        Returns:
+            The name; None if there is no such record, or no name in it.
+
+        Raises:
+            CheckpointError: there is no checkpoint.
         """
         from megatron.bridge.formats.config_record import read_record
 

@@ -98,7 +98,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def weight_dtype(dtype: str | torch.dtype) -> str:
     """The safetensors name of a dtype that is asked for: "bfloat16" or torch.bfloat16 is "BF16".
 
-    Raises InputError for any but the three that models have.
+    Raises:
+        InputError: it is none of the three that models have.
     """
     names = {TORCH_NAME_OF[name]: name for name in ("BF16", "F16", "F32")}
     asked = str(dtype).removeprefix("torch.")

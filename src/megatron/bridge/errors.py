@@ -33,7 +33,10 @@ class BridgeError(Exception):
     def of_problems(cls, heading: str, problems: Iterable[str], more: Iterable[str] = ()) -> Self:
         """An error with these problems, its message as `listing` shows them under a heading.
 
-        more: problems that the message passes over.
+        Args:
+            heading: of the message.
+            problems: those that the message shows.
+            more: problems that the message passes over.
         """
         problems = tuple(problems)
         error = cls(f"{heading}:\n{listing(problems)}")

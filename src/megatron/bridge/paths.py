@@ -11,9 +11,10 @@ type PathLike = str | os.PathLike[str]
 
 
 def local_path(given: PathLike) -> Path:
-    """The path with `~` and `~user` expanded; of a user that nobody knows it stays as it is.
+    """The path with `~` and `~user` expanded; of an unknown user it stays as it is.
 
-    Raises InputError if it is empty, or holds a null character.
+    Raises:
+        InputError: it is empty, or holds a null character.
     """
     text = os.fspath(given)
     if not text:

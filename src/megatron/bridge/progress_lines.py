@@ -9,9 +9,12 @@ from megatron.bridge.text.sizes import format_bytes
 
 
 class ProgressLines:
-    """A Progress that writes a line at every tenth of a task's bytes.
+    """A Progress that writes a line whenever another part of the bytes of a task is done.
 
-    seconds: at least so long after the line before; the last line of a task is always written.
+    Args:
+        stream: to write to.
+        parts: of a task, by default tenths.
+        seconds: at least so long after the line before; the last line of a task is always written.
     """
 
     def __init__(self, stream: TextIO, parts: int = 10, seconds: float = 1.0) -> None:

@@ -107,9 +107,9 @@ def _provider_settings(
     stored: Mapping[str, TensorSpec],
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Fields of the provider for a model that holds what is stored, by key.
+    """Fields of the provider for a model that holds what is `stored`, by key.
 
-    dtype: of the model; parameters with a dtype of their own keep it where it is wider.
+    In a given `dtype` of the model, parameters with a dtype of their own keep it where it is wider.
     """
     tensors = as_stored(plan, stored)
     if dtype is not None:
@@ -135,8 +135,18 @@ def save_checkpoint(
 ) -> None:
     """Write the weights of a model, in its own dtypes, as target/iter_0000000.
 
-    plan: of the model. provider, settings, hf_config: for the config record. Raises TargetExists,
-    or InputError if this rank does not hold all of the model.
+    Args:
+        source: the model's tensors.
+        target: the folder, which is complete or not there.
+        plan: of the model.
+        provider: dotted path of the provider, for the config record.
+        settings: fields of the provider, for the config record.
+        hf_config: for the config record.
+        force: replace a target that exists.
+
+    Raises:
+        TargetExists: the target exists, and `force` is not set.
+        InputError: this rank does not hold all of the model.
     """
     files = megatron_files(
         plan,
@@ -160,10 +170,19 @@ def load_checkpoint(
     """Fill a model from a torch_dist checkpoint, whatever layout it was written with.
 
     Each rank reads only what it holds. A vocabulary that was padded to another size is cut or
-    filled up with zeros. layer_paths: of the model's layers, whose keys may be formed in another
-    way than the model's (`stored_place`). casting: of values that the model's parameters do not
-    hold. Raises CheckpointError if the checkpoint is damaged, PlanError if it does not hold the
-    model, InexactCast.
+    filled up with zeros.
+
+    Args:
+        model: the chunks of this rank.
+        source: the checkpoint.
+        layer_paths: of the model's layers, whose keys may be formed in another way than the model's
+            (`stored_place`).
+        casting: of values that the model's parameters do not hold.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        PlanError: it does not hold the model.
+        InexactCast: see `casting`.
     """
     checkpoint = source if isinstance(source, TorchDistCheckpoint) else TorchDistCheckpoint(source)
     stored = checkpoint.tensors

@@ -37,7 +37,13 @@ from megatron.bridge.tensors.spec import TensorSpec
 class LocalTensor:
     """What one rank holds of a checkpoint tensor: its box, and the memory it lies in.
 
-    is_padded: megatron-core lets its rows differ from the checkpoint's (a padded vocabulary).
+    Attributes:
+        key: of the checkpoint tensor.
+        key_shape: the shape of all of it.
+        box: the part that this rank holds.
+        data: the memory, a view of the parameter.
+        is_padded: whether megatron-core lets its rows differ from the checkpoint's (a padded
+            vocabulary).
     """
 
     key: str
@@ -90,7 +96,8 @@ def named_parameters(
 class LiveTensors:
     """Checkpoint tensors read from the parameters of this rank, in their own dtypes: a Source.
 
-    tensors: by key. Where parameters that share a key differ in dtype, it has the widest.
+    Attributes:
+        tensors: by key. Where parameters that share a key differ in dtype, it has the widest.
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], plan: ConversionPlan) -> None:

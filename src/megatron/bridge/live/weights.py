@@ -89,10 +89,19 @@ def load_weights(
 ) -> None:
     """Fill this rank's parameters; each rank reads only the boxes that it holds.
 
-    model: the chunks of this rank. source: of Hugging Face tensors. Values are cast to the dtype of
-    the parameter. Raises PlanError, before anything is written, if the model and the plan do not
-    have the same tensors; InexactCast if a norm's w - 1 does not fit its parameter and `casting`
-    does not admit that.
+    Values are cast to the dtype of the parameter.
+
+    Args:
+        model: the chunks of this rank.
+        plan: of the model and the files.
+        source: of Hugging Face tensors.
+        progress: is told how many bytes are loaded.
+        casting: of a norm's w - 1 that its parameter does not hold.
+
+    Raises:
+        PlanError: before anything is written, if the model and the plan do not have the same
+            tensors.
+        InexactCast: see `casting`.
     """
     tensors = local_tensors(model)
     if problems := list(mismatches(plan, tensors)):
@@ -114,9 +123,18 @@ def export_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every Hugging Face tensor that the model holds, by name, on the model's device.
 
-    Raises PlanError if the model and the plan do not have the same tensors, InputError if this
-    rank does not hold all of the model, InexactCast if a value does not fit the plan's dtype and
-    `casting` does not admit that.
+    Args:
+        model: the chunks of this rank.
+        plan: of the model.
+        casting: of values that the plan's dtypes do not hold.
+
+    Yields:
+        Name and tensor.
+
+    Raises:
+        PlanError: the model and the plan do not have the same tensors.
+        InputError: this rank does not hold all of the model.
+        InexactCast: see `casting`.
     """
     source = LiveTensors(model, plan)
     for name, spec in plan.hf.items():

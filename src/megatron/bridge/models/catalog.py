@@ -29,7 +29,8 @@ ENTRY_POINTS = "megatron_bridge.families"
 def registered_bridges() -> Mapping[str, type[MegatronModelBridge]]:
     """Every bridge, those that a client registered included.
 
-    Raises UnsupportedModel if a family of another package cannot be imported.
+    Raises:
+        UnsupportedModel: a family of another package cannot be imported.
     """
     _import_families()
     return REGISTERED_BRIDGES

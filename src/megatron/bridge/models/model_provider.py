@@ -280,8 +280,10 @@ class ModelProvider(TransformerConfig, ABC):
     def register_pre_wrap_hook(self, hook: PreWrapHook, prepend: bool = False) -> None:
         """Call `hook` with the list of built chunks, on their device, before DDP wraps them.
 
-        It may change the chunks in place and return None, or return those to use from there on, as
-        many as it got. prepend: call it before all hooks that are registered already.
+        Args:
+            hook: may change the chunks in place and return None, or return those to use from there
+                on, as many as it got.
+            prepend: call it before all hooks that are registered already.
         """
         self._pre_wrap_hooks.insert(0 if prepend else len(self._pre_wrap_hooks), hook)
 

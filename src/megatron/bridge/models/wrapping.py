@@ -18,15 +18,16 @@ PreWrapHook = Callable[[Chunks], Chunks | None]
 def chunks_after(hook: PreWrapHook, chunks: Chunks) -> Chunks:
     """What a hook returns, or the chunks that it may have changed in place.
 
-    Raises InputError if it returns something else than as many modules as it got.
+    Raises:
+        InputError: it returns something else than as many modules as it got.
     """
     returned: Any = hook(chunks)
     if returned is None:
         return chunks
     if not isinstance(returned, (list, tuple)):
         found = f"an object of type {type(returned).__name__}"
-    elif strangers := [one for one in returned if not isinstance(one, torch.nn.Module)]:
-        found = f"a list with an object of type {type(strangers[0]).__name__}"
+    elif others := [one for one in returned if not isinstance(one, torch.nn.Module)]:
+        found = f"a list with an object of type {type(others[0]).__name__}"
     elif len(returned) != len(chunks):
         found = f"a list of {len(returned)} modules"
     else:

@@ -59,9 +59,14 @@ def row_blocks(
 ) -> Iterator[Box]:
     """Boxes that tile a tensor in row-major order, each contiguous and at most `max_bytes` long.
 
-    A single element that is longer is a block of its own. rows_multiple: blocks that cut the
-    second to last axis cut it at multiples of this, and none cuts the last axis; then a block of
-    so many rows may be longer than `max_bytes`.
+    A single element that is longer is a block of its own.
+
+    Args:
+        shape: of the tensor.
+        itemsize: bytes of an element.
+        max_bytes: of a block.
+        rows_multiple: blocks that cut the second to last axis cut it at multiples of this, and none
+            cuts the last axis; then a block of so many rows may be longer than `max_bytes`.
     """
     if 0 in shape:
         return
@@ -166,7 +171,7 @@ type _Level[Item] = _Leaf[Item] | _Branch[Item]
 class _Branch[Item]:
     """Items by their intervals along one axis, in the order of their starts.
 
-    reach: the greatest stop up to each interval, which is its own where intervals do not overlap.
+    `reach` is the greatest stop up to each interval: its own where intervals do not overlap.
     """
 
     __slots__ = ("below", "reach", "starts")

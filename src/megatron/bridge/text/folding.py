@@ -136,7 +136,7 @@ def _split(text: str, number: re.Pattern[str]) -> tuple[tuple[str, ...], tuple[s
 def _merge_repeated(words: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """`_merge`, with numbers that repeat those of an earlier name in all rows left out of it.
 
-    words: what stands before each number, and behind the last one. A name has no spaces.
+    The `words` stand before each number, and behind the last one. A name has no spaces.
     """
     columns = list(zip(*rows, strict=True))
     name_of = list(itertools.accumulate(word.count(" ") for word in words[:-1]))

@@ -1,4 +1,4 @@
-"""Text of strangers in messages: short, on one line, and without a word to the terminal.
+"""Untrusted text in messages: short, on one line, and without control of the terminal.
 
 Names and values in a file can be megabytes long, hold line feeds that forge a message, or escape
 sequences that rewrite the screen.

@@ -24,7 +24,8 @@ _PREFIXES = {
 def parse_size(text: str) -> int:
     """Bytes: ``1GiB``, ``512 MiB``, ``2GB``, ``1.5GB``, ``200KB``, or ``1000000``.
 
-    Raises ValueError for anything else, such as a unit without its B, or less than one byte.
+    Raises:
+        ValueError: anything else, such as a unit without its B, or less than one byte.
     """
     if match := _SIZE.fullmatch(text.strip()):
         number, prefix = match.groups()

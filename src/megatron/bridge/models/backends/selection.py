@@ -10,8 +10,10 @@ from megatron.bridge.errors import ConfigError
 def get_backend(transformer_impl: str | None) -> BackendSpecProvider:
     """The backend of a config's `transformer_impl`: "local" or "transformer_engine".
 
-    None chooses: TransformerEngine where it can run, plain torch everywhere else. Raises
-    ConfigError when what was asked for cannot be used.
+    None chooses: TransformerEngine where it can run, plain torch everywhere else.
+
+    Raises:
+        ConfigError: what was asked for cannot be used.
     """
     if transformer_impl is None:
         transformer_impl = "transformer_engine" if uses_transformer_engine(None) else "local"

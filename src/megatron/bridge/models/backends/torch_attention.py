@@ -158,8 +158,14 @@ class TorchCoreAttention(MegatronModule):
 def packed_lengths(packed: PackedSeqParams, tokens: int, *, causal: bool) -> list[int]:
     """How long each packed sequence is, with the padding behind it.
 
-    Raises InputError where the packing is not "thd", does not cover the `tokens` of the batch, or
-    has padding that the attention would see.
+    Args:
+        packed: the packing.
+        tokens: of the batch.
+        causal: whether tokens see only those before them.
+
+    Raises:
+        InputError: the packing is not "thd", does not cover the tokens of the batch, or has padding
+            that the attention would see.
     """
     if packed.qkv_format != "thd":
         raise InputError(f"packed_seq_params.qkv_format is {packed.qkv_format!r}, expected 'thd'")

@@ -15,8 +15,10 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Casting:
     """What becomes of values that their new dtype does not hold.
 
-    rounds: they are rounded; what the dtype has no finite number for is refused all the same.
-    ways_out: of who is refused, for the message: options and arguments of what was called.
+    Attributes:
+        rounds: whether they are rounded; what the dtype has no finite number for is refused all the
+            same.
+        ways_out: for the message of a refusal: options and arguments of what was called.
     """
 
     rounds: bool = False
@@ -25,7 +27,13 @@ class Casting:
     def cast(self, tensor: torch.Tensor, dtype: torch.dtype, culprit: str) -> torch.Tensor:
         """`tensor` in `dtype`; bits of a NaN are kept where they fit.
 
-        culprit: whose values they are, to begin a message with. Raises InexactCast.
+        Args:
+            tensor: the values.
+            dtype: the new dtype.
+            culprit: whose values they are, to begin a message with.
+
+        Raises:
+            InexactCast: values do not fit and are not to be rounded, or are out of range.
         """
         if tensor.dtype == dtype:
             return tensor
@@ -45,9 +53,17 @@ class Casting:
         dtype: torch.dtype,
         culprit: str,
     ) -> None:
-        """Raise InexactCast unless all values are `exact` or may be rounded.
+        """Check values whose new dtype is made elsewhere.
 
-        back: the values of `tensor` after they had `dtype`.
+        Args:
+            tensor: the values.
+            back: the values after they had `dtype`.
+            exact: which of them are as they were.
+            dtype: the new dtype.
+            culprit: whose values they are, to begin a message with.
+
+        Raises:
+            InexactCast: values are not `exact` and not to be rounded, or are out of range.
         """
         if bool(exact.all()):
             return

@@ -19,10 +19,16 @@ def dtype_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
 
 
 def padded_vocabulary(language: HFConfig, rows: int | None = None) -> int:
-    """Rows of the Megatron embedding: as many as are given, or the next multiple of 128.
+    """Rows of the Megatron embedding: `rows`, or the vocabulary's next multiple of 128.
 
-    That is what megatron-core's clients pad to before tensor parallelism. language: config of the
-    language model. Raises ConfigError for fewer rows than the vocabulary has tokens.
+    That is what megatron-core's clients pad to before tensor parallelism.
+
+    Args:
+        language: config of the language model.
+        rows: of an embedding that is there.
+
+    Raises:
+        ConfigError: the vocabulary has more tokens than `rows`.
     """
     tokens = language.count("vocab_size")
     if rows is None:

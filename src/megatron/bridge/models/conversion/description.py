@@ -24,9 +24,12 @@ LANGUAGE_SIZES = (
 class Fact:
     """One thing that `inspect` shows of a model, beyond what it shows of every one.
 
-    value: in the JSON document, of plain JSON values. label, shown: in the table; without `shown`
-    it is not there. about: the "files", how they are laid out, which `plan` shows, too; the
-    "config", what it states; or the "model" that it describes.
+    Attributes:
+        value: in the JSON document, of plain JSON values.
+        label: in the table.
+        shown: in the table, behind the label; None to leave the line out.
+        about: the "files", how they are laid out, which `plan` shows, too; the "config", what it
+            states; or the "model" that it describes.
     """
 
     value: Any
@@ -42,8 +45,11 @@ type Description = Mapping[str, Fact]
 class PictureCost(NamedTuple):
     """What sizes the attention over the pictures of one prompt, in transformers' eager form.
 
-    patches: of the largest picture or frame. heads: of the attention between them. patch_pixels:
-    the side of a patch. unit_pixels: what the sides of a picture are multiples of.
+    Attributes:
+        patches: of the largest picture or frame.
+        heads: of the attention between them.
+        patch_pixels: the side of a patch.
+        unit_pixels: what the sides of a picture are multiples of.
     """
 
     patches: int

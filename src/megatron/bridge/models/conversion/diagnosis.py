@@ -27,10 +27,11 @@ _MANY = 4
 class Terms:
     """The words of a family, for messages.
 
-    parts: root of Hugging Face names -> (what that part is called, what to do without it), longer
-        roots first.
-    counts: Megatron path before a wildcard -> (key of the config, what it counts).
-    sizes: symbol of a shape -> key of the config.
+    Attributes:
+        parts: root of Hugging Face names -> (what that part is called, what to do without it),
+            longer roots first.
+        counts: Megatron path before a wildcard -> (key of the config, what it counts).
+        sizes: symbol of a shape -> key of the config.
     """
 
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Terms:
 
 
 class _Need(NamedTuple):
-    """A tensor that a row asks for. layer: Megatron path and number of the layer it is in."""
+    """A tensor that a row asks for; `layer` is the Megatron path and the number of its layer."""
 
     symbols: str
     layer: tuple[str, int] | None
@@ -52,9 +53,17 @@ def find_causes(
     terms: Terms,
     carried: Collection[str] = (),
 ) -> tuple[list[str], set[str]]:
-    """Sentences that explain what is missing or misshapen, and the tensors that they explain.
+    """Why tensors are missing or misshapen.
 
-    carried: names of further tensors that have to be there.
+    Args:
+        registry: the rows of the model.
+        structure: of the model.
+        tensors: those that are there, by name.
+        terms: the family's words.
+        carried: names of further tensors that have to be there.
+
+    Returns:
+        Sentences, and the names of the tensors that they explain.
     """
     needs = _needs(registry, structure) | {name: _Need("", None) for name in carried}
     missing = {name: need for name, need in needs.items() if name not in tensors}

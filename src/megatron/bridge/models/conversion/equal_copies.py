@@ -13,8 +13,14 @@ _BLOCK_ELEMENTS = 4 << 20
 def check_equal(plan: ConversionPlan, source: Source) -> None:
     """Compare every tensor of `plan.equal` with the one that it has to equal.
 
-    source: of Hugging Face tensors. Values count, not dtypes. Memory is some tens of MiB. Raises
-    PlanError where two differ.
+    Values count, not dtypes. Memory is some tens of MiB.
+
+    Args:
+        plan: of a whole model.
+        source: of Hugging Face tensors.
+
+    Raises:
+        PlanError: two of them differ.
     """
     problems = [
         f"{name} and {other.name} differ, but {other.otherwise}"

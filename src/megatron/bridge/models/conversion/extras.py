@@ -20,12 +20,15 @@ def _beside(_name: str) -> str:
 class Extras:
     """What a family knows of the tensors that its rows do not name.
 
-    carried: those that are carried for a reason known beforehand; rows do not map them.
-    absent: those of them that belong to a part which the Megatron model was built without.
-    equal: those that must equal another tensor.
-    copies: those that must equal another tensor if a row needs that, and mean nothing if not.
-    needed: those that must be there, with their shapes, although no row maps them, and for what.
-    reason: why any other is carried.
+    Attributes:
+        carried: those that are carried for a reason known beforehand.
+        absent: those of them that belong to a part which the Megatron model was built without.
+        equal: those that must equal another tensor.
+        copies: those that must equal another tensor if a row needs that one, and mean nothing if
+            not.
+        needed: those that must be there, with their shapes, although no row maps them, and for
+            what.
+        reason: why any other is carried.
     """
 
     carried: Mapping[str, str] = field(default_factory=dict)

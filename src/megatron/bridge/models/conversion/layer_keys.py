@@ -23,9 +23,11 @@ _ROUTER = ".mlp.router.weight"
 class KeyForms:
     """How the keys of a checkpoint or a model are formed, where there is more than one way.
 
-    stacked: by layer path (``"decoder.layers."``), whether its layers share keys; a path that is
-    absent has the form that megatron-core gives the model of the config. sparse_norm_as_fused: the
-    norm before routed experts has a key as if it were fused with what follows it.
+    Attributes:
+        stacked: by layer path (``"decoder.layers."``), whether its layers share keys; a path that
+            is absent has the form that megatron-core gives the model of the config.
+        sparse_norm_as_fused: whether the norm before routed experts has a key as if it were fused
+            with what follows it.
     """
 
     stacked: Mapping[str, bool] = field(default_factory=dict)
@@ -33,7 +35,7 @@ class KeyForms:
 
     @classmethod
     def of(cls, keys: Collection[str], paths: Iterable[str]) -> "KeyForms":
-        """The forms of keys that are there; paths: those of the model's layers."""
+        """The forms of `keys` that are there, in a model whose layers have these `paths`."""
         stacked = {}
         for path in paths:
             start = len(path)
@@ -56,8 +58,8 @@ BY_CONFIG = KeyForms()
 def layers_share_keys(settings: Mapping[str, Any]) -> bool:
     """Whether the decoder of a model shares keys, by TransformerBlock's rule.
 
-    settings: fields of its TransformerConfig, as far as they are set. A list is a pattern of its
-    own for every layer, even one that says the same of all of them.
+    `settings` are fields of its TransformerConfig, as far as they are set. A list is a pattern of
+    its own for every layer, even one that says the same of all of them.
     """
     if settings.get("hetereogenous_dist_checkpoint") or settings.get("heterogeneous_block_specs"):
         return False
@@ -70,7 +72,14 @@ def stored_place(
 ) -> tuple[str, Box]:
     """Where a box of a key lies in a checkpoint whose keys may have the other form.
 
-    stored: the keys of the checkpoint. Returns key and box as they are where neither form is there.
+    Args:
+        key: of the model.
+        box: of the tensor with this key.
+        stored: the keys of the checkpoint.
+        paths: of the model's layers.
+
+    Returns:
+        Key and box in the checkpoint; as they are where neither form is there.
     """
     for name in (key, key.replace(SPARSE_NORM, SPARSE_NORM_AS_FUSED)):
         if name in stored:

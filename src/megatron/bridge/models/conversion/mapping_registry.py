@@ -23,10 +23,17 @@ _SEQUENTIAL_EXPERT = re.compile(r"local_experts\.(?P<expert>\d+)\.(?P<linear>\w+
 
 
 class MegatronMappingRegistry:
-    """All rows of a model family. Raises ValueError if two rows claim the same name."""
+    """All rows of a model family.
+
+    Args:
+        *mappings: the rows.
+        spelled: Hugging Face names of rows, numbers filled in -> as they are in the files.
+
+    Raises:
+        ValueError: two rows claim the same name.
+    """
 
     def __init__(self, *mappings: ParamMapping, spelled: Mapping[str, str] | None = None) -> None:
-        """spelled: Hugging Face names of rows, numbers filled in -> as they are in the files."""
         self._mappings = mappings
         self._spelled = spelled or {}
         names = Counter(row.megatron_param for row in mappings)
@@ -53,7 +60,7 @@ class MegatronMappingRegistry:
         ]
 
     def hf_names(self, row: ParamMapping, numbers: tuple[int, ...]) -> dict[str, str]:
-        """The names of a row's tensors in the files, by role. numbers: those in the names."""
+        """The names of a row's tensors in the files, by role, with these numbers in them."""
         spelled = self._spelled
         names = {role: fill(pattern, numbers) for role, pattern in row.hf_params.items()}
         if not spelled:
@@ -91,9 +98,15 @@ class MegatronMappingRegistry:
     ) -> ParamMapping | None:
         """The row that a Hugging Face tensor takes part in, its wildcards replaced, or None.
 
-        A norm belongs to different parameters in layers of different kinds: `structure` says which
-        layer is which. A tensor that holds all experts is found by the row of its first expert.
-        Raises InputError if more than one row fits and no structure is given.
+        A tensor that holds all experts is found by the row of its first expert.
+
+        Args:
+            hf_param: name of the tensor.
+            structure: says which layer is of which kind: a norm belongs to different parameters in
+                layers of different kinds.
+
+        Raises:
+            InputError: more than one row fits, and no structure is given.
         """
         found = []
         for regex, row in self._by_hf:
@@ -111,10 +124,12 @@ class MegatronMappingRegistry:
         return found[0] if found else None
 
     def expand(self, structure: ModelStructure) -> Iterator[tuple[ParamMapping, Ranges]]:
-        """(row, what each of its wildcards stands for) for every row of a model.
+        """Every row of a model, with what each of its wildcards stands for.
 
-        Each combination of numbers is a parameter. Raises KeyError if a wildcard's numbers are not
-        in `structure`.
+        Each combination of numbers is a parameter.
+
+        Raises:
+            KeyError: a wildcard's numbers are not in `structure`.
         """
         for row in self._mappings:
             if row.only is None or row.only in structure.features:

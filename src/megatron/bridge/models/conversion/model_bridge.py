@@ -61,13 +61,15 @@ class HasConfig(Protocol):
 class PlanOptions:
     """What a plan depends on beside the files.
 
-    padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
-    experts: the disk layout of routed experts, as the user says it, or for files to be.
-    without: the parts of the model that the Megatron side was built without, by the family's names.
-    spelling: of the names in the files; found from them where it is not given.
-    files: names of the files that accompany the weights; some say what a model is for.
-    beside: gives the tensors in safetensors files among these, by name, each with its file.
-    keys: how the Megatron keys are formed, where that is known.
+    Attributes:
+        padded_vocab_size: rows of the Megatron embedding; None pads as files are padded by default.
+        experts: the disk layout of routed experts, as the user says it, or for files to be.
+        without: the parts of the model that the Megatron side was built without, by the family's
+            names.
+        spelling: of the names in the files; None to find it from them.
+        files: names of the files that accompany the weights; some say what a model is for.
+        beside: gives the tensors in safetensors files among these, by name, each with its file.
+        keys: how the Megatron keys are formed, where that is known.
     """
 
     padded_vocab_size: int | None = None
@@ -127,9 +129,12 @@ class MegatronModelBridge(ABC):
     ) -> Callable[[type[Bridge]], type[Bridge]]:
         """Class decorator: this bridge converts architecture `source` to model class `target`.
 
-        Each may be a class, or its name (`source`) and dotted path (`target`, `provider`); there
-        may be several sources. provider and model_type: in the place of those that the class
-        states. override: take the place of a bridge that an architecture has already.
+        Args:
+            source: the architecture, a class or its name; or several of them.
+            target: the model class, or its dotted path.
+            provider: of the models, a class or its dotted path; None for that of the bridge class.
+            model_type: that config.json states; None for that of the bridge class.
+            override: take the place of a bridge that an architecture has already.
         """
         given = [source] if isinstance(source, str | type) else source
         names = tuple(one if isinstance(one, str) else one.__name__ for one in given)
@@ -149,9 +154,11 @@ class MegatronModelBridge(ABC):
         return register
 
     def check(self, config: HFConfig) -> None:
-        """Raise ConfigError for a config of another kind of model, or of weights in no dtype.
+        """Refuse a config of another kind of model: what else is wrong with it is beside the point.
 
-        What else is wrong with such a config would be beside the point.
+        Raises:
+            ConfigError: model type and architecture contradict each other, or a dtype of the
+                weights is unknown.
         """
         if self.model_type not in (None, config.model_type):
             raise ConfigError(
@@ -179,10 +186,18 @@ class MegatronModelBridge(ABC):
     def structure(
         self, config: HFConfig, tensors: Tensors | None = None, options: PlanOptions = DEFAULTS
     ) -> ModelStructure:
-        """Counts and dimensions of one model; what only files can tell is told by `tensors`.
+        """Counts and dimensions of one model.
 
         Which layers share checkpoint keys is as megatron-core does it for the model of the config;
-        where `options.keys` say otherwise, that counts. Raises ConfigError.
+        where `options.keys` say otherwise, that counts.
+
+        Args:
+            config: of the model.
+            tensors: tell what only files can tell; None without files.
+            options: of the plan.
+
+        Raises:
+            ConfigError: the config cannot be used.
         """
 
     def spelling(self, config: HFConfig, tensors: Tensors) -> Spelling:
@@ -235,10 +250,15 @@ class MegatronModelBridge(ABC):
     def provider_settings(
         self, config: HFConfig, dtype: str, tensors: Tensors | None = None
     ) -> dict[str, Any]:
-        """Fields of the family's provider as plain JSON values, for a model in `dtype` ("BF16").
+        """Fields of the family's provider as plain JSON values.
 
-        tensors: the files, whose headers say which parameters have a dtype of their own.
-        Raises ConfigError for a value that is missing or that the Megatron model cannot honour.
+        Args:
+            config: of the model.
+            dtype: of the model ("BF16").
+            tensors: those of the files, which say which parameters have a dtype of their own.
+
+        Raises:
+            ConfigError: a value is missing, or the Megatron model cannot honour it.
         """
 
     def provider_of(self, settings: Mapping[str, Any]) -> "ModelProvider":
@@ -250,9 +270,12 @@ class MegatronModelBridge(ABC):
     def provider_bridge(self, hf_pretrained: "PreTrainedVLM | HasConfig") -> "ModelProvider":
         """The family's model provider, configured like a Hugging Face model.
 
-        hf_pretrained: a model, of which only the config and the headers of the files are read; or
-        any object with a `config`, which then is all there is to go by. Raises ConfigError for a
-        value that is missing or that the Megatron model cannot honour.
+        Args:
+            hf_pretrained: a model, of which only the config and the headers of the files are read;
+                or any object with a `config`, which then is all there is to go by.
+
+        Raises:
+            ConfigError: a value is missing, or the Megatron model cannot honour it.
         """
         from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
@@ -268,14 +291,17 @@ class MegatronModelBridge(ABC):
     ) -> Mapping[str, Any]:
         """Fields of the provider for a model with every part of a plan, to be laid out over ranks.
 
-        settings: as `provider_settings` gives them. without: names of `optional_parts`.
+        Args:
+            settings: as `provider_settings` gives them.
+            plan: of the model.
+            without: names of `optional_parts`.
         """
         return settings
 
     def small(self, provider: "ModelProvider") -> "ModelProvider":
         """The same widths with one layer of each kind: built in no time, and split alike.
 
-        provider: it may be changed and returned.
+        The provider that is given may be changed and returned.
         """
         patterns = {
             name: pattern
@@ -294,8 +320,12 @@ class MegatronModelBridge(ABC):
     ) -> Description:
         """What `inspect` shows of a model beyond what it shows of every one.
 
-        tensors: those of the files as they are stored, None without files. Raises nothing: what
-        cannot be told is left out, and the plan says why.
+        Raises nothing: what cannot be told is left out, and the plan says why.
+
+        Args:
+            config: of the model.
+            tensors: those of the files as they are stored, None without files.
+            options: of the plan.
         """
         return {"text": sizes_fact("text", config, LANGUAGE_SIZES)}
 
@@ -304,17 +334,26 @@ class MegatronModelBridge(ABC):
     ) -> PictureCost | None:
         """What attention over the pictures of a prompt takes; None for a model without any.
 
-        inputs: what the processor made of the prompt.
+        Args:
+            config: of the model.
+            inputs: what the processor made of the prompt.
         """
         return None
 
     def logits(
         self, model: "torch.nn.Module", inputs: Mapping[str, "torch.Tensor"]
     ) -> "torch.Tensor":
-        """[b, s, vocabulary] of the live model for what the tokenizer gives, without padding.
+        """The logits of a live model for a prompt without padding; here as GPTModel is called.
 
-        model: of one process, on the device of the inputs. Here as GPTModel is called. Raises
-        UnsupportedModel for inputs that it does not take.
+        Args:
+            model: of one process, on the device of the inputs.
+            inputs: what the tokenizer or processor gives.
+
+        Returns:
+            [b, s, vocabulary].
+
+        Raises:
+            UnsupportedModel: the model does not take these inputs.
         """
         import torch
 
@@ -334,9 +373,18 @@ class MegatronModelBridge(ABC):
     def plan(
         self, config: HFConfig, tensors: Tensors, options: PlanOptions = DEFAULTS
     ) -> ConversionPlan:
-        """The proven plan for files with this config. Raises PlanError or ConfigError.
+        """The proven plan for files with this config.
 
         Where the plan has `equal` tensors, it is proven once `check_equal` has compared them.
+
+        Args:
+            config: of the model.
+            tensors: those of the files.
+            options: what else the plan depends on.
+
+        Raises:
+            PlanError: files and config are not of one model.
+            ConfigError: the config cannot be used.
         """
         self.check(config)
         if options.spelling is None:
@@ -403,7 +451,7 @@ def _found_beside(error: PlanError, beside: Mapping[str, str]) -> str:
 def _assumed_sizes(config: HFConfig, problems: str) -> str:
     """What to say where files contradict sizes that the config leaves out; empty for none.
 
-    problems: text that names some of them, perhaps.
+    Sizes that the text of the `problems` names are shown alone.
     """
     filled = config.filled_in.items()
     sizes = {path: value for path, value in filled if type(value) in (int, list)}

@@ -89,7 +89,8 @@ def split_axis(parameter: torch.nn.Parameter) -> int | None:
 def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A whole Megatron parameter from whole Hugging Face tensors by role.
 
-    Raises LayoutError if the shapes do not fit.
+    Raises:
+        LayoutError: the shapes do not fit.
     """
     shapes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
     shape = layout.megatron_shape(shapes)
@@ -108,7 +109,8 @@ def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tenso
 def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Whole Hugging Face tensors by role from a whole Megatron parameter.
 
-    Raises LayoutError if the shape does not fit.
+    Raises:
+        LayoutError: the shape does not fit.
     """
     shapes = layout.hf_shapes(tuple(tensor.shape))
     result = {role: tensor.new_empty(shape) for role, shape in shapes.items()}

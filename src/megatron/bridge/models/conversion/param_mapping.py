@@ -40,14 +40,18 @@ if TYPE_CHECKING:
 
 
 class ParamMapping(ABC):
-    """One row: `megatron_param` is made of the tensors in `hf_params`, by role.
+    """One row: a parameter and the tensors that it is made of, by role.
 
-    megatron_param: name of the parameter where norms are fused into layers, ``*`` for numbers.
-    hf_params: Hugging Face name by role, with as many ``*``, in the same order.
-    hf_symbols: shape of each tensor in the symbols of ModelStructure.dims ("3 H"); rows that do not
-        declare shapes take them from the files, and cannot be planned from a config alone.
-    only: the feature of ModelStructure without which the row does not exist.
-    layers: the kind of layer of ModelStructure that the first ``*`` is limited to.
+    Args:
+        megatron_param: name of the parameter where norms are fused into layers, ``*`` for numbers.
+        hf_params: Hugging Face name by role, with as many ``*``, in the same order.
+        hf_symbols: shape of each tensor in the symbols of ModelStructure.dims ("3 H"); rows that do
+            not declare shapes take them from the files, and cannot be planned from a config alone.
+        only: the feature of ModelStructure without which the row does not exist.
+        layers: the kind of layer of ModelStructure that the first ``*`` is limited to.
+
+    Raises:
+        ValueError: wildcards of the names differ, or shapes are given for unknown tensors.
     """
 
     def __init__(
@@ -119,9 +123,15 @@ class ParamMapping(ABC):
     ) -> "torch.Tensor":
         """This rank's shard of the parameter, from whole Hugging Face tensors.
 
-        hf_weights: the tensor, or tensors by role. megatron_module: the module that owns the
-        parameter. Returns a tensor of the parameter's local shape, in the dtype of the source.
-        Raises InputError if shapes do not fit.
+        Args:
+            hf_weights: the tensor, or tensors by role.
+            megatron_module: the module that owns the parameter.
+
+        Returns:
+            A tensor of the parameter's local shape, in the dtype of the source.
+
+        Raises:
+            InputError: the shapes do not fit.
         """
         from megatron.bridge.models.conversion.module_weights import hf_to_megatron
 
@@ -132,8 +142,14 @@ class ParamMapping(ABC):
     ) -> "dict[str, torch.Tensor]":
         """Whole Hugging Face tensors by name, from this rank's shard of the parameter.
 
-        A collective over the tensor-parallel group where the parameter is split. Raises
-        InputError if shapes do not fit.
+        A collective over the tensor-parallel group where the parameter is split.
+
+        Args:
+            megatron_weights: the shard.
+            megatron_module: the module that owns the parameter.
+
+        Raises:
+            InputError: the shapes do not fit.
         """
         from megatron.bridge.models.conversion.module_weights import megatron_to_hf
 
@@ -177,7 +193,7 @@ MegatronParamMapping = ParamMapping
 class _OneToOne(ParamMapping):
     """A row with one Hugging Face tensor.
 
-    vocabulary: axis 0 counts tokens, and Megatron pads it so that it divides over ranks.
+    With `vocabulary`, axis 0 counts tokens, and Megatron pads it so that it divides over ranks.
     """
 
     def __init__(
@@ -240,7 +256,16 @@ class RowParallelMapping(_OneToOne):
 class QKVMapping(ParamMapping):
     """Separate q, k and v projections; Megatron holds [queries, key, value] per key-value group.
 
-    gated: each head of q is [query; gate], and Megatron's group is [queries, gates, key, value].
+    Args:
+        megatron_param: name of the parameter.
+        q: name of the query projection.
+        k: name of the key projection.
+        v: name of the value projection.
+        shapes: symbols of the shape of q, and of that of k and v.
+        gated: each head of q is [query; gate], and Megatron's group is [queries, gates, key,
+            value].
+        only: see `ParamMapping`.
+        layers: see `ParamMapping`.
     """
 
     expected_axis = 0

@@ -10,7 +10,8 @@ WILDCARD = "*"
 def fill(pattern: str, numbers: Sequence[int | str]) -> str:
     """`pattern` with its wildcards replaced by `numbers`, in order.
 
-    Raises ValueError if there are not as many of one as of the other.
+    Raises:
+        ValueError: there are not as many of one as of the other.
     """
     wildcards, template = _template(pattern)
     if wildcards != len(numbers):

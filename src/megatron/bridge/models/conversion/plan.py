@@ -43,8 +43,13 @@ class Parameter(NamedTuple):
 class RowUse:
     """A declared row and how it lays out its tensors.
 
-    numbers: what each wildcard of the Megatron name stands for; each combination is a parameter.
-    The Hugging Face names have the same wildcards, or the first of them.
+    Attributes:
+        megatron_param: the pattern of its parameters' names.
+        hf_params: the patterns of its tensors' names. They have the same wildcards, or the first of
+            them.
+        layout: one or two words for tables.
+        numbers: what each wildcard of the Megatron name stands for; each combination is a
+            parameter.
     """
 
     megatron_param: str
@@ -59,7 +64,12 @@ class RowUse:
 
 
 class CopyOf(NamedTuple):
-    """What a tensor must equal. otherwise: why, and what to do if it does not."""
+    """What a tensor must equal.
+
+    Attributes:
+        name: of the other tensor.
+        otherwise: why, and what to do if it does not.
+    """
 
     name: str
     otherwise: str
@@ -69,15 +79,21 @@ class CopyOf(NamedTuple):
 class ConversionPlan:
     """The copies of a whole model.
 
-    hf: every Hugging Face tensor by name. megatron: every tensor of the Megatron checkpoint by
-    key. padding: boxes of Megatron tensors that are zero because no tensor fills them.
-    extra_states: names of the empty objects that megatron-core saves beside its linear layers.
-    carried: Hugging Face tensors without a place in the Megatron model, and why; an export takes
-        them from its reference, so that nothing of the source is lost.
-    absent: those of them that belong to a part which this Megatron model was built without.
-    equal: those of them that must equal another tensor; that is a condition of the plan which
-        headers cannot prove (see `equal_copies.check_equal`). An export writes them from the
-        other one.
+    Attributes:
+        hf: every Hugging Face tensor by name.
+        megatron: every tensor of the Megatron checkpoint by key.
+        parameters: of the Megatron model, with their places in the checkpoint.
+        copies: every box that is copied.
+        padding: boxes of Megatron tensors that are zero because no tensor fills them.
+        extra_states: names of the empty objects that megatron-core saves beside its linear layers.
+        carried: Hugging Face tensors without a place in the Megatron model, and why; an export
+            takes them from its reference, so that nothing of the source is lost.
+        rows: the rows that the plan was made of.
+        absent: those of `carried` that belong to a part which this Megatron model was built
+            without.
+        equal: those of `carried` that must equal another tensor: a condition of the plan which
+            headers cannot prove (see `equal_copies.check_equal`). An export writes them from the
+            other one.
     """
 
     hf: Mapping[str, TensorSpec]

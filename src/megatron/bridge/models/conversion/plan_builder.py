@@ -37,7 +37,8 @@ def expected_tensors(
 ) -> dict[str, TensorSpec]:
     """The Hugging Face tensors that a config asks for; `dtype` gives each one's by its name.
 
-    Raises PlanError for rows that do not declare shapes.
+    Raises:
+        PlanError: a row does not declare shapes.
     """
     specs: dict[str, TensorSpec] = {}
     for row, ranges in registry.expand(structure):
@@ -58,11 +59,20 @@ def build_plan(
 ) -> ConversionPlan:
     """The proven plan between `tensors` and the Megatron model of the same structure.
 
-    tensors: what the Hugging Face side holds, by name; a TensorIndex or `expected_tensors`. Those
-    that no row needs are carried; extras: what is known of them. terms: words for messages.
     A Megatron tensor has the dtype of the tensors that make it, or the narrowest that holds the
-    values of all. Raises PlanError with every missing or misshapen tensor, and where there is no
-    such dtype; its message is the cause.
+    values of all.
+
+    Args:
+        registry: the rows of the model.
+        structure: of the model.
+        tensors: what the Hugging Face side holds, by name; a TensorIndex or `expected_tensors`.
+            Those that no row needs are carried.
+        extras: what is known of tensors that no row needs.
+        terms: words for messages.
+
+    Raises:
+        PlanError: with every tensor that is missing or misshapen, or whose dtype cannot be combined
+            with those of others; the message is the cause.
     """
     return _Builder(registry, structure, tensors, extras, terms).build()
 
@@ -70,7 +80,7 @@ def build_plan(
 class _Tensors(NamedTuple):
     """The tensors that make one parameter, or the same part of all experts of a layer.
 
-    names and shapes are by role, dtypes sorted and distinct.
+    Names and shapes are by role, dtypes sorted and distinct.
     """
 
     names: dict[str, str]

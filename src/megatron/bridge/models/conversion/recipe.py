@@ -26,8 +26,12 @@ from megatron.bridge.tensors.boxes import (
 class PartRecipe(NamedTuple):
     """How every parameter, or the part of it that has its own key, is made.
 
-    box, pieces and padding are in coordinates of that part; in the key, the indexes of layer and
-    expert stand before them.
+    Attributes:
+        placement: the key, and where the part lies in it.
+        box: the whole part.
+        pieces: the boxes that tensors fill.
+        padding: the box that none fills, if there is one. As `box` and `pieces` it is in
+            coordinates of the part; in the key, the indexes of layer and expert stand before them.
     """
 
     placement: Placement
@@ -39,8 +43,11 @@ class PartRecipe(NamedTuple):
 class Recipe(NamedTuple):
     """How a row makes a parameter of tensors with certain shapes.
 
-    layout: one or two words for tables. shifted: whether a constant is added anywhere.
-    extra_state: where the object lies that is saved beside each parameter, if there is one.
+    Attributes:
+        layout: one or two words for tables.
+        shifted: whether a constant is added anywhere.
+        parts: by checkpoint key.
+        extra_state: where the object lies that is saved beside each parameter, if there is one.
     """
 
     layout: str
@@ -59,7 +66,11 @@ class RecipeBook:
         self._known: dict[tuple[object, ...], Recipe] = {}
 
     def find(self, numbers: tuple[int, ...], shapes: Mapping[str, Shape]) -> Recipe:
-        """The recipe of the parameter with these numbers; shapes by role. Raises LayoutError."""
+        """The recipe of the parameter with these numbers, from tensors of these shapes by role.
+
+        Raises:
+            LayoutError: the shapes do not fit.
+        """
         # Numbers that are in no Hugging Face name say which part of a tensor is meant.
         key = (numbers[self._hf_wildcards :], *shapes.values())
         if key not in self._known:

@@ -23,8 +23,10 @@ from megatron.bridge.text.quoting import printable
 class Root:
     """The root of a part of a model.
 
-    declared: as rows have it. found: as most names of the part have it in some files. others:
-    further roots that transformers takes for the same.
+    Attributes:
+        declared: as rows have it.
+        found: as most names of the part have it in some files.
+        others: further roots that transformers takes for the same.
     """
 
     declared: str
@@ -41,9 +43,10 @@ class Root:
 class Spelling:
     """The roots of names in some files, and the names that stand under others.
 
-    roots: of those that begin alike as declared, the longer one stands first.
-    strays: name as it would be under its part's root -> name in the files, where they differ.
-    copies: name in the files -> the name of a tensor that stands for the same parameter.
+    Attributes:
+        roots: of those that begin alike as declared, the longer one stands first.
+        strays: name as it would be under its part's root -> name in the files, where they differ.
+        copies: name in the files -> the name of a tensor that stands for the same parameter.
     """
 
     roots: tuple[Root, ...] = ()
@@ -124,12 +127,24 @@ def find_root(
     others: Sequence[str] = (),
     never: str = "",
 ) -> str | None:
-    """The root under which the files hold a part of a model; None if it is not there.
+    """The root under which the files hold a part of a model.
 
-    anchors: regular expressions for names behind the root that every such part has. others: roots
-    that transformers takes for the declared one. Where some of these are found, the part is there,
-    and the root is the one with most of its anchors. never: the end of roots that belong to another
-    part with the same names. Raises InputError where several roots of other kinds are found.
+    Where the declared root or some of the others are found, the part is there, and the root is the
+    one with most of its anchors.
+
+    Args:
+        names: of all tensors.
+        declared: the root as rows have it.
+        anchors: regular expressions for names behind the root that every such part has.
+        what: the part, for messages.
+        others: roots that transformers takes for the declared one.
+        never: the end of roots that belong to another part with the same names.
+
+    Returns:
+        The root; None if the part is not there.
+
+    Raises:
+        InputError: several roots of other kinds are found.
     """
     anchor = re.compile(rf"((?:.*\.)?)(?:{'|'.join(anchors)})")
     found = Counter(match[1] for name in names if (match := anchor.fullmatch(name)))

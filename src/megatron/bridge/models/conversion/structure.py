@@ -27,7 +27,9 @@ _EXPERT = re.compile(r"(?P<path>.*\.experts\.)(?P<name>\w+\.\w+?)(?P<expert>\*|\
 class RankSection(NamedTuple):
     """Rows of a parameter that tensor parallelism splits on their own: gate apart from up.
 
-    key_suffix: what megatron-core appends to the checkpoint key, where it gives sections keys.
+    Attributes:
+        rows: how many they are.
+        key_suffix: what megatron-core appends to the checkpoint key, where it gives sections keys.
     """
 
     rows: int
@@ -77,9 +79,12 @@ class LanguageFields(AttentionFields):
 class Placement(NamedTuple):
     """Where the parameters of a row, or a part of each, lie in the checkpoint.
 
-    key: pattern of the keys. indexed: which of the row's wildcards, counted from 0, are not in the
-    key: their numbers, the layer and the expert, are indexes on the first axes of `key_shape`.
-    part: the box of each parameter that the key holds.
+    Attributes:
+        key: pattern of the keys.
+        key_shape: of the tensor with such a key.
+        indexed: which of the row's wildcards, counted from 0, are not in the key: their numbers,
+            the layer and the expert, are indexes on the first axes of `key_shape`.
+        part: the box of each parameter that the key holds.
     """
 
     key: str
@@ -111,15 +116,17 @@ class Placement(NamedTuple):
 class ModelStructure:
     """Counts, dimensions and optional parts of one model.
 
-    dims: the symbols that rows write their Hugging Face shapes with, e.g. ``{"H": 2048}``.
-    fields: what layouts read, by Megatron prefix (``""`` for all).
-    indices: which numbers a wildcard takes, by the Megatron path before it
-        (``"decoder.layers."``).
-    stacked: layer paths whose checkpoint keys carry all layers on a leading axis; see KeyForms.
-    features: optional parts that are present; a row with ``only="..."`` exists with its feature.
-    layer_kinds: the layers of each kind, for rows that are declared with ``layers="..."``.
-    experts: routed experts of a layer; 0 for a dense model.
-    sparse_norm_as_fused: see KeyForms.
+    Attributes:
+        dims: the symbols that rows write their Hugging Face shapes with, e.g. ``{"H": 2048}``.
+        fields: what layouts read, by Megatron prefix (``""`` for all).
+        indices: which numbers a wildcard takes, by the Megatron path before it
+            (``"decoder.layers."``).
+        stacked: layer paths whose checkpoint keys carry all layers on a leading axis; see KeyForms.
+        features: optional parts that are present; a row with ``only="..."`` exists with its
+            feature.
+        layer_kinds: the layers of each kind, for rows that are declared with ``layers="..."``.
+        experts: routed experts of a layer; 0 for a dense model.
+        sparse_norm_as_fused: see KeyForms.
     """
 
     dims: Mapping[str, int]
@@ -150,7 +157,8 @@ class ModelStructure:
     def shape(self, symbols: str) -> Shape:
         """``"3 H"`` as numbers; a word is a symbol of `dims` or a number.
 
-        Raises ConfigError for a symbol that the config has no size for.
+        Raises:
+            ConfigError: the config has no size for a symbol.
         """
         if unknown := [w for w in symbols.split() if not w.isdecimal() and w not in self.dims]:
             raise ConfigError(
@@ -170,12 +178,18 @@ class ModelStructure:
     ) -> tuple[Placement, ...]:
         """Checkpoint keys of a row's parameters, as megatron-core's sharded_state_dict names them.
 
-        megatron_param: the pattern of their names. shape: that of each of them.
         Layers that are stacked share one key, whose first axis is the layer:
         ``decoder.layers.7.mlp.linear_fc2.weight`` of 28 layers is row 7 of
-        ``decoder.layers.mlp.linear_fc2.weight``. The experts of a layer share one in the same
-        way. Sections with a suffix have keys of their own. Raises ValueError where the number of
-        such a layer or expert is written out.
+        ``decoder.layers.mlp.linear_fc2.weight``. The experts of a layer share one in the same way.
+        Sections with a suffix have keys of their own.
+
+        Args:
+            megatron_param: the pattern of the parameters' names.
+            shape: of each of them.
+            sections: see `ParamMapping.rank_sections`.
+
+        Raises:
+            ValueError: the number of such a layer or expert is written out.
         """
         key = megatron_param
         indexed: tuple[int, ...] = ()

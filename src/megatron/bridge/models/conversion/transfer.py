@@ -27,7 +27,15 @@ def to_megatron(
 ) -> torch.Tensor:
     """Elements of a Hugging Face box, arranged and shifted as Megatron holds them.
 
-    Raises InexactCast, which begins with `culprit`, for values that do not fit `dtype`.
+    Args:
+        tensor: the elements of the whole `pair.hf_box`, or of a part of it.
+        pair: says how they are arranged and shifted.
+        shape: of the result.
+        dtype: of the result.
+        culprit: whose values they are, to begin a message with.
+
+    Raises:
+        InexactCast: values do not fit `dtype`.
     """
     if pair.transpose:
         tensor = tensor.transpose(-1, -2)
@@ -45,7 +53,16 @@ def to_hf(
 ) -> torch.Tensor:
     """Elements of a Megatron box, arranged and shifted back as Hugging Face holds them.
 
-    Raises InexactCast, which begins with `culprit`, for values that `casting` does not admit.
+    Args:
+        tensor: the elements of the whole `pair.megatron_box`, or of a part of it.
+        pair: says how they are arranged and shifted.
+        shape: of the result.
+        dtype: of the result.
+        casting: of values that `dtype` does not hold.
+        culprit: whose values they are, to begin a message with.
+
+    Raises:
+        InexactCast: see `casting`.
     """
     if pair.offset:
         tensor = _shifted_back(tensor, pair.offset, dtype, casting, culprit)
@@ -78,7 +95,12 @@ def fill_megatron(
 ) -> None:
     """Fill `out` with one box of a Megatron tensor, from Hugging Face tensors; padding is zero.
 
-    out: of shape ``box_shape(box)`` in the dtype that the plan gives the key; any strides.
+    Args:
+        plan: of the model.
+        key: of the Megatron tensor.
+        box: of that tensor.
+        out: of shape ``box_shape(box)`` in the dtype that the plan gives the key; any strides.
+        source: of Hugging Face tensors.
     """
     for shared in plan.padding_in(key, box):
         out[slices(relative(shared, box))] = 0
@@ -103,8 +125,16 @@ def fill_hf(
 ) -> None:
     """Fill `out` with one box of a Hugging Face tensor, from Megatron tensors.
 
-    out: of shape ``box_shape(box)``, any strides, in the dtype that the tensor is to have. Raises
-    InexactCast for values that do not fit it and that `casting` does not admit.
+    Args:
+        plan: of the model.
+        name: of the Hugging Face tensor.
+        box: of that tensor.
+        out: of shape ``box_shape(box)``, any strides, in the dtype that the tensor is to have.
+        source: of Megatron tensors.
+        casting: of values that this dtype does not hold.
+
+    Raises:
+        InexactCast: see `casting`.
     """
     for whole, copy in plan.copies_from(name, box):
         stored = torch_dtype(source.dtype_of(copy.megatron_key))
@@ -143,8 +173,19 @@ def fill_export(
 ) -> None:
     """Fill `out` with one box of a tensor of an export, whichever side it comes from.
 
-    source: of Megatron tensors. reference: gives the source of what is carried; it is asked for
-    such a tensor only. A copy of another tensor is made anew, so that the two stay equal.
+    A copy of another tensor is made anew, so that the two stay equal.
+
+    Args:
+        plan: of the model.
+        name: of the Hugging Face tensor.
+        box: of that tensor.
+        out: as of `fill_hf`.
+        source: of Megatron tensors.
+        reference: gives the source of what is carried; it is asked for such a tensor only.
+        casting: as of `fill_hf`.
+
+    Raises:
+        InexactCast: see `casting`.
     """
     if (copy := plan.equal.get(name)) is not None:
         name = copy.name

@@ -114,7 +114,10 @@ class HFConfig:
         """The safetensors name of the dtype that the config states for the weights.
 
         It stands at the top or in the language model's section, as `dtype` or, before transformers
-        5, as `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is no dtype.
+        5, as `torch_dtype`.
+
+        Raises:
+            ConfigError: none is stated, two differ, or it is not the name of a dtype.
         """
         stated = self.stated_dtypes()
         if not stated:
@@ -126,7 +129,8 @@ class HFConfig:
     def stated_dtypes(self) -> dict[str, str]:
         """The torch names of the dtypes that the config states for the weights, by key.
 
-        Raises ConfigError for one that is no dtype.
+        Raises:
+            ConfigError: one of them is not the name of a dtype.
         """
         parents = ("", f"{TEXT}.")
         keys = [parent + name for name in ("dtype", "torch_dtype") for parent in parents]
@@ -157,7 +161,8 @@ class HFConfig:
     def section(self, path: str) -> Self:
         """The view of an object inside; its errors keep the full dotted path.
 
-        Raises ConfigError if the file does not state it: what is in it would all be invented.
+        Raises:
+            ConfigError: the file does not state it: what is in it would all be invented.
         """
         if not self.has(path):
             raise self._missing(path, dict)
@@ -180,10 +185,15 @@ class HFConfig:
         return self._filled_in
 
     def require[T](self, path: str, kind: type[T]) -> T:
-        """The value at `path`, of the JSON type `kind`: bool, int, float, str, list or dict.
+        """The value at `path`, of one JSON type. A null counts as missing.
 
-        A whole number is accepted as float; true and false are not numbers. Raises ConfigError if
-        the value is missing, null or of another type.
+        Args:
+            path: dotted path of the key.
+            kind: bool, int, float, str, list or dict. A whole number is accepted as float; true and
+                false are not numbers.
+
+        Raises:
+            ConfigError: the value is missing or of another type.
         """
         return _copied(self._typed(path, kind))
 
@@ -213,7 +223,8 @@ class HFConfig:
     def count(self, path: str, limit: int = MAX_COUNT, *, least: int = 1) -> int:
         """The number of something, or its size: a whole number from `least` to `limit`.
 
-        Raises ConfigError for any other value, and if it is missing or null.
+        Raises:
+            ConfigError: it is any other value, or missing.
         """
         value = self.require(path, int)
         if not least <= value <= limit:
@@ -242,7 +253,8 @@ class HFConfig:
     def list_of[T](self, path: str, kind: type[T], default: list[T] | None = None) -> list[T]:
         """The list at `path`, all of one JSON type, or `default` where there is one and no list.
 
-        Raises ConfigError.
+        Raises:
+            ConfigError: the value is missing, or something else.
         """
         values = self.require(path, list) if default is None else self.get(path, list(default))
         if not all(type(value) is kind for value in values):
@@ -262,8 +274,10 @@ class HFConfig:
     def agreed[T](self, paths: Sequence[str], read: Callable[[str], T]) -> T:
         """The one value that all of these places state, each read by its path.
 
-        Where none is stated, what transformers fills in for the first. Raises ConfigError, naming
-        the places, if two differ.
+        Where none is stated, it is what transformers fills in for the first.
+
+        Raises:
+            ConfigError: two differ; the message names the places.
         """
         stated = {path: read(path) for path in paths if self.has(path)}
         if not stated:

@@ -22,9 +22,16 @@ _ABSENT = object()
 def with_changes(stated: HFConfig, config: PretrainedConfig, before: Mapping[str, Any]) -> HFConfig:
     """`stated` with every value that `config` has now and had not `before`; itself if none.
 
-    before: `config.to_dict()` when it was made. Values that were not touched keep the form that
-    they have in `stated`. Raises ConfigError for a change of the quantization, which is that of the
-    files, and for a value that JSON cannot hold.
+    Values that were not touched keep the form that they have in `stated`.
+
+    Args:
+        stated: the config.json.
+        config: the object.
+        before: `config.to_dict()` when it was made.
+
+    Raises:
+        ConfigError: the quantization was changed, which is that of the files, or JSON cannot hold a
+            value.
     """
     data = stated.data
     changed = [_set(stated, data, *change) for change in _changes(config, before, config.to_dict())]

@@ -55,11 +55,17 @@ def dequantized_view(
 class DequantizedTensors(Mapping[str, TensorSpec]):
     """The weights of an FP8 release, as a TensorIndex of the BF16 model would show and read them.
 
-    Only headers are read to make it. `index` are the files as they are.
+    Only headers are read to make it.
+
+    Args:
+        index: the files as they are.
+        quantization: by the config.
+
+    Raises:
+        CheckpointError: see `dequantized_view`.
     """
 
     def __init__(self, index: TensorIndex, quantization: BlockFP8) -> None:
-        """Raises CheckpointError, see `dequantized_view`."""
         self.index = index
         self.quantization = quantization
         self._view = dequantized_view(index, quantization, str(index.folder))
@@ -85,8 +91,10 @@ class DequantizedTensors(Mapping[str, TensorSpec]):
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """Read a tensor, or the part of it inside `box`, into new memory; see TensorIndex.read.
 
-        Reads the scales of the blocks that the box touches and no others. Raises CheckpointError
-        also for a scale that is not a positive number.
+        Reads the scales of the blocks that the box touches and no others.
+
+        Raises:
+            CheckpointError: as TensorIndex.read, and for a scale that is not a positive number.
         """
         if name not in self.quantized:
             if name not in self._view:
@@ -151,7 +159,10 @@ type Weights = TensorIndex | DequantizedTensors
 def check_scales(weights: Weights) -> None:
     """Read all scales, so that no conversion meets an unusable one halfway.
 
-    Raises CheckpointError for the first that is not a positive number. Memory is a few MiB.
+    Memory is a few MiB.
+
+    Raises:
+        CheckpointError: for the first that is not a positive number.
     """
     if not isinstance(weights, DequantizedTensors):
         return
@@ -166,7 +177,11 @@ def check_scales(weights: Weights) -> None:
 def weights_of(index: TensorIndex, config: HFConfig) -> Weights:
     """The weights in files as the model that a conversion is about.
 
-    Raises UnsupportedModel, ConfigError, or CheckpointError if files and config do not agree.
+    Raises:
+        UnsupportedModel: the quantization is not read.
+        ConfigError: the config states an incomplete quantization, or one that the files do not
+            have.
+        CheckpointError: files and config do not agree.
     """
     quantization = quantization_of(config, index)
     if quantization is not None:
@@ -181,10 +196,15 @@ def dequantize(
     block: BlockFP8,
     first: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
-    """Stored values [..., rows, columns] times their scales, rounded to bfloat16.
+    """Stored values times their scales, rounded to bfloat16.
 
-    scales: float32, of the blocks that the values lie in. first: row and column of the first value
-    inside of its block. Memory beside the result is one row of blocks in float32.
+    Memory beside the result is one row of blocks in float32.
+
+    Args:
+        stored: [..., rows, columns], e4m3.
+        scales: float32, of the blocks that the values lie in.
+        block: the size of a block.
+        first: row and column of the first value inside of its block.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Folders of other programs: what each is, by the names of its files, and the way out.
 
 Only names are looked at, in the folder and one level below, and nothing is opened but the small
-adapter_config.json. What an index of tensors tells is in `checkpoint.index_format`.
+adapter_config.json. What an index of tensors tells is in `formats.torch_dist.index_format`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ _TAKE_SAFETENSORS = "take the safetensors files of the model that it was made fr
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """what: the format, as a noun. paths: those of its files, relative to the folder.
+    """A format of other programs.
 
-    way_out: what to do instead; {folder} stands for the folder.
+    Attributes:
+        what: the format, as a noun.
+        paths: those of its files, relative to the folder.
+        way_out: what to do instead; {folder} stands for the folder.
     """
 
     what: str
@@ -117,7 +120,7 @@ def other_weights(folder: Path) -> str | None:
 
 
 def other_files(name: str, paths: Sequence[str]) -> str | None:
-    """The same by the paths of all files. name: of the folder or repository."""
+    """As `other_weights`, by the `paths` of all files of the folder or repository `name`."""
     files = [path for path in paths if path.endswith(".safetensors") and "/" not in path]
     if any(not path.startswith("consolidated") for path in files):
         return None

@@ -47,8 +47,13 @@ def quantization_of(
 ) -> BlockFP8 | None:
     """How the weights of a model are quantized, by its config; None if they are not.
 
-    tensors: the files, where they are at hand. Raises UnsupportedModel for any other quantization,
-    ConfigError for an incomplete one, or one that the files do not have.
+    Args:
+        config: of the model.
+        tensors: those of the files, where they are at hand.
+
+    Raises:
+        UnsupportedModel: the quantization is any other.
+        ConfigError: it is incomplete, or the files do not have it.
     """
     stated = [key for key in (CONFIG_KEY, f"{TEXT}.{CONFIG_KEY}") if _states(config, key)]
     if stated and tensors is not None and _is_plain(tensors):
@@ -107,11 +112,19 @@ def _is_plain(tensors: Mapping[str, TensorSpec]) -> bool:
 def check_tensors(
     tensors: Mapping[str, TensorSpec], quantization: BlockFP8 | None, origin: str
 ) -> None:
-    """Raise CheckpointError if files are not quantized as their config says, or in another way.
+    """Check that files are quantized as their config says, and in no other way.
 
-    It names the one cause, with a few of the tensors: another kind of quantization
-    (UnsupportedModel), weights without a config that says so, or scales that do not fit their
-    weights. A tensor in FP8 that has no scales may lie beside the model: see `lacks_scales`.
+    A tensor in FP8 that has no scales may lie beside the model: see `lacks_scales`.
+
+    Args:
+        tensors: those of the files.
+        quantization: by the config.
+        origin: of the files, to begin a message with.
+
+    Raises:
+        UnsupportedModel: they are quantized in another way.
+        CheckpointError: they are quantized, and the config does not say so; or scales do not fit
+            their weights. The message has the one cause, with a few of the tensors.
     """
     if (other := _other_method(tensors, quantization)) is not None:
         method, name = other

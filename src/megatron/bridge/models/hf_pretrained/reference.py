@@ -22,11 +22,17 @@ def resolve_reference(
     """The folder of a model given as a folder, or as a hub id `org/name` or `org/name@revision`.
 
     A folder that exists is taken as it is. A hub id is fetched into the hub's cache, or with
-    HF_HUB_OFFLINE=1 looked up there; without `weights`, only the config, tokenizer and other
-    small files are fetched.
+    HF_HUB_OFFLINE=1 looked up there.
 
-    Raises ReferenceNotFound if there is no such folder, repository or revision, or the hub cannot
-    be reached; InputError if a revision is given twice, or for a folder.
+    Args:
+        reference: the folder or hub id.
+        revision: of a hub id, where it does not stand behind an "@".
+        weights: False to fetch only the config, the tokenizer and other small files.
+
+    Raises:
+        ReferenceNotFound: there is no such folder, repository or revision, or the hub cannot be
+            reached.
+        InputError: a revision is given twice, or for a folder.
     """
     text = os.fspath(reference)
     folder = local_folder(reference)

@@ -1,6 +1,6 @@
-"""Reading small files of strangers: never more than a limit, and nothing but files.
+"""Reading small untrusted files: never more than a limit, and only regular files.
 
-Symlinks are followed, the hub's cache is made of them. What they lead to may be a pipe, which
+Symlinks are followed: the hub's cache is made of them. What they lead to may be a pipe, which
 waits for a writer, or a device, which never ends.
 """
 

@@ -24,7 +24,7 @@ from megatron.bridge.text.quoting import is_name, printable, quoted
 METADATA_KEY = "__metadata__"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit: no honest header is longer."""
+"""The safetensors library's own limit."""
 
 MAX_AXES = 64
 MAX_SIZE = (1 << 63) - 1

@@ -20,9 +20,14 @@ def side_files(folder: Path) -> tuple[Path, ...]:
     """Every file below `folder` that is neither the model's weights, their index, nor hidden.
 
     Safetensors files that are not the model's, such as a value head's or an adapter's, accompany
-    it; weights in other formats do not. Sorted, relative to `folder`. A file may be a symlink, as
-    in the hub's cache. Raises CheckpointError for what cannot be copied as a file: a link that
-    leads nowhere or to a folder, a pipe, a device; or if a folder cannot be read.
+    it; weights in other formats do not. A file may be a symlink, as in the hub's cache.
+
+    Returns:
+        Paths relative to `folder`, sorted.
+
+    Raises:
+        CheckpointError: something cannot be copied as a file (a link that leads nowhere or to a
+            folder, a pipe, a device), or a folder cannot be read.
     """
     try:
         return tuple(sorted(_walk(folder, weight_file_names(folder))))

@@ -68,8 +68,11 @@ class SliceReader:
     def read_into(self, info: TensorInfo, box: Box, out: torch.Tensor) -> None:
         """Read one box into `out`, a view of any strides on the CPU, in the dtype of the file.
 
-        Memory beside `out` is at most SCRATCH_BYTES for each thread that reads. Raises
-        CheckpointError, also if the shape or dtype of `out` is not that of the box.
+        Memory beside `out` is at most SCRATCH_BYTES for each thread that reads.
+
+        Raises:
+            CheckpointError: as TensorIndex.read, and if the shape or dtype of `out` is not that of
+                the box.
         """
         check_box(info, box)
         if tuple(out.shape) != box_shape(box):
@@ -101,9 +104,10 @@ class SliceReader:
 
 
 class _OpenFile:
-    """A descriptor that is closed when nobody holds this any more.
+    """A descriptor that is closed once nothing refers to this any more.
 
-    Raises CheckpointError if the file cannot be opened.
+    Raises:
+        CheckpointError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -144,7 +148,7 @@ def _read_bands(
 ) -> None:
     """Read bands of whole rows through scratch memory; of each, copy what the box takes to `out`.
 
-    offset: where in the file the row-major block begins that spans `axis` and all axes behind it.
+    The row-major block that spans `axis` and all axes behind it begins at `offset` in the file.
     """
     rest = info.shape[axis + 1 :]
     stride = prod(rest) * itemsize(info.dtype)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from megatron.bridge.text.quoting import quoted
 
 MAX_DEPTH = 64
-"""Levels of nesting: far beyond any honest file, far from the limit of recursive code."""
+"""Levels of nesting: far more than a config has, far from the limit of recursive code."""
 
 MAX_MARKS = 8_000_000
 """Brackets, commas and colons: no more values than these, of up to 100 bytes of memory each.
@@ -25,9 +25,14 @@ _MAX_DIGITS = 4300
 def parse_object(text: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:
     """Parse UTF-8 JSON text whose top level is an object.
 
-    Raises ValueError for invalid UTF-8 or JSON, NaN and infinities, integers of over 4,300 digits,
-    duplicate keys at any depth, more than MAX_DEPTH levels or `max_marks` values, or a top level
-    that is not an object.
+    Args:
+        text: the JSON.
+        max_marks: the most values that it may have.
+
+    Raises:
+        ValueError: invalid UTF-8 or JSON, NaN and infinities, integers of over 4,300 digits,
+            duplicate keys at any depth, more than MAX_DEPTH levels or `max_marks` values, or a top
+            level that is not an object.
     """
     _check_marks(text, max_marks)
     try:

@@ -77,10 +77,13 @@ class TensorIndex(Mapping[str, TensorInfo]):
         """Index the weights of `folder`, see `weight_files`.
 
         What the headers of the files say counts, as it does for transformers: a weight index names
-        the files, and its `metadata` means nothing. Raises CheckpointError, listing every problem:
-        no weights or ambiguous ones; an invalid index; an entry that leads out of the folder
-        (symlinked files are followed: the hub's cache is made of them); a file that is missing,
-        truncated or damaged; a tensor in two of them that is not the same in both.
+        the files, and its `metadata` means nothing. Symlinked files are followed: the hub's cache
+        is made of them.
+
+        Raises:
+            CheckpointError: with every problem: no weights or ambiguous ones; an invalid index; an
+                entry that leads out of the folder; a file that is missing, truncated or damaged; a
+                tensor in two of them that is not the same in both.
         """
         files = WeightFiles.of(folder)
         problems: list[str] = []
@@ -113,11 +116,18 @@ class TensorIndex(Mapping[str, TensorInfo]):
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """Read a tensor, or the part of it inside `box`, into new memory on the CPU.
 
-        `box` holds one half-open range (start, stop) per axis. Only its bytes are read. The result
-        is contiguous, in the file's dtype, and shares memory with nothing.
+        Only the bytes of the part are read.
 
-        Raises CheckpointError for an unknown name, a box outside the tensor, or a file that
-        changed since it was indexed.
+        Args:
+            name: of the tensor.
+            box: one half-open range (start, stop) per axis; None for the whole tensor.
+
+        Returns:
+            A contiguous tensor in the file's dtype, which shares memory with nothing.
+
+        Raises:
+            CheckpointError: the name is unknown, the box sticks out of the tensor, or the file
+                changed since it was indexed.
         """
         return self._reader.read(self._known(name), box)
 
@@ -126,10 +136,15 @@ class TensorIndex(Mapping[str, TensorInfo]):
         return self._known(name).dtype
 
     def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        """Read the part of a tensor inside `box` into `out`, a view of its shape and dtype.
+        """Read the part of a tensor inside `box` into `out`. Safe to call from several threads.
 
-        `out` may have any strides. Safe to call from several threads. Raises CheckpointError as
-        `read` does.
+        Args:
+            name: of the tensor.
+            box: as of `read`.
+            out: of the shape and dtype of the part, with any strides.
+
+        Raises:
+            CheckpointError: as `read`.
         """
         self._reader.read_into(self._known(name), box, out)
 

@@ -87,8 +87,11 @@ class PreTrainedVLM:
     ) -> Self:
         """A model folder, or a hub id `org/name` or `org/name@revision`.
 
-        A hub id's small files are fetched here, its weights when they are first needed. Raises
-        ReferenceNotFound; CheckpointError for a folder of another format, or an adapter.
+        A hub id's small files are fetched here, its weights when they are first needed.
+
+        Raises:
+            ReferenceNotFound: see `resolve_reference`.
+            CheckpointError: the folder is of another format, or holds an adapter.
         """
         model = cls(reference, revision=revision, trust_remote_code=trust_remote_code)
         # What leads nowhere, or to something else, is an error now, not later.
@@ -156,7 +159,8 @@ class PreTrainedVLM:
     def hf_config(self) -> HFConfig:
         """config.json as plain JSON, with what was set on `config` since.
 
-        Raises ConfigError if it cannot be read, or for a change that cannot be honoured.
+        Raises:
+            ConfigError: it cannot be read, or a change cannot be honoured.
         """
         if self._config_before is None:
             return self._stated_config
@@ -180,8 +184,12 @@ class PreTrainedVLM:
     def weights(self) -> Weights:
         """The weights of the model: of an FP8 release those that it stands for, in BF16.
 
-        From headers only. Raises CheckpointError if the files are not in order, UnsupportedModel
-        for another quantization.
+        From headers only.
+
+        Raises:
+            CheckpointError: the files are not in order.
+            ConfigError: the config states a quantization that the files do not have.
+            UnsupportedModel: the quantization is another one.
         """
         return weights_of(self.tensors, self.hf_config)
 
@@ -206,7 +214,8 @@ class PreTrainedVLM:
     def main_dtype(self) -> str:
         """The safetensors dtype of most of the weights; without files, that of the config.
 
-        Raises ConfigError for a config alone that names none.
+        Raises:
+            ConfigError: there is a config alone, and it names none.
         """
         return self._dtype_of_files if self.has_weights else self.hf_config.dtype
 
@@ -240,7 +249,10 @@ class PreTrainedVLM:
         """Write config, tokenizer, processor and all else but weights into a folder.
 
         The folder is made if need be; files of the same names in it are replaced, one by one. The
-        config describes weights that are not quantized. Raises InputError if that is impossible.
+        config describes weights that are not quantized.
+
+        Raises:
+            InputError: the folder is the model's own, or cannot be written.
         """
         target, config = local_path(path), self.restated_config()
         if self.has_files and target.resolve() == self.folder.resolve():
@@ -310,10 +322,15 @@ class PreTrainedVLM:
     def load_model(self, auto_model: str | None = None, **kwargs: Any) -> PreTrainedModel:
         """The model of transformers itself with these weights, in eager attention.
 
-        auto_model: the class of transformers that loads it; None for that of the model type.
-        It is the reference to compare with. `kwargs` go to its `from_pretrained`, for instance
-        `dtype=torch.float32`. The weights of an FP8 release are dequantized here: transformers
-        itself would not round them to bfloat16, and takes blocks for equal in size.
+        It is the reference to compare with. The weights of an FP8 release are dequantized here:
+        transformers itself would not round them to bfloat16, and takes blocks for equal in size.
+
+        Args:
+            auto_model: the class of transformers that loads it; None for that of the model type.
+            **kwargs: for its `from_pretrained`, such as `dtype=torch.float32`.
+
+        Raises:
+            InputError: transformers cannot load the model, or misses tensors.
         """
         import transformers
 

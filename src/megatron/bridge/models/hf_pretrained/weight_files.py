@@ -28,9 +28,10 @@ _MAX_PATH = 1000
 class WeightFiles:
     """The files that hold a model's weights.
 
-    names: sorted, relative to the folder with "/" between folders. index: what the weight index
-    maps the names of tensors to; None without one. metadata: the `metadata` object of the
-    index, empty where it has none.
+    Attributes:
+        names: sorted, relative to the folder with "/" between folders.
+        index: what the weight index maps the names of tensors to; None without one.
+        metadata: the `metadata` object of the index, empty where it has none.
     """
 
     def __init__(

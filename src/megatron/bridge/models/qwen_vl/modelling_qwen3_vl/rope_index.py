@@ -68,9 +68,11 @@ def get_packed_rope_index(
     """Positions of sequences packed one after the other, [1, t] -> [3, 1, t]; each starts at 0.
 
     Args:
+        types: see `get_rope_index`.
+        image_grid_thw: see `get_rope_index`.
+        video_grid_thw: see `get_rope_index`.
         cu_seqlens: int [sequences + 1], where the sequences start and end.
-
-    The other arguments are those of `get_rope_index`.
+        spatial_merge_size: see `get_rope_index`.
     """
     grids = _merged_grids(image_grid_thw, video_grid_thw, spatial_merge_size)
     lengths = cu_seqlens.diff().tolist()
