@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,29 @@ for _name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
 
-def pytest_collection_finish() -> None:
-    """What has been imported stays: the garbage collector need not look at it in each test."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fork the process that is forked by the tests that import `forked`, before the first runs."""
+    if "forked" in sys.modules and not session.config.option.collectonly:
+        sys.modules["forked"].ensure_running()
+    keep_what_is_imported()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Libraries are imported by the first test that needs them."""
+    if len(sys.modules) > _kept[-1] + 50:
+        keep_what_is_imported()
+
+
+_kept = [0]
+"""How many modules there were when the garbage collector was told of them."""
+
+
+def keep_what_is_imported() -> None:
+    """It stays: the garbage collector need not look at it in each test."""
     gc.collect()
     gc.freeze()
+    _kept.append(len(sys.modules))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

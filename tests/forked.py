@@ -1,19 +1,24 @@
 """Processes forked from one that has imported everything, and that share nothing with the tests.
 
 Importing torch, transformers and megatron-core takes a process about ten seconds. Here one process,
-started once for all tests of a pytest process, has imported them, and has done nothing else: a fork
-of it is what a new process is after its imports.
+forked from a pytest process when it has imported all test files and before it runs the first test,
+does nothing but wait: a fork of it is what a new process is after its imports.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing import forkserver
+import warnings
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver, resource_tracker, util
+from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -25,10 +30,76 @@ processes.set_forkserver_preload(["preloaded"])
 
 
 def ensure_running() -> None:
-    """Start the process that is forked, if it does not run."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Start the process that is forked, if it does not run. To be called before the first test."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it is not passed on otherwise
+        if not torch.cuda.is_available():  # asking for it makes a fork unable to use it
+            import preloaded  # noqa: F401
+
+            gc.freeze()  # or the collector of each fork would make pages its own
+            resource_tracker.ensure_running()
+            warnings.simplefilter("ignore")  # the one other thread, of xdist, holds no lock
+            patch.setattr(util, "spawnv_passfds", _fork)
         forkserver.ensure_running()
+
+
+def _fork(_program: Any, _args: Any, descriptors: list[int]) -> int:
+    """In place of starting a program that imports it all again."""
+    if child := os.fork():
+        return child
+    try:
+        kept = sorted([2, *descriptors, os.sysconf("SC_OPEN_MAX")])
+        for one, following in zip(kept, kept[1:], strict=False):
+            os.closerange(one + 1, following)
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: PTH123, SIM115
+        forkserver.main(*descriptors, [])
+    finally:
+        os._exit(0)
+
+
+def run(
+    function: Callable[..., object],
+    *args: Any,
+    cwd: Path | None = None,
+    path: tuple[Path, ...] = (),
+    env: Mapping[str, str] | None = None,
+) -> CompletedProcess[str]:
+    """What a process that calls the function leaves; the status is what it returns, 0 for None.
+
+    path, env: what it finds ahead in sys.path and in the environment.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        files = processes.reducer.DupFd(out.fileno()), processes.reducer.DupFd(err.fileno())
+        process = processes.Process(
+            target=_called, args=(files, cwd, [*map(str, path)], dict(env or {}), function, args)
+        )
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{function} did not end")
+        for file in (out, err):
+            file.seek(0)
+        return CompletedProcess(args, process.exitcode or 0, out.read(), err.read())
+
+
+def _called(
+    files: Any,
+    cwd: Path | None,
+    path: list[str],
+    env: dict[str, str],
+    function: Callable[..., Any],
+    args: Any,
+) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(file.detach(), number)
+    os.chdir(cwd or ".")
+    os.environ |= env
+    sys.path[:0] = path
+    status = function(*args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def run_ranks(
@@ -38,7 +109,6 @@ def run_ranks(
 
     Raises what the first of them raises, and TimeoutError if they do not end in time.
     """
-    ensure_running()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

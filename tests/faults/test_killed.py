@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import ensure_running, processes
+from forked import processes
 from megatron.bridge.synthetic import make_model
 from slow_conversion import convert, convert_slowly
 
@@ -20,7 +20,6 @@ SETTINGS = {"num_shards": 3, "text.num_hidden_layers": 7, "text.vocab_size": 400
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as `hf` and `megatron`; `import` and `export` are what is to come out."""
-    ensure_running()
     folder = tmp_path_factory.mktemp("killed")
     make_model("qwen3-vl-moe", folder / "hf", SETTINGS, seed=21)
     convert("import", folder, folder / "megatron")
@@ -77,6 +76,6 @@ def kill(direction: str, folder: Path, out: Path, pieces: int) -> int:
         if journal is not None and journal.read_bytes().count(b"\n") > pieces:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-        time.sleep(0)
+        time.sleep(0.001)
     assert process.exitcode == -signal.SIGKILL
     return sum(recorded(partial))
