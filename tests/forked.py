@@ -51,7 +51,7 @@ def _fork(_program: Any, _args: Any, descriptors: list[int]) -> int:
         kept = sorted([2, *descriptors, os.sysconf("SC_OPEN_MAX")])
         for one, following in zip(kept, kept[1:], strict=False):
             os.closerange(one + 1, following)
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: PTH123, SIM115
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         forkserver.main(*descriptors, [])
     finally:
         os._exit(0)

@@ -20,12 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed  # noqa: F401  (once, before the processes are made)
+from megatron.bridge.target.manifest import PieceKey
+from megatron.bridge.target.partial import PartialFolder
 
 from megatron.bridge.errors import BridgeError, CheckpointError, SourceChanged
 from megatron.bridge.target import process_team, unfinished
 from megatron.bridge.target.job import Job
-from megatron.bridge.target.manifest import PieceKey
-from megatron.bridge.target.partial import PartialFolder
 from megatron.bridge.target.processes import Processes
 
 SIZES = {"a": 90, "b": 70, "c": 50, "sub/d": 64, "e": 3}

@@ -11,55 +11,58 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.target.job import Job
-from megatron.bridge.target.manifest import PieceKey
-from megatron.bridge.target.partial import PartialFolder
+from megatron.bridge.target.record import FileRecord
 
 SIZES = {"config.json": 11, "iter_1/a.bin": 70, "iter_1/b.bin": 64, "empty": 0}
-PIECES = [
-    PieceKey(name, offset, min(32, size - offset))
-    for name, size in SIZES.items()
-    for offset in range(0, size, 32)
-]
+FILES = [name for name, size in SIZES.items() if size]
 SOURCE = Fingerprint((SourceFile("a.safetensors", 120, 34, "ab"),))
 JOB = Job("import", {"experts": None}, {"source": SOURCE}, "00ff")
 
 
-def content(piece: PieceKey) -> bytes:
-    return bytes((7 * piece.offset + at + len(piece.file)) % 251 for at in range(piece.nbytes))
+def content(name: str) -> bytes:
+    return bytes((7 * at + len(name)) % 251 for at in range(SIZES[name]))
 
 
-def write(partial: PartialFolder, count: int | None = None) -> list[PieceKey]:
-    """Write the first `count` pieces that are missing; those that were written."""
-    todo = list(partial.unfinished(PIECES))[:count]
-    for piece in todo:
-        path = partial.path / piece.file
+def record(name: str) -> FileRecord:
+    """With pieces of 32 bytes."""
+    parts = [content(name)[at : at + 32] for at in range(0, SIZES[name], 32)]
+    return FileRecord(name, tuple((len(part), zlib.crc32(part)) for part in parts))
+
+
+def write(folder: ResumableFolder, count: int | None = None) -> list[str]:
+    """Write the first `count` files that are missing, and begin the next one; the first ones."""
+    todo = [name for name in FILES if name not in folder.finished]
+    for number, name in enumerate(todo):
+        path = folder.path / name
         path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-        os.ftruncate(descriptor, SIZES[piece.file])
-        os.pwrite(descriptor, content(piece), piece.offset)
-        os.close(descriptor)
-        partial.record(piece, zlib.crc32(content(piece)))
-    return todo
+        whole = content(name)
+        if number == count:
+            path.write_bytes(whole[:9] + bytes(len(whole) - 9))
+            break
+        path.write_bytes(whole)
+        folder.add(record(name))
+    return todo[:count]
 
 
 def run(
     target: Path,
-    work: Callable[[PartialFolder], object],
+    work: Callable[[ResumableFolder], object],
     job: Job = JOB,
     *,
     resume: bool = False,
     force: bool = False,
 ) -> int:
     """Do some work; bytes that were taken over."""
-    with PartialFolder(target, job, SIZES, resume=resume, force=force) as partial:
-        work(partial)
-    return partial.resumed_bytes
+    with ResumableFolder(target, job, SIZES, resume=resume, force=force) as folder:
+        work(folder)
+    return folder.resumed_bytes
 
 
-def complete(partial: PartialFolder) -> None:
-    write(partial)
-    partial.commit()
+def complete(folder: ResumableFolder) -> None:
+    write(folder)
+    folder.commit()
 
 
 def convert(target: Path, job: Job = JOB, *, resume: bool = False, force: bool = False) -> int:
@@ -70,28 +73,28 @@ def convert(target: Path, job: Job = JOB, *, resume: bool = False, force: bool =
 def fail(
     target: Path,
     error: BaseException,
-    count: int | None = 3,
+    count: int | None = 2,
     *,
     resume: bool = False,
     force: bool = False,
 ) -> None:
-    """A run that writes `count` pieces and raises."""
+    """A run that writes `count` files and raises."""
 
-    def work(partial: PartialFolder) -> None:
-        write(partial, count)
+    def work(folder: ResumableFolder) -> None:
+        write(folder, count)
         raise error
 
     with pytest.raises(type(error)):
         run(target, work, resume=resume, force=force)
 
 
-def killed(target: Path, count: int = 3) -> None:
-    """A run in a process of its own, killed after `count` pieces."""
+def killed(target: Path, count: int = 2) -> None:
+    """A run in a process of its own, killed after `count` files."""
     child = os.fork()
     if not child:
         try:
-            with PartialFolder(target, JOB, SIZES) as partial:
-                write(partial, count)
+            with ResumableFolder(target, JOB, SIZES) as folder:
+                write(folder, count)
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)

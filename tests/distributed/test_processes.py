@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.bridge.target.manifest import read_manifest
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.target.checksums import check_files
-from megatron.bridge.target.manifest import read_manifest
 from megatron.bridge.target.processes import Processes
 from shared_conversion import JOB, SIZES, convert, nothing
 

@@ -46,7 +46,7 @@ for step in range(1, 200):
     target = home / f"{step}" / "out"
     target.parent.mkdir()
     if begin == "resume":
-        t.killed(target, 3)
+        t.killed(target, 1)
     if begin == "force":
         t.convert(target)
     was_killed = killed_at(step, target)
@@ -74,7 +74,7 @@ def test_killed_at_every_step(tmp_path: Path, begin: str) -> None:
         check=True,
     )
     *steps, last = json.loads(done.stdout)
-    assert len(steps) > 20
+    assert len(steps) > 15
     assert not last[0]
     total = sum(SIZES.values())
     for number, (was_killed, left, again, same, after) in enumerate(steps, 1):

@@ -15,8 +15,7 @@ from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
-from megatron.bridge.target.journal import Recorded
-from megatron.bridge.target.manifest import MANIFEST_FILE, read_manifest
+from megatron.bridge.target.record import MANIFEST_FILE, read_manifest, read_records
 from model_folders import safetensors_bytes
 from unfinished_target import JOB, killed
 
@@ -85,19 +84,19 @@ def test_the_largest_honest_header_is_read() -> None:
     assert 250_000 * sum(map(entry.count, (b"[", b"{", b",", b":"))) < MAX_MARKS
 
 
-def test_a_journal_of_empty_lines(tmp_path: Path) -> None:
+def test_a_record_of_empty_lines(tmp_path: Path) -> None:
     """The line that is none ends it: those behind are never looked at."""
     killed(tmp_path / "out")
-    path = next((tmp_path / "out.partial/.megatron-bridge").glob("process-*.jsonl"))
-    known = Recorded.read(path)
+    path = tmp_path / "out.partial" / MANIFEST_FILE
+    known = read_records(path.parent)
     with path.open("ab") as file:
         file.write(b"\n" * (1 << 20))
-    found = Recorded.read(path)
-    assert known is not None
-    assert found == known
+    [found] = read_records(path.parent)
+    assert [found] == known
     assert found.job == JOB
+    assert len(found.files) == 2
     path.write_bytes(many(b"[]", 17) + b"\n")
-    assert Recorded.read(path) is None
+    assert read_records(path.parent) == []
 
 
 def test_a_number_with_too_many_digits(tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ os.fsync = lambda descriptor: None
 _LIBRARY = """
 import unfinished_target as t
 from megatron.bridge.target.interruption import done_means_done
-from megatron.bridge.target.partial import PartialFolder
+from megatron.bridge.target.folder import ResumableFolder
 t.convert(home / "out")
-signal_at_every_line(PartialFolder, "_complete", home, number, stride=11)
+signal_at_every_line(ResumableFolder, "_complete", home, number, stride=11)
 
 @done_means_done()
 def run():
-    with PartialFolder(home / "out", t.JOB, t.SIZES, force=True, keep_manifest=False) as partial:
+    with ResumableFolder(home / "out", t.JOB, t.SIZES, force=True, keep_manifest=False) as partial:
         t.complete(partial)
     return 0
 
@@ -39,7 +39,7 @@ import megatron.bridge.target.staging as staging
 with staging.staged_folder(home / "out") as folder:
     (folder / "config.json").write_text("old")
 
-signal_at_every_line(staging, "put_in_place", home, number, stride=3)
+signal_at_every_line(staging, "publish", home, number, stride=3)
 
 def run():
     with staging.staged_folder(home / "out", force=True) as folder:
@@ -50,9 +50,9 @@ ends(run)
 """
 
 _COMMAND = """
-from megatron.bridge.target.partial import PartialFolder
+from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.cli import main
-signal_at_every_line(PartialFolder, "_complete", home, number, stride=61)
+signal_at_every_line(ResumableFolder, "_complete", home, number, stride=61)
 sys.argv = ["megatron-bridge", *sys.argv[3:]]
 ends(main)
 """
@@ -80,8 +80,8 @@ def home(tmp_path: Path) -> Path:
 def test_a_target_that_replaces_another(home: Path, number: int) -> None:
     *steps, (status, last, expected, _) = outcomes(_LIBRARY, home, number)
     assert (status, last) == (0, ["out"])
-    assert ".megatron-bridge.json" not in expected
-    old = {**expected, ".megatron-bridge.json": steps[0][2][".megatron-bridge.json"]}
+    assert ".megatron-bridge.jsonl" not in expected
+    old = {**expected, ".megatron-bridge.jsonl": steps[0][2][".megatron-bridge.jsonl"]}
     done = [step for step in steps if step[2] == expected]
     not_done = [step for step in steps if step[2] != expected]
     assert len(done) >= 8
@@ -123,7 +123,7 @@ def test_a_command(
         args = ["export", small_checkpoint, home / "out", "--hf", small_model, "--json"]
     *steps, (status, last, expected, _) = outcomes(_COMMAND, home, number, *args)
     assert (status, last) == (0, ["out"])
-    assert (".megatron-bridge.json" in expected) == (command == "import")
+    assert (".megatron-bridge.jsonl" in expected) == (command == "import")
     done = [step for step in steps if step[0] == 0]
     not_done = [step for step in steps if step[0] != 0]
     assert len(done) > 5

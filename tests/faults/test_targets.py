@@ -153,10 +153,8 @@ def test_one_that_cannot_be_removed_is_named(here: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied", str(path / "iter_1"))
 
     monkeypatch.setattr(targets.shutil, "rmtree", refuse)
-    # remove_journals needs it too, and is another module's.
-    monkeypatch.setattr("megatron.bridge.target.unfinished.shutil", __import__("shutil"))
     with pytest.raises(CheckpointError, match=r"out is complete; .* remove .*replaced-\w{8} you"):
-        targets.put_in_place(_folder(here / "new"), here / "out", force=True)
+        targets.publish(_folder(here / "new"), here / "out", force=True)
     assert sorted(path.name for path in (here / "out").iterdir()) == ["config.json"]
 
 

@@ -269,7 +269,7 @@ def test_force_replaces_an_older_result(
     assert document["megatron"]["keys"] == 44
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        ".megatron-bridge.json",
+        ".megatron-bridge.jsonl",
         "iter_0000000",
         "latest_checkpointed_iteration.txt",
     ]

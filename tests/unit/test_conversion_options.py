@@ -15,7 +15,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.cli.commands.convert import export_command, import_command
 from megatron.bridge.errors import InputError, MismatchError, TargetExists
 from megatron.bridge.operations.options import ConversionOptions, ExportKeywords, ImportKeywords
-from megatron.bridge.target import written
+from megatron.bridge.target.run import Run
 from unfinished_target import names, tree
 
 
@@ -45,10 +45,10 @@ def test_sizes_as_they_are_typed(small_model: Path, tmp_path: Path) -> None:
 def test_verify_looks_at_what_was_written(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def differs(_: object) -> None:
+    def differs(*_: object) -> None:
         raise MismatchError("it differs")
 
-    monkeypatch.setattr(written, "check_written", differs)
+    monkeypatch.setattr(Run, "_compare", differs)
     AutoBridge.import_ckpt(small_model, tmp_path / "megatron")
     bridge = AutoBridge.from_hf_pretrained(small_model)
     with pytest.raises(MismatchError):
@@ -58,7 +58,7 @@ def test_verify_looks_at_what_was_written(
     assert names(tmp_path) == ["megatron"]
     monkeypatch.undo()
     bridge.export_ckpt(tmp_path / "megatron", tmp_path / "out", verify=True, keep_manifest=True)
-    assert (tmp_path / "out" / ".megatron-bridge.json").exists()
+    assert (tmp_path / "out" / ".megatron-bridge.jsonl").exists()
 
 
 def test_the_advice_of_an_error_can_be_followed(

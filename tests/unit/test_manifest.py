@@ -1,4 +1,4 @@
-"""Manifest, journal and checksums: what is recorded comes back; damage and lies are found."""
+"""Records, manifests and checksums: what is recorded comes back; damage and lies are found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +20,14 @@ from megatron.bridge.errors import CheckpointError
 from megatron.bridge.target.checksums import check_files
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.target.job import Job, layout_digest
-from megatron.bridge.target.journal import Journal, Recorded, boot_id, write_journal
-from megatron.bridge.target.manifest import (
+from megatron.bridge.target.record import (
     MANIFEST_FILE,
-    Manifest,
-    PieceKey,
+    FileRecord,
+    Record,
+    RecordWriter,
     read_manifest,
+    read_records,
+    write_new_record,
 )
 
 SOURCE = Fingerprint((SourceFile("config.json", 12, 34, "ab"), SourceFile("b.distcp", 5, 6, None)))
@@ -35,16 +36,12 @@ CONTENT = {"a.bin": bytes(range(100)), "sub/b.bin": b"b" * 37, "empty": b""}
 CUTS = {"a.bin": (0, 32, 64, 100), "sub/b.bin": (0, 37), "empty": (0,)}
 
 
-def finished(content: Mapping[str, bytes] = CONTENT) -> dict[PieceKey, int]:
-    return {
-        PieceKey(name, begin, end - begin): zlib.crc32(content[name][begin:end])
-        for name, cuts in CUTS.items()
-        for begin, end in pairwise(cuts)
-    }
+def record(name: str) -> FileRecord:
+    parts = [CONTENT[name][begin:end] for begin, end in pairwise(CUTS[name])]
+    return FileRecord(name, tuple((len(part), zlib.crc32(part)) for part in parts))
 
 
-SIZES = {name: len(content) for name, content in CONTENT.items()}
-MANIFEST = Manifest.of(JOB, SIZES, finished())
+MANIFEST = Record(JOB, tuple(map(record, sorted(CONTENT))), complete=True)
 
 
 @pytest.fixture
@@ -52,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
     for name, content in CONTENT.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    (tmp_path / MANIFEST_FILE).write_text(MANIFEST.to_text())
+    (tmp_path / MANIFEST_FILE).write_bytes(MANIFEST.to_bytes())
     return tmp_path
 
 
@@ -61,55 +58,53 @@ def folder(tmp_path: Path) -> Path:
 
 def test_it_comes_back(folder: Path) -> None:
     assert read_manifest(folder) == MANIFEST
-    assert dict(MANIFEST.pieces()) == finished()
     assert MANIFEST.nbytes == 137
+    assert [file.nbytes for file in MANIFEST.files] == [100, 0, 37]
 
 
-def test_it_does_not_depend_on_the_order_of_work() -> None:
-    again = Manifest.of(JOB, dict(reversed(SIZES.items())), dict(reversed(finished().items())))
-    assert again.to_text() == MANIFEST.to_text()
+def test_it_does_not_depend_on_the_order_of_work(folder: Path) -> None:
+    files = list(reversed(MANIFEST.files))
+    new = write_new_record(folder / "again.jsonl", JOB, files, complete=True)
+    assert new.read_bytes() == MANIFEST.to_bytes()
 
 
 def test_no_manifest(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
 
 
-def test_pieces_that_do_not_tile_are_no_manifest() -> None:
-    for key in finished():
-        rest = {other: crc for other, crc in finished().items() if other != key}
-        with pytest.raises(CheckpointError, match=f"not complete: {key.file}"):
-            Manifest.of(JOB, SIZES, rest)
-    overlapping = finished() | {PieceKey("a.bin", 31, 1): 0}
-    with pytest.raises(CheckpointError, match=r"a\.bin: bytes from 31 on are twice there"):
-        Manifest.of(JOB, SIZES, overlapping)
+def document() -> list[Any]:
+    """The manifest's lines: the job, "a.bin", "empty", "sub/b.bin"."""
+    return [json.loads(line) for line in MANIFEST.to_bytes().splitlines()]
 
 
-def document() -> dict[str, Any]:
-    return json.loads(MANIFEST.to_text())
+def text_of(lines: list[Any]) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 LIES: dict[str, tuple[list[Any], Any]] = {
-    "a file outside": (["files", 0, "name"], "../a.bin"),
-    "an absolute name": (["files", 0, "name"], "/a.bin"),
-    "the manifest itself": (["files", 0, "name"], MANIFEST_FILE),
-    "a name that is no text": (["files", 0, "name"], 7),
-    "a file twice": (["files", 0, "name"], "empty"),
-    "a negative size": (["files", 0, "nbytes"], -100),
-    "a wrong size": (["files", 0, "nbytes"], 101),
-    "a size that is no number": (["files", 0, "nbytes"], 100.0),
-    "a huge size": (["files", 0, "nbytes"], 1 << 63),
-    "a gap": (["files", 0, "pieces", 1], [33, 31, 5]),
-    "an overlap": (["files", 0, "pieces", 1], [31, 33, 5]),
-    "an empty piece": (["files", 1, "pieces"], [[0, 0, 0]]),
-    "a piece of a negative length": (["files", 0, "pieces", 1], [32, -1, 5]),
-    "a truth value for a number": (["files", 0, "pieces", 0], [False, 32, 5]),
-    "a checksum of 33 bits": (["files", 0, "pieces", 0], [0, 32, 1 << 32]),
-    "pieces that are an object": (["files", 0, "pieces"], {}),
-    "another format": (["job", "format"], 2),
-    "an unknown key": (["job", "more"], 1),
-    "no sources": (["job", "sources"], None),
-    "a source that is no fingerprint": (["job", "sources", "source"], {"files": [1]}),
-    "no job": (["job"], []),
+    "a file outside": ([1, "name"], "../a.bin"),
+    "an absolute name": ([1, "name"], "/a.bin"),
+    "the manifest itself": ([1, "name"], MANIFEST_FILE),
+    "a name that is no text": ([1, "name"], 7),
+    "a file twice": ([1, "name"], "empty"),
+    "files that are not in order": ([1, "name"], "z"),
+    "a negative size": ([1, "nbytes"], -100),
+    "a wrong size": ([1, "nbytes"], 101),
+    "a size that is no number": ([1, "nbytes"], 100.0),
+    "a huge size": ([1, "nbytes"], 1 << 63),
+    "a piece that is too short": ([1, "pieces", 1], [31, 5]),
+    "an empty piece": ([2, "pieces"], [[0, 0]]),
+    "a piece of a negative length": ([1, "pieces", 1], [-1, 5]),
+    "a truth value for a number": ([1, "pieces", 0], [True, 5]),
+    "a checksum of 33 bits": ([1, "pieces", 0], [32, 1 << 32]),
+    "a piece without a checksum": ([1, "pieces", 0], [32]),
+    "pieces that are an object": ([1, "pieces"], {}),
+    "an unfinished target": ([0, "complete"], False),
+    "another format": ([0, "job", "format"], 1),
+    "an unknown key": ([0, "job", "more"], 1),
+    "no sources": ([0, "job", "sources"], None),
+    "a source that is no fingerprint": ([0, "job", "sources", "source"], {"files": [1]}),
+    "no job": ([0, "job"], []),
 }
 
 
@@ -121,7 +116,7 @@ def test_lies_are_refused(folder: Path, path: list[Any], value: Any) -> None:
     for step in outer:
         place = place[step]
     place[last] = value
-    (folder / MANIFEST_FILE).write_text(json.dumps(changed))
+    (folder / MANIFEST_FILE).write_bytes(text_of(changed))
     with pytest.raises(CheckpointError, match="not a manifest"):
         read_manifest(folder)
 
@@ -136,12 +131,12 @@ JSON = st.recursive(
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_garbage_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        Manifest.from_text(text)
+        Record.from_bytes(text + b"\n")
 
 
 @given(st.data())
 def test_one_wrong_value_is_refused_or_a_manifest(data: st.DataObject) -> None:
-    """Whatever is put in some place: a ValueError, or a manifest whose pieces tile its files."""
+    """Whatever is put in some place: a ValueError, or a manifest of files with pieces."""
     place: Any = document()
     changed = place
     while True:
@@ -154,11 +149,11 @@ def test_one_wrong_value_is_refused_or_a_manifest(data: st.DataObject) -> None:
         place = place[step]
     place[step] = data.draw(JSON)
     try:
-        manifest = Manifest.from_text(json.dumps(changed).encode())
+        manifest = Record.from_bytes(text_of(changed))
     except ValueError:
         return
     for file in manifest.files:
-        assert sum(piece.nbytes for piece in file.pieces) == file.nbytes
+        assert all(nbytes > 0 for nbytes, _ in file.pieces)
 
 
 def test_a_manifest_is_bounded_and_a_file(folder: Path) -> None:
@@ -206,8 +201,7 @@ def test_missing_and_short_files_are_found(folder: Path) -> None:
 def test_pieces_longer_than_a_block(tmp_path: Path) -> None:
     content = bytes(range(251)) * 20_011  # 5 MB: several blocks and a rest
     (tmp_path / "long").write_bytes(content)
-    key = PieceKey("long", 0, len(content))
-    manifest = Manifest.of(JOB, {"long": len(content)}, {key: zlib.crc32(content)})
+    manifest = Record(JOB, (FileRecord("long", ((len(content), zlib.crc32(content)),)),), True)
     assert check_files(tmp_path, manifest) == []
     (tmp_path / "long").write_bytes(content[:-1] + b"\0")
     assert [fault.file for fault in check_files(tmp_path, manifest)] == ["long"]
@@ -228,81 +222,81 @@ def test_progress_counts_every_byte(folder: Path) -> None:
     assert sum(told[1:]) == 137
 
 
-# --- the journal ---
+# --- the record of an unfinished target ---
 
 
-def write_all(journal: Journal) -> None:
-    for key, crc in finished().items():
-        journal.record(key, crc)
-    journal.close()
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A record of all files, in the order of their work."""
+    path = tmp_path / MANIFEST_FILE
+    write_new_record(path, JOB, (), complete=False).replace(path)
+    writer = RecordWriter(path)
+    for name in CONTENT:
+        writer.add(record(name))
+    writer.close()
+    with pytest.raises(OSError, match="closed"):
+        writer.add(record("empty"))
+    return path
 
 
-def test_a_journal_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    write_all(Journal(path, JOB))
-    assert Recorded.read(path) == Recorded(JOB, boot_id(), finished())
-    with pytest.raises(FileExistsError):
-        Journal(path, JOB)
-    write_journal(tmp_path / "again.jsonl", JOB, finished())
-    assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
+def test_a_record_comes_back(path: Path) -> None:
+    assert read_records(path.parent) == [Record(JOB, tuple(map(record, CONTENT)))]
 
 
-def test_a_journal_cut_anywhere_loses_at_most_the_torn_line(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    write_all(Journal(path, JOB))
+def test_a_record_cut_anywhere_loses_at_most_the_torn_line(path: Path) -> None:
     whole = path.read_bytes()
-    pieces = list(finished().items())
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         lines = whole[:cut].count(b"\n")
-        known = Recorded.read(path)
-        if lines == 0:
-            assert known is None
-        else:
-            assert known is not None
-            assert known.pieces == dict(pieces[: lines - 1])
+        known = [Record(JOB, tuple(map(record, CONTENT))[: lines - 1])] if lines else []
+        assert read_records(path.parent) == known
 
 
 @pytest.mark.parametrize(
     "line",
     [
         b"\0" * 40,
-        b'{"file":"a.bin","offset":64,"nbytes":36}',
-        b'{"file":"../a","offset":64,"nbytes":36,"crc32":1}',
-        b'{"file":"a.bin","offset":-1,"nbytes":36,"crc32":1}',
-        b'{"file":"a.bin","offset":64,"nbytes":36,"crc32":4294967296}',
+        b'{"name":"a.bin","nbytes":1}',
+        b'{"name":"../a","nbytes":1,"pieces":[[1,1]]}',
+        b'{"name":"a.bin","nbytes":-1,"pieces":[[-1,1]]}',
+        b'{"name":"a.bin","nbytes":1,"pieces":[[1,4294967296]]}',
     ],
-    ids=["zeros", "no checksum", "a file outside", "a negative offset", "a checksum of 33 bits"],
+    ids=["zeros", "no checksum", "a file outside", "a negative size", "a checksum of 33 bits"],
 )
-def test_nothing_behind_a_damaged_line_is_believed(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "journal.jsonl"
-    write_all(Journal(path, JOB))
+def test_nothing_behind_a_damaged_line_is_believed(path: Path, line: bytes) -> None:
     lines = path.read_bytes().splitlines()
     lines[2] = line
     path.write_bytes(b"\n".join(lines) + b"\n")
-    known = Recorded.read(path)
-    assert known is not None
-    assert known.pieces == dict(list(finished().items())[:1])
+    assert read_records(path.parent) == [Record(JOB, (record("a.bin"),))]
 
 
-def test_threads_do_not_tear_each_others_lines(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.jsonl", JOB)
+def test_a_full_disk_tears_at_most_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, before = os.write, read_records(path.parent)
+    writer = RecordWriter(path)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    with pytest.raises(OSError, match="No space left"):
+        writer.add(record("a.bin"))
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="closed"):
+        writer.add(record("a.bin"))
+    assert read_records(path.parent) == before
+
+
+def test_threads_do_not_tear_each_others_lines(path: Path) -> None:
+    writer = RecordWriter(path)
 
     def write(thread: int) -> None:
         for number in range(200):
-            journal.record(PieceKey(f"file-{thread}", number, 1), number)
+            writer.add(FileRecord(f"file-{thread}-{number}", ((1, number),)))
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    known = Recorded.read(journal.path)
-    assert known is not None
-    assert len(known.pieces) == 800
-    journal.close()
-    with pytest.raises(OSError, match="closed"):
-        journal.record(PieceKey("late", 0, 1), 0)
+    writer.close()
+    [known] = read_records(path.parent)
+    assert len(known.files) == 803
 
 
 # --- the job ---

@@ -18,21 +18,21 @@ from megatron.bridge.errors import (
     SourceChanged,
     TargetExists,
 )
-from megatron.bridge.target import journal, unfinished
 from megatron.bridge.target.checksums import check_files
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
+from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.target.job import Job
-from megatron.bridge.target.manifest import MANIFEST_FILE, read_manifest
-from megatron.bridge.target.partial import PartialFolder
+from megatron.bridge.target.record import MANIFEST_FILE, read_manifest
 from megatron.bridge.target.targets import check_target, partial_of
 from unfinished_target import (
+    FILES,
     JOB,
-    PIECES,
     SIZES,
     convert,
     fail,
     killed,
     names,
+    record,
     run,
     tree,
     write,
@@ -45,11 +45,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     target = tmp_path_factory.mktemp("expected") / "out"
     convert(target)
     return tree(target)
-
-
-@pytest.fixture(autouse=True)
-def everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "WORTH_KEEPING", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +64,10 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
-    with PartialFolder(target, JOB, SIZES) as partial:
+    with ResumableFolder(target, JOB, SIZES) as partial:
         assert partial.path == tmp_path / "new" / "out.partial"
-        assert (partial.finished, partial.resumed_bytes) == ({}, 0)
-        assert write(partial) == PIECES
+        assert (set(partial.finished), partial.resumed_bytes) == (set(), 0)
+        assert write(partial) == FILES
         assert names(target.parent) == ["out.partial"]
         partial.commit()
     assert names(target.parent) == ["out"]
@@ -80,18 +75,19 @@ def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:
     manifest = read_manifest(target)
     assert manifest is not None
     assert manifest.job == JOB
-    assert [key for key, _ in manifest.pieces()] == sorted(PIECES)
+    assert list(manifest.files) == [record(name) for name in sorted(SIZES)]
     assert check_files(target, manifest) == []
 
 
 def test_everything_is_on_the_disk_when_it_appears(tmp_path: Path, on_disk: list[str]) -> None:
     convert(tmp_path / "out")
     partial = tmp_path / "out.partial"
-    expected = {str(partial / name) for name in SIZES} | {str(partial), str(partial / "iter_1")}
+    # Files that are recorded are there already: `test_a_file_is_flushed_before_it_is_told`.
+    expected = {str(partial / "empty"), str(partial), str(partial / "iter_1")}
     assert expected <= set(on_disk)
-    assert on_disk[-1] == str(tmp_path)
-    manifest = on_disk.index(str(partial / ".megatron-bridge" / "manifest"))
-    assert str(partial) in on_disk[manifest:]
+    *_, manifest, folder, parent = on_disk
+    assert manifest == str(partial / ".megatron-bridge.new")
+    assert (folder, parent) == (str(partial), str(tmp_path))
 
 
 def test_force_replaces_a_model_at_the_end(tmp_path: Path) -> None:
@@ -100,7 +96,7 @@ def test_force_replaces_a_model_at_the_end(tmp_path: Path) -> None:
     (target / "config.json").write_text("old")
     with pytest.raises(TargetExists, match="exists already"):
         convert(target)
-    fail(target, OSError("disk"), 2, force=True)
+    fail(target, OSError("disk"), 1, force=True)
     assert (target / "config.json").read_text() == "old"
     convert(target, force=True)
     assert names(tmp_path) == ["out"]
@@ -132,7 +128,7 @@ def test_the_old_target_comes_back_if_the_renaming_fails(
 def test_a_target_that_appears_meanwhile(tmp_path: Path, expected: dict[str, bytes]) -> None:
     target = tmp_path / "out"
 
-    def work(partial: PartialFolder) -> None:
+    def work(partial: ResumableFolder) -> None:
         write(partial)
         target.mkdir()
         partial.commit()
@@ -156,10 +152,10 @@ def test_what_is_finished_is_kept_and_said(tmp_path: Path, error: BaseException)
     [note] = error.__notes__
     assert f"{tmp_path / 'out.partial'}; go on with --resume" in note
     assert names(tmp_path) == ["out.partial"]
-    assert convert(tmp_path / "out", resume=True) == sum(key.nbytes for key in PIECES[:3])
+    assert convert(tmp_path / "out", resume=True) == 11 + 70
 
 
-def test_nothing_finished_leaves_nothing(tmp_path: Path) -> None:
+def test_no_finished_file_leaves_nothing(tmp_path: Path) -> None:
     fail(tmp_path / "out", KeyboardInterrupt(), 0)
     assert names(tmp_path) == []
 
@@ -178,7 +174,7 @@ def test_a_check_before_the_end(tmp_path: Path) -> None:
         assert set(tree(tmp_path / "out.partial")) > set(SIZES) - {"empty"}
         raise SourceChanged("changed")
 
-    def work(partial: PartialFolder) -> None:
+    def work(partial: ResumableFolder) -> None:
         write(partial)
         partial.commit(check)
 
@@ -187,16 +183,16 @@ def test_a_check_before_the_end(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("fault", ["a piece missing", "a file cut", "a file too many"])
+@pytest.mark.parametrize("fault", ["a file missing", "a file cut", "a file too many"])
 def test_what_is_not_complete_is_not_committed(tmp_path: Path, fault: str) -> None:
     messages = {
-        "a piece missing": "not complete: iter_1/b",
+        "a file missing": r"iter_1/b\.bin: it was not written to its end",
         "a file cut": "should have 11 bytes and has 3",
         "a file too many": "note.txt: this is no file of the target",
     }
 
-    def work(partial: PartialFolder) -> None:
-        write(partial, -1 if fault == "a piece missing" else None)
+    def work(partial: ResumableFolder) -> None:
+        write(partial, 2 if fault == "a file missing" else None)
         if fault == "a file cut":
             os.truncate(partial.path / "config.json", 3)
         if fault == "a file too many":
@@ -211,16 +207,25 @@ def test_what_is_not_complete_is_not_committed(tmp_path: Path, fault: str) -> No
 # --- resuming ---
 
 
-@pytest.mark.parametrize("count", [1, 3, len(PIECES)])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_killed_run_is_resumed(tmp_path: Path, expected: dict[str, bytes], count: int) -> None:
     target = tmp_path / "out"
     killed(target, count)
     assert names(tmp_path) == ["out.partial"]
-    with PartialFolder(target, JOB, SIZES, resume=True) as partial:
-        assert list(partial.finished) == PIECES[:count]
-        assert write(partial, 1) == PIECES[count : count + 1]
-    assert convert(target, resume=True) == sum(key.nbytes for key in PIECES[: count + 1])
+    with ResumableFolder(target, JOB, SIZES, resume=True) as partial:
+        assert set(partial.finished) == set(FILES[:count])
+        assert write(partial, 1) == FILES[count : count + 1]
+    assert convert(target, resume=True) == sum(SIZES[name] for name in FILES[: count + 1])
     assert tree(target) == expected
+
+
+def test_nothing_was_finished_when_it_was_killed(
+    tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    killed(tmp_path / "out", 0)
+    assert names(tmp_path) == ["out.partial"]
+    assert convert(tmp_path / "out", resume=True) == 0
+    assert tree(tmp_path / "out") == expected
 
 
 def test_resume_without_anything_to_resume(tmp_path: Path, expected: dict[str, bytes]) -> None:
@@ -265,52 +270,36 @@ def test_another_job_is_refused(tmp_path: Path, job: Job, difference: str) -> No
     assert convert(target, resume=True) > 0
 
 
-def test_a_torn_line_is_a_piece_to_be_done(tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_a_torn_line_is_a_file_to_be_done(tmp_path: Path, expected: dict[str, bytes]) -> None:
     target = tmp_path / "out"
     killed(target)
-    path = tmp_path / "out.partial/.megatron-bridge/process-00000.jsonl"
+    path = tmp_path / "out.partial" / MANIFEST_FILE
     os.truncate(path, path.stat().st_size - 4)
-    assert convert(target, resume=True) == sum(key.nbytes for key in PIECES[:2])
+    assert convert(target, resume=True) == 11
     assert tree(target) == expected
 
 
 def test_a_file_that_was_cut_is_done_again(tmp_path: Path, expected: dict[str, bytes]) -> None:
     target = tmp_path / "out"
-    killed(target, 4)  # config.json, and a.bin of three pieces
+    killed(target, 3)
     os.truncate(tmp_path / "out.partial/iter_1/a.bin", 63)
-    assert convert(target, resume=True) == 11 + 32
+    assert convert(target, resume=True) == 11 + 64
     assert tree(target) == expected
 
 
-@pytest.mark.parametrize("boot", ["another", None])
-def test_after_a_restart_pieces_are_read_back(
-    tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, boot: str | None
-) -> None:
-    """As after a power cut: the journal got to the disk, a page of a file did not."""
-    target = tmp_path / "out"
-    killed(target, 5)
-    path = tmp_path / "out.partial/iter_1/a.bin"
-    damaged = bytearray(path.read_bytes())
-    damaged[40] ^= 1
-    path.write_bytes(damaged)
-    name = tmp_path / "boot_id"
-    if boot:
-        name.write_text(boot)
-    monkeypatch.setattr(journal, "_BOOT_ID", name)
-    with PartialFolder(target, JOB, SIZES, resume=True) as partial:
-        assert list(partial.finished) == [*PIECES[:2], *PIECES[3:5]]
-    assert convert(target, resume=True) == 11 + 32 + 6 + 32
-    assert tree(target) == expected
-
-
-def test_a_journal_without_a_first_line_is_refused(tmp_path: Path) -> None:
+def test_a_record_without_a_first_line_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "out"
     killed(target)
-    for path in (tmp_path / "out.partial/.megatron-bridge").glob("*.jsonl"):
-        path.write_bytes(b"\0" * 50)
+    (tmp_path / "out.partial" / MANIFEST_FILE).write_bytes(b"\0" * 50)
     with pytest.raises(CheckpointError, match="cannot be read; start again with --force"):
         convert(target, resume=True)
     convert(target, force=True)
+
+
+def test_what_is_not_complete_has_no_manifest(tmp_path: Path) -> None:
+    killed(tmp_path / "out", 3)
+    with pytest.raises(CheckpointError, match="the target is not complete"):
+        read_manifest(tmp_path / "out.partial")
 
 
 # --- one run at a time; nothing of others is touched ---
@@ -323,8 +312,8 @@ def another_run(target: Path, *, resume: bool = False) -> Iterator[None]:
     child = os.fork()
     if not child:
         try:
-            with PartialFolder(target, JOB, SIZES, resume=resume) as partial:
-                write(partial, 2)
+            with ResumableFolder(target, JOB, SIZES, resume=resume) as partial:
+                write(partial, 1)
                 os.write(child_ready, b"!")
                 signal.pause()
         finally:
@@ -392,7 +381,7 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
         pytest.raises(
             InputError, match=r"1,000,000,000,000,000,005 bytes are to be written, [\d,]+"
         ),
-        PartialFolder(tmp_path / "out", JOB, sizes),
+        ResumableFolder(tmp_path / "out", JOB, sizes),
     ):
         pass
     assert names(tmp_path) == []

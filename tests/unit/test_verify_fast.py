@@ -16,7 +16,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.operations.verification.fast import verify_fast
 from megatron.bridge.operations.verification.report import FastReport
-from megatron.bridge.target.manifest import MANIFEST_FILE
+from megatron.bridge.target.record import MANIFEST_FILE
 from megatron.bridge.target.run import Run
 
 MEMORY = 5 << 20
@@ -207,9 +207,10 @@ def test_without_a_manifest_there_is_nothing_to_compare_with(made: Path, copied:
 
 def test_a_manifest_of_another_kind_is_refused(copied: Path) -> None:
     path = copied / "imported" / MANIFEST_FILE
-    manifest = json.loads(path.read_text())
+    head, *files = path.read_text().splitlines()
+    manifest = json.loads(head)
     manifest["job"]["command"] = "quantize"
-    path.write_text(json.dumps(manifest))
+    path.write_text("\n".join([json.dumps(manifest), *files, ""]))
     with pytest.raises(CheckpointError, match="'quantize'"):
         verify_fast(copied / "imported")
     path.write_text("{}")

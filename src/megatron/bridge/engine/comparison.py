@@ -10,7 +10,7 @@ import torch
 from megatron.bridge.engine.difference import Difference, difference
 from megatron.bridge.engine.pieces import FillTensor, TensorData, as_tensor, tensor_blocks
 from megatron.bridge.engine.stream import Budget
-from megatron.bridge.engine.worker_threads import share_out
+from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.progress import Progress
 from megatron.bridge.tensors.boxes import box_shape
 from megatron.bridge.tensors.spec import TensorSpec
@@ -47,7 +47,7 @@ def compare_tensors(
                 progress.advance(block.nbytes)
 
     blocks = tensor_blocks(specs, budget.piece_bytes, rows_multiple or {})
-    share_out(blocks, work, budget.threads)
+    run_in_threads(blocks, work, budget.threads)
     return found
 
 

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from isal.isal_zlib import crc32
+
 from megatron.bridge.engine.pieces import Piece
 from megatron.bridge.errors import CheckpointError
 
@@ -29,6 +31,10 @@ _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 _LEAST_DIRECT = 64 << 10
 """Bytes below which a disk is waited for longer than the cache takes."""
+
+
+type Checksums = tuple[tuple[int, int], ...]
+"""(bytes, CRC-32) of the pieces of a file, in order."""
 
 
 class PieceBuffer:
@@ -57,6 +63,7 @@ class _OpenFile:
     """One output file, of its full length, until its last piece is written.
 
     cached, direct: descriptors; `direct` is None where the file system has no direct writes.
+    written: (offset, bytes, CRC-32) of the pieces so far.
     lock: one thread at a time writes through the cache. The kernel lets no two, and those that wait
     there burn time.
     """
@@ -64,6 +71,7 @@ class _OpenFile:
     def __init__(self, path: Path, nbytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
+        self.written: list[tuple[int, int, int]] = []
         self.cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.direct: int | None = None
         try:
@@ -88,15 +96,20 @@ class PieceWriter:
     def __init__(self, folder: Path, sizes: Mapping[str, int], pieces: Iterable[Piece]) -> None:
         self._folder = folder
         self._sizes = sizes
-        self._left = Counter(piece.file for piece in pieces)
+        self._pieces = Counter(piece.file for piece in pieces)
         self._files: dict[str, _OpenFile] = {}
         self._lock = threading.Lock()
 
-    def write(self, piece: Piece, data: memoryview) -> None:
+    def write(self, piece: Piece, data: memoryview) -> Checksums | None:
         """Write a piece, whose bytes lie in a PieceBuffer, to its place.
 
-        A process that is killed then loses nothing of it; the disk may have it later. With its last
-        piece, a file is flushed to the disk. Raises CheckpointError if that cannot be done.
+        With its last piece, a file is flushed to the disk.
+
+        Returns:
+            After the last piece of a file, all its checksums.
+
+        Raises:
+            CheckpointError: the file cannot be written.
         """
         path = self._folder / piece.file
         try:
@@ -110,12 +123,14 @@ class PieceWriter:
             with file.lock:
                 _write_all(file.cached, data[:begin], piece.offset)
                 _write_all(file.cached, data[end:], piece.offset + end)
-            if self._is_last(piece.file):
-                # With this descriptor: another one may not be told of a write that failed.
-                os.fsync(file.cached)
-                self._files.pop(piece.file).close()
+            if not self._is_last(file, piece, crc32(data)):
+                return None
+            # With this descriptor: another one may not be told of a write that failed.
+            os.fsync(file.cached)
+            self._files.pop(piece.file).close()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        return tuple((nbytes, crc) for _, nbytes, crc in sorted(file.written) if nbytes)
 
     def _open(self, name: str, path: Path) -> _OpenFile:
         with self._lock:
@@ -123,11 +138,11 @@ class PieceWriter:
                 self._files[name] = _OpenFile(path, self._sizes[name])
             return self._files[name]
 
-    def _is_last(self, name: str) -> bool:
-        """Count a written piece of a file; whether all of them are."""
+    def _is_last(self, file: _OpenFile, piece: Piece, crc: int) -> bool:
+        """Note a written piece of a file; whether all of them are."""
         with self._lock:
-            self._left[name] -= 1
-            return not self._left[name]
+            file.written.append((piece.offset, piece.nbytes, crc))
+            return len(file.written) == self._pieces[piece.file]
 
     def __enter__(self) -> Self:
         return self

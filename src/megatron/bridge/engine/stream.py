@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from isal.isal_zlib import crc32
-
-from megatron.bridge.engine.piece_writer import PieceBuffer, PieceWriter
+from megatron.bridge.engine.piece_writer import Checksums, PieceBuffer, PieceWriter
 from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, Piece, pieces_of
-from megatron.bridge.engine.worker_threads import share_out
+from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.slice_reader import SCRATCH_BYTES
 from megatron.bridge.progress import Progress, Silent
@@ -66,42 +64,55 @@ def write_pieces(
     fill: FillTensor,
     budget: Budget,
     *,
-    record: Callable[[Piece, int], None],
+    on_file: Callable[[str, Checksums], None],
     progress: Progress,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write `pieces`, some or all of those of `files`, into files of their full length.
+    """Write `pieces`, which tile some or all of `files`.
 
-    folder: exists; files below it are made where they are missing. fill: called by several
-    threads. record: told of each piece that is written, with its CRC-32; by several threads.
-    A file is flushed to the disk when the last of its `pieces` is written. Raises CheckpointError
-    if a file cannot be written, and whatever `fill` raises; KeyboardInterrupt ends all threads.
+    Args:
+        folder: exists; files below it are made where they are missing.
+        files: those that the pieces belong to, perhaps more.
+        pieces: of each file all or none.
+        fill: makes the tensors; called by several threads.
+        budget: threads, and the length of their buffers.
+        on_file: told of each file that is complete and on the disk; by several threads.
+        progress: told of the bytes of tensors.
+        check: called before each piece; what it raises ends all threads.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+        BaseException: whatever `fill`, `on_file` and `check` raise, and KeyboardInterrupt; all
+            threads have ended then.
     """
     pieces = list(pieces)
     writer = PieceWriter(folder, {file.name: file.nbytes for file in files}, pieces)
     lock = threading.Lock()
 
-    def work(mine: Iterator[Piece]) -> None:
+    def work(own: Iterator[Piece]) -> None:
         import torch
 
         torch.set_num_threads(1)  # of this thread: the pieces are what runs in parallel
         buffer = PieceBuffer(budget.piece_bytes)
-        for piece in mine:
+        for piece in own:
+            check()
             out = buffer.room_for(piece)
             piece.write_to(out, fill)
-            writer.write(piece, out)
-            record(piece, crc32(out))
+            checksums = writer.write(piece, out)
+            if checksums is not None:
+                on_file(piece.file, checksums)
             with lock:
                 progress.advance(piece.tensor_bytes)
 
     with writer:
-        share_out(pieces, work, budget.threads)
+        run_in_threads(pieces, work, budget.threads)
 
 
 def write_files(folder: Path, files: Sequence[OutputFile], fill: FillTensor) -> None:
     """Write all of some files into an existing folder, with the default budget and no record."""
     budget = Budget.of()
     pieces = (piece for file in files for piece in pieces_of(file, budget.piece_bytes))
-    write_pieces(folder, files, pieces, fill, budget, record=lambda *_: None, progress=Silent())
+    write_pieces(folder, files, pieces, fill, budget, on_file=lambda *_: None, progress=Silent())
     for file in files:
         if not file.parts:
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Several threads that share out one row of items, and end together."""
+"""A parallel for-each: several threads take items from one iterator, and end together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 
-def share_out[Item](
+def run_in_threads[Item](
     items: Iterable[Item], work: Callable[[Iterator[Item]], None], threads: int
 ) -> None:
     """Call `work` in so many threads; each iterates over items that no other thread gets.

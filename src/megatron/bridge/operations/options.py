@@ -100,7 +100,6 @@ class ConversionOptions:
         """
         from megatron.bridge.engine.stream import DEFAULT_MEMORY
         from megatron.bridge.target.run import Run
-        from megatron.bridge.target.written import check_written
 
         memory, largest = self.memory, self.max_shard_size
         budget = DEFAULT_MEMORY if memory is None else size_of(memory, "memory (--memory)")
@@ -114,7 +113,7 @@ class ConversionOptions:
                 max_shard_bytes=shard,
                 force=self.force,
                 resume=self.resume,
-                check=check_written if self.verify else None,
+                verify=self.verify,
                 keep_manifest=self.keep_manifest,
                 processes=processes,
                 progress=shown,

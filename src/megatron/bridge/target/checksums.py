@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from isal.isal_zlib import crc32
 
-from megatron.bridge.engine.worker_threads import share_out
+from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.progress import Progress, Silent
-from megatron.bridge.target.manifest import Manifest, PieceKey
+from megatron.bridge.target.record import Record
 
 WORKERS = 4
 _BLOCK_BYTES = 1 << 20
@@ -31,49 +31,43 @@ class Fault(NamedTuple):
 
 
 def check_files(
-    folder: Path, manifest: Manifest, progress: Progress | None = None, workers: int = WORKERS
+    folder: Path, manifest: Record, progress: Progress | None = None, workers: int = WORKERS
 ) -> list[Fault]:
-    """Read every file of a manifest; the differences, sorted by file and place.
+    """Read every file of a manifest and compare its pieces with their CRC-32.
 
-    Files that the manifest does not name are not looked at. Memory: 1 MiB for each worker.
+    Args:
+        folder: where the files lie; those that the manifest does not name are not looked at.
+        manifest: what they should be.
+        progress: is told of a task "checksums" of all bytes that are read.
+        workers: threads, each with 1 MiB of memory.
+
+    Returns:
+        The differences, sorted by file and place.
     """
     faults = []
-    sound = set()
+    pieces = []
     for file in manifest.files:
         if problem := _size_fault(folder / file.name, file.nbytes):
             faults.append(Fault(file.name, 0, file.nbytes, problem))
-        else:
-            sound.add(file.name)
-    pieces = [(key, crc) for key, crc in manifest.pieces() if key.file in sound]
-    return sorted(faults + check_pieces(folder, pieces, progress, workers))
-
-
-def check_pieces(
-    folder: Path,
-    pieces: Iterable[tuple[PieceKey, int]],
-    progress: Progress | None = None,
-    workers: int = WORKERS,
-) -> list[Fault]:
-    """Read pieces and compare them with their CRC-32; the differences, sorted.
-
-    progress: a task "checksums" of all their bytes.
-    """
-    pieces = list(pieces)
+            continue
+        offset = 0
+        for nbytes, crc in file.pieces:
+            pieces.append((file.name, offset, nbytes, crc))
+            offset += nbytes
     shown = progress or Silent()
-    shown.start("checksums", sum(key.nbytes for key, _ in pieces))
-    faults: list[Fault] = []
+    shown.start("checksums", sum(nbytes for _, _, nbytes, _ in pieces))
     lock = threading.Lock()
 
-    def work(mine: Iterator[tuple[PieceKey, int]]) -> None:
+    def work(own: Iterator[tuple[str, int, int, int]]) -> None:
         buffer = memoryview(bytearray(_BLOCK_BYTES))
-        for key, expected in mine:
-            problem = _piece_fault(folder, key, expected, buffer)
+        for name, offset, nbytes, expected in own:
+            problem = _piece_fault(folder / name, offset, nbytes, expected, buffer)
             with lock:
                 if problem:
-                    faults.append(Fault(*key, problem))
-                shown.advance(key.nbytes)
+                    faults.append(Fault(name, offset, nbytes, problem))
+                shown.advance(nbytes)
 
-    share_out(pieces, work, workers)
+    run_in_threads(pieces, work, workers)
     return sorted(faults)
 
 
@@ -87,11 +81,13 @@ def _size_fault(path: Path, nbytes: int) -> str | None:
     return None if found == nbytes else f"size {found}, expected {nbytes}"
 
 
-def _piece_fault(folder: Path, key: PieceKey, expected: int, buffer: memoryview) -> str | None:
+def _piece_fault(
+    path: Path, offset: int, nbytes: int, expected: int, buffer: memoryview
+) -> str | None:
     try:
-        descriptor = os.open(folder / key.file, _READ_ONLY)
+        descriptor = os.open(path, _READ_ONLY)
         try:
-            found, position, end = 0, key.offset, key.offset + key.nbytes
+            found, position, end = 0, offset, offset + nbytes
             while position < end:
                 count = os.preadv(descriptor, [buffer[: end - position]], position)
                 if not count:

@@ -13,8 +13,8 @@ from megatron.bridge.engine.pieces import FileCopy, Literal, Part, Piece
 from megatron.bridge.target.fingerprint import Fingerprint
 from megatron.bridge.target.json_fields import fields
 
-FORMAT = 1
-"""Of journals and manifests. Another one is not read."""
+FORMAT = 2
+"""Of records. Another one is not read."""
 
 
 def package_version() -> str:

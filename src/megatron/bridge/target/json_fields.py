@@ -1,4 +1,4 @@
-"""Taking JSON apart that nobody vouches for: exactly the expected keys, of exactly these types."""
+"""Fields of untrusted JSON: exactly the expected keys, of exactly these types."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_INTEGER = (1 << 63) - 1
-"""No size, offset or time in a file of ours is larger."""
+"""No size or time in a record is larger."""
 
 
 def fields(value: object, types: Mapping[str, type | tuple[type, ...]]) -> list[Any]:
     """The values of a JSON object that has the keys of `types` and no other, in their order.
 
-    An integer is at least 0 and at most MAX_INTEGER; a boolean is no integer. Raises ValueError.
+    An integer is at least 0 and at most MAX_INTEGER; a boolean is not one. Raises ValueError.
     """
     if type(value) is not dict or value.keys() != types.keys():
         found = sorted(value) if type(value) is dict else type(value).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.bridge.target.folder_sync import sync_all
 from megatron.bridge.target.interruption import uninterrupted
-from megatron.bridge.target.targets import check_target, put_in_place
+from megatron.bridge.target.targets import check_target, publish
 
 
 @contextmanager
@@ -21,6 +21,8 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     If the block raises, the new folder is removed and `target` is as it was. A killed process
     leaves a hidden folder `.<name>.partial-*` behind, and `target` as it was. From the renaming on,
     Ctrl-C and SIGTERM come too late.
+
+    For what takes moments, or whose files are not known before: nothing of it can be resumed.
 
     Raises what `check_target` raises; with `force` the old target is replaced after the new one is
     complete.
@@ -34,7 +36,7 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         yield staged
         tree = [(Path(folder), names) for folder, _, names in os.walk(staged)]
         sync_all(path for folder, names in tree for path in (folder, *map(folder.joinpath, names)))
-        put_in_place(staged, target, force=force)
+        publish(staged, target, force=force)
     except BaseException:
         with uninterrupted():
             shutil.rmtree(staged, ignore_errors=True)

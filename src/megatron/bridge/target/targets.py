@@ -46,12 +46,17 @@ def partial_of(target: Path) -> Path:
 def check_target(target: Path, sources: Iterable[PathLike], *, force: bool) -> None:
     """Refuse a target before anything is read.
 
-    Raises TargetExists if it exists and `force` is not set, or if it is neither empty nor a model
-    or checkpoint; InputError if replacing it would remove one of `sources`, or write into one, or
-    if its name is that of an unfinished target; also if no folder can be made or renamed there, or
-    if an earlier run was killed while it replaced it, and `force` is not set.
+    Args:
+        target: where something is to be written.
+        sources: what will be read; none where they are read and found good already.
+        force: whether a model or checkpoint may be replaced.
 
-    sources: none where they are read and found good already.
+    Raises:
+        TargetExists: it exists and `force` is not set, or it is neither empty nor a model or
+            checkpoint.
+        InputError: replacing it would remove one of `sources`, or write into one; its name is that
+            of an unfinished target; no folder can be made or renamed there; or an earlier run was
+            killed while it replaced it, and `force` is not set.
     """
     target, given = target.absolute(), list(sources)
     partial = partial_of(target)
@@ -87,13 +92,22 @@ def check_target(target: Path, sources: Iterable[PathLike], *, force: bool) -> N
         _check_parent(target)
 
 
-def put_in_place(folder: Path, target: Path, *, force: bool, but: Iterable[str] = ()) -> None:
+def publish(folder: Path, target: Path, *, force: bool, without: Iterable[str] = ()) -> None:
     """Rename a complete folder to `target`, beside it, durably, and not to be interrupted.
 
-    but: names of files in it that are removed then.
     With `force` an old target is removed after that; it is restored if the renaming fails. A
     process that is killed just then leaves it as `.<name>.replaced-*`, which the next one with this
-    target removes. Raises TargetExists; CheckpointError if the old one cannot be removed.
+    target removes.
+
+    Args:
+        folder: the complete one.
+        target: its new name.
+        force: whether something may have it.
+        without: names of files in it that are removed then.
+
+    Raises:
+        TargetExists: something has the name.
+        CheckpointError: the old one cannot be removed.
     """
     with uninterrupted():
         if not os.path.lexists(target):
@@ -110,7 +124,7 @@ def put_in_place(folder: Path, target: Path, *, force: bool, but: Iterable[str] 
             sync(target.parent)
         else:
             raise TargetExists(f"{target} was made by someone else meanwhile")
-        for name in but:
+        for name in without:
             (target / name).unlink()
         for old in _replaced(target) if force else ():
             _remove(old, target)

@@ -127,7 +127,7 @@ def export_command(
         bool,
         typer.Option(
             "--keep-manifest",
-            help="Leave .megatron-bridge.json in DST: checksums of all files, for verify --fast. "
+            help="Leave .megatron-bridge.jsonl in DST: checksums of all files, for verify --fast. "
             "A Megatron checkpoint always has it.",
         ),
     ] = False,

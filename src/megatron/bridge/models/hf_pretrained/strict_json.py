@@ -34,7 +34,7 @@ def parse_object(text: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:
             duplicate keys at any depth, more than MAX_DEPTH levels or `max_marks` values, or a top
             level that is not an object.
     """
-    _check_marks(text, max_marks)
+    check_marks(text, max_marks)
     try:
         value = json.loads(
             _decoded(text),
@@ -54,7 +54,7 @@ def parse_object(text: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:
     return value
 
 
-def _check_marks(text: bytes, most: int) -> None:
+def check_marks(text: bytes, most: int) -> None:
     """Text of tiny values would take a hundred times its bytes. Marks in strings count, too."""
     if len(text) > most:
         marks = sum(map(text.count, (b"[", b"{", b",", b":")))

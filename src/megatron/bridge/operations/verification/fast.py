@@ -27,7 +27,7 @@ from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress
 from megatron.bridge.target.checksums import check_files
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
-from megatron.bridge.target.manifest import MANIFEST_FILE, Manifest, read_manifest
+from megatron.bridge.target.record import MANIFEST_FILE, Record, read_manifest
 from megatron.bridge.text.quoting import quoted
 
 _KINDS: dict[str, tuple[Kind, Kind]] = {
@@ -84,7 +84,7 @@ def verify_fast(
 class _Target:
     name: str
     folder: Path
-    manifest: Manifest
+    manifest: Record
 
     @property
     def recorded(self) -> Fingerprint:
