@@ -62,12 +62,12 @@ class ReadBack:
 class Written:
     """Bytes that this process wrote, and those of all processes taken over from an earlier run.
 
-    checked: whether it was read back and found right.
+    verified: whether it was read back and found right.
     """
 
-    written_bytes: int
+    bytes: int
     resumed_bytes: int
-    checked: bool
+    verified: bool
 
 
 @dataclass(frozen=True)

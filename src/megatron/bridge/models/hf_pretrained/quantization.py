@@ -6,7 +6,7 @@ Supported is FP8 by block, see `fp8`. For everything else there is one error tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -41,6 +41,7 @@ class BlockFP8:
 
     rows: int
     columns: int
+    method: str = field(default="fp8", init=False)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales of a weight [..., out, in]."""
