@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from megatron.bridge.dtypes import SizedTensor
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class TensorSummary(Amount):
     dtypes: Mapping[str, Amount]
 
     @classmethod
-    def of(cls, tensors: Iterable[SizedTensor]) -> Self:
+    def of(cls, tensors: Iterable[TensorSpec]) -> Self:
         """Count tensors; dtypes are sorted by bytes, the largest first."""
         sizes: dict[str, list[int]] = {}
         for tensor in tensors:

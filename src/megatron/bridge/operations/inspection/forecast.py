@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.engine.stream import DEFAULT_MEMORY
 from megatron.bridge.errors import PlanError
 from megatron.bridge.formats.iterations import Iteration
@@ -21,6 +20,7 @@ from megatron.bridge.operations.inspection.hf_report import (
     inspect_hf,
     inspect_model,
 )
+from megatron.bridge.tensors.spec import main_dtype
 from megatron.bridge.text.document import UNSTATED, stated, to_document
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError, InputError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.description import LANGUAGE_SIZES, Description, sizes_fact
@@ -28,6 +27,7 @@ from megatron.bridge.operations.amounts import Shard, TensorSummary
 from megatron.bridge.operations.inspection.hub_headers import RemoteTensor, hub_headers
 from megatron.bridge.operations.inspection.row_summary import RowSummary
 from megatron.bridge.paths import local_path
+from megatron.bridge.tensors.spec import main_dtype
 from megatron.bridge.text.document import UNSTATED, spread, stated
 
 type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference"]
