@@ -93,12 +93,12 @@ class Demo:
             report = compare(self.source)
         logits = report.logits
         if not report.agrees:
-            raise MismatchError(f"the logits differ by up to {logits.max_abs:.1e}")
-        worst = max(layer.max_abs for layer in report.layers)
-        answers = dict.fromkeys((report.hf_next.text, report.megatron_next.text))
+            raise MismatchError(f"the logits differ by up to {logits.max_abs_diff:.1e}")
+        worst = max(layer.max_abs_diff for layer in report.layers)
+        answers = dict.fromkeys((report.next_token.hf.text, report.next_token.megatron.text))
         return (
-            f"{report.tokens} tokens; logits differ by at most {logits.max_abs:.1e}, hidden states "
-            f"by {worst:.1e}; top-1 {logits.top1_agreement:.0%}; next token "
+            f"{report.tokens} tokens; logits differ by at most {logits.max_abs_diff:.1e}, hidden "
+            f"states by {worst:.1e}; top-1 {logits.top1_agreement:.0%}; next token "
             f"{' and '.join(map(repr, answers))}"
         )
 

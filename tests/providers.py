@@ -16,10 +16,10 @@ from megatron.bridge.models.qwen_vl.qwen35_vl_provider import (
     Qwen35VLMoEModelProvider,
 )
 from megatron.bridge.runtime.parallel import (
-    ParallelSizes,
     destroy_process_groups,
     initialize_process_groups,
 )
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
 
 def small_vision(**fields: Any) -> VisionConfig:

@@ -13,10 +13,10 @@ from gated_delta_layers import HIDDEN, config, random_layer
 from megatron.bridge.live.tensors import local_tensors
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel import (
-    ParallelSizes,
     destroy_process_groups,
     initialize_process_groups,
 )
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from megatron.bridge.tensors.boxes import slices
 
 WORLD = 2
@@ -53,7 +53,7 @@ def train_step(
 
     limit, sequence_parallel = CASES[case]
     split = sequence_parallel and tp > 1
-    initialize_process_groups(ParallelSizes(tensor_model_parallel_size=tp))
+    initialize_process_groups(ParallelSizes(tp=tp))
     layer = random_layer(config(tensor_model_parallel_size=tp, sequence_parallel=split))
     with torch.no_grad():
         tensors = local_tensors([layer])

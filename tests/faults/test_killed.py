@@ -60,7 +60,7 @@ def test_killed_ten_times(direction: str, folder: Path, tmp_path: Path) -> None:
         assert killed_at <= done_before < total
         done = convert(direction, folder, out, resume=True).written
         assert done.resumed_bytes == done_before
-        assert done.resumed_bytes + done.written_bytes == total
+        assert done.resumed_bytes + done.bytes == total
         assert files_of(out) == expected
         assert not partial.exists()
 

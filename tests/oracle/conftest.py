@@ -27,10 +27,10 @@ def processor() -> Any:
 def process_groups() -> Iterator[None]:
     """A world of this one process, gone at the end of the module."""
     from megatron.bridge.runtime.parallel import (
-        ParallelSizes,
         destroy_process_groups,
         initialize_process_groups,
     )
+    from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
     initialize_process_groups(ParallelSizes())
     yield

@@ -34,10 +34,10 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from megatron.bridge.runtime.parallel import (
-        ParallelSizes,
         destroy_process_groups,
         initialize_process_groups,
     )
+    from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
     initialize_process_groups(ParallelSizes())
     yield tmp_path_factory.mktemp("drawn")

@@ -20,16 +20,16 @@ from megatron.bridge.live.tensors import local_tensors
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.operations.inspection.cluster_layout import (
-    PlannedModel,
+    Blueprint,
     configured,
     lay_out,
     on_rank,
     without_advice,
 )
 from megatron.bridge.operations.inspection.cluster_legality import REFUSED, why_illegal
-from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
 from megatron.bridge.operations.inspection.rank_grid import rank_positions
 from megatron.bridge.operations.inspection.rank_share import adam_bytes, share_of
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from megatron.bridge.tensors.boxes import volume
 from providers import small_provider
 
@@ -50,26 +50,26 @@ _ARCHITECTURES = {
 }
 
 
-def planned(family: str, **fields: Any) -> PlannedModel:
+def planned(family: str, **fields: Any) -> Blueprint:
     make = partial(small_provider, family, **_BF16, **fields)
-    return PlannedModel(bridge_for(_ARCHITECTURES[family]), make)
+    return Blueprint(bridge_for(_ARCHITECTURES[family]), make)
 
 
 CASES_OF_RANKS = [
-    ("qwen3_vl", {}, ParallelRequest()),
-    ("qwen3_vl", {}, ParallelRequest(tp=2, world_size=6)),
+    ("qwen3_vl", {}, ParallelSizes()),
+    ("qwen3_vl", {}, ParallelSizes(tp=2, world_size=6)),
     ("qwen3_vl", {"share_embeddings_and_output_weights": True, "num_layers": 6},
-     ParallelRequest(pp=2, world_size=4)),
-    ("qwen3_vl_moe", _MOE, ParallelRequest(tp=2, ep=2)),
-    ("qwen3_vl_moe", _MOE, ParallelRequest(tp=2, pp=2, ep=3, etp=1, world_size=24)),
-    ("qwen3_5", {"num_layers": 8, "mtp_num_layers": 1}, ParallelRequest(tp=2, pp=4, vpp=2)),
-    ("qwen3_5_moe", _MOE | {"mtp_num_layers": 1}, ParallelRequest(pp=2, ep=2, etp=2, world_size=8)),
+     ParallelSizes(pp=2, world_size=4)),
+    ("qwen3_vl_moe", _MOE, ParallelSizes(tp=2, ep=2)),
+    ("qwen3_vl_moe", _MOE, ParallelSizes(tp=2, pp=2, ep=3, etp=1, world_size=24)),
+    ("qwen3_5", {"num_layers": 8, "mtp_num_layers": 1}, ParallelSizes(tp=2, pp=4, vpp=2)),
+    ("qwen3_5_moe", _MOE | {"mtp_num_layers": 1}, ParallelSizes(pp=2, ep=2, etp=2, world_size=8)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "fields", "request_"), CASES_OF_RANKS, ids=str)
 def test_every_rank_holds_what_is_said_of_its_stage(
-    family: str, fields: dict[str, Any], request_: ParallelRequest
+    family: str, fields: dict[str, Any], request_: ParallelSizes
 ) -> None:
     """Weights and names as built; gradients as megatron-core's own DDP allocates them."""
     model = planned(family, **fields)
@@ -114,9 +114,9 @@ def test_the_ranks_hold_the_planned_model() -> None:
     config = copy.deepcopy(released.QWEN3_VL_30B_A3B) | {"dtype": "bfloat16"}
     config["text_config"] |= {"num_hidden_layers": 3, "num_experts": 10}
     bridge = AutoBridge.from_hf_config(config)
-    request_ = ParallelRequest(tp=2, ep=2, etp=1)
+    request_ = ParallelSizes(tp=2, ep=2, etp=1)
     make = partial(bridge.to_megatron_provider, load_weights=False)
-    model = PlannedModel(bridge.model_bridge, make)
+    model = Blueprint(bridge.model_bridge, make)
     layout = lay_out(model, request_)
     found: dict[tuple[str, object], int] = {}
     for position in layout.positions:
@@ -131,13 +131,13 @@ def test_the_ranks_hold_the_planned_model() -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        ParallelRequest(tp=2, pp=3, cp=2, ep=2, etp=4, world_size=48),
-        ParallelRequest(tp=3, pp=2, ep=5),
-        ParallelRequest(tp=4, ep=2, etp=1, world_size=16),
+        ParallelSizes(tp=2, pp=3, cp=2, ep=2, etp=4, world_size=48),
+        ParallelSizes(tp=3, pp=2, ep=5),
+        ParallelSizes(tp=4, ep=2, etp=1, world_size=16),
     ],
     ids=str,
 )
-def test_positions_are_those_of_the_parallel_state(request_: ParallelRequest) -> None:
+def test_positions_are_those_of_the_parallel_state(request_: ParallelSizes) -> None:
     positions = rank_positions(request_)
     assert [position.rank for position in positions] == list(range(request_.ranks))
     for position in positions:
@@ -164,7 +164,7 @@ def test_positions_are_those_of_the_parallel_state(request_: ParallelRequest) ->
 def test_context_parallel_ranks_share_the_optimizer_too() -> None:
     """Of any module: the models themselves take no context parallelism yet."""
     bytes_of = []
-    for request_ in (ParallelRequest(), ParallelRequest(cp=2, world_size=6)):
+    for request_ in (ParallelSizes(), ParallelSizes(cp=2, world_size=6)):
         with on_rank(0, request_):
             module = torch.nn.Sequential(torch.nn.Linear(384, 24, bias=False))
             bytes_of.append(share_of([module], bridge_for(_ARCHITECTURES["qwen3_vl"])))
@@ -177,7 +177,7 @@ def test_context_parallel_ranks_share_the_optimizer_too() -> None:
 # --- what is illegal ---
 
 
-def problems(model: PlannedModel, request_: ParallelRequest, **more: Any) -> tuple[str, ...]:
+def problems(model: Blueprint, request_: ParallelSizes, **more: Any) -> tuple[str, ...]:
     with pytest.raises(REFUSED) as refused:
         lay_out(model, request_)
     error = why_illegal(model, request_, refused.value, more)  # type: ignore[arg-type]
@@ -186,22 +186,22 @@ def problems(model: PlannedModel, request_: ParallelRequest, **more: Any) -> tup
 
 
 ILLEGAL = [
-    ("qwen3_vl", {"num_attention_heads": 6}, ParallelRequest(tp=4), "vision.num_heads is 6", "2"),
-    ("qwen3_vl", {}, ParallelRequest(pp=4), "num_layers=5 should be divisible", "1"),
-    ("qwen3_vl", {"num_layers": 6}, ParallelRequest(pp=5), "should be divisible", "3"),
-    ("qwen3_vl", {"num_layers": 6}, ParallelRequest(pp=6), "gets 1 decoder layers, and the", "3"),
-    ("qwen3_vl", {}, ParallelRequest(cp=2), "only 1 is implemented", "1"),
-    ("qwen3_vl", {}, ParallelRequest(ep=2), "num_moe_experts must be non None", "1"),
-    ("qwen3_vl", {}, ParallelRequest(vpp=2), "interleaving needs more than 2 stages", None),
-    ("qwen3_5", {"num_layers": 12}, ParallelRequest(pp=3, vpp=3), "should be divisible", "2 or 4"),
-    ("qwen3_vl_moe", _MOE, ParallelRequest(ep=5), "assert self.config.num_moe_experts %", "4 or 6"),
-    ("qwen3_vl_moe", _MOE, ParallelRequest(etp=6), "56 is not divisible by 6", "4 or 7"),
+    ("qwen3_vl", {"num_attention_heads": 6}, ParallelSizes(tp=4), "vision.num_heads is 6", "2"),
+    ("qwen3_vl", {}, ParallelSizes(pp=4), "num_layers=5 should be divisible", "1"),
+    ("qwen3_vl", {"num_layers": 6}, ParallelSizes(pp=5), "should be divisible", "3"),
+    ("qwen3_vl", {"num_layers": 6}, ParallelSizes(pp=6), "gets 1 decoder layers, and the", "3"),
+    ("qwen3_vl", {}, ParallelSizes(cp=2), "only 1 is implemented", "1"),
+    ("qwen3_vl", {}, ParallelSizes(ep=2), "num_moe_experts must be non None", "1"),
+    ("qwen3_vl", {}, ParallelSizes(vpp=2), "interleaving needs more than 2 stages", None),
+    ("qwen3_5", {"num_layers": 12}, ParallelSizes(pp=3, vpp=3), "should be divisible", "2 or 4"),
+    ("qwen3_vl_moe", _MOE, ParallelSizes(ep=5), "assert self.config.num_moe_experts %", "4 or 6"),
+    ("qwen3_vl_moe", _MOE, ParallelSizes(etp=6), "56 is not divisible by 6", "4 or 7"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "fields", "request_", "why", "nearest"), ILLEGAL, ids=str)
 def test_an_illegal_size_and_the_nearest_legal_ones(
-    family: str, fields: dict[str, Any], request_: ParallelRequest, why: str, nearest: str | None
+    family: str, fields: dict[str, Any], request_: ParallelSizes, why: str, nearest: str | None
 ) -> None:
     model = planned(family, **fields)
     [problem] = problems(model, request_)
@@ -214,7 +214,7 @@ def test_an_illegal_size_and_the_nearest_legal_ones(
 
 
 def test_all_illegal_sizes_are_told_at_once() -> None:
-    request_ = ParallelRequest(tp=5, pp=3, ep=7, world_size=50)
+    request_ = ParallelSizes(tp=5, pp=3, ep=7, world_size=50)
     tp, pp, ep, world = problems(planned("qwen3_vl_moe", **_MOE), request_)
     assert tp.startswith("--tp 5: ")
     assert pp.startswith("--pp 3: ")
@@ -228,16 +228,16 @@ def test_all_illegal_sizes_are_told_at_once() -> None:
 def test_an_mtp_layer_that_is_in_the_way() -> None:
     fields = {"num_layers": 4, "share_embeddings_and_output_weights": True}
     tied = planned("qwen3_5", mtp_num_layers=1, **fields)
-    [problem] = problems(tied, ParallelRequest(pp=2), mtp=planned("qwen3_5", **fields))
+    [problem] = problems(tied, ParallelSizes(pp=2), mtp=planned("qwen3_5", **fields))
     assert "cannot share the output layer's weight" in problem
-    assert problem.endswith("(the nearest legal: 1); legal without the MTP layer: --no-mtp")
-    [problem] = problems(tied, ParallelRequest(pp=3), mtp=planned("qwen3_5", **fields))
-    assert "--no-mtp" not in problem
+    assert problem.endswith("(the nearest legal: 1); legal without the MTP layer: --without mtp")
+    [problem] = problems(tied, ParallelSizes(pp=3), mtp=planned("qwen3_5", **fields))
+    assert "--without mtp" not in problem
 
 
 @pytest.mark.parametrize("world_size", [3, 5])
 def test_a_world_size_that_does_not_fit(world_size: int) -> None:
-    request_ = ParallelRequest(tp=2, world_size=world_size)
+    request_ = ParallelSizes(tp=2, world_size=world_size)
     [problem] = problems(planned("qwen3_vl"), request_)
     assert problem == (
         f"--world-size {world_size}: no multiple of what is needed: 2 ranks hold the model "

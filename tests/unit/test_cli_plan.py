@@ -15,10 +15,10 @@ import pytest
 from cli_documentation import documented_keys
 from megatron.bridge.cli import main
 from megatron.bridge.cli.output import WIDTH
-from megatron.bridge.cli.plan_document import plan_document
-from megatron.bridge.operations.inspection.forecast import plan_model
+from megatron.bridge.operations.inspection.forecast import forecast_of
 from megatron.bridge.operations.inspection.hf_report import inspect_hf
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.text.document import to_document
 from vision_families import FAMILIES
 
 SIZES = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
@@ -60,10 +60,9 @@ def test_a_folder(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = document(capsys, small_model)
     assert main(["inspect", str(small_model), "--json"]) == 0
     inspected = json.loads(capsys.readouterr().out)
-    dtypes = found["megatron"].pop("dtypes")
     assert {key: found[key] for key in inspected} == inspected
     size = found["megatron"]["bytes"]
-    assert dtypes == {"BF16": {"keys": 44, "bytes": size}}
+    assert found["megatron"]["dtypes"] == {"BF16": {"keys": 44, "bytes": size}}
     assert found["conversion"] == {
         "command": "import",
         "read_bytes": found["hf"]["bytes"],
@@ -126,7 +125,7 @@ def test_another_layout_of_experts(moe: Path, capsys: pytest.CaptureFixture[str]
 
 def test_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, make_model("qwen3-vl", tmp_path / "model", {"fp8": True}))
-    assert found["quantization"] == {"method": "fp8", "block": [128, 128]}
+    assert found["quantization"] == {"method": "fp8", "rows": 128, "columns": 128}
     cost = found["conversion"]
     assert cost["read_bytes"] == found["hf"]["bytes"] < found["megatron"]["bytes"]
     assert cost["disk_bytes"] == cost["written_bytes"] == found["megatron"]["bytes"]
@@ -135,7 +134,7 @@ def test_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_not_in_the_cache_is_downloaded(small_model: Path) -> None:
     model = replace(inspect_hf(small_model), origin="hub headers")
-    found = plan_document(plan_model(model), None, None, None)
+    found = to_document(forecast_of(model))
     cost = found["conversion"]
     assert cost["download_bytes"] == found["hf"]["bytes"]
     assert cost["disk_bytes"] == found["hf"]["bytes"] + found["megatron"]["bytes"]
@@ -248,7 +247,7 @@ def test_more_ranks_share_the_optimizer(
 
 def test_without_the_mtp_layer(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [with_it], [without] = (
-        document(capsys, moe, "--tp", "1", *more)["ranks"] for more in ([], ["--no-mtp"])
+        document(capsys, moe, "--tp", "1", *more)["ranks"] for more in ([], ["--without", "mtp"])
     )
     assert "MTP" in with_it["parts"]
     assert "MTP" not in without["parts"]

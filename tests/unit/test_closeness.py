@@ -98,17 +98,17 @@ def test_the_models_compute_the_same(
 ) -> None:
     """In float64 next to nothing is left, of either prompt."""
     for prompt in photograph_and_words:
-        assert prompt.both_in_float64.relative_rms < 1e-13
-        assert prompt.both_in_float64.max_abs < 1e-12
+        assert prompt.both_in_float64.relative_rms_diff < 1e-13
+        assert prompt.both_in_float64.max_abs_diff < 1e-12
 
 
 def test_megatron_rounds_no_worse_than_transformers(
     photograph_and_words: tuple[Closeness, Closeness],
 ) -> None:
     for prompt in photograph_and_words:
-        noise = prompt.hf_from_exact.relative_rms
-        assert prompt.megatron_from_exact.relative_rms <= LUCK * noise
-        assert prompt.both_in_float32.relative_rms <= INDEPENDENT * noise
+        noise = prompt.hf_from_exact.relative_rms_diff
+        assert prompt.megatron_from_exact.relative_rms_diff <= LUCK * noise
+        assert prompt.both_in_float32.relative_rms_diff <= INDEPENDENT * noise
 
 
 def test_a_photograph_is_as_close_as_words(
@@ -116,10 +116,10 @@ def test_a_photograph_is_as_close_as_words(
 ) -> None:
     photograph, words = photograph_and_words
     for prompt in photograph_and_words:
-        assert prompt.both_in_float32.max_abs < 1e-4
-        assert prompt.both_in_float32.relative_rms < 1e-5
+        assert prompt.both_in_float32.max_abs_diff < 1e-4
+        assert prompt.both_in_float32.relative_rms_diff < 1e-5
     far, near = photograph.megatron_from_exact, words.megatron_from_exact
-    assert far.relative_rms <= INDEPENDENT * near.relative_rms
+    assert far.relative_rms_diff <= INDEPENDENT * near.relative_rms_diff
 
 
 def test_float64_throughout() -> None:
@@ -168,9 +168,9 @@ def test_relative_rms_does_not_depend_on_scale_or_size() -> None:
     a, noise = torch.randn(2, 1, 140, 9, generator=generator, dtype=torch.float64)
     found = distance(a, a + 1e-3 * noise)
     expected = 1e-3 * (noise.square().mean() / a.square().mean()).sqrt().item()
-    assert found.relative_rms == pytest.approx(expected)
+    assert found.relative_rms_diff == pytest.approx(expected)
     doubled = distance(torch.cat([a, a]), torch.cat([a, a]) + 1e-3 * torch.cat([noise, noise]))
-    assert doubled.relative_rms == pytest.approx(expected)
-    assert distance(64 * a, 64 * a + 0.064 * noise).relative_rms == pytest.approx(expected)
-    assert distance(a, 1.5 * a).relative_rms == pytest.approx(0.5)
+    assert doubled.relative_rms_diff == pytest.approx(expected)
+    assert distance(64 * a, 64 * a + 0.064 * noise).relative_rms_diff == pytest.approx(expected)
+    assert distance(a, 1.5 * a).relative_rms_diff == pytest.approx(0.5)
     assert distance(a, 1.5 * a).cosine == pytest.approx(1.0)  # which does not see a scale

@@ -38,11 +38,11 @@ from megatron.bridge.models.backends.selection import get_backend
 from megatron.bridge.models.backends.torch_gated_delta_net import TorchGatedDeltaNet
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel import (
-    ParallelSizes,
     destroy_process_groups,
     fake_cluster,
     initialize_process_groups,
 )
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from megatron.bridge.tensors.boxes import tiling_faults
 
 pytestmark = pytest.mark.usefixtures("on_the_gpu")
@@ -340,7 +340,7 @@ def test_checkpoints_hold_what_megatron_core_puts_there(tp: int, sequence_parall
         tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel,
     )
-    sizes = ParallelSizes(tensor_model_parallel_size=tp)
+    sizes = ParallelSizes(tp=tp)
     shapes: dict[str, tuple[int, ...]] = {}
     boxes: dict[str, set[Any]] = {}
     for rank in range(tp):

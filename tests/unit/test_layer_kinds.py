@@ -9,7 +9,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
+from megatron.bridge.runtime.parallel import fake_cluster
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from providers import one_process, small_provider
 
 pytestmark = pytest.mark.usefixtures("on_the_gpu")
@@ -96,7 +97,7 @@ def test_hybrid_layers_with_experts_and_a_predictor() -> None:
 
 def test_layers_of_each_pipeline_stage() -> None:
     """The kind of a layer follows its number in the whole model."""
-    sizes = ParallelSizes(pipeline_model_parallel_size=2)
+    sizes = ParallelSizes(pp=2)
     kinds = []
     for rank in range(2):
         with fake_cluster(rank, 2, sizes), torch.device("meta"):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
+from megatron.bridge.runtime.parallel import fake_cluster
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from providers import FAMILIES, one_process, small_provider
 
 pytestmark = pytest.mark.usefixtures("on_the_gpu")
@@ -23,7 +24,7 @@ TOKENS = torch.arange(22).reshape(2, 11)
 def test_how_parameters_are_split_is_kept(family: str) -> None:
     """megatron-core notes on a parameter how it is split: sharding and gradients go by that."""
     provider = small_provider(family, tensor_model_parallel_size=2, sequence_parallel=True)
-    with fake_cluster(1, 2, ParallelSizes(tensor_model_parallel_size=2)), torch.device("meta"):
+    with fake_cluster(1, 2, ParallelSizes(tp=2)), torch.device("meta"):
         model = provider.provide()
         copied = copy.deepcopy(model)
         assert copied.pg_collection.tp is model.pg_collection.tp

@@ -12,10 +12,10 @@ import pytest
 from megatron.bridge.cli import main
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
-from megatron.bridge.operations.inspection import parallel_layout, parallel_legality
-from megatron.bridge.operations.inspection.cluster_layout import PlannedModel, build_rank, lay_out
-from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
+from megatron.bridge.operations.inspection import cluster_layout, cluster_legality
+from megatron.bridge.operations.inspection.cluster_layout import Blueprint, build_rank, lay_out
 from megatron.bridge.operations.inspection.rank_share import RankShare
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from released_configs import QWEN3_5_397B_A17B, QWEN3_VL_8B
 
 
@@ -47,14 +47,14 @@ def test_a_refusal_does_not_take_long(
 def test_a_search_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def refusals(request: ParallelRequest) -> list[str]:
+    def refusals(request: ParallelSizes) -> list[str]:
         tried.append(request.tp)
         time.sleep(0.001)
         sum(range(100_000))
         return ["never"]
 
-    monkeypatch.setattr(parallel_legality, "_SEARCH_SECONDS", 0.05)
-    assert parallel_legality._nearest(ParallelRequest(tp=900), "tp", refusals) == []
+    monkeypatch.setattr(cluster_legality, "_SEARCH_SECONDS", 0.05)
+    assert cluster_legality._nearest(ParallelSizes(tp=900), "tp", refusals) == []
     assert 2 <= len(tried) < 500
 
 
@@ -70,15 +70,15 @@ def test_stages_that_are_alike_hold_what_megatron_core_says(
     bridge = bridge_for(hf.hf_config.architecture)
     fields = bridge.provider_settings(hf.hf_config, hf.main_dtype, hf.tensors)
     make = partial(bridge.provider_of, {**fields, "mtp_num_layers": 1})
-    planned = PlannedModel(bridge, make)
-    request = ParallelRequest(pp=8 if vpp else 16, vpp=vpp, ep=2, world_size=32)
+    planned = Blueprint(bridge, make)
+    request = ParallelSizes(pp=8 if vpp else 16, vpp=vpp, ep=2, world_size=32)
     built: list[RankShare] = []
 
     def counted(*args: object) -> RankShare:
         built.append(build_rank(*args))  # type: ignore[arg-type]
         return built[-1]
 
-    monkeypatch.setattr(parallel_layout, "build_rank", counted)
+    monkeypatch.setattr(cluster_layout, "build_rank", counted)
     layout = lay_out(planned, request)
     # The first, the last, and one of each kind between.
     assert len(built) <= 4

@@ -12,7 +12,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron.bridge.errors import ConfigError, InputError
-from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
+from megatron.bridge.runtime.parallel import fake_cluster
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from providers import FAMILIES, one_process, released_provider, small_provider, small_vision
 from released_configs import VISION_24, VISION_27, qwen3_vl
 
@@ -240,7 +241,7 @@ def test_shards_of_all_ranks_tile_every_parameter(size: str) -> None:
 
 
 def test_mergers_are_sharded() -> None:
-    with fake_cluster(1, 2, ParallelSizes(tensor_model_parallel_size=2)):
+    with fake_cluster(1, 2, ParallelSizes(tp=2)):
         [model] = build_on_meta(small_provider(tensor_model_parallel_size=2))
         entries = {entry.key: entry for entry in sharded_tensors([model])}
     for merger in ("merger", "decoder.deepstack_merger_list.1"):
@@ -261,7 +262,7 @@ def test_checkpoint_keys_are_the_fused_names() -> None:
 
 
 def test_first_stage_alone_has_the_encoder() -> None:
-    sizes = ParallelSizes(pipeline_model_parallel_size=2)
+    sizes = ParallelSizes(pp=2)
     fields = {
         "pipeline_model_parallel_size": 2,
         "num_layers": 6,

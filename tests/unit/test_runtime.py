@@ -12,10 +12,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel import (
-    ParallelSizes,
     fake_cluster,
     initialize_process_groups,
 )
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from providers import one_process
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
@@ -67,7 +67,7 @@ def test_random_states_are_tracked_on_the_cpu() -> None:
 
 
 def test_fake_cluster_is_any_rank_and_leaves_nothing() -> None:
-    sizes = ParallelSizes(tensor_model_parallel_size=4, pipeline_model_parallel_size=2)
+    sizes = ParallelSizes(tp=4, pp=2)
     with fake_cluster(rank=13, world_size=16, sizes=sizes):
         assert parallel_state.get_tensor_model_parallel_rank() == 13 % 4
         assert parallel_state.get_pipeline_model_parallel_rank() == 13 // 8
@@ -83,7 +83,7 @@ def test_fake_cluster_is_any_rank_and_leaves_nothing() -> None:
 
 
 def test_world_that_does_not_fit() -> None:
-    sizes = ParallelSizes(tensor_model_parallel_size=3)
+    sizes = ParallelSizes(tp=3)
     with (
         pytest.raises(ConfigError, match="multiple of 3 processes, and there are 4"),
         fake_cluster(0, 4, sizes),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron.bridge.dtypes import DTYPE_NAMES, torch_dtype
 from megatron.bridge.engine.difference import Difference, difference
+from megatron.bridge.operations.verification.bitwise import verify
 from megatron.bridge.operations.verification.distance import distance, logits_distance
-from megatron.bridge.operations.verification.tensors import verify
 
 # --- two tensors ---
 
@@ -68,8 +68,8 @@ def test_distance_is_that_of_the_formulas() -> None:
     a = torch.randn(1, 150, 11, generator=generator)
     b = a + 0.01 * torch.randn(1, 150, 11, generator=generator)
     found = distance(a, b)
-    assert found.max_abs == pytest.approx((a - b).abs().max().item())
-    assert found.mean_abs == pytest.approx((a - b).abs().mean().item(), rel=1e-5)
+    assert found.max_abs_diff == pytest.approx((a - b).abs().max().item())
+    assert found.mean_abs_diff == pytest.approx((a - b).abs().mean().item(), rel=1e-5)
     assert found.largest == pytest.approx(a.abs().max().item())
     expected = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
     assert found.cosine == pytest.approx(expected, abs=1e-6)
@@ -91,8 +91,8 @@ def test_what_is_not_finite_is_infinitely_far(value: float) -> None:
     a = torch.ones(70, 3)
     b = a.clone()
     b[66, 1] = value
-    assert distance(a, b).max_abs == inf
-    assert distance(b, b).max_abs == inf
+    assert distance(a, b).max_abs_diff == inf
+    assert distance(b, b).max_abs_diff == inf
 
 
 def test_shapes_must_agree() -> None:
@@ -132,13 +132,13 @@ def test_equal_in_every_pair_of_formats(small_model: Path, small_checkpoint: Pat
     ):
         report = verify(a, b)
         assert report.identical
-        assert (report.a_kind, report.b_kind) == kinds
+        assert (report.a.format, report.b.format) == kinds
         assert (
             report.equal == report.compared == (44 if kinds[0] == kinds[1] == "megatron" else 115)
         )
         weights = 5_555_840 if kinds[0] == kinds[1] == "megatron" else 5_506_560
-        assert report.compared_bytes == weights
-        assert report.padding == (2 * 77 * 160 if kinds[0] != kinds[1] else 0)
+        assert report.bytes == weights
+        assert report.padding_elements == (2 * 77 * 160 if kinds[0] != kinds[1] else 0)
         assert (report.side_files is None) == (kinds != ("huggingface", "huggingface"))
 
 
@@ -154,7 +154,7 @@ def test_one_bit_is_found(changed: Path, small_model: Path, small_checkpoint: Pa
         (found,) = report.different
         assert (found.name, found.what) == (KEY, "bits")
         assert (found.elements, found.of) == (1, 64 * 160)
-        assert 0 < found.max_abs < 1e-2
+        assert 0 < found.max_abs_diff < 1e-2
 
 
 def test_one_bit_is_found_between_megatron_checkpoints(

@@ -63,14 +63,14 @@ def changed(report: FastReport) -> dict[str, str]:
 def test_what_was_written_is_there(made: Path) -> None:
     report = verify_fast(made / "imported")
     assert report.identical
-    assert (report.target_kind, report.source) == ("megatron", None)
+    assert (report.target.format, report.converted_from) == ("megatron", None)
     names = {path.name for path in (made / "imported").rglob("*") if path.is_file()}
     assert report.files == len(names - {MANIFEST_FILE})
     assert verify_fast(made / "imported" / "iter_0000000").identical
     exported = verify_fast(made / "exported")
     assert exported.identical
-    assert exported.target_kind == "huggingface"
-    assert exported.nbytes == sum(
+    assert exported.target.format == "huggingface"
+    assert exported.bytes == sum(
         path.stat().st_size for path in (made / "exported").iterdir() if path.name != MANIFEST_FILE
     )
 
@@ -80,7 +80,9 @@ def test_the_source_is_recognised_in_either_order(made: Path) -> None:
         for pair in ((made / source, made / target), (made / target, made / source)):
             report = verify_fast(*pair)
             assert report.identical
-            assert (report.target, report.source) == (str(made / target), str(made / source))
+            assert report.converted_from is not None
+            assert report.target.source == str(made / target)
+            assert report.converted_from.source == str(made / source)
 
 
 def test_the_source_is_not_read(copied: Path) -> None:
@@ -107,8 +109,8 @@ def test_a_changed_byte_of_torch_dist_is_found_with_its_tensor(copied: Path) -> 
     assert not report.identical
     (found,) = report.different
     assert found.file == f"iter_0000000/{place.relative_path}"
-    assert found.offset <= offset < found.offset + found.nbytes
-    assert found.nbytes < (folder / place.relative_path).stat().st_size / 4
+    assert found.offset <= offset < found.offset + found.bytes
+    assert found.bytes < (folder / place.relative_path).stat().st_size / 4
     assert "CRC-32" in found.problem
     assert KEY in found.tensors
     assert len(found.tensors) < 10
@@ -119,7 +121,7 @@ def test_a_changed_byte_of_safetensors_is_found_with_its_tensor(copied: Path) ->
     flip(info.file, info.offset + info.nbytes - 1)
     (found,) = verify_fast(copied / "exported", copied / "imported").different
     assert found.file == info.file.name
-    assert found.offset <= info.offset + info.nbytes - 1 < found.offset + found.nbytes
+    assert found.offset <= info.offset + info.nbytes - 1 < found.offset + found.bytes
     assert NAME in found.tensors
     assert len(found.tensors) < 30
 

@@ -2,8 +2,8 @@
 
 app          the commands, declared; importing it imports neither torch nor transformers
 commands     one file per command or pair: arguments in, computing called, result shown
-documents    results as JSON documents
-render       results as tables
+parameters   options and arguments that several commands share
+render       reports as tables; `text.document` has them as JSON
 outcome      errors as messages and exit statuses
 output       where results, messages and progress go
 """

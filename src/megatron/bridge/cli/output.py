@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron.bridge.cli.streams import write_result
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.text.document import to_document
 from megatron.bridge.text.quoting import printable
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ class Output:
         if not self.as_json:
             say(message)
 
-    def show(self, document: Mapping[str, Any], render: Callable[[], RenderableType]) -> None:
-        """Write the result: the document as JSON, or what `render` makes of it."""
+    def show[Report](self, report: Report, render: Callable[[Report], RenderableType]) -> None:
+        """Write the result: the report as a JSON document, or the tables that `render` makes."""
         if self.as_json:
-            write_document(self._stdout, document)
+            write_document(self._stdout, to_document(report))
         else:
-            write_result(self._stdout, self._as_text(render()))
+            write_result(self._stdout, self._as_text(render(report)))
         shown.set(True)
 
     def _as_text(self, renderable: RenderableType) -> str:

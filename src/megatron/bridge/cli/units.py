@@ -13,9 +13,14 @@ def format_rate(size: float, seconds: float) -> str:
     return f"{format_bytes(size / max(seconds, 1e-9))}/s"
 
 
-def gigabytes_per_second(size: int, seconds: float) -> float:
-    """10^9 bytes per second."""
-    return size / 1e9 / max(seconds, 1e-9)
+def exactly(size: int) -> str:
+    """``5,506,560 (5.51 MB)``."""
+    return f"{size:,} ({format_bytes(size)})"
+
+
+def exact_bytes(size: int) -> str:
+    """``5,506,560 bytes (5.51 MB)``."""
+    return f"{size:,} bytes ({format_bytes(size)})"
 
 
 def count(number: int, noun: str) -> str:

@@ -26,7 +26,8 @@ from megatron.bridge.models.backends.activations import activation
 from megatron.bridge.models.backends.selection import uses_transformer_engine
 from megatron.bridge.models.wrapping import Chunks, PreWrapHook, chunks_after
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
-from megatron.bridge.runtime.parallel import ParallelSizes, initialize_process_groups
+from megatron.bridge.runtime.parallel import initialize_process_groups
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
 
 @dataclass

@@ -4,10 +4,11 @@ Neither direction builds a model, needs a GPU or starts a process group; memory 
 budget. Nothing is written before the plan is proven, and a target appears complete or not at all.
 """
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError
@@ -21,12 +22,14 @@ from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.amounts import TensorSummary
 from megatron.bridge.target.fingerprint import hf_fingerprint, megatron_fingerprint
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.run import Conversion, Run, Written
 from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.boxes import Box
 from megatron.bridge.tensors.spec import TensorSpec, main_dtype
+from megatron.bridge.text.document import UNSTATED, stated
 
 if TYPE_CHECKING:
     import torch
@@ -37,33 +40,73 @@ _WAYS_OUT = '--dtype float32 (dtype="float32") keeps them, --round (round=True) 
 _WAYS_OUT_OF_FP8 = "--round (round=True) rounds them before they are quantized"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Inexact:
+    """A tensor that will not come back exactly, with the largest error."""
+
+    name: str
+    max_abs_diff: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Converted:
     """What a conversion did.
 
-    written: bytes that were written, taken over from an earlier run and read back.
-    dropped: tensors of a Megatron checkpoint that are no weights (optimizer state).
-    left_out: names of tensors that the config has and an export without a reference cannot take
-        from anywhere (a layer that the model was trained without).
     reference, side_files: of an export, what it is laid out like, None for the config that the
         checkpoint keeps; the files beside the weights and their index.
-    inexact: tensors that will not come back exactly, with the largest error; only norms that
-        Megatron keeps as w - 1, and only for values outside of [0.5, 2].
     hf: tensors of the Hugging Face files as they lie there; those of the plan are dequantized.
     quantization: of the Hugging Face files, None if they are not quantized.
+    written: bytes that were written, taken over from an earlier run and read back.
+    dropped: tensors of a Megatron checkpoint that are not weights (optimizer state).
+    left_out: names of tensors that the config has and an export without a reference cannot take
+        from anywhere (a layer that the model was trained without).
+    inexact: only norms that Megatron keeps as w - 1, and only for values outside of [0.5, 2].
     """
 
-    architecture: str
+    command: Literal["import", "export"]
+    source: str
     target: Path
-    plan: ConversionPlan
-    hf: Mapping[str, TensorSpec]
-    written: Written
+    reference: str | None = None
+    architecture: str
+    hf: TensorSummary
     quantization: BlockFP8 | None = None
+    written: Written
     dropped: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    reference: str | None = None
     side_files: tuple[str, ...] = ()
-    inexact: tuple[tuple[str, float], ...] = ()
+    inexact: tuple[Inexact, ...] = ()
+    seconds: float
+    plan: ConversionPlan = field(metadata=UNSTATED)
+
+    @stated
+    def megatron(self) -> TensorSummary:
+        """The tensors of the checkpoint."""
+        return TensorSummary.of(self.plan.megatron.values())
+
+    @stated
+    def carried(self) -> Mapping[str, str]:
+        """Tensors that have no place in the Megatron model, and why."""
+        return self.plan.carried
+
+    @property
+    def result(self) -> TensorSummary:
+        """The tensors of the side that was written."""
+        return self.megatron if self.command == "import" else self.hf
+
+    @stated
+    def keys(self) -> int:
+        """Tensors of the side that was written."""
+        return self.result.keys
+
+    @stated
+    def bytes(self) -> int:
+        """Bytes of their data."""
+        return self.result.bytes
+
+    @stated
+    def gigabytes_per_second(self) -> float:
+        """Speed of what was not taken over; 10^9 bytes are a gigabyte."""
+        return max(0, self.bytes - self.written.resumed_bytes) / 1e9 / max(self.seconds, 1e-9)
 
 
 @done_means_done()
@@ -81,6 +124,7 @@ def import_checkpoint(
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
     from megatron.bridge.models.conversion.transfer import fill_megatron, inexact_offsets
 
+    begin = time.perf_counter()
     check_target(target, [source.name_or_path], force=run.force)
     bridge = bridge_for(source.hf_config.architecture)
     plan = plan_of(source, PlanOptions(experts=experts))
@@ -96,7 +140,7 @@ def import_checkpoint(
         piece_bytes=run.budget.piece_bytes,
         max_file_bytes=run.max_shard_bytes,
     )
-    inexact = tuple(inexact_offsets(plan, weights))
+    inexact = tuple(Inexact(*one) for one in inexact_offsets(plan, weights))
 
     def fill(key: str, box: Box, out: "torch.Tensor") -> None:
         fill_megatron(plan, key, box, out, weights)
@@ -114,13 +158,16 @@ def import_checkpoint(
         ),
     )
     return Converted(
-        source.hf_config.architecture,
-        target,
-        plan,
-        _specs(source.tensors),
-        written,
-        source.quantization,
+        command="import",
+        source=source.name_or_path,
+        target=target,
+        architecture=source.hf_config.architecture,
+        hf=TensorSummary.of(source.tensors.values()),
+        quantization=source.quantization,
+        written=written,
         inexact=inexact,
+        seconds=time.perf_counter() - begin,
+        plan=plan,
     )
 
 
@@ -158,7 +205,7 @@ def export_checkpoint(
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.conversion.transfer import fill_export
 
-    given = reference
+    begin, given = time.perf_counter(), reference
     check_target(
         target, [source, *([] if given is None else [given.name_or_path])], force=run.force
     )
@@ -220,16 +267,19 @@ def export_checkpoint(
         ),
     )
     return Converted(
-        reference.hf_config.architecture,
-        target,
-        plan,
-        hf,
-        written,
-        reference.quantization if fp8 else None,
-        dropped,
-        left_out(reference, plan, experts),
-        None if given is None else given.name_or_path,
-        tuple(file.name for file in side_files),
+        command="export",
+        source=str(source),
+        target=target,
+        reference=None if given is None else given.name_or_path,
+        architecture=reference.hf_config.architecture,
+        hf=TensorSummary.of(hf.values()),
+        quantization=reference.quantization if fp8 else None,
+        written=written,
+        dropped=dropped,
+        left_out=left_out(reference, plan, experts),
+        side_files=tuple(file.name for file in side_files),
+        seconds=time.perf_counter() - begin,
+        plan=plan,
     )
 
 

@@ -3,77 +3,15 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import lcm
-from typing import Self
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.runtime.cpu import megatron_on_cpu
-
-
-@dataclass(frozen=True)
-class ParallelSizes:
-    """How many ranks each kind of model parallelism spans; names as in megatron-core."""
-
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None
-
-    @classmethod
-    def from_config(cls, config: ModelParallelConfig) -> Self:
-        """The sizes that a megatron-core config asks for."""
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
-
-    @classmethod
-    def current(cls) -> Self:
-        """The sizes that megatron-core's parallel state was initialized with."""
-        return cls(
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-            parallel_state.get_context_parallel_world_size(),
-            parallel_state.get_expert_model_parallel_world_size(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
-        )
-
-    @property
-    def ranks_per_replica(self) -> int:
-        """Ranks that hold one copy of the model: the world size is a multiple of it."""
-        dense = (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-        )
-        expert = (
-            self._expert_tensor
-            * self.expert_model_parallel_size
-            * self.pipeline_model_parallel_size
-        )
-        return lcm(dense, expert)
-
-    @property
-    def _expert_tensor(self) -> int:
-        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
-
-    def differences(self, other: "ParallelSizes") -> list[str]:
-        """Field by field, where `other` differs; an unset expert tensor size follows the dense."""
-        problems = []
-        for name in self.__dataclass_fields__:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if name == "expert_tensor_parallel_size":
-                mine, theirs = self._expert_tensor, other._expert_tensor
-            if mine != theirs:
-                problems.append(f"{name} is {mine}, the process groups were made for {theirs}")
-        return problems
+from megatron.bridge.runtime.parallel_sizes import FIELDS, ParallelSizes
 
 
 def initialize_process_groups(sizes: ParallelSizes, *, seed: int = 1234) -> None:
@@ -145,17 +83,18 @@ def fake_cluster(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[N
 
 
 def _check_world_size(sizes: ParallelSizes) -> None:
-    world_size = dist.get_world_size()
-    if world_size % sizes.ranks_per_replica:
+    world_size, least = dist.get_world_size(), sizes.ranks_per_replica
+    if world_size % least:
+        given = ", ".join(f"{FIELDS[name]} = {size}" for name, size in sizes.given().items())
         raise ConfigError(
-            f"{sizes} needs a multiple of {sizes.ranks_per_replica} processes, and there "
+            f"{given} needs a multiple of {least} processes, and there "
             f"{'is' if world_size == 1 else 'are'} {world_size}. Start them with "
-            f"torchrun --nproc-per-node {sizes.ranks_per_replica}, or lower the sizes."
+            f"torchrun --nproc-per-node {least}, or lower the sizes."
         )
 
 
 def _initialize_model_parallel(sizes: ParallelSizes, *, create_gloo_process_groups: bool) -> None:
     parallel_state.initialize_model_parallel(
-        **{name: getattr(sizes, name) for name in sizes.__dataclass_fields__},
+        **sizes.fields,
         create_gloo_process_groups=create_gloo_process_groups,
     )

@@ -62,14 +62,14 @@ class Written:
     """What a run wrote.
 
     Attributes:
-        written_bytes: by this process.
+        bytes: written by this process.
         resumed_bytes: taken over from an earlier run, by all processes.
-        checked: whether it was read back and found right.
+        verified: whether it was read back and found right.
     """
 
-    written_bytes: int
+    bytes: int
     resumed_bytes: int
-    checked: bool
+    verified: bool
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from megatron.bridge.cli.options import (
+from megatron.bridge.cli.output import open_output
+from megatron.bridge.cli.parameters import (
     HFModel,
     Json,
     Revision,
@@ -16,10 +17,6 @@ from megatron.bridge.cli.options import (
     hf_model,
     not_negative,
 )
-from megatron.bridge.cli.output import open_output
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def compare(
@@ -70,7 +67,7 @@ def compare(
     with open_output(as_json=as_json) as output:
         hf_model(source, revision)  # what is no model is said before anything large is imported
         output.note("loading torch, transformers and megatron-core")
-        from megatron.bridge.cli.documents import compare_document
+        from megatron.bridge.cli.render.comparison_tables import render_compare
         from megatron.bridge.errors import MismatchError
         from megatron.bridge.operations.verification.logits import compare as compare_models
 
@@ -85,15 +82,9 @@ def compare(
                 max_pixels=max_pixels,
                 progress=progress,
             )
-
-        def render() -> RenderableType:
-            from megatron.bridge.cli.render.comparison import render_compare
-
-            return render_compare(report)
-
-        output.show(compare_document(report), render)
+        output.show(report, render_compare)
     if not report.agrees:
         raise MismatchError(
-            f"the logits of {source} differ by up to {report.logits.max_abs:.2e}; allowed are "
+            f"the logits of {source} differ by up to {report.logits.max_abs_diff:.2e}; allowed are "
             f"{report.tolerance:g} of the largest, {report.logits.largest:.3g}"
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import (
+from megatron.bridge.cli.output import Output, import_torch, open_output
+from megatron.bridge.cli.parameters import (
     Force,
     HFModel,
     Iteration,
@@ -25,11 +25,8 @@ from megatron.bridge.cli.options import (
     hf_model,
     no_revision,
 )
-from megatron.bridge.cli.output import Output, import_torch, open_output
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from megatron.bridge.operations.convert import Converted
     from megatron.bridge.target.run import Run
 
@@ -64,7 +61,6 @@ def import_command(
         check_target(target, [source], force=force)
         hf = hf_model(source, revision)
         import_torch()
-        begin = time.perf_counter()
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
@@ -76,7 +72,7 @@ def import_command(
         )
         with options.run(output.progress) as run:
             done = import_checkpoint(hf, target, experts=experts, run=run)
-        _show(output, "import", source, run, done, time.perf_counter() - begin)
+        _show(output, run, done)
 
 
 def export_command(
@@ -159,7 +155,6 @@ def export_command(
             check_target(target, [source, reference], force=force)
             hf = hf_model(reference, revision)
         import_torch()
-        begin = time.perf_counter()
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
@@ -176,7 +171,7 @@ def export_command(
         )
         with options.run(output.progress) as run:
             done = export_checkpoint(source, target, hf, **options.of_export, run=run)
-        _show(output, "export", str(source), run, done, time.perf_counter() - begin)
+        _show(output, run, done)
 
 
 def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None:
@@ -187,18 +182,8 @@ def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None
         output.note(f"nothing to resume: there is no {partial.name}; beginning anew")
 
 
-def _show(
-    output: Output, command: str, source: str, run: Run, done: Converted, seconds: float
-) -> None:
-    if not run.processes.is_first:
-        return
-    from megatron.bridge.cli.documents import conversion_document
+def _show(output: Output, run: Run, done: Converted) -> None:
+    if run.processes.is_first:
+        from megatron.bridge.cli.render.conversion_tables import render_conversion
 
-    document = conversion_document(command, source, done, seconds)
-
-    def render() -> RenderableType:
-        from megatron.bridge.cli.render.conversion import render_conversion
-
-        return render_conversion(document)
-
-    output.show(document, render)
+        output.show(done, render_conversion)

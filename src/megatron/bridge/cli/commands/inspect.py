@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Iteration, Json, Revision, no_iteration
 from megatron.bridge.cli.output import Output, open_output
+from megatron.bridge.cli.parameters import Iteration, Json, Revision, no_iteration
 from megatron.bridge.paths import local_path
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def inspect(
@@ -45,17 +42,11 @@ def inspect(
 
 
 def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
-    from megatron.bridge.cli.documents import hf_document
+    from megatron.bridge.cli.render.inspection_tables import render_hf
     from megatron.bridge.operations.inspection.hf_report import inspect_hf
 
     report = inspect_hf(source, revision)
-
-    def render() -> RenderableType:
-        from megatron.bridge.cli.render.inspection import render_hf
-
-        return render_hf(report)
-
-    output.show(hf_document(report), render)
+    output.show(report, render_hf)
     if report.problem is not None:
         raise report.problem
 
@@ -63,17 +54,10 @@ def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
 def _inspect_megatron(
     source: Path, revision: str | None, iteration: str | None, output: Output
 ) -> None:
-    from megatron.bridge.cli.documents import megatron_document
+    from megatron.bridge.cli.render.inspection_tables import render_megatron
     from megatron.bridge.errors import InputError
     from megatron.bridge.operations.inspection.megatron_report import inspect_megatron
 
     if revision is not None:
         raise InputError(f"{source} is a folder: --revision means nothing for it")
-    report = inspect_megatron(source, iteration)
-
-    def render() -> RenderableType:
-        from megatron.bridge.cli.render.inspection import render_megatron
-
-        return render_megatron(report)
-
-    output.show(megatron_document(report), render)
+    output.show(inspect_megatron(source, iteration), render_megatron)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Force, Json, given_path
 from megatron.bridge.cli.output import open_output
+from megatron.bridge.cli.parameters import Force, Json, given_path
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from megatron.bridge.operations.amounts import TensorSummary
+
+
+@dataclass(frozen=True)
+class MadeModel:
+    """What lies in the new folder."""
+
+    family: str
+    out: Path
+    seed: int
+    hf: TensorSummary
+    files: tuple[str, ...]
 
 
 def make_model(
@@ -42,19 +54,15 @@ def make_model(
     The same arguments give the same files.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.cli.documents import made_model_document
+        from megatron.bridge.cli.render.conversion_tables import render_made_model
+        from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+        from megatron.bridge.operations.amounts import TensorSummary
         from megatron.bridge.synthetic import make_model as make
 
-        chosen = _parse(settings or [])
-        make(family, out, chosen, seed, force=force)
-        document = made_model_document(family, out, seed)
-
-        def render() -> RenderableType:
-            from megatron.bridge.cli.render.conversion import render_made_model
-
-            return render_made_model(document)
-
-        output.show(document, render)
+        make(family, out, _parse(settings or []), seed, force=force)
+        tensors = TensorSummary.of(TensorIndex.from_folder(out).values())
+        files = tuple(sorted(path.name for path in out.iterdir()))
+        output.show(MadeModel(family, out, seed, tensors, files), render_made_model)
 
 
 def _parse(settings: list[str]) -> dict[str, str]:

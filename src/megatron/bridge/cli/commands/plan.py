@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import (
+from megatron.bridge.cli.output import Output, open_output
+from megatron.bridge.cli.parameters import (
     Iteration,
     Json,
     Revision,
@@ -18,15 +20,9 @@ from megatron.bridge.cli.options import (
     no_revision,
     size_option,
 )
-from megatron.bridge.cli.output import Output, open_output
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from megatron.bridge.errors import PlanError
-    from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
-    from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
-    from megatron.bridge.operations.inspection.forecast import PlanReport
+    from megatron.bridge.operations.inspection.forecast import Forecast
 
 
 def plan(
@@ -64,38 +60,46 @@ def plan(
     world_size: Annotated[
         int | None, size_option("Number of ranks; as few as possible if not given.")
     ] = None,
-    no_mtp: Annotated[
-        bool, typer.Option("--no-mtp", help="Lay out the model without its MTP layer.")
-    ] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART",
+            help="Lay out the model without an optional part, such as mtp. Repeatable.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what import would do with SRC (export, for a checkpoint), without doing it.
 
-    Reads headers and configs only. With a size of parallelism, or --no-mtp, also what each rank
+    Reads headers and configs only. With a size of parallelism, or --without, also what each rank
     holds in training, as megatron-core itself declares it. Exits with 2 if the model cannot be
     converted or laid out so, after showing what is known of it.
     """
+    sizes = {
+        "tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp, "world_size": world_size,
+    }  # fmt: skip
+    given = {name: size for name, size in sizes.items() if size is not None}
     with open_output(as_json=as_json) as output:
-        request = _request(
-            no_mtp, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, world_size=world_size
-        )
-        report = _report(source, reference, revision, iteration, experts)
-        layout, illegal = _layout(report, request, output, without=["mtp"] if no_mtp else [])
-        _show(report, request, layout, illegal, output)
-        if problem := report.model.problem or illegal:
+        from megatron.bridge.cli.render.forecast_tables import render_forecast
+
+        report = _forecast(source, reference, revision, iteration, experts)
+        if given or without:
+            report = _laid_out(report, given, without or [], output)
+        output.show(report, render_forecast)
+        if problem := report.problem or report.illegal:
             raise problem
 
 
-def _report(
+def _forecast(
     source: str,
     reference: str | None,
     revision: str | None,
     iteration: str | None,
     experts: str | None,
-) -> PlanReport:
+) -> Forecast:
     from megatron.bridge.errors import InputError
     from megatron.bridge.formats.iterations import is_megatron_folder
-    from megatron.bridge.operations.inspection.forecast import plan_export_of, plan_import_of
+    from megatron.bridge.operations.inspection.forecast import forecast_export, forecast_import
     from megatron.bridge.paths import local_path
 
     path = local_path(source)
@@ -106,11 +110,11 @@ def _report(
                 f"{source} is not a Megatron checkpoint: --hf is what a checkpoint is exported like"
             )
         no_iteration(source, iteration)
-        return plan_import_of(source, revision, experts)
+        return forecast_import(source, revision, experts)
     if reference is None:
         no_revision(revision)
-        return plan_export_of(path, None, iteration, experts)
-    return plan_export_of(path, hf_model(reference, revision), iteration, experts)
+        return forecast_export(path, None, iteration, experts)
+    return forecast_export(path, hf_model(reference, revision), iteration, experts)
 
 
 class StageNotes:
@@ -132,42 +136,22 @@ class StageNotes:
             self._note(f"plan: {self._done} of {self._total} stages")
 
 
-def _request(wanted: bool, **sizes: int | None) -> ParallelRequest | None:
-    """The parallel layout that the options ask for; None if none of them was given."""
-    from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
-
-    given = {name: size for name, size in sizes.items() if size is not None}
-    return ParallelRequest(**given) if given or wanted else None
-
-
-def _layout(
-    report: PlanReport, request: ParallelRequest | None, output: Output, *, without: list[str]
-) -> tuple[ParallelLayout | None, PlanError | None]:
-    if request is None or report.model.problem is not None:
-        return None, None
-    output.note("plan: asking megatron-core what each rank holds")
+def _laid_out(
+    report: Forecast, given: dict[str, int], without: list[str], output: Output
+) -> Forecast:
+    """With what each rank holds, or why the model cannot be laid out so."""
+    if report.proven:
+        output.note("plan: asking megatron-core what each rank holds")
     from megatron.bridge.errors import PlanError
-    from megatron.bridge.operations.inspection.cluster import plan_layout
+    from megatron.bridge.operations.inspection.cluster_legality import layout_of
+    from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
+    sizes = ParallelSizes(**given)
+    report = replace(report, sizes=sizes)
+    if not report.proven:
+        return report
     try:
-        progress = StageNotes(output.note)
-        return plan_layout(report.model, request, without=without, progress=progress), None
+        layout = layout_of(report, sizes, without=without, progress=StageNotes(output.note))
     except PlanError as error:
-        return None, error
-
-
-def _show(
-    report: PlanReport,
-    request: ParallelRequest | None,
-    layout: ParallelLayout | None,
-    illegal: PlanError | None,
-    output: Output,
-) -> None:
-    from megatron.bridge.cli.plan_document import plan_document
-
-    def render() -> RenderableType:
-        from megatron.bridge.cli.render.plan import render_plan
-
-        return render_plan(report, layout)
-
-    output.show(plan_document(report, request, layout, illegal), render)
+        return replace(report, illegal=error)
+    return replace(report, layout=layout)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Iteration, Json, Memory
 from megatron.bridge.cli.output import Output, import_torch, open_output
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from megatron.bridge.cli.parameters import Iteration, Json, Memory
 
 _SIDE = "Hugging Face folder, hub id (org/name or org/name@revision), or Megatron checkpoint."
 
@@ -43,10 +39,11 @@ def verify(
     belongs to no Hugging Face tensor and is not compared.
     """
     with open_output(as_json=as_json) as output:
+        from megatron.bridge.engine.stream import DEFAULT_MEMORY
         from megatron.bridge.errors import InputError
         from megatron.bridge.text.sizes import size_of
 
-        size = None if memory is None else size_of(memory, "--memory")
+        size = DEFAULT_MEMORY if memory is None else size_of(memory, "--memory")
         if fast:
             _verify_fast(output, a, b, iteration, size)
         elif b is None:
@@ -58,27 +55,16 @@ def verify(
             _verify(output, a, b, iteration, size)
 
 
-def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int | None) -> None:
-    from megatron.bridge.cli.documents import verify_document
+def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int) -> None:
+    from megatron.bridge.cli.render.verification_tables import render_verify
     from megatron.bridge.cli.units import count
-    from megatron.bridge.engine.stream import DEFAULT_MEMORY
     from megatron.bridge.errors import MismatchError
-    from megatron.bridge.operations.verification.tensors import verify as compare_tensors
+    from megatron.bridge.operations.verification.bitwise import verify as compare_tensors
 
     import_torch()
-    begin = time.perf_counter()
     with output.progress() as progress:
-        report = compare_tensors(
-            a, b, progress, iteration=iteration, memory=memory or DEFAULT_MEMORY
-        )
-    seconds = time.perf_counter() - begin
-
-    def render() -> RenderableType:
-        from megatron.bridge.cli.render.verification import render_verify
-
-        return render_verify(report, seconds)
-
-    output.show(verify_document(report, seconds), render)
+        report = compare_tensors(a, b, progress, iteration=iteration, memory=memory)
+    output.show(report, render_verify)
     if not report.identical:
         raise MismatchError(
             f"{a} and {b} differ: {count(len(report.different), 'tensor')} not equal, "
@@ -86,31 +72,23 @@ def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int |
         )
 
 
-def _verify_fast(
-    output: Output, a: str, b: str | None, iteration: str | None, memory: int | None
-) -> None:
-    from megatron.bridge.cli.documents import verify_fast_document
+def _verify_fast(output: Output, a: str, b: str | None, iteration: str | None, memory: int) -> None:
+    from megatron.bridge.cli.render.verification_tables import render_verify_fast
     from megatron.bridge.cli.units import count
-    from megatron.bridge.engine.stream import DEFAULT_MEMORY
     from megatron.bridge.errors import MismatchError
     from megatron.bridge.operations.verification.fast import verify_fast
 
     with output.progress() as progress:
-        report = verify_fast(a, b, progress, iteration=iteration, memory=memory or DEFAULT_MEMORY)
-
-    def render() -> RenderableType:
-        from megatron.bridge.cli.render.verification import render_verify_fast
-
-        return render_verify_fast(report)
-
-    output.show(verify_fast_document(report), render)
+        report = verify_fast(a, b, progress, iteration=iteration, memory=memory)
+    output.show(report, render_verify_fast)
     if report.different:
         raise MismatchError(
-            f"{report.target} is not what was written: {count(len(report.different), 'range')} of "
+            f"{report.target.source} is not what was written: "
+            f"{count(len(report.different), 'range')} of "
             f"{count(len({found.file for found in report.different}), 'file')} changed"
         )
-    if report.source_changes:
+    if (source := report.converted_from) and source.changes:
         raise MismatchError(
-            f"{report.source} is not what {report.target} was converted from, or it was modified "
-            "since: compare their bits without --fast"
+            f"{source.source} is not what {report.target.source} was converted from, or it was "
+            "modified since: compare their bits without --fast"
         )

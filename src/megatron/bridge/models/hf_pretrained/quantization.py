@@ -6,7 +6,7 @@ Supported is FP8 by block, see `fp8`. For everything else there is one error tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
 from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, TEXT, HFConfig
@@ -32,6 +32,7 @@ class BlockFP8:
 
     rows: int
     columns: int
+    method: str = field(default="fp8", init=False)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales of a weight [..., out, in]."""

@@ -2,7 +2,9 @@
 
 The real model is built on the meta device, as a rank of torch's fake process group. megatron-core
 splits tensors into equal parts only, so ranks of one pipeline stage hold tensors of the same
-shapes: one rank of each kind of stage is built.
+shapes. Stages in the middle of a pipeline have decoder layers and nothing else, and two of them
+whose layers are of the same kinds, chunk by chunk, hold the same but for the numbers of their
+layers. So one rank of each kind of stage is built.
 """
 
 from __future__ import annotations
@@ -10,18 +12,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.model_provider import ModelProvider
-from megatron.bridge.operations.inspection.alike_stages import kind_of_stage, shifted, stage_layers
-from megatron.bridge.operations.inspection.cluster_request import OPTIONS, ParallelRequest
 from megatron.bridge.operations.inspection.rank_grid import RankPosition, rank_positions
-from megatron.bridge.operations.inspection.rank_share import RankShare, share_of
+from megatron.bridge.operations.inspection.rank_share import RankShare, layer_of, share_of
 from megatron.bridge.progress import Progress, Silent
-from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
+from megatron.bridge.runtime.parallel import fake_cluster
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
+
+type Layers = tuple[tuple[int, ...], ...]
+"""Numbers of the layers in the whole model, of each chunk of a stage."""
+
+_PATTERNS = ("linear_attention_freq", "moe_layer_freq")
 
 _ADVICE = (
     "Using a large number of experts .* without fp32 routing",
@@ -30,7 +38,7 @@ _ADVICE = (
 
 
 @dataclass(frozen=True)
-class PlannedModel:
+class Blueprint:
     """A model that has no parallel layout yet. make: makes its provider, a new one every time."""
 
     bridge: MegatronModelBridge
@@ -45,7 +53,7 @@ class ParallelLayout:
     index of its stage.
     """
 
-    request: ParallelRequest
+    sizes: ParallelSizes
     stages: tuple[RankShare, ...]
     positions: tuple[RankPosition, ...]
 
@@ -54,15 +62,15 @@ class ParallelLayout:
         return [position.rank for position in self.positions if position.pp == stage]
 
 
-def configured(model: PlannedModel, request: ParallelRequest) -> ModelProvider:
-    """A provider with the sizes of `request`, set as training scripts of Megatron-LM set them."""
+def configured(model: Blueprint, sizes: ParallelSizes) -> ModelProvider:
+    """A provider with these sizes, set as training scripts of Megatron-LM set them."""
     provider = model.make()
-    for option, field in OPTIONS.items():
-        setattr(provider, field, getattr(request, option))
-    if request.vpp is not None:
+    for field, size in sizes.fields.items():
+        setattr(provider, field, size)
+    if sizes.vpp is not None:
         provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
     if provider.num_moe_experts:
-        provider.sequence_parallel = request.tp > 1
+        provider.sequence_parallel = sizes.tp > 1
     provider.perform_initialization = False  # there are no values
     # TransformerEngine would make them on the GPU, under the same keys.
     provider.transformer_impl = "local"
@@ -70,10 +78,9 @@ def configured(model: PlannedModel, request: ParallelRequest) -> ModelProvider:
 
 
 @contextmanager
-def on_rank(rank: int, request: ParallelRequest) -> Iterator[None]:
+def on_rank(rank: int, sizes: ParallelSizes) -> Iterator[None]:
     """Be a rank of the cluster, on the meta device."""
-    sizes = ParallelSizes(**{field: getattr(request, name) for name, field in OPTIONS.items()})
-    with fake_cluster(rank, request.ranks, sizes), torch.device("meta"):
+    with fake_cluster(rank, sizes.ranks, sizes), torch.device("meta"):
         yield
 
 
@@ -86,17 +93,17 @@ def without_advice() -> Iterator[None]:
         yield
 
 
-def build_rank(model: PlannedModel, request: ParallelRequest, rank: int) -> RankShare:
+def build_rank(model: Blueprint, sizes: ParallelSizes, rank: int) -> RankShare:
     """Build the model of one rank and measure it."""
-    provider = configured(model, request)
-    with on_rank(rank, request):
-        stages = [None] if request.vpp is None else list(range(request.vpp))
+    provider = configured(model, sizes)
+    with on_rank(rank, sizes):
+        stages = [None] if sizes.vpp is None else list(range(sizes.vpp))
         chunks = [provider.provide(vp_stage=stage) for stage in stages]
         return share_of(chunks, model.bridge)
 
 
 def lay_out(
-    model: PlannedModel, request: ParallelRequest, progress: Progress | None = None
+    model: Blueprint, sizes: ParallelSizes, progress: Progress | None = None
 ) -> ParallelLayout:
     """What every rank holds. Raises whatever megatron-core raises for sizes that it refuses.
 
@@ -104,21 +111,67 @@ def lay_out(
     """
     shown = progress or Silent()
     with without_advice():
-        provider = configured(model, request)
+        provider = configured(model, sizes)
         provider.finalize()  # most refusals need no cluster, which takes its time
-        shown.start("plan", request.pp)
-        with on_rank(0, request):  # only of a cluster that it accepts are the positions right
-            positions = rank_positions(request)
+        shown.start("plan", sizes.pp)
+        with on_rank(0, sizes):  # only of a cluster that it accepts are the positions right
+            positions = rank_positions(sizes)
         first = {position.pp: position.rank for position in reversed(positions)}
         stages: list[RankShare] = []
         kinds: dict[object, RankShare] = {}
-        for stage in range(request.pp):
-            kind = kind_of_stage(provider, request, stage)
+        for stage in range(sizes.pp):
+            kind = _kind_of_stage(provider, sizes, stage)
             if kind in kinds:
-                layers = stage_layers(provider, request, stage)
-                share = shifted(kinds[kind], layers, model.bridge.layer_paths[0])
+                layers = _layers_of_stage(provider, sizes, stage)
+                share = _shifted(kinds[kind], layers, model.bridge.layer_paths[0])
             else:
-                share = kinds[kind] = build_rank(model, request, first[stage])
+                share = kinds[kind] = build_rank(model, sizes, first[stage])
             stages.append(share)
             shown.advance(1)
-    return ParallelLayout(request, tuple(stages), tuple(positions))
+    return ParallelLayout(sizes, tuple(stages), tuple(positions))
+
+
+def _layers_of_stage(provider: ModelProvider, sizes: ParallelSizes, stage: int) -> Layers:
+    """The layers of a stage, as megatron-core deals them out. provider: finalized."""
+    chunks = [None] if sizes.vpp is None else range(sizes.vpp)
+    found = []
+    for chunk in chunks:
+        first = get_transformer_layer_offset(provider, chunk, stage)
+        found.append(tuple(range(first, first + get_num_layers_to_build(provider, chunk, stage))))
+    return tuple(found)
+
+
+def _kind_of_stage(provider: ModelProvider, sizes: ParallelSizes, stage: int) -> object:
+    """Equal for stages that hold the same; the first and the last are like no other."""
+    if stage in (0, sizes.pp - 1):
+        return stage
+    layers = _layers_of_stage(provider, sizes, stage)
+    return tuple(tuple(_kind_of_layer(provider, layer) for layer in chunk) for chunk in layers)
+
+
+def _shifted(share: RankShare, layers: Layers, decoder: str) -> RankShare:
+    """What a stage holds that has these layers in place of those of `share`.
+
+    decoder: what names of parameters have before the number of a layer.
+    """
+    numbers = {
+        old: new
+        for before, after in zip(share.layers, layers, strict=True)
+        for old, new in zip(before, after, strict=True)
+    }
+    name = share.largest.name
+    if (place := layer_of(name, decoder)) is not None:
+        number, begin, end = place
+        name = f"{name[:begin]}{numbers[number]}{name[end:]}"
+    return replace(share, layers=layers, largest=replace(share.largest, name=name))
+
+
+def _kind_of_layer(provider: ModelProvider, layer: int) -> tuple[int, ...]:
+    kinds = []
+    for name in _PATTERNS:
+        pattern = getattr(provider, name)
+        if isinstance(pattern, list):
+            kinds.append(pattern[layer])
+        else:  # every so many layers, or all alike
+            kinds.append(layer % pattern if pattern else 0)
+    return tuple(kinds)

@@ -1,4 +1,4 @@
-"""Which parallel layouts a model can have, as its provider and megatron-core say.
+"""The parallel layout of a planned model, or which it can have, as megatron-core and providers say.
 
 There is no rule here. A layout is tried: the provider is finalized with it, and one layer of each
 kind is built on a small imagined cluster. The nearest legal sizes are found by trying, too.
@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from megatron.bridge.errors import ConfigError, PlanError
+from megatron.bridge.errors import ConfigError, InputError, PlanError
+from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.operations.inspection.cluster_layout import (
-    PlannedModel,
+    Blueprint,
+    ParallelLayout,
     configured,
+    lay_out,
     on_rank,
     without_advice,
 )
-from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
+from megatron.bridge.operations.inspection.hf_report import HFReport
+from megatron.bridge.progress import Progress
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
+from megatron.bridge.text.quoting import quoted
 
-type Refusals = Callable[[ParallelRequest], list[str]]
+type Refusals = Callable[[ParallelSizes], list[str]]
 
 REFUSED = (AssertionError, ValueError, RuntimeError, ConfigError)
 """What megatron-core and the providers raise for sizes that they do not take."""
@@ -35,11 +43,51 @@ _SEARCH_SECONDS = 4.0
 """Of the processor, and in either direction: what is not found then is not said."""
 
 
+def layout_of(
+    report: HFReport,
+    sizes: ParallelSizes,
+    *,
+    without: Collection[str] = (),
+    progress: Progress | None = None,
+) -> ParallelLayout:
+    """What every rank holds of a model with a proven plan.
+
+    without: parts to leave out, of the `optional_parts` of its bridge; it has all others that the
+    plan has. progress: of the stages. Raises InputError for a part that is none of them; PlanError
+    for sizes that the model cannot have, all of them with the nearest that it can.
+    """
+    plan, settings = report.plan, report.settings
+    if plan is None or settings is None:
+        raise ValueError(f"{report.source}: the conversion is not proven")
+    bridge = bridge_for(report.architecture)
+    for part in without:
+        if part not in bridge.optional_parts:
+            known = ", ".join(bridge.optional_parts) or "it has none"
+            raise InputError(
+                f"--without {quoted(part)} is not a part that a {report.architecture} may be built "
+                f"without: {known}"
+            )
+
+    def fields(*more: str) -> Mapping[str, Any]:
+        return bridge.settings_for_layout(settings, plan, (*without, *more))
+
+    def model(fields: Mapping[str, Any]) -> Blueprint:
+        return Blueprint(bridge, partial(bridge.provider_of, fields))
+
+    whole = fields()
+    try:
+        return lay_out(model(whole), sizes, progress)
+    except REFUSED as error:
+        lesser = {part: fields(part) for part in bridge.optional_parts}
+        differing = {part: model(one) for part, one in lesser.items() if one != whole}
+        raise why_illegal(model(whole), sizes, error, differing) from error
+
+
 def why_illegal(
-    model: PlannedModel,
-    request: ParallelRequest,
+    model: Blueprint,
+    sizes: ParallelSizes,
     error: Exception,
-    without: Mapping[str, PlannedModel],
+    without: Mapping[str, Blueprint],
 ) -> PlanError:
     """Every size that is illegal by itself; if there is none, what megatron-core said.
 
@@ -47,47 +95,45 @@ def why_illegal(
     without one of its optional parts, by the name of the part.
     """
 
-    def refusals(tried: ParallelRequest) -> list[str]:
+    def refusals(tried: ParallelSizes) -> list[str]:
         return _refusals(model, tried)
 
     with without_advice():
-        problems = _size_problems(request, refusals)
+        problems = _size_problems(sizes, refusals)
         for part, lesser in without.items():
-            if problems and not _refusals(lesser, request):
+            if problems and not _refusals(lesser, sizes):
                 words = model.bridge.optional_parts[part]
-                problems[-1] += f"; legal without {words}: --no-{part}"
-        problems += _world_problems(request)
-    heading = f"the model cannot be laid out by {str(request) or 'any layout'}"
+                problems[-1] += f"; legal without {words}: --without {part}"
+        problems += _world_problems(sizes)
+    heading = f"the model cannot be laid out by {str(sizes) or 'any layout'}"
     return PlanError(problems or [_reason(error)], heading=heading)
 
 
-def _size_problems(request: ParallelRequest, refusals: Refusals) -> list[str]:
+def _size_problems(sizes: ParallelSizes, refusals: Refusals) -> list[str]:
     """Each size that is refused by itself."""
-    alone = {option: request.only(option, *_BESIDE.get(option, ())) for option in request.given()}
+    alone = {option: sizes.only(option, *_BESIDE.get(option, ())) for option in sizes.given()}
     found = (_problem(option, one, refusals) for option, one in alone.items())
     return [problem for problem in found if problem is not None]
 
 
-def _problem(option: str, request: ParallelRequest, refusals: Refusals) -> str | None:
+def _problem(option: str, sizes: ParallelSizes, refusals: Refusals) -> str | None:
     """Why a size is refused, and the nearest that are not; None if it is not this size's fault."""
-    reasons = refusals(request)
-    if not reasons or refusals(request.without(option)):
+    reasons = refusals(sizes)
+    if not reasons or refusals(sizes.without(option)):
         return None
-    if nearest := _nearest(request, option, refusals):
+    if nearest := _nearest(sizes, option, refusals):
         legal = f"the nearest legal: {_or(nearest)}"
     else:
         legal = "legal without it"
         for other in _BESIDE.get(option, ()):
-            if larger := [
-                n for n in _nearest(request, other, refusals) if n > getattr(request, other)
-            ]:
+            if larger := [n for n in _nearest(sizes, other, refusals) if n > getattr(sizes, other)]:
                 legal += f", or with --{other} {larger[0]}"
-    return f"--{option} {getattr(request, option)}: {'; '.join(reasons)} ({legal})"
+    return f"--{option} {getattr(sizes, option)}: {'; '.join(reasons)} ({legal})"
 
 
-def _nearest(request: ParallelRequest, option: str, refusals: Refusals) -> list[int]:
+def _nearest(sizes: ParallelSizes, option: str, refusals: Refusals) -> list[int]:
     """The next legal size below and above, up to twice the given one, as far as time allows."""
-    size = getattr(request, option)
+    size = getattr(sizes, option)
     found = []
     below = range(min(size - 1, _LARGEST), 0, -1)
     above = range(size + 1, min(2 * size, _LARGEST) + 1)
@@ -96,43 +142,43 @@ def _nearest(request: ParallelRequest, option: str, refusals: Refusals) -> list[
         for one in candidates:
             if time.process_time() > end:
                 break
-            if not refusals(request.with_size(option, one)):
+            if not refusals(sizes.with_size(option, one)):
                 found.append(one)
                 break
     return found
 
 
-def _world_problems(request: ParallelRequest) -> list[str]:
-    if request.world_size is None or _forms_groups(request):
+def _world_problems(sizes: ParallelSizes) -> list[str]:
+    if sizes.world_size is None or _forms_groups(sizes):
         return []
-    least = request.smallest_world
-    below = request.ranks // least * least
+    least = sizes.ranks_per_replica
+    below = sizes.ranks // least * least
     nearest = [size for size in (below, below + least) if size]
-    holders = f"{request.dense_ranks} ranks hold the model (tp x pp x cp)"
-    if request.expert_ranks != request.dense_ranks:
-        holders += f", {request.expert_ranks} its experts (etp x ep x pp)"
-    problem = f"--world-size {request.ranks}: no multiple of what is needed: {holders}"
+    holders = f"{sizes.dense_ranks} ranks hold the model (tp x pp x cp)"
+    if sizes.expert_ranks != sizes.dense_ranks:
+        holders += f", {sizes.expert_ranks} its experts (etp x ep x pp)"
+    problem = f"--world-size {sizes.ranks}: not a multiple of what is needed: {holders}"
     return [f"{problem} (the nearest legal: {_or(nearest)})"]
 
 
-def _forms_groups(request: ParallelRequest) -> bool:
+def _forms_groups(sizes: ParallelSizes) -> bool:
     """Whether megatron-core makes process groups of these sizes."""
     try:
-        with on_rank(0, request):
+        with on_rank(0, sizes):
             return True
     except REFUSED:
         return False
 
 
-def _refusals(model: PlannedModel, request: ParallelRequest) -> list[str]:
+def _refusals(model: Blueprint, sizes: ParallelSizes) -> list[str]:
     """Why the model cannot be built with these sizes, on as many ranks as they need."""
-    provider = configured(model, request)
+    provider = configured(model, sizes)
     if problems := provider.problems():
         return problems
     try:
         provider.finalize()
         # The rules of the pipeline are those above; how a layer is split is the same on all stages.
-        single = replace(request, pp=1, vpp=None, world_size=None)
+        single = replace(sizes, pp=1, vpp=None, world_size=None)
         with on_rank(0, single):
             model.bridge.small(configured(model, single)).provide()
     except REFUSED as error:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.engine.stream import DEFAULT_MEMORY
+from megatron.bridge.errors import PlanError
 from megatron.bridge.formats.iterations import Iteration
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.amounts import TensorSummary
 from megatron.bridge.operations.inspection.hf_report import (
     HFReport,
     headers_only,
     inspect_hf,
     inspect_model,
 )
-from megatron.bridge.operations.inspection.summary import TensorSummary
 from megatron.bridge.tensors.spec import main_dtype
+from megatron.bridge.text.document import UNSTATED, stated, to_document
+
+if TYPE_CHECKING:
+    from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
+    from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
 ASSUMED_BYTES_PER_SECOND = 1_000_000_000
 """Of a disk that is read and written at once; assumed, not measured."""
@@ -26,77 +33,100 @@ ASSUMED_BYTES_PER_SECOND = 1_000_000_000
 
 @dataclass(frozen=True)
 class ConversionCost:
-    """What a conversion takes, in bytes.
+    """What a conversion takes.
 
-    download: what has to be fetched from the hub first. memory: that buffers may take, by default.
+    read_bytes, written_bytes: of tensor data. download_bytes: what has to be fetched from the hub
+    first. memory_bytes: that buffers may take, by default.
     """
 
     command: Literal["import", "export"]
-    reads: int
-    writes: int
-    download: int = 0
-    memory: int = DEFAULT_MEMORY
+    read_bytes: int
+    written_bytes: int
+    download_bytes: int = 0
+    memory_bytes: int = DEFAULT_MEMORY
+    assumed_bytes_per_second: int = ASSUMED_BYTES_PER_SECOND
 
-    @property
-    def disk(self) -> int:
+    @stated
+    def disk_bytes(self) -> int:
         """Room that has to be there: the target, and what is fetched into the hub's cache."""
-        return self.writes + self.download
+        return self.written_bytes + self.download_bytes
 
-    @property
+    @stated
     def seconds(self) -> float:
         """Of reading and writing at once, without a download."""
-        return max(self.reads, self.writes) / ASSUMED_BYTES_PER_SECOND
+        return max(self.read_bytes, self.written_bytes) / self.assumed_bytes_per_second
 
 
-@dataclass(frozen=True)
-class PlanReport:
-    """A planned conversion, in either direction.
+@dataclass(frozen=True, kw_only=True)
+class Forecast(HFReport):
+    """A planned conversion, in either direction: the Hugging Face side with the plan, and more.
 
-    model: the Hugging Face side with the plan; of a Megatron checkpoint, the files that its config
-    record or a reference describes. megatron: the tensors of the checkpoint. dropped: those of a
-    Megatron source that are no weights and stay behind. cost: None, as `megatron`, where no plan is
-    proven. left_out: of an export, tensors that the config has and nothing at hand holds.
+    format: of what is converted. Of a Megatron checkpoint, the Hugging Face side are the files that
+    its config record or a reference describes. conversion: None where no plan is proven. dropped:
+    tensors of a checkpoint that are not weights and stay behind. left_out: of an export, tensors
+    that the config has and nothing at hand holds.
+    sizes: of parallelism, where they are asked for; layout: what each rank holds then, or illegal:
+    why the model cannot be laid out so.
     """
 
-    source: str
-    format: Literal["huggingface", "megatron"]
-    model: HFReport
-    megatron: TensorSummary | None
-    dropped: tuple[str, ...]
-    cost: ConversionCost | None
+    conversion: ConversionCost | None = None
+    dropped: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    sizes: ParallelSizes | None = field(default=None, metadata=UNSTATED)
+    layout: ParallelLayout | None = field(default=None, metadata=UNSTATED)
+    illegal: PlanError | None = field(default=None, metadata=UNSTATED)
+
+    @stated
+    def problems(self) -> tuple[str, ...]:
+        """Why the model does not convert, or cannot be laid out so."""
+        return super().problems + (() if self.illegal is None else self.illegal.problems)
+
+    @stated
+    def parallel(self) -> Mapping[str, object] | None:
+        """The sizes, those that follow from others filled in; whether they are legal, if known."""
+        if self.sizes is None:
+            return None
+        legal = self.layout is not None if self.proven else None
+        return {**to_document(self.sizes.filled_in()), "legal": legal}
+
+    @stated
+    def ranks(self) -> list[Mapping[str, object]]:
+        """Where each rank stands, and what it holds."""
+        if self.layout is None:
+            return []
+        shares = [to_document(share) for share in self.layout.stages]
+        return [to_document(one) | shares[one.pp] for one in self.layout.positions]
 
 
-def plan_import_of(
+def forecast_import(
     source: str, revision: str | None = None, experts: str | None = None
-) -> PlanReport:
-    """Plan the import of a Hugging Face model.
+) -> Forecast:
+    """Look ahead to the import of a Hugging Face model.
 
     source: a folder with or without weights, a config.json, or a hub id, of which only headers are
     fetched. experts: the disk layout of routed experts, as the user says it, or for files to be.
     Raises InputError or one of its kinds where there is nothing to report on; a model that cannot
     be converted is reported.
     """
-    return plan_model(inspect_hf(source, revision, PlanOptions(experts=experts)))
+    return forecast_of(inspect_hf(source, revision, PlanOptions(experts=experts)))
 
 
-def plan_model(model: HFReport) -> PlanReport:
-    """Plan the import of a model that was looked at."""
-    megatron, cost = None, None
-    if model.plan is not None and model.hf is not None:
-        megatron = TensorSummary.of(model.plan.megatron.values())
+def forecast_of(model: HFReport) -> Forecast:
+    """Look ahead to the import of a model that was looked at."""
+    cost = None
+    if model.megatron is not None and model.hf is not None:
         download = model.hf.bytes if model.origin == "hub headers" else 0
-        cost = ConversionCost("import", model.hf.bytes, megatron.bytes, download)
-    return PlanReport(model.source, "huggingface", model, megatron, (), cost)
+        cost = ConversionCost("import", model.hf.bytes, model.megatron.bytes, download)
+    return Forecast(**_fields(model), conversion=cost)
 
 
-def plan_export_of(
+def forecast_export(
     source: Path,
     reference: PreTrainedVLM | None = None,
     iteration: Iteration | None = None,
     experts: str | None = None,
-) -> PlanReport:
-    """Plan the export of a Megatron checkpoint.
+) -> Forecast:
+    """Look ahead to the export of a Megatron checkpoint.
 
     reference: what it would be exported like, of which only headers are read; None for the config
     that the checkpoint keeps. iteration, experts: see `export_checkpoint`. Raises InputError or one
@@ -112,15 +142,20 @@ def plan_export_of(
     dtype = main_dtype(plan.hf.values())
     model = replace(
         inspect_model(hf, str(source), PlanOptions(experts=experts)),
+        format="megatron",
         origin="checkpoint" if reference is None else "reference",
         plan=plan,
         hf=TensorSummary.of(plan.hf.values()),
         settings=bridge.provider_settings(hf.hf_config, dtype, plan.hf),
         problem=None,
     )
-    weights = [spec for key, spec in checkpoint.tensors.items() if key in plan.megatron]
-    megatron = TensorSummary.of(weights)
-    cost = ConversionCost("export", megatron.bytes, plan.hf_bytes)
-    return PlanReport(
-        str(source), "megatron", model, megatron, dropped, cost, left_out(hf, plan, experts)
+    return Forecast(
+        **_fields(model),
+        conversion=ConversionCost("export", plan.megatron_bytes, plan.hf_bytes),
+        dropped=dropped,
+        left_out=left_out(hf, plan, experts),
     )
+
+
+def _fields(model: HFReport) -> dict[str, Any]:
+    return {one.name: getattr(model, one.name) for one in fields(model)}

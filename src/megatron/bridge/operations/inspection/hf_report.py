@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,31 +23,32 @@ from megatron.bridge.models.hf_pretrained.reference import local_folder
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
+from megatron.bridge.operations.amounts import Shard, TensorSummary
 from megatron.bridge.operations.inspection.hub_headers import RemoteTensor, hub_headers
-from megatron.bridge.operations.inspection.row_summary import RowSummary, row_summaries
-from megatron.bridge.operations.inspection.summary import FileSummary, TensorSummary
+from megatron.bridge.operations.inspection.row_summary import RowSummary
 from megatron.bridge.paths import local_path
 from megatron.bridge.tensors.spec import main_dtype
+from megatron.bridge.text.document import UNSTATED, spread, stated
 
 type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HFReport:
     """A Hugging Face model, as its config and headers describe it.
 
-    origin: where the tensors below are known from; "config" means that no weights are at hand and
-    the tensors are those that the config asks for, "checkpoint" that a Megatron checkpoint gives
-    them, "reference" that it gives them in the layout of a reference. bridge: the class that
-    converts it, or None.
-    description: what the family says of the model; without a bridge, sizes alone. filled_in: what
-    the config leaves out and transformers' config class fills in, of the keys that were needed, by
-    path. dtypes_assumed: they are the config's and the release, for lack of files. hf: the tensors
-    as they are stored. plan: None if it is not proven, and then `problem` says why; of an FP8
-    release it is the plan of the dequantized model. settings: fields of the family's provider; None
-    where they are not known to be right.
+    folder: that the source led to. bridge: the class that converts it, or None. origin: where the
+    tensors below are known from; "config" means that no weights are at hand and the tensors are
+    those that the config asks for, "checkpoint" that a Megatron checkpoint gives them, "reference"
+    that it gives them in the layout of a reference. hf: the tensors as they are stored. filled_in:
+    what the config leaves out and transformers' config class fills in, of the keys that were
+    needed, by path. tied: whether the output layer is the embedding.
+    description: what the family says of the model; without a bridge, sizes alone. plan: None if it
+    is not proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized
+    model. settings: fields of the family's provider; None where they are not known to be right.
     """
 
+    format: Literal["huggingface", "megatron"] = "huggingface"
     source: str
     folder: Path
     architecture: str
@@ -55,25 +56,57 @@ class HFReport:
     bridge: str | None
     origin: Origin
     hf: TensorSummary | None
-    shards: tuple[FileSummary, ...]
+    shards: tuple[Shard, ...]
     side_files: tuple[str, ...]
-    description: Description
     filled_in: Mapping[str, Any]
     tied: bool
     quantization: BlockFP8 | None
-    plan: ConversionPlan | None
-    settings: Mapping[str, Any] | None
-    problem: BridgeError | None
+    description: Description = field(metadata=UNSTATED)
+    plan: ConversionPlan | None = field(metadata=UNSTATED)
+    settings: Mapping[str, Any] | None = field(metadata=UNSTATED)
+    problem: BridgeError | None = field(metadata=UNSTATED)
 
-    @property
+    @spread
+    def described(self) -> Mapping[str, Any]:
+        """What the family says, by the names that it gives."""
+        return {key: fact.value for key, fact in self.description.items()}
+
+    @stated
     def dtypes_assumed(self) -> bool:
         """Whether no file says the dtypes."""
         return self.origin == "config"
 
-    @property
+    @stated
+    def carried(self) -> Mapping[str, str]:
+        """Tensors that have no place in the Megatron model, and why."""
+        return {} if self.plan is None else self.plan.carried
+
+    @stated
+    def proven(self) -> bool:
+        """Whether it converts."""
+        return self.problem is None
+
+    @stated
+    def problems(self) -> tuple[str, ...]:
+        """Why it does not convert, one by one."""
+        if self.problem is None:
+            return ()
+        return self.problem.problems or (str(self.problem),)
+
+    @stated
+    def message(self) -> str | None:
+        """Why it does not convert, as the error says it."""
+        return None if self.problem is None else str(self.problem)
+
+    @stated
+    def megatron(self) -> TensorSummary | None:
+        """The tensors of the Megatron checkpoint; None without a plan."""
+        return None if self.plan is None else TensorSummary.of(self.plan.megatron.values())
+
+    @stated
     def rows(self) -> list[RowSummary]:
         """The rows of the plan; none without a plan."""
-        return [] if self.plan is None else row_summaries(self.plan)
+        return [] if self.plan is None else [RowSummary.of(row) for row in self.plan.rows]
 
 
 def inspect_hf(
@@ -231,11 +264,11 @@ def _tied(config: HFConfig) -> bool:
 
 def _shards(
     tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor],
-) -> tuple[FileSummary, ...]:
+) -> tuple[Shard, ...]:
     files: dict[str, list[int]] = defaultdict(list)
     for tensor in tensors.values():
         file = tensor.file
         if isinstance(tensors, TensorIndex):
             file = file.relative_to(tensors.folder)
         files[file.as_posix()].append(tensor.nbytes)
-    return tuple(FileSummary(name, len(sizes), sum(sizes)) for name, sizes in sorted(files.items()))
+    return tuple(Shard(len(sizes), sum(sizes), name) for name, sizes in sorted(files.items()))

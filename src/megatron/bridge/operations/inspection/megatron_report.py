@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.config_record import read_record
@@ -12,8 +12,9 @@ from megatron.bridge.formats.file_plans import is_state
 from megatron.bridge.formats.iterations import Iteration, iterations, tracked_iteration
 from megatron.bridge.formats.torch_dist.index_format import IndexFormat
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
-from megatron.bridge.operations.inspection.summary import TensorSummary
+from megatron.bridge.operations.amounts import FileSize, TensorSummary
 from megatron.bridge.tensors.spec import TensorSpec
+from megatron.bridge.text.document import UNSTATED, stated
 
 
 @dataclass(frozen=True)
@@ -21,29 +22,45 @@ class MegatronReport:
     """A distributed checkpoint, as its index describes it.
 
     folder: of the iteration. iteration: "0", or "release". iterations: those that lie in the
-    folder that was given; none in that of one iteration. tracked: the one of them that the tracker
-    file names, None without such a file. format: torch_dist, or another with such an index.
-    megatron, tensors: the weights, by key. state: the other tensors, which are state of training.
-    objects: names of what is no tensor. files: name -> bytes of the data files. config_record:
-    whether a record keeps the Hugging Face config; architecture: that of this config. other_record:
-    whether the record is of another program; hf_model_id: the model that it names.
+    folder that was given; none in that of one iteration. tracked_iteration: the one of them that
+    the tracker file names, None without such a file. config_record: whether a record keeps the
+    Hugging Face config; architecture: that of this config. other_record: whether the record is of
+    another program; hf_model_id: the model that it names. megatron, tensors: the weights. state:
+    the other tensors, which are state of training. files: of data. object_names: of what is not a
+    tensor. index: torch_dist, or another format with such an index.
     """
 
+    format: Literal["megatron"] = field(default="megatron", init=False)
     source: str
     folder: Path
     iteration: str
     iterations: tuple[str, ...]
-    tracked: str | None
-    format: IndexFormat
-    megatron: TensorSummary
-    state: TensorSummary
-    tensors: Mapping[str, TensorSpec]
-    objects: tuple[str, ...]
-    files: Mapping[str, int]
-    config_record: bool
+    tracked_iteration: str | None
     architecture: str | None
+    config_record: bool
     other_record: bool
     hf_model_id: str | None
+    megatron: TensorSummary
+    state: TensorSummary
+    files: tuple[FileSize, ...]
+    tensors: tuple[TensorSpec, ...]
+    object_names: tuple[str, ...] = field(metadata=UNSTATED)
+    index: IndexFormat = field(metadata=UNSTATED)
+
+    @stated
+    def checkpoint_format(self) -> str:
+        """The name of the format."""
+        return self.index.name
+
+    @stated
+    def exportable(self) -> bool:
+        """Whether its keys are those of megatron-core."""
+        return self.index.is_torch_dist
+
+    @stated
+    def objects(self) -> int:
+        """How many entries are not tensors."""
+        return len(self.object_names)
 
 
 def inspect_megatron(source: Path, iteration: Iteration | None = None) -> MegatronReport:
@@ -57,24 +74,25 @@ def inspect_megatron(source: Path, iteration: Iteration | None = None) -> Megatr
     several = folder.absolute() != source.absolute()
     record = read_record(folder)
     hf = None if record is None else record.hf
-    weights = {key: spec for key, spec in checkpoint.tensors.items() if not is_state(key)}
-    state = (spec for key, spec in checkpoint.tensors.items() if key not in weights)
+    weights = [spec for key, spec in checkpoint.tensors.items() if not is_state(key)]
+    state = [spec for key, spec in checkpoint.tensors.items() if is_state(key)]
+    files = sorted(folder.glob("*.distcp"))
     return MegatronReport(
         source=str(source),
         folder=folder,
         iteration=_iteration(folder.name),
         iterations=tuple(iterations(source)) if several else (),
-        tracked=_tracked(source) if several else None,
-        format=checkpoint.format,
-        megatron=TensorSummary.of(weights.values()),
-        state=TensorSummary.of(state),
-        tensors=weights,
-        objects=tuple(checkpoint.objects),
-        files={file.name: file.stat().st_size for file in sorted(folder.glob("*.distcp"))},
-        config_record=hf is not None,
+        tracked_iteration=_tracked(source) if several else None,
         architecture=None if hf is None else hf.architecture,
+        config_record=hf is not None,
         other_record=record is not None and hf is None,
         hf_model_id=None if record is None else record.hf_model_id,
+        megatron=TensorSummary.of(weights),
+        state=TensorSummary.of(state),
+        files=tuple(FileSize(file.name, file.stat().st_size) for file in files),
+        tensors=tuple(weights),
+        object_names=tuple(checkpoint.objects),
+        index=checkpoint.format,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.core.parallel_state import RankGenerator, initialize_model_parallel
 
-from megatron.bridge.operations.inspection.cluster_request import ParallelRequest
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +24,23 @@ class RankPosition:
     edp: int
 
 
-def rank_positions(request: ParallelRequest) -> list[RankPosition]:
+def rank_positions(sizes: ParallelSizes) -> list[RankPosition]:
     """Every rank of a cluster that megatron-core accepts, in order."""
-    world, etp = request.ranks, request.etp or request.tp
+    world, etp = sizes.ranks, sizes.etp or sizes.tp
     order = inspect.signature(initialize_model_parallel).parameters["order"].default
     dense = RankGenerator(
-        tp=request.tp,
+        tp=sizes.tp,
         ep=1,
-        dp=world // request.dense_ranks,
-        pp=request.pp,
-        cp=request.cp,
+        dp=world // sizes.dense_ranks,
+        pp=sizes.pp,
+        cp=sizes.cp,
         order=order,
     )
     experts = RankGenerator(
         tp=etp,
-        ep=request.ep,
-        dp=world // request.expert_ranks,
-        pp=request.pp,
+        ep=sizes.ep,
+        dp=world // sizes.expert_ranks,
+        pp=sizes.pp,
         cp=1,
         order=order,
     )

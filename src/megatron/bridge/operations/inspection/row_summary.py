@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Self
 
-from megatron.bridge.models.conversion.plan import ConversionPlan, RowUse
+from megatron.bridge.models.conversion.plan import RowUse
 from megatron.bridge.text.folding import fold_pattern
 
 
@@ -18,15 +19,12 @@ class RowSummary:
     layout: str
     count: int
 
-
-def row_summaries(plan: ConversionPlan) -> list[RowSummary]:
-    """The rows of a plan, in their order."""
-    return [_summary(row) for row in plan.rows]
-
-
-def _summary(row: RowUse) -> RowSummary:
-    numbers = [tuple(map(str, one)) for one in product(*row.numbers)]
-    megatron, *hf = (
-        " ".join(fold_pattern(pattern, numbers)) for pattern in (row.megatron_param, *row.hf_params)
-    )
-    return RowSummary(megatron, tuple(hf), row.layout, row.count)
+    @classmethod
+    def of(cls, row: RowUse) -> Self:
+        """All parameters of a row under one folded name."""
+        numbers = [tuple(map(str, one)) for one in product(*row.numbers)]
+        megatron, *hf = (
+            " ".join(fold_pattern(pattern, numbers))
+            for pattern in (row.megatron_param, *row.hf_params)
+        )
+        return cls(megatron, tuple(hf), row.layout, row.count)

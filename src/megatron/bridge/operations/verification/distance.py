@@ -14,20 +14,28 @@ _BLOCK = 64  # tokens; a row of logits is up to 250,000 numbers
 class Distance:
     """How far activations are from those expected.
 
-    max_abs: largest difference, infinite if a value is not finite. largest: absolute value of the
-    expected ones. cosine: of the angle between the two, all values as one vector. relative_rms:
-    root mean square of the differences, as a part of that of the expected values. Unlike max_abs it
-    depends neither on the scale of the values nor on how many there are. expected_finite,
-    found_finite: whether no value is infinite or NaN. Where one is, all else means nothing.
+    max_abs_diff: the largest, infinite if a value is not finite. largest: absolute value of the
+    expected ones. cosine: of the angle between the two, all values as one vector.
+    relative_rms_diff: root mean square of the differences, as a part of that of the expected
+    values. Unlike max_abs_diff it depends neither on the scale of the values nor on how many there
+    are. expected_finite, found_finite: whether no value is infinite or NaN. Where one is, all else
+    means nothing.
     """
 
-    max_abs: float
-    mean_abs: float
+    max_abs_diff: float
+    mean_abs_diff: float
     largest: float
     cosine: float
-    relative_rms: float
+    relative_rms_diff: float
     expected_finite: bool
     found_finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDistance(Distance):
+    """Distance of the hidden states after a decoder layer, by its number."""
+
+    layer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ def distance(expected: torch.Tensor, found: torch.Tensor) -> Distance:
         total / expected.numel(),
         largest,
         cosine=dot / norms if norms else nan,
-        relative_rms=(apart_square / expected_square) ** 0.5 if expected_square else nan,
+        relative_rms_diff=(apart_square / expected_square) ** 0.5 if expected_square else nan,
         expected_finite=expected_finite,
         found_finite=found_finite,
     )

@@ -22,7 +22,13 @@ from megatron.bridge.formats.iterations import (
 )
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.verification.file_ranges import TensorPlaces
-from megatron.bridge.operations.verification.report import FastReport, FileDifference, Kind
+from megatron.bridge.operations.verification.report import (
+    ConvertedFrom,
+    FastReport,
+    FileDifference,
+    Format,
+    Side,
+)
 from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress
 from megatron.bridge.target.checksums import check_files
@@ -30,7 +36,7 @@ from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.target.record import MANIFEST_FILE, Record, read_manifest
 from megatron.bridge.text.quoting import quoted
 
-_KINDS: dict[str, tuple[Kind, Kind]] = {
+_KINDS: dict[str, tuple[Format, Format]] = {
     "import": ("huggingface", "megatron"),
     "export": ("megatron", "huggingface"),
 }
@@ -65,17 +71,14 @@ def verify_fast(
     seconds = time.perf_counter() - begin
     places = TensorPlaces(target.folder)
     return FastReport(
-        target=target.name,
-        target_kind=writes,
-        source=source,
-        source_kind=reads,
+        target=Side(target.name, writes),
+        converted_from=None if source is None else ConvertedFrom(source, reads, changes),
         files=len(target.manifest.files),
-        nbytes=target.manifest.nbytes,
+        bytes=target.manifest.nbytes,
         different=[
             FileDifference(file, offset, nbytes, problem, places.tensors_in(file, offset, nbytes))
             for file, offset, nbytes, problem in faults
         ],
-        source_changes=changes,
         seconds=seconds,
     )
 

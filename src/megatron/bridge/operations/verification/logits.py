@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.verification.distance import (
     Distance,
+    LayerDistance,
     LogitsDistance,
     logits_distance,
 )
@@ -33,6 +34,7 @@ from megatron.bridge.operations.verification.forward import (
 from megatron.bridge.operations.verification.memory import at_most, needed, require_memory
 from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress
+from megatron.bridge.text.document import stated
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,13 +54,21 @@ class NextToken:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class OfEach[Value]:
+    """Something of transformers' model, and of the Megatron model."""
+
+    hf: Value
+    megatron: Value
+
+
 @dataclass(frozen=True)
 class CompareReport:
     """How far the Megatron model is from transformers' on one prompt.
 
-    tokens: of the whole prompt. image_tokens: those that stand for the image. layers: hidden states
-    after each decoder layer. tolerance: largest difference of logits allowed, as a part of the
-    largest logit. hf_seconds, megatron_seconds: to load the model and run it once.
+    tokens: of the whole prompt. image_tokens: those that stand for the image. tolerance: largest
+    difference of logits allowed, as a part of the largest logit. layers: hidden states after each
+    decoder layer. seconds: to load the model and run it once.
     """
 
     source: str
@@ -68,18 +78,16 @@ class CompareReport:
     image: str | None
     tokens: int
     image_tokens: int
-    layers: tuple[Distance, ...]
-    logits: LogitsDistance
-    hf_next: NextToken
-    megatron_next: NextToken
     tolerance: float
-    hf_seconds: float
-    megatron_seconds: float
+    logits: LogitsDistance
+    layers: tuple[LayerDistance, ...]
+    next_token: OfEach[NextToken]
+    seconds: OfEach[float]
 
-    @property
+    @stated
     def agrees(self) -> bool:
         """Whether no logit differs by more than the tolerance; False where one is not finite."""
-        apart, largest = self.logits.max_abs, self.logits.largest
+        apart, largest = self.logits.max_abs_diff, self.logits.largest
         return isfinite(apart) and apart <= self.tolerance * largest
 
 
@@ -151,13 +159,11 @@ def compare(
         image=_image_name(image),
         tokens=inputs["input_ids"].shape[1],
         image_tokens=image_tokens,
-        layers=tuple(layers),
-        logits=distances,
-        hf_next=_next_token(hf, expected),
-        megatron_next=_next_token(hf, found),
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
-        hf_seconds=between - begin,
-        megatron_seconds=end - between,
+        logits=distances,
+        layers=tuple(LayerDistance(**asdict(one), layer=n) for n, one in enumerate(layers)),
+        next_token=OfEach(_next_token(hf, expected), _next_token(hf, found)),
+        seconds=OfEach(between - begin, end - between),
     )
 
 

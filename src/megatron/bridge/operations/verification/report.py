@@ -5,25 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-type Kind = Literal["huggingface", "megatron"]
+from megatron.bridge.text.document import stated
+
+type Format = Literal["huggingface", "megatron"]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the checkpoints: what was given, and what it is."""
+
+    source: str
+    format: Format
 
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
     """One tensor that is not the same on both sides.
 
-    what: "shape", "dtype" or "bits". a, b: the shape or dtype on each side; for bits, empty.
-    elements: how many of `of` elements have other bits. max_abs: their largest distance, infinite
-    where a NaN or an infinity differs.
+    a, b: the shape or dtype on each side, where these differ. Where bits do: elements, how many of
+    `of` elements have other bits, and max_abs_diff, their largest distance, infinite where a NaN or
+    an infinity differs.
     """
 
     name: str
     what: Literal["shape", "dtype", "bits"]
-    a: str = ""
-    b: str = ""
-    elements: int = 0
-    of: int = 0
-    max_abs: float = 0.0
+    a: str | None = None
+    b: str | None = None
+    elements: int | None = None
+    of: int | None = None
+    max_abs_diff: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,29 +48,28 @@ class SideFileDifference:
 class VerifyReport:
     """What comparing two checkpoints found.
 
-    compared, equal: tensors. compared_bytes: of tensor data on one side. padding: elements of the
+    compared, equal: tensors. bytes: of tensor data on one side. padding_elements: those of the
     Megatron side that stand for no Hugging Face element and were not compared. ignored: tensors
-    of a Megatron checkpoint that are no weights (optimizer state). carried: Hugging Face tensors
-    that no Megatron model has a place for, and why; they are no difference. side_files: for
-    information, None unless both sides are Hugging Face folders.
+    of a Megatron checkpoint that are not weights (optimizer state). carried: Hugging Face tensors
+    that no Megatron model has a place for, and why; they count as equal. side_files: for
+    information, None unless both sides are Hugging Face folders. seconds: to find out.
     """
 
-    a: str
-    b: str
-    a_kind: Kind
-    b_kind: Kind
+    a: Side
+    b: Side
     compared: int = 0
     equal: int = 0
-    compared_bytes: int = 0
+    bytes: int = 0
     different: list[TensorDifference] = field(default_factory=list)
     only_in_a: list[str] = field(default_factory=list)
     only_in_b: list[str] = field(default_factory=list)
-    padding: int = 0
+    padding_elements: int = 0
     ignored: list[str] = field(default_factory=list)
     carried: dict[str, str] = field(default_factory=dict)
     side_files: list[SideFileDifference] | None = None
+    seconds: float = 0.0
 
-    @property
+    @stated
     def identical(self) -> bool:
         """Whether both sides hold the same tensors, all bits equal."""
         return not (self.different or self.only_in_a or self.only_in_b)
@@ -70,36 +79,45 @@ class VerifyReport:
 class FileDifference:
     """A range of a file that is not what was written, or the whole file.
 
-    offset, nbytes: of the range. problem: what was found. tensors: those with data in the range,
+    offset, bytes: of the range. problem: what was found. tensors: those with data in the range,
     as far as that can be told.
     """
 
     file: str
     offset: int
-    nbytes: int
+    bytes: int
     problem: str
     tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedFrom(Side):
+    """What a target was converted from, and how it is no longer that, file by file."""
+
+    changes: list[str]
 
 
 @dataclass(frozen=True)
 class FastReport:
     """What comparing a target with its manifest found.
 
-    files, nbytes: that the manifest records. source: None if it was not looked at.
-    source_changes: how it differs from what was converted, file by file. seconds: to find out.
+    converted_from: None if the source was not looked at. files, bytes: that the manifest records,
+    headers included. seconds: to find out.
     """
 
-    target: str
-    target_kind: Kind
-    source: str | None
-    source_kind: Kind
+    target: Side
+    converted_from: ConvertedFrom | None
     files: int
-    nbytes: int
+    bytes: int
     different: list[FileDifference]
-    source_changes: list[str]
     seconds: float
 
     @property
+    def source_changes(self) -> list[str]:
+        """How the source differs from what was converted; nothing if it was not looked at."""
+        return [] if self.converted_from is None else self.converted_from.changes
+
+    @stated
     def identical(self) -> bool:
         """Whether every file is as it was written, and the source as it was read."""
         return not (self.different or self.source_changes)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, verdict
-from megatron.bridge.cli.units import count
+from megatron.bridge.cli.units import count, exact_bytes, exactly
 from megatron.bridge.text.folding import fold, fold_words, template
 from megatron.bridge.text.quoting import quoted
 from megatron.bridge.text.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from megatron.bridge.operations.amounts import FileSize, Shard, TensorSummary
     from megatron.bridge.operations.inspection.hf_report import HFReport
     from megatron.bridge.operations.inspection.megatron_report import MegatronReport
     from megatron.bridge.operations.inspection.row_summary import RowSummary
-    from megatron.bridge.operations.inspection.summary import TensorSummary
 
 _ORIGINS = {
     "files": "headers of the files",
@@ -27,7 +27,7 @@ _ORIGINS = {
     "checkpoint": "the checkpoint, and the config that it keeps",
     "reference": "the checkpoint, in the layout of --hf",
 }
-_SHOWN_SHARDS = 8
+_SHOWN_FILES = 8
 
 
 def render_hf(report: HFReport) -> RenderableType:
@@ -40,14 +40,14 @@ def render_hf(report: HFReport) -> RenderableType:
                 *identity(report),
                 *_sizes(report.hf),
                 *peculiarities(report),
-                ("shards", _shards(report)),
+                ("shards", _named_sizes(report.shards)),
                 ("side files", ", ".join(report.side_files) or "none"),
                 *_facts(report, "config"),
                 ("default", _settings(report.filled_in)),
                 *_facts(report, "model"),
                 ("embeddings", "tied" if report.tied else "not tied"),
                 ("megatron", _megatron(report)),
-                ("plan", verdict(report.problem is None, "proven", "not proven")),
+                ("plan", verdict(report.proven, "proven", "not proven")),
             ],
         )
     ]
@@ -86,8 +86,8 @@ def plan_rows(report: HFReport) -> list[RenderableType]:
         for row in rows:
             table.add_row(str(row.count), _row(row))
         parts += ["", table]
-    if report.plan is not None and report.plan.carried:
-        parts += ["", carried_table(report.plan.carried)]
+    if report.carried:
+        parts += ["", carried_table(report.carried)]
     return parts
 
 
@@ -95,25 +95,25 @@ def render_megatron(report: MegatronReport) -> RenderableType:
     """A Megatron checkpoint: what it is, and its tensors."""
     table = listing("Tensors", "key", "shape", "dtype")
     alike: dict[tuple[str, str], list[str]] = {}
-    for key, spec in report.tensors.items():
+    for spec in report.tensors:
         shape = "x".join(map(str, spec.shape)) or "scalar"
-        alike.setdefault((template(key), f"{shape} {spec.dtype}"), []).append(key)
+        alike.setdefault((template(spec.name), f"{shape} {spec.dtype}"), []).append(spec.name)
     for (_, form), keys in alike.items():
         shape, dtype = form.split()
         for name in fold(keys):
             table.add_row(Text(name), shape, dtype)
     return Group(
         facts(
-            f"Megatron checkpoint ({report.format.name})",
+            f"Megatron checkpoint ({report.index.name})",
             [
                 ("source", report.source),
                 ("iteration", f"{report.iteration} ({report.folder.name})"),
                 ("iterations", _iterations(report)),
-                ("format", report.format.why),
+                ("format", report.index.why),
                 *_sizes(report.megatron),
                 ("training state", _state(report.state)),
                 ("files", _named_sizes(report.files)),
-                ("objects", _objects(report.objects)),
+                ("objects", _objects(report.object_names)),
                 ("config record", _record(report)),
                 ("hf_model_id", report.hf_model_id),
                 ("architecture", report.architecture),
@@ -132,12 +132,17 @@ def _row(row: RowSummary) -> Text:
 def _sizes(summary: TensorSummary | None) -> list[tuple[str, object]]:
     if summary is None:
         return [("tensors", "unknown")]
-    dtypes = ", ".join(f"{name} {format_bytes(size)}" for name, (_, size) in summary.dtypes.items())
     return [
         ("tensors", f"{summary.keys:,}"),
-        ("bytes", f"{summary.bytes:,} ({format_bytes(summary.bytes)})"),
-        ("dtypes", dtypes),
+        ("bytes", exactly(summary.bytes)),
+        ("dtypes", dtypes(summary)),
     ]
+
+
+def dtypes(summary: TensorSummary) -> str:
+    """What each dtype takes."""
+    sizes = (f"{name} {format_bytes(one.bytes)}" for name, one in summary.dtypes.items())
+    return ", ".join(sizes)
 
 
 def _assumption(report: HFReport) -> str | None:
@@ -161,14 +166,10 @@ def _quantization(report: HFReport) -> str | None:
     return f"{report.quantization}{shown}"
 
 
-def _shards(report: HFReport) -> str | None:
-    return _named_sizes({shard.name: shard.bytes for shard in report.shards})
-
-
-def _named_sizes(files: Mapping[str, int]) -> str | None:
+def _named_sizes(files: Sequence[FileSize | Shard]) -> str | None:
     if not files:
         return None
-    shown = [f"{name} {format_bytes(size)}" for name, size in files.items()][:_SHOWN_SHARDS]
+    shown = [f"{file.name} {format_bytes(file.bytes)}" for file in files[:_SHOWN_FILES]]
     more = len(files) - len(shown)
     return "\n".join([*shown, *([f"and {more} more"] if more else [])])
 
@@ -178,18 +179,19 @@ def _settings(values: Mapping[str, Any]) -> str | None:
 
 
 def _megatron(report: HFReport) -> str | None:
-    plan = report.plan
-    if plan is None:
+    if (side := report.megatron) is None:
         return None
-    size = plan.megatron_bytes
-    return f"{count(len(plan.megatron), 'tensor')}, {size:,} bytes ({format_bytes(size)})"
+    return f"{count(side.keys, 'tensor')}, {exact_bytes(side.bytes)}"
 
 
 def _iterations(report: MegatronReport) -> str | None:
     """Where there is a choice: all, and which one the tracker file names."""
-    if len(report.iterations) < 2 and report.tracked in report.iterations:
+    if len(report.iterations) < 2 and report.tracked_iteration in report.iterations:
         return None
-    shown = [f"{name} (tracked)" if name == report.tracked else name for name in report.iterations]
+    shown = [
+        f"{name} (tracked)" if name == report.tracked_iteration else name
+        for name in report.iterations
+    ]
     return ", ".join(shown) or None
 
 
@@ -203,8 +205,8 @@ def _record(report: MegatronReport) -> str:
 def _state(state: TensorSummary) -> str | None:
     if not state.keys:
         return None
-    size = f"{state.bytes:,} bytes ({format_bytes(state.bytes)})"
-    return f"{count(state.keys, 'tensor')}, {size}: of optimizers and the like, not weights"
+    size = f"{count(state.keys, 'tensor')}, {exact_bytes(state.bytes)}"
+    return f"{size}: of optimizers and the like, not weights"
 
 
 def _objects(objects: tuple[str, ...]) -> str:

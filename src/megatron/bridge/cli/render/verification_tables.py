@@ -9,13 +9,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, number, verdict
-from megatron.bridge.cli.units import format_rate
+from megatron.bridge.cli.units import exact_bytes, format_rate
 from megatron.bridge.text.folding import fold
-from megatron.bridge.text.sizes import format_bytes
 
 if TYPE_CHECKING:
     from megatron.bridge.operations.verification.report import (
         FastReport,
+        Side,
         TensorDifference,
         VerifyReport,
     )
@@ -24,16 +24,16 @@ _SHOWN = 50
 _FORMATS = {"huggingface": "Hugging Face", "megatron": "Megatron"}
 
 
-def render_verify(report: VerifyReport, seconds: float) -> RenderableType:
+def render_verify(report: VerifyReport) -> RenderableType:
     """The verdict, and every tensor that is not the same."""
-    size = report.compared_bytes
+    size, seconds = report.bytes, report.seconds
     parts: list[RenderableType] = [
         facts(
             "verify",
             [
-                ("A", f"{report.a} ({_FORMATS[report.a_kind]})"),
-                ("B", f"{report.b} ({_FORMATS[report.b_kind]})"),
-                ("compared", f"{report.compared:,} tensors, {size:,} bytes ({format_bytes(size)})"),
+                ("A", _side(report.a)),
+                ("B", _side(report.b)),
+                ("compared", f"{report.compared:,} tensors, {exact_bytes(size)}"),
                 ("equal", f"{report.equal:,} tensors"),
                 ("not compared", _not_compared(report)),
                 ("side files", _side_files(report)),
@@ -56,14 +56,14 @@ def render_verify(report: VerifyReport, seconds: float) -> RenderableType:
 
 def render_verify_fast(report: FastReport) -> RenderableType:
     """The verdict, and every range of a file that is not as it was written."""
-    size = report.nbytes
+    size = report.bytes
     parts: list[RenderableType] = [
         facts(
             "verify --fast",
             [
-                ("target", f"{report.target} ({_FORMATS[report.target_kind]})"),
+                ("target", _side(report.target)),
                 ("source", _source(report)),
-                ("checked", f"{report.files:,} files, {size:,} bytes ({format_bytes(size)})"),
+                ("checked", f"{report.files:,} files, {exact_bytes(size)}"),
                 ("seconds", f"{report.seconds:.2f} ({format_rate(size, report.seconds)})"),
                 ("result", verdict(report.identical, "as it was written", _fault(report))),
             ],
@@ -72,7 +72,7 @@ def render_verify_fast(report: FastReport) -> RenderableType:
     if report.different:
         table = listing("Not as it was written", "file", "bytes", "found")
         for found in report.different[:_SHOWN]:
-            span = f"{found.offset:,} to {found.offset + found.nbytes:,}"
+            span = f"{found.offset:,} to {found.offset + found.bytes:,}"
             table.add_row(Text(found.file), span, Text(found.problem))
         parts += ["", table, *_rest(len(report.different))]
     tensors = list(dict.fromkeys(name for found in report.different for name in found.tensors))
@@ -85,15 +85,19 @@ def render_verify_fast(report: FastReport) -> RenderableType:
     return Group(*parts)
 
 
+def _side(side: Side) -> str:
+    return f"{side.source} ({_FORMATS[side.format]})"
+
+
 def _fault(report: FastReport) -> str:
     return "not as it was written" if report.different else "made from something else, or older"
 
 
 def _source(report: FastReport) -> str | None:
-    if report.source is None:
+    if report.converted_from is None:
         return None
     state = "changed" if report.source_changes else "as it was read"
-    return f"{report.source} ({_FORMATS[report.source_kind]}): {state}"
+    return f"{_side(report.converted_from)}: {state}"
 
 
 def _names(title: str, names: Sequence[str]) -> list[RenderableType]:
@@ -108,17 +112,17 @@ def _names(title: str, names: Sequence[str]) -> list[RenderableType]:
 
 
 def _difference(tensor: TensorDifference) -> str:
-    if tensor.what != "bits":
+    if tensor.max_abs_diff is None:
         return f"A {tensor.a}, B {tensor.b}"
-    return f"{tensor.elements:,} of {tensor.of:,} elements, up to {number(tensor.max_abs)}"
+    return f"{tensor.elements:,} of {tensor.of:,} elements, up to {number(tensor.max_abs_diff)}"
 
 
 def _not_compared(report: VerifyReport) -> str | None:
     parts = []
-    if report.padding:
-        parts.append(f"{report.padding:,} elements that pad the vocabulary")
+    if report.padding_elements:
+        parts.append(f"{report.padding_elements:,} elements that pad the vocabulary")
     if report.ignored:
-        parts.append(f"{len(report.ignored):,} tensors that are no weights (optimizer state)")
+        parts.append(f"{len(report.ignored):,} tensors that are not weights (optimizer state)")
     if report.carried:
         parts.append(f"{len(report.carried):,} tensors that the Megatron model has no place for")
     return "; ".join(parts) or None

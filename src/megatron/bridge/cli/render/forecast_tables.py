@@ -9,45 +9,43 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron.bridge.cli.render.conversion import left_out
-from megatron.bridge.cli.render.inspection import identity, peculiarities, plan_rows
+from megatron.bridge.cli.render.conversion_tables import left_out
+from megatron.bridge.cli.render.inspection_tables import dtypes, identity, peculiarities, plan_rows
 from megatron.bridge.cli.render.tables import facts, listing, verdict
-from megatron.bridge.cli.units import count
-from megatron.bridge.operations.inspection.forecast import ASSUMED_BYTES_PER_SECOND
+from megatron.bridge.cli.units import count, exact_bytes
 from megatron.bridge.text.folding import fold, fold_numbers, template
 from megatron.bridge.text.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from megatron.bridge.operations.amounts import TensorSummary
     from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
-    from megatron.bridge.operations.inspection.forecast import PlanReport
+    from megatron.bridge.operations.inspection.forecast import ConversionCost, Forecast
     from megatron.bridge.operations.inspection.rank_share import RankShare
-    from megatron.bridge.operations.inspection.summary import TensorSummary
 
 _SHOWN_NAMES = 3
 
 
-def render_plan(report: PlanReport, layout: ParallelLayout | None) -> RenderableType:
+def render_forecast(report: Forecast) -> RenderableType:
     """Both sides, every row, what the conversion takes, and what each stage of a cluster holds."""
-    model = report.model
     parts: list[RenderableType] = [
         facts(
             "Plan",
             [
                 ("source", report.source),
-                *identity(model),
-                *peculiarities(model),
-                ("plan", verdict(model.problem is None, "proven", "not proven")),
+                *identity(report),
+                *peculiarities(report),
+                ("plan", verdict(report.proven, "proven", "not proven")),
             ],
         )
     ]
-    sides = {"Hugging Face": model.hf, "Megatron": report.megatron}
+    sides = {"Hugging Face": report.hf, "Megatron": report.megatron}
     if any(sides.values()):
         parts += ["", _sides(sides)]
-    parts += plan_rows(model)
-    if report.cost is not None:
-        parts += ["", _cost(report)]
-    if layout is not None:
-        experts = model.settings is not None and bool(model.settings.get("num_moe_experts"))
+    parts += plan_rows(report)
+    if report.conversion is not None:
+        parts += ["", _cost(report.conversion, report)]
+    if (layout := report.layout) is not None:
+        experts = report.settings is not None and bool(report.settings.get("num_moe_experts"))
         parts += ["", _cluster(layout, experts=experts), "", _stages(layout), "", _largest(layout)]
     return Group(*parts)
 
@@ -57,24 +55,24 @@ def _sides(sides: dict[str, TensorSummary | None]) -> Table:
     for name, side in sides.items():
         if side is None:
             continue
-        dtypes = (f"{dtype} {format_bytes(size)}" for dtype, (_, size) in side.dtypes.items())
-        table.add_row(name, f"{side.keys:,}", f"{side.bytes:,}", ", ".join(dtypes))
+        table.add_row(name, f"{side.keys:,}", f"{side.bytes:,}", dtypes(side))
     return table
 
 
-def _cost(report: PlanReport) -> Table:
-    cost = report.cost
-    if cost is None:
-        raise ValueError("only a proven plan has a cost")
-    rate = f"{format_bytes(ASSUMED_BYTES_PER_SECOND)}/s"
-    download = f", {format_bytes(cost.download)} of it for the download" if cost.download else ""
+def _cost(cost: ConversionCost, report: Forecast) -> Table:
+    rate = f"{format_bytes(cost.assumed_bytes_per_second)}/s"
+    fetched = cost.download_bytes
+    download = f", {format_bytes(fetched)} of it for the download" if fetched else ""
     return facts(
         f"Conversion ({cost.command})",
         [
-            ("reads", f"{cost.reads:,} bytes ({format_bytes(cost.reads)})"),
-            ("writes", f"{cost.writes:,} bytes ({format_bytes(cost.writes)})"),
-            ("disk space", f"{format_bytes(cost.disk)}{download}"),
-            ("memory", f"{cost.memory / 2**30:g} GiB of buffers (--memory), and the interpreter's"),
+            ("reads", exact_bytes(cost.read_bytes)),
+            ("writes", exact_bytes(cost.written_bytes)),
+            ("disk space", f"{format_bytes(cost.disk_bytes)}{download}"),
+            (
+                "memory",
+                f"{cost.memory_bytes / 2**30:g} GiB of buffers (--memory), and the interpreter's",
+            ),
             ("seconds", f"{cost.seconds:.2f} at {rate}, an assumed rate: nothing was measured"),
             ("left behind", _left_behind(report)),
             ("left out", left_out(report.left_out)),
@@ -82,12 +80,12 @@ def _cost(report: PlanReport) -> Table:
     )
 
 
-def _left_behind(report: PlanReport) -> str:
+def _left_behind(report: Forecast) -> str:
     if report.format == "megatron":
         if not report.dropped:
             return "nothing"
         return f"{count(len(report.dropped), 'tensor')} without weights: {_some(report.dropped)}"
-    files = report.model.side_files
+    files = report.side_files
     if not files:
         return "nothing"
     return f"no tensor; {count(len(files), 'side file')}, which export takes from its --hf REF"
@@ -99,19 +97,19 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _cluster(layout: ParallelLayout, *, experts: bool) -> Table:
-    request, last = layout.request, layout.positions[-1]
-    chunks = "" if request.vpp is None else f" of {request.vpp} chunks each"
+    sizes, last = layout.sizes, layout.positions[-1]
+    chunks = "" if sizes.vpp is None else f" of {sizes.vpp} chunks each"
 
     def size(dense: int, expert: int) -> str:
         return f"{dense}, experts {expert}" if experts else str(dense)
 
     return facts(
-        f"Parallel layout: {count(request.ranks, 'rank')}",
+        f"Parallel layout: {count(sizes.ranks, 'rank')}",
         [
-            ("tensor parallel", size(request.tp, request.etp or request.tp)),
-            ("pipeline", f"{count(request.pp, 'stage')}{chunks}"),
-            ("context parallel", request.cp),
-            ("expert parallel", request.ep if experts else None),
+            ("tensor parallel", size(sizes.tp, sizes.etp or sizes.tp)),
+            ("pipeline", f"{count(sizes.pp, 'stage')}{chunks}"),
+            ("context parallel", sizes.cp),
+            ("expert parallel", sizes.ep if experts else None),
             ("data parallel", size(last.dp + 1, last.edp + 1)),
         ],
     )

@@ -11,13 +11,13 @@ from megatron.bridge.cli.render.tables import facts, listing, number, verdict
 
 if TYPE_CHECKING:
     from megatron.bridge.operations.verification.distance import Distance
-    from megatron.bridge.operations.verification.logits import CompareReport
+    from megatron.bridge.operations.verification.logits import CompareReport, NextToken
 
 
 def render_compare(report: CompareReport) -> RenderableType:
     """The verdict on the logits, and the distance after every layer."""
     logits = report.logits
-    hf, megatron = report.hf_next, report.megatron_next
+    hf, megatron = report.next_token.hf, report.next_token.megatron
     table = listing(
         "Distance from transformers",
         "after",
@@ -27,8 +27,8 @@ def render_compare(report: CompareReport) -> RenderableType:
         "1 - cosine",
         right=["max abs diff", "largest value", "relative RMS", "1 - cosine"],
     )
-    for index, layer in enumerate(report.layers):
-        table.add_row(f"layer {index}", *_cells(layer))
+    for layer in report.layers:
+        table.add_row(f"layer {layer.layer}", *_cells(layer))
     table.add_row("logits", *_cells(logits), style="bold")
     return Group(
         facts(
@@ -49,10 +49,10 @@ def render_compare(report: CompareReport) -> RenderableType:
             [
                 ("top-1 agreement", f"{logits.top1_agreement:.2%} of {report.tokens} positions"),
                 ("KL divergence", f"{number(logits.kl)} nats"),
-                ("next token, transformers", _token(hf.id, hf.text)),
-                ("next token, Megatron", _token(megatron.id, megatron.text)),
-                ("seconds, transformers", f"{report.hf_seconds:.2f}"),
-                ("seconds, Megatron", f"{report.megatron_seconds:.2f}"),
+                ("next token, transformers", _token(hf)),
+                ("next token, Megatron", _token(megatron)),
+                ("seconds, transformers", f"{report.seconds.hf:.2f}"),
+                ("seconds, Megatron", f"{report.seconds.megatron:.2f}"),
                 (
                     "result",
                     verdict(
@@ -68,12 +68,12 @@ def render_compare(report: CompareReport) -> RenderableType:
 
 def _cells(distance: Distance) -> list[str]:
     return [
-        number(distance.max_abs),
+        number(distance.max_abs_diff),
         f"{distance.largest:.4g}",
-        number(distance.relative_rms),
+        number(distance.relative_rms_diff),
         number(1 - distance.cosine),
     ]
 
 
-def _token(token_id: int, text: str) -> Text:
-    return Text(f"{text!r} ({token_id})")
+def _token(token: NextToken) -> Text:
+    return Text(f"{token.text!r} ({token.id})")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,7 +24,8 @@ from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.verification.report import (
-    Kind,
+    Format,
+    Side,
     SideFileDifference,
     TensorDifference,
     VerifyReport,
@@ -59,6 +61,7 @@ def verify(
     Raises InputError for what cannot be read, PlanError for a Hugging Face side that cannot be
     converted; differences are no errors but in the report.
     """
+    begin = time.perf_counter()
     budget = Budget.of(memory)
     if iteration is not None and not any(_has_iterations(side, iteration) for side in (a, b)):
         raise InputError(
@@ -66,24 +69,25 @@ def verify(
             "means nothing for them"
         )
     left, right = (_open(side, iteration) for side in (a, b))
-    report = VerifyReport(os.fspath(a), os.fspath(b), _kind(left), _kind(right))
+    report = VerifyReport(Side(os.fspath(a), _format(left)), Side(os.fspath(b), _format(right)))
     if isinstance(left, PreTrainedVLM):
         if isinstance(right, PreTrainedVLM):
             as_stored = _stated_quantization(left) == _stated_quantization(right)
-            here, there = (_hf_side(hf, as_stored=as_stored) for hf in (left, right))
+            here, there = (_hf_tensors(hf, as_stored=as_stored) for hf in (left, right))
             report.side_files = list(_side_file_differences(left, right))
         else:
             here, there = _across(report, left, right, hf_is_a=True)
     elif isinstance(right, PreTrainedVLM):
         there, here = _across(report, right, left, hf_is_a=False)
     else:
-        here, there = (_megatron_side(checkpoint, report) for checkpoint in (left, right))
+        here, there = (_megatron_tensors(checkpoint, report) for checkpoint in (left, right))
     _compare(report, here, there, budget, progress or Silent())
+    report.seconds = time.perf_counter() - begin
     return report
 
 
 @dataclass(frozen=True)
-class _Side:
+class _Tensors:
     tensors: Mapping[str, TensorSpec]
     fill: FillTensor
 
@@ -111,7 +115,7 @@ def _open(reference: str | os.PathLike[str], iteration: Iteration | None) -> Che
     return hf
 
 
-def _kind(source: Checkpoint) -> Kind:
+def _format(source: Checkpoint) -> Format:
     return "huggingface" if isinstance(source, PreTrainedVLM) else "megatron"
 
 
@@ -122,11 +126,11 @@ def _stated_quantization(hf: PreTrainedVLM) -> Any:
     return hf.hf_config.data.get(CONFIG_KEY)
 
 
-def _hf_side(hf: PreTrainedVLM, *, as_stored: bool = False) -> _Side:
+def _hf_tensors(hf: PreTrainedVLM, *, as_stored: bool = False) -> _Tensors:
     """The weights of a folder, dequantized unless they are wanted as they are stored."""
     tensors = hf.tensors if as_stored else hf.weights
     specs = {name: TensorSpec(name, info.shape, info.dtype) for name, info in tensors.items()}
-    return _Side(specs, tensors.read_into)
+    return _Tensors(specs, tensors.read_into)
 
 
 def _weights(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> dict[str, TensorSpec]:
@@ -135,13 +139,13 @@ def _weights(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> dict[str,
     return weights
 
 
-def _megatron_side(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> _Side:
-    return _Side(_weights(checkpoint, report), checkpoint.read_into)
+def _megatron_tensors(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> _Tensors:
+    return _Tensors(_weights(checkpoint, report), checkpoint.read_into)
 
 
 def _across(
     report: VerifyReport, hf: PreTrainedVLM, checkpoint: TorchDistCheckpoint, *, hf_is_a: bool
-) -> tuple[_Side, _Side]:
+) -> tuple[_Tensors, _Tensors]:
     """A Hugging Face folder, and what `export` would make of a Megatron checkpoint."""
     import torch
 
@@ -152,13 +156,13 @@ def _across(
     bridge = bridge_for(hf.hf_config.architecture)
     plan = plan_of(hf, bridge.options_of_checkpoint(found))
     require_common_key(checkpoint, plan)
-    report.padding = sum(volume(box) for _, box in plan.padding)
+    report.padding_elements = sum(volume(box) for _, box in plan.padding)
 
     only_in_megatron = report.only_in_b if hf_is_a else report.only_in_a
     only_in_megatron.extend(key for key in found if key not in plan.megatron)
     unusable = _unusable_keys(report, plan, found, hf_is_a=hf_is_a)
 
-    here = _hf_side(hf)
+    here = _hf_tensors(hf)
     absent = {copy.hf_name for copy in plan.copies if copy.megatron_key in unusable}
     absent |= set(plan.carried)
     only_in_hf = report.only_in_a if hf_is_a else report.only_in_b
@@ -183,7 +187,7 @@ def _across(
     def fill(name: str, box: Box, out: torch.Tensor) -> None:
         fill_hf(plan, name, box, out, checkpoint)
 
-    return _Side(comparable, fill_from_hf), _Side(comparable, fill)
+    return _Tensors(comparable, fill_from_hf), _Tensors(comparable, fill)
 
 
 def _common_dtype(plan: ConversionPlan, name: str, checkpoint: TorchDistCheckpoint) -> str:
@@ -225,7 +229,9 @@ def _unusable_keys(
     return unusable
 
 
-def _compare(report: VerifyReport, a: _Side, b: _Side, budget: Budget, progress: Progress) -> None:
+def _compare(
+    report: VerifyReport, a: _Tensors, b: _Tensors, budget: Budget, progress: Progress
+) -> None:
     from megatron.bridge.engine.comparison import compare_tensors
 
     report.only_in_a.extend(name for name in a.tensors if name not in b.tensors)
@@ -233,7 +239,7 @@ def _compare(report: VerifyReport, a: _Side, b: _Side, budget: Budget, progress:
     common = [name for name in a.tensors if name in b.tensors]
     report.compared = len(common)
     alike = [spec for name in common if _alike(spec := a.tensors[name], b.tensors[name])]
-    report.compared_bytes = sum(spec.nbytes for spec in alike)
+    report.bytes = sum(spec.nbytes for spec in alike)
     found = compare_tensors(alike, a.fill, b.fill, budget, progress)
     for name in common:
         spec = a.tensors[name]
@@ -242,7 +248,9 @@ def _compare(report: VerifyReport, a: _Side, b: _Side, budget: Budget, progress:
         elif found[name].elements:
             bits, of = found[name], prod(spec.shape)
             report.different.append(
-                TensorDifference(name, "bits", elements=bits.elements, of=of, max_abs=bits.max_abs)
+                TensorDifference(
+                    name, "bits", elements=bits.elements, of=of, max_abs_diff=bits.max_abs
+                )
             )
         else:
             report.equal += 1
