@@ -18,22 +18,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Self, cast
 
-from megatron.bridge.models.conversion.layout import (
-    HF,
-    Concatenate,
-    Layout,
-    PadRows,
-    Same,
-    gated_qkv,
-    packed_qkv,
-    qkv,
-)
+from megatron.bridge.models.conversion.group_interleave import gated_qkv, packed_qkv, qkv
+from megatron.bridge.models.conversion.layout import HF, Concatenate, Layout, Same
 from megatron.bridge.models.conversion.patterns import WILDCARD, fill
 from megatron.bridge.models.conversion.structure import (
     LayoutFields,
     RankSection,
     VocabularyFields,
 )
+from megatron.bridge.models.conversion.wrapped_layouts import PadRows
 
 if TYPE_CHECKING:
     import torch
