@@ -9,14 +9,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron.bridge.errors import PlanError
 from megatron.bridge.models.conversion.foreign_names import other_names
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.patterns import WILDCARD
 from megatron.bridge.models.conversion.structure import ModelStructure
-from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.folding import fold_numbers
 from megatron.bridge.text.quoting import printable, quoted
@@ -52,7 +51,7 @@ def find_causes(
     structure: ModelStructure,
     tensors: Mapping[str, TensorSpec],
     terms: Terms,
-    carried: Collection[str] = (),
+    carried: Collection[str],
 ) -> tuple[list[str], set[str]]:
     """Why tensors are missing or misshapen.
 
@@ -232,18 +231,20 @@ def found_beside(error: PlanError, beside: Mapping[str, str]) -> str:
     )
 
 
-def assumed_sizes(config: HFConfig, problems: str) -> str:
+def assumed_sizes(origin: str, filled_in: Mapping[str, Any], problems: str) -> str:
     """What to say where files contradict sizes that the config leaves out; empty for none.
 
-    Sizes that the text of the `problems` names are shown alone.
+    Args:
+        origin: of the config.
+        filled_in: see HFConfig.
+        problems: text; sizes that it names are shown alone.
     """
-    filled = config.filled_in.items()
-    sizes = {path: value for path, value in filled if type(value) in (int, list)}
+    sizes = {path: value for path, value in filled_in.items() if type(value) in (int, list)}
     if not sizes:
         return ""
     sizes = {path: value for path, value in sizes.items() if path in problems} or sizes
     shown = ", ".join(f"{path} ({quoted(value)})" for path, value in sizes.items())
     return (
-        f"{config.origin} does not state {shown}: these are transformers' defaults, and do not fit "
-        f"the files; state what they have"
+        f"{origin} does not state {shown}: these are transformers' defaults, and do not fit the "
+        f"files; state what they have"
     )

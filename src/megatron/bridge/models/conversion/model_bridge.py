@@ -401,7 +401,7 @@ class MegatronModelBridge(ABC):
         except PlanError as error:
             if elsewhere := found_beside(error, options.beside()):
                 raise PlanError(error.problems, causes=[elsewhere]) from None
-            if assumed := assumed_sizes(config, str(error)):
+            if assumed := assumed_sizes(config.origin, config.filled_in, str(error)):
                 raise PlanError(error.problems, causes=[assumed]) from None
             raise
         beyond = {key for key, _ in terms.counts.values() if key in config.filled_in}
@@ -411,7 +411,9 @@ class MegatronModelBridge(ABC):
             if any(reason.endswith(key) for key in beyond)
         ]
         if cut:  # a number that nobody stated does not decide what is left out
-            raise PlanError(cut, causes=[assumed_sizes(config, "\n".join(cut))])
+            raise PlanError(
+                cut, causes=[assumed_sizes(config.origin, config.filled_in, "\n".join(cut))]
+            )
         return plan
 
     def expected_tensors(

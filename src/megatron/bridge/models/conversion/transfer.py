@@ -167,7 +167,7 @@ def fill_export(
     out: torch.Tensor,
     source: Source,
     reference: Callable[[], Source],
-    casting: Casting = EXACTLY,
+    casting: Casting,
 ) -> None:
     """Fill `out` with one box of a tensor of an export, whichever side it comes from.
 

@@ -123,8 +123,8 @@ class DequantizedTensors(Mapping[str, TensorSpec]):
         else:
             self.index.read_into(name, box, out)
 
-    def read_scales(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """The scales of a quantized weight, float32. Raises CheckpointError for an unusable one."""
+    def read_scales(self, name: str, box: Box) -> torch.Tensor:
+        """Scales of a quantized weight, float32. Raises CheckpointError for an unusable one."""
         import torch
 
         scales = self.index.read(name + SCALE_SUFFIX, box).float()
