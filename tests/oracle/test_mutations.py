@@ -11,14 +11,9 @@ import pytest
 import torch
 
 from megatron.bridge.models.conversion import param_mapping
-from megatron.bridge.models.conversion.layout import (
-    Concatenate,
-    GroupInterleave,
-    Layout,
-    Same,
-    Section,
-    Transposed,
-)
+from megatron.bridge.models.conversion.group_interleave import GroupInterleave, Section
+from megatron.bridge.models.conversion.layout import Concatenate, Layout, Same
+from megatron.bridge.models.conversion.wrapped_layouts import Transposed
 from megatron.bridge.models.qwen_vl import expert_mapping, gated_delta_mapping, qwen_bridge
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
 from oracle import tiny

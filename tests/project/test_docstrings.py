@@ -99,6 +99,6 @@ def test_sections_say_what_takes_more_than_a_line() -> None:
     ],
 )
 def test_faults_are_found(docstring: str, fault: str | None) -> None:
-    (node,) = ast.parse(f'def read(size, part):\n    """{docstring}\n    """\n').body
+    (node,) = ast.parse(f'def read(size, part):\n    """{docstring}"""\n').body
     assert isinstance(node, ast.FunctionDef)
     assert list(faults(node))[:1] == ([] if fault is None else [fault])

@@ -8,21 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron.bridge.models.conversion.layout import (
-    HF,
-    Concatenate,
-    Layout,
-    LayoutError,
+from megatron.bridge.models.conversion.group_interleave import gated_qkv, packed_qkv, qkv
+from megatron.bridge.models.conversion.layout import HF, Concatenate, Layout, LayoutError, Same
+from megatron.bridge.models.conversion.module_weights import assemble, disassemble
+from megatron.bridge.models.conversion.wrapped_layouts import (
     Offset,
     PadRows,
     PickExpert,
-    Same,
     Transposed,
-    gated_qkv,
-    packed_qkv,
-    qkv,
 )
-from megatron.bridge.models.conversion.module_weights import assemble, disassemble
 from megatron.bridge.tensors.boxes import Shape, tiling_faults
 
 # Layout, shapes of its tensors by role; no shape is square and no two extents are equal by chance.

@@ -18,14 +18,14 @@ def dtype_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def padded_vocabulary(language: HFConfig, rows: int | None = None) -> int:
+def padded_vocabulary(language: HFConfig, rows: int | None) -> int:
     """Rows of the Megatron embedding: `rows`, or the vocabulary's next multiple of 128.
 
     That is what megatron-core's clients pad to before tensor parallelism.
 
     Args:
         language: config of the language model.
-        rows: of an embedding that is there.
+        rows: of an embedding that is there; None without one.
 
     Raises:
         ConfigError: the vocabulary has more tokens than `rows`.

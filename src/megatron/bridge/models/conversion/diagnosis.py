@@ -5,22 +5,22 @@ tensors wrong. What is said is the cause; tensors are named where there is none 
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from megatron.bridge.errors import PlanError
+from megatron.bridge.models.conversion.foreign_names import other_names
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.patterns import WILDCARD
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.folding import fold_numbers
+from megatron.bridge.text.quoting import printable, quoted
 
 _SIZE = re.compile(r"(?P<times>\d*)(?P<symbol>[A-Za-z]+)")
-_ADAPTER = re.compile(r"(^|\.)(lora_|base_layer\b|modules_to_save\b|original_module\b)")
-_MOST_OF = 0.9
-_MANY = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_causes(
     structure: ModelStructure,
     tensors: Mapping[str, TensorSpec],
     terms: Terms,
-    carried: Collection[str] = (),
+    carried: Collection[str],
 ) -> tuple[list[str], set[str]]:
     """Why tensors are missing or misshapen.
 
@@ -66,22 +66,17 @@ def find_causes(
         Sentences, and the names of the tensors that they explain.
     """
     needs = _needs(registry, structure) | {name: _Need("", None) for name in carried}
-    missing = {name: need for name, need in needs.items() if name not in tensors}
+    missing = [name for name in needs if name not in tensors]
     extra = [name for name in tensors if name not in needs]
     causes: list[str] = []
     explained: set[str] = set()
-    for find in (
-        _adapters_alone,
-        _other_names,
-        _word_too_much,
-        _other_word,
-        _absent_parts,
-        _absent_layers,
-    ):
-        for cause, names in find(needs, missing, extra, terms):
+    if cause := other_names(needs, missing, extra):
+        causes.append(cause)
+        explained.update(missing)
+    for find in (_absent_parts, _absent_layers):
+        for cause, names in find(needs, set(missing) - explained, terms):
             causes.append(cause)
             explained |= names
-            missing = {name: need for name, need in missing.items() if name not in names}
     for cause, names in _sizes(needs, structure, tensors, terms):
         causes.append(cause)
         explained |= names
@@ -102,122 +97,11 @@ def _needs(registry: MegatronMappingRegistry, structure: ModelStructure) -> dict
 type _Found = Iterator[tuple[str, set[str]]]
 
 
-def _adapters_alone(
-    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
-) -> _Found:
-    if len(missing) == len(needs) and extra and all(map(_ADAPTER.search, extra)):
-        yield (
-            (
-                f"all {len(extra)} tensors are of an adapter, such as {extra[0]}; merge it into "
-                f"its base model (merge_and_unload) and save that"
-            ),
-            set(missing),
-        )
-
-
-def _other_names(
-    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
-) -> _Found:
-    if len(missing) == len(needs) and extra:
-        yield (
-            (
-                f"none of the {len(extra)} names is one of this model's: the files begin with "
-                f"{extra[0]}, the model with {next(iter(needs))}; they are of another model, or "
-                f"written by another program in names of its own"
-            ),
-            set(missing),
-        )
-
-
-def _word_too_much(
-    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
-) -> _Found:
-    """A wrapper of a training program that left its name inside of those of the tensors."""
-    if not missing:
-        return
-    known = {word for name in needs for word in name.split(".")}
-    words = Counter(word for name in extra for word in dict.fromkeys(name.split(".")))
-    for word, count in words.most_common():
-        if word in known or word.isdecimal() or count < len(missing) * _MOST_OF / 2:
-            continue
-        without = {name.replace(f"{word}.", "", 1): name for name in extra if f"{word}." in name}
-        hit = {name for name in missing if name in without or name in _unrepeated(without, word)}
-        if len(hit) >= _MOST_OF * len(missing):
-            example = next(iter(without.values()))
-            if _ADAPTER.search(example):
-                yield (
-                    (
-                        f"these are adapter weights that are not merged: {len(hit)} names have "
-                        f"{word}., such as {example}; merge the adapter into its base model "
-                        f"(merge_and_unload) and save that"
-                    ),
-                    set(missing),
-                )
-            else:
-                yield (
-                    (
-                        f"{len(hit)} names have {word}. in their middle, such as {example}; save "
-                        f"the model that is wrapped, not its wrapper"
-                    ),
-                    set(missing),
-                )
-            return
-    adapters = [name for name in extra if _ADAPTER.search(name)]
-    if len(adapters) >= len(missing) * _MOST_OF:
-        yield (
-            (
-                f"these are adapter weights that are not merged, such as {adapters[0]}; merge the "
-                f"adapter into its base model (merge_and_unload) and save that"
-            ),
-            set(missing),
-        )
-
-
-def _unrepeated(without: Mapping[str, str], word: str) -> set[str]:
-    """The names without any occurrence of a word."""
-    return {name.replace(f"{word}.", "") for name in without}
-
-
-def _other_word(
-    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
-) -> _Found:
-    """One word of many names stands where the model has another."""
-    if len(missing) < _MANY:
-        return
-    unused = set(extra)
-    example = next(iter(missing))
-    words = example.split(".")
-    for other in extra:
-        others = other.split(".")
-        if len(others) != len(words):
-            continue
-        unlike = [n for n, pair in enumerate(zip(words, others, strict=True)) if len({*pair}) > 1]
-        if len(unlike) != 1 or words[unlike[0]].isdecimal():
-            continue
-        old, new = words[unlike[0]], others[unlike[0]]
-        swapped = {
-            name: ".".join(new if word == old else word for word in name.split("."))
-            for name in missing
-        }
-        hit = {name for name, would_be in swapped.items() if would_be in unused}
-        if len(hit) >= _MOST_OF * len(missing):
-            yield (
-                (
-                    f"{len(hit)} names have {new} where this model has {old}, such as {other}; "
-                    f"convert them to the names of transformers first"
-                ),
-                set(missing),
-            )
-            return
-
-
-def _absent_parts(
-    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
-) -> _Found:
+def _absent_parts(needs: Mapping[str, _Need], missing: set[str], terms: Terms) -> _Found:
     parts: dict[str, set[str]] = {root: set() for root in terms.parts}
     whole: set[str] = set()  # parts of which something is there: one tensor is enough to tell
     for name in needs:
-        root = _part_of(name, terms)
+        root = next((root for root in terms.parts if name.startswith(root)), None)
         if root is None or root in whole:
             continue
         if name in missing:
@@ -230,13 +114,6 @@ def _absent_parts(
             yield f"the {part} is absent: {_count(of_part)} ({_shown(of_part)}); {advice}", of_part
 
 
-def _part_of(name: str, terms: Terms) -> str | None:
-    for root in terms.parts:
-        if name.startswith(root):
-            return root
-    return None
-
-
 def _count(names: Collection[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) != 1)}"
 
@@ -246,9 +123,7 @@ def _shown(names: Iterable[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and others"
 
 
-def _absent_layers(
-    needs: Mapping[str, _Need], missing: Mapping[str, _Need], extra: list[str], terms: Terms
-) -> _Found:
+def _absent_layers(needs: Mapping[str, _Need], missing: set[str], terms: Terms) -> _Found:
     layers: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, need in needs.items():
         if need.layer is not None:
@@ -264,13 +139,10 @@ def _absent_layers(
         names = {name for of_layer in gone.values() for name in of_layer}
         held = len(names_of) - len(gone)
         if held and min(gone) == held:
-            yield (
-                (
-                    f"{key} is {len(names_of)}, the files hold {held} {what} "
-                    f"({fold_numbers(n for n in names_of if n not in gone)}): set it to {held}, or "
-                    f"take the rest from where the files come from"
-                ),
-                names,
+            there = fold_numbers(n for n in names_of if n not in gone)
+            cause = (
+                f"{key} is {len(names_of)}, the files hold {held} {what} ({there}): set it to "
+                f"{held}, or take the rest from where the files come from"
             )
         else:
             which = f"all {len(gone)} {what} are absent"
@@ -280,7 +152,8 @@ def _absent_layers(
                     f"of {len(names_of)} {what}, number{'' if one else 's'} {fold_numbers(gone)} "
                     f"{'is' if one else 'are'} absent"
                 )
-            yield f"{which}: {_count(names)} ({_shown(names)})", names
+            cause = f"{which}: {_count(names)} ({_shown(names)})"
+        yield cause, names
 
 
 def _sizes(
@@ -334,11 +207,44 @@ def _sizes(
     for symbol, difference in zip(keys, differences, strict=True):
         names = [name for name in wrong[symbol] if name in explained]
         example = names[0]
-        yield (
-            (
-                f"{difference}: set it ({_count(names)}, such as {example}: "
-                f"the config asks for shape {known[needs[example].symbols]} "
-                f"[{needs[example].symbols}], found {tensors[example].shape})"
-            ),
-            explained,
+        symbols = needs[example].symbols
+        cause = (
+            f"{difference}: set it ({_count(names)}, such as {example}: the config asks for shape "
+            f"{known[symbols]} [{symbols}], found {tensors[example].shape})"
         )
+        yield cause, explained
+
+
+def found_beside(error: PlanError, beside: Mapping[str, str]) -> str:
+    """What to say where tensors are missing that lie in a file beside the model's; or nothing."""
+    named = (problem.partition(": missing, ")[0] for problem in error.problems)
+    found = {name: beside[name] for name in named if name in beside}
+    if not found:
+        return ""
+    files, name = sorted(set(found.values())), next(iter(found))
+    shown = ", ".join(map(printable, files[:3])) + ", ..." * (len(files) > 3)
+    return (
+        f"{len(found)} tensor{'s are' if len(found) > 1 else ' is'} missing, such as {name}, and "
+        f"in a file that does not count as the model's: {shown}. Take the weight index that "
+        f"belongs to these files, or name {'them' if len(files) > 1 else 'it'} in the one that is "
+        f"there"
+    )
+
+
+def assumed_sizes(origin: str, filled_in: Mapping[str, Any], problems: str) -> str:
+    """What to say where files contradict sizes that the config leaves out; empty for none.
+
+    Args:
+        origin: of the config.
+        filled_in: see HFConfig.
+        problems: text; sizes that it names are shown alone.
+    """
+    sizes = {path: value for path, value in filled_in.items() if type(value) in (int, list)}
+    if not sizes:
+        return ""
+    sizes = {path: value for path, value in sizes.items() if path in problems} or sizes
+    shown = ", ".join(f"{path} ({quoted(value)})" for path, value in sizes.items())
+    return (
+        f"{origin} does not state {shown}: these are transformers' defaults, and do not fit the "
+        f"files; state what they have"
+    )

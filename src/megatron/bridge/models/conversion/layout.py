@@ -7,16 +7,14 @@ lost all follow from the same list of pieces, so a layout cannot be right in one
 
     Same                 one tensor, unchanged
     Concatenate          several tensors end to end along an axis, such as [gate; up]
-    GroupInterleave      rows dealt out group by group: QKV, gated QKV, packed QKV
-    PickExpert           one expert of a tensor that holds all of them on its first axis
-    Transposed           the same, of tensors stored with their last two axes swapped
-    Offset               the same plus a constant (zero-centred norms: minus 1)
-    PadRows              the same with rows added after the last one (vocabulary padding)
+
+Rows dealt out group by group are in `group_interleave`, layouts of a part or another form of the
+tensors in `wrapped_layouts`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron.bridge.tensors.boxes import Box, Shape, full_box
 
@@ -72,11 +70,10 @@ class Layout(ABC):
         """The box of the parameter that no tensor fills, or None if there is none."""
         return None
 
-
-def _sole(hf_shapes: Mapping[str, Shape], layout: Layout) -> tuple[str, Shape]:
-    if set(hf_shapes) != set(layout.roles):
-        raise LayoutError(f"expected the tensors {layout.roles}, found {tuple(hf_shapes)}")
-    return next(iter(hf_shapes.items()))
+    def check_roles(self, hf_shapes: Mapping[str, Shape]) -> None:
+        """Raise LayoutError unless there is a shape for each role and for no other."""
+        if set(hf_shapes) != set(self.roles):
+            raise LayoutError(f"expected the tensors {self.roles}, found {tuple(hf_shapes)}")
 
 
 @dataclass(frozen=True)
@@ -90,13 +87,14 @@ class Same(Layout):
         return (self.role,)
 
     def megatron_shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
-        return _sole(hf_shapes, self)[1]
+        self.check_roles(hf_shapes)
+        return hf_shapes[self.role]
 
     def hf_shapes(self, megatron_shape: Shape) -> dict[str, Shape]:
         return {self.role: megatron_shape}
 
     def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        box = full_box(_sole(hf_shapes, self)[1])
+        box = full_box(self.megatron_shape(hf_shapes))
         return (Piece(self.role, box, box),)
 
     def describe(self) -> str:
@@ -119,7 +117,7 @@ class Concatenate(Layout):
         return self.names
 
     def megatron_shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
-        _sole(hf_shapes, self)
+        self.check_roles(hf_shapes)
         shapes = [hf_shapes[name] for name in self.names]
         if self.axis >= len(shapes[0]):
             raise LayoutError(f"shape {shapes[0]} has no axis {self.axis} to concatenate along")
@@ -162,267 +160,3 @@ class Concatenate(Layout):
 
     def describe(self) -> str:
         return "[" + "; ".join(self.names) + "]"
-
-
-@dataclass(frozen=True)
-class Section:
-    """The rows that one tensor gives to each group of a GroupInterleave.
-
-    Group ``g`` takes `blocks` runs of `rows` rows from tensor `role`; run ``b`` starts at row
-    ``base + (g * blocks + b) * stride``.
-    """
-
-    role: str
-    rows: int
-    stride: int
-    blocks: int = 1
-    base: int = 0
-
-
-@dataclass(frozen=True)
-class GroupInterleave(Layout):
-    """Rows (axis 0) dealt out group by group: each group holds its part of every section."""
-
-    groups: int
-    sections: tuple[Section, ...]
-    title: str
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(section.role for section in self.sections))
-
-    def _rows(self) -> dict[str, int]:
-        """Rows that each tensor must have."""
-        rows = dict.fromkeys(self.roles, 0)
-        for section in self.sections:
-            rows[section.role] += self.groups * section.blocks * section.rows
-        return rows
-
-    def megatron_shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
-        _, first = _sole(hf_shapes, self)
-        expected = {role: (rows, *first[1:]) for role, rows in self._rows().items()}
-        if dict(hf_shapes) != expected:
-            raise LayoutError(f"{self.title} needs shapes {expected}, found {dict(hf_shapes)}")
-        return (sum(self._rows().values()), *first[1:])
-
-    def hf_shapes(self, megatron_shape: Shape) -> dict[str, Shape]:
-        rows = self._rows()
-        if not megatron_shape or megatron_shape[0] != sum(rows.values()):
-            raise LayoutError(
-                f"{self.title} needs {sum(rows.values())} rows, found shape {megatron_shape}"
-            )
-        return {role: (count, *megatron_shape[1:]) for role, count in rows.items()}
-
-    def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        rest = full_box(self.megatron_shape(hf_shapes)[1:])
-        pieces, megatron_row = [], 0
-        for group in range(self.groups):
-            for section in self.sections:
-                for block in range(section.blocks):
-                    row = section.base + (group * section.blocks + block) * section.stride
-                    pieces.append(
-                        Piece(
-                            section.role,
-                            ((row, row + section.rows), *rest),
-                            ((megatron_row, megatron_row + section.rows), *rest),
-                        )
-                    )
-                    megatron_row += section.rows
-        return tuple(pieces)
-
-    def describe(self) -> str:
-        return self.title
-
-
-def qkv(heads: int, groups: int, head_dim: int) -> GroupInterleave:
-    """Roles q, k, v; per key-value group: its query heads, its key head, its value head."""
-    queries = _heads_per_group(heads, groups) * head_dim
-    return GroupInterleave(
-        groups,
-        (
-            Section("q", queries, queries),
-            Section("k", head_dim, head_dim),
-            Section("v", head_dim, head_dim),
-        ),
-        "qkv by group",
-    )
-
-
-def gated_qkv(heads: int, groups: int, head_dim: int) -> GroupInterleave:
-    """Roles q, k, v; each head of q is [query; gate], each group [queries, gates, key, value]."""
-    per_group = _heads_per_group(heads, groups)
-    return GroupInterleave(
-        groups,
-        (
-            Section("q", head_dim, 2 * head_dim, per_group),
-            Section("q", head_dim, 2 * head_dim, per_group, base=head_dim),
-            Section("k", head_dim, head_dim),
-            Section("v", head_dim, head_dim),
-        ),
-        "gated qkv by group",
-    )
-
-
-def packed_qkv(heads: int, head_dim: int) -> GroupInterleave:
-    """One tensor [all queries; all keys; all values]; per head [query, key, value]."""
-    width = heads * head_dim
-    return GroupInterleave(
-        heads,
-        tuple(Section(HF, head_dim, head_dim, base=base) for base in (0, width, 2 * width)),
-        "packed qkv by head",
-    )
-
-
-def _heads_per_group(heads: int, groups: int) -> int:
-    per_group, rest = divmod(heads, groups)
-    if rest or not per_group:
-        raise LayoutError(f"{heads} attention heads do not divide into {groups} key-value groups")
-    return per_group
-
-
-@dataclass(frozen=True)
-class _Wrapped(Layout):
-    """A layout built on another one."""
-
-    inner: Layout
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return self.inner.roles
-
-
-@dataclass(frozen=True)
-class PickExpert(_Wrapped):
-    """Expert number `expert` of tensors that hold all `experts` of them on a leading axis.
-
-    The pieces of all experts together tile the tensors; each layout gives its own expert's part.
-    """
-
-    expert: int
-    experts: int
-
-    def _of_one(self, hf_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        for role, shape in hf_shapes.items():
-            if not shape or shape[0] != self.experts:
-                raise LayoutError(f"{role} should hold {self.experts} experts, found {shape}")
-        return {role: shape[1:] for role, shape in hf_shapes.items()}
-
-    def megatron_shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
-        return self.inner.megatron_shape(self._of_one(hf_shapes))
-
-    def hf_shapes(self, megatron_shape: Shape) -> dict[str, Shape]:
-        inner = self.inner.hf_shapes(megatron_shape)
-        return {role: (self.experts, *shape) for role, shape in inner.items()}
-
-    def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        index = (self.expert, self.expert + 1)
-        return tuple(
-            replace(piece, hf_box=(index, *piece.hf_box))
-            for piece in self.inner.pieces(self._of_one(hf_shapes))
-        )
-
-    def describe(self) -> str:
-        return f"expert of {self.experts}, {self.inner.describe()}"
-
-
-@dataclass(frozen=True)
-class Transposed(_Wrapped):
-    """Tensors stored with their last two axes swapped."""
-
-    @staticmethod
-    def _swap(shape: Shape) -> Shape:
-        if len(shape) < 2:
-            raise LayoutError(f"shape {shape} has no two axes to swap")
-        return (*shape[:-2], shape[-1], shape[-2])
-
-    def megatron_shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
-        return self.inner.megatron_shape({k: self._swap(v) for k, v in hf_shapes.items()})
-
-    def hf_shapes(self, megatron_shape: Shape) -> dict[str, Shape]:
-        return {k: self._swap(v) for k, v in self.inner.hf_shapes(megatron_shape).items()}
-
-    def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        inner = self.inner.pieces({k: self._swap(v) for k, v in hf_shapes.items()})
-        return tuple(
-            replace(
-                piece,
-                hf_box=(*piece.hf_box[:-2], piece.hf_box[-1], piece.hf_box[-2]),
-                transpose=not piece.transpose,
-            )
-            for piece in inner
-        )
-
-    def describe(self) -> str:
-        return f"transposed, {self.inner.describe()}"
-
-
-class TransposedToFit(Transposed):
-    """As Transposed, but what is square is stored as it is: its shape fits, and is all one sees."""
-
-    def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        if all(shape == self._swap(shape) for shape in hf_shapes.values()):
-            return self.inner.pieces(hf_shapes)
-        return super().pieces(hf_shapes)
-
-
-@dataclass(frozen=True)
-class Offset(_Wrapped):
-    """``megatron = hf + value``, the one arithmetic there is."""
-
-    value: float
-
-    def megatron_shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
-        return self.inner.megatron_shape(hf_shapes)
-
-    def hf_shapes(self, megatron_shape: Shape) -> dict[str, Shape]:
-        return self.inner.hf_shapes(megatron_shape)
-
-    def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        return tuple(
-            replace(piece, offset=piece.offset + self.value)
-            for piece in self.inner.pieces(hf_shapes)
-        )
-
-    def describe(self) -> str:
-        return f"{self.inner.describe()} {self.value:+g}"
-
-
-@dataclass(frozen=True)
-class PadRows(_Wrapped):
-    """`rows` rows of the inner layout, followed by padding up to `padded_rows`.
-
-    The pieces leave the padding open; a plan fills it with zeros and says so.
-    """
-
-    rows: int
-    padded_rows: int
-
-    def megatron_shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
-        shape = self.inner.megatron_shape(hf_shapes)
-        if not shape or shape[0] != self.rows:
-            raise LayoutError(f"expected {self.rows} rows, found shape {shape}")
-        if self.padded_rows < self.rows:
-            raise LayoutError(f"{self.rows} rows do not fit into {self.padded_rows}")
-        return (self.padded_rows, *shape[1:])
-
-    def hf_shapes(self, megatron_shape: Shape) -> dict[str, Shape]:
-        if not megatron_shape or megatron_shape[0] != self.padded_rows:
-            raise LayoutError(f"expected {self.padded_rows} rows, found shape {megatron_shape}")
-        return self.inner.hf_shapes((self.rows, *megatron_shape[1:]))
-
-    def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
-        self.megatron_shape(hf_shapes)
-        return self.inner.pieces(hf_shapes)
-
-    def padding(self, megatron_shape: Shape) -> Box | None:
-        if self.rows == self.padded_rows:
-            return None
-        return ((self.rows, self.padded_rows), *full_box(megatron_shape[1:]))
-
-    def describe(self) -> str:
-        padding = self.padded_rows - self.rows
-        return (
-            f"{self.inner.describe()}, {padding} rows of padding"
-            if padding
-            else self.inner.describe()
-        )

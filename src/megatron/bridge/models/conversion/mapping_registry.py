@@ -61,11 +61,8 @@ class MegatronMappingRegistry:
 
     def hf_names(self, row: ParamMapping, numbers: tuple[int, ...]) -> dict[str, str]:
         """The names of a row's tensors in the files, by role, with these numbers in them."""
-        spelled = self._spelled
         names = {role: fill(pattern, numbers) for role, pattern in row.hf_params.items()}
-        if not spelled:
-            return names
-        return {role: spelled.get(name, name) for role, name in names.items()}
+        return {role: self._spelled.get(name, name) for role, name in names.items()}
 
     def __len__(self) -> int:
         return len(self._mappings)

@@ -18,7 +18,7 @@ from megatron.bridge.models.conversion.description import (
     PictureCost,
     sizes_fact,
 )
-from megatron.bridge.models.conversion.diagnosis import Terms
+from megatron.bridge.models.conversion.diagnosis import Terms, assumed_sizes, found_beside
 from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
@@ -28,7 +28,7 @@ from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.tensors.spec import TensorSpec
-from megatron.bridge.text.quoting import printable, quoted
+from megatron.bridge.text.quoting import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -399,9 +399,9 @@ class MegatronModelBridge(ABC):
                 terms,
             )
         except PlanError as error:
-            if elsewhere := _found_beside(error, options.beside()):
+            if elsewhere := found_beside(error, options.beside()):
                 raise PlanError(error.problems, causes=[elsewhere]) from None
-            if assumed := _assumed_sizes(config, str(error)):
+            if assumed := assumed_sizes(config.origin, config.filled_in, str(error)):
                 raise PlanError(error.problems, causes=[assumed]) from None
             raise
         beyond = {key for key, _ in terms.counts.values() if key in config.filled_in}
@@ -411,7 +411,9 @@ class MegatronModelBridge(ABC):
             if any(reason.endswith(key) for key in beyond)
         ]
         if cut:  # a number that nobody stated does not decide what is left out
-            raise PlanError(cut, causes=[_assumed_sizes(config, "\n".join(cut))])
+            raise PlanError(
+                cut, causes=[assumed_sizes(config.origin, config.filled_in, "\n".join(cut))]
+            )
         return plan
 
     def expected_tensors(
@@ -430,39 +432,6 @@ class MegatronModelBridge(ABC):
     ) -> ConversionPlan:
         """The plan that files of this config would have; see `expected_tensors`."""
         return self.plan(config, self.expected_tensors(config, dtype, options), options)
-
-
-def _found_beside(error: PlanError, beside: Mapping[str, str]) -> str:
-    """What to say where tensors are missing that lie in a file beside the model's; or nothing."""
-    named = (problem.partition(": missing, ")[0] for problem in error.problems)
-    found = {name: beside[name] for name in named if name in beside}
-    if not found:
-        return ""
-    files, name = sorted(set(found.values())), next(iter(found))
-    shown = ", ".join([*map(printable, files[:3]), *(["..."] if len(files) > 3 else [])])
-    return (
-        f"{len(found)} tensor{'s are' if len(found) > 1 else ' is'} missing, such as {name}, and "
-        f"in a file that does not count as the model's: {shown}. Take the weight index that "
-        f"belongs to these files, or name {'them' if len(files) > 1 else 'it'} in the one that is "
-        f"there"
-    )
-
-
-def _assumed_sizes(config: HFConfig, problems: str) -> str:
-    """What to say where files contradict sizes that the config leaves out; empty for none.
-
-    Sizes that the text of the `problems` names are shown alone.
-    """
-    filled = config.filled_in.items()
-    sizes = {path: value for path, value in filled if type(value) in (int, list)}
-    if not sizes:
-        return ""
-    sizes = {path: value for path, value in sizes.items() if path in problems} or sizes
-    shown = ", ".join(f"{path} ({quoted(value)})" for path, value in sizes.items())
-    return (
-        f"{config.origin} does not state {shown}: these are transformers' defaults, and do not fit "
-        f"the files; state what they have"
-    )
 
 
 def _dotted(path_or_class: str | type) -> str:

@@ -16,24 +16,18 @@ to single tensors and the shard that a module holds.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, ClassVar, Self, cast
 
-from megatron.bridge.models.conversion.layout import (
-    HF,
-    Concatenate,
-    Layout,
-    PadRows,
-    Same,
-    gated_qkv,
-    packed_qkv,
-    qkv,
-)
+from megatron.bridge.models.conversion.group_interleave import gated_qkv, packed_qkv, qkv
+from megatron.bridge.models.conversion.layout import HF, Concatenate, Layout, Same
 from megatron.bridge.models.conversion.patterns import WILDCARD, fill
 from megatron.bridge.models.conversion.structure import (
     LayoutFields,
     RankSection,
     VocabularyFields,
 )
+from megatron.bridge.models.conversion.wrapped_layouts import PadRows
 
 if TYPE_CHECKING:
     import torch
@@ -102,8 +96,7 @@ class ParamMapping(ABC):
 
     def resolve(self, numbers: tuple[int | str, ...]) -> Self:
         """The row with its wildcards replaced by `numbers`, in order. Raises ValueError."""
-        row = object.__new__(type(self))
-        row.__dict__.update(self.__dict__)
+        row = copy(self)
         row.megatron_param = fill(self.megatron_param, numbers)
         in_names = numbers[: self.hf_wildcards]
         row.hf_params = {role: fill(name, in_names) for role, name in self.hf_params.items()}
@@ -111,8 +104,7 @@ class ParamMapping(ABC):
 
     def respelled(self, spelling: Callable[[str], str]) -> Self:
         """The same row for files that have other names: `spelling` gives each of them."""
-        row = object.__new__(type(self))
-        row.__dict__.update(self.__dict__)
+        row = copy(self)
         row.hf_params = {role: spelling(name) for role, name in self.hf_params.items()}
         return row
 

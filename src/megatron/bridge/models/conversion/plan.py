@@ -9,7 +9,7 @@ shapes and dtypes agree, and every name is used. A plan that is not a proof is n
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
@@ -133,24 +133,15 @@ class ConversionPlan:
 
     @cached_property
     def _by_key(self) -> dict[str, BoxIndex[Copy]]:
-        groups = defaultdict(list)
-        for copy in self.copies:
-            groups[copy.megatron_key].append((copy.megatron_box, copy))
-        return {key: BoxIndex(items) for key, items in groups.items()}
+        return _indexed((copy.megatron_key, copy.megatron_box, copy) for copy in self.copies)
 
     @cached_property
     def _by_name(self) -> dict[str, BoxIndex[Copy]]:
-        groups = defaultdict(list)
-        for copy in self.copies:
-            groups[copy.hf_name].append((copy.hf_box, copy))
-        return {name: BoxIndex(items) for name, items in groups.items()}
+        return _indexed((copy.hf_name, copy.hf_box, copy) for copy in self.copies)
 
     @cached_property
     def _padding_by_key(self) -> dict[str, BoxIndex[None]]:
-        groups = defaultdict(list)
-        for key, box in self.padding:
-            groups[key].append((box, None))
-        return {key: BoxIndex(items) for key, items in groups.items()}
+        return _indexed((key, box, None) for key, box in self.padding)
 
     def faults(self) -> Iterator[str]:
         """Why this is not a proof; nothing for a plan that `build_plan` returned."""
@@ -174,6 +165,14 @@ class ConversionPlan:
                     continue
                 for fault in tilings(spec.shape, tuple(boxes[name])):
                     yield f"{side} {name} of shape {spec.shape}: {fault}"
+
+
+def _indexed[Item](items: Iterable[tuple[str, Box, Item]]) -> dict[str, BoxIndex[Item]]:
+    """The items of each tensor, by its name."""
+    groups = defaultdict(list)
+    for name, box, item in items:
+        groups[name].append((box, item))
+    return {name: BoxIndex(boxed) for name, boxed in groups.items()}
 
 
 def _extents(box: Box, transpose: bool = False) -> list[int]:

@@ -3,10 +3,8 @@
 `build_plan` gathers all problems into one PlanError, before anything was written.
 """
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -14,6 +12,7 @@ from megatron.bridge.dtypes import MIXABLE, widest
 from megatron.bridge.errors import PlanError
 from megatron.bridge.models.conversion.diagnosis import Terms, find_causes
 from megatron.bridge.models.conversion.extras import Extras
+from megatron.bridge.models.conversion.foreign_names import renamed_tensors
 from megatron.bridge.models.conversion.layout import LayoutError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry, Ranges
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
@@ -24,7 +23,6 @@ from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.scales import NO_SCALES, lacks_scales
 from megatron.bridge.tensors.boxes import Box, Shape
 from megatron.bridge.tensors.spec import TensorSpec
-from megatron.bridge.text.folding import join_numbers, split_numbers
 
 NO_EXTRAS = Extras()
 NO_TERMS = Terms()
@@ -264,7 +262,7 @@ class _Builder:
             self.carried |= {name: self.extras.reason(name) for name in unused}
             return
         self.fits = False
-        renamed = _renamed(self.missing, unused)
+        renamed = renamed_tensors(self.missing, unused)
         for name, parameter in self.missing.items():
             like = f"; was it renamed to {renamed[name]}?" if name in renamed else ""
             self.problems.append(f"{name}: missing, needed for {parameter}{like}")
@@ -322,25 +320,6 @@ class _Builder:
 
     def _is_odd(self, name: str) -> bool:
         return self.hf[name].dtype not in MIXABLE
-
-
-def _renamed(missing: Iterable[str], unexpected: Collection[str]) -> dict[str, str]:
-    """The name in the files that a missing tensor may have: alike, and with the same numbers."""
-    patterns = {split_numbers(name)[0]: None for name in unexpected}
-    alike = {"".join(words): words for words in patterns}
-
-    @cache
-    def closest(pattern: str) -> list[str]:
-        return difflib.get_close_matches(pattern, alike, n=3, cutoff=0.8)
-
-    found = {}
-    for name in missing if alike else ():
-        words, numbers = split_numbers(name)
-        others = (alike[pattern] for pattern in closest("".join(words)))
-        likely = (join_numbers(other, numbers) for other in others if len(other) == len(words))
-        if hit := next((other for other in likely if other in unexpected), None):
-            found[name] = hit
-    return found
 
 
 def _names(tensors: _Tensors) -> str:

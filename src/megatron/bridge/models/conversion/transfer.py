@@ -13,7 +13,7 @@ from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.box_pairs import BoxPair, hf_part, megatron_part
 from megatron.bridge.tensors.boxes import Box, box_shape, relative, row_blocks, slices
-from megatron.bridge.tensors.source import Source
+from megatron.bridge.tensors.source import Source, read_box
 
 _CAST_BYTES = 1 << 20
 
@@ -110,8 +110,7 @@ def fill_megatron(
         if stored == out.dtype and not copy.offset:
             source.read_into(copy.hf_name, hf_box, _seen_from_hf(part, copy, hf_box))
         else:
-            tensor = torch.empty(box_shape(hf_box), dtype=stored, device="cpu")
-            source.read_into(copy.hf_name, hf_box, tensor)
+            tensor = read_box(source, copy.hf_name, hf_box)
             part.copy_(to_megatron(tensor, copy, tuple(part.shape), out.dtype, copy.hf_name))
 
 
@@ -144,8 +143,7 @@ def fill_hf(
                 view = _seen_from_megatron(part, copy, megatron_box)
                 source.read_into(copy.megatron_key, megatron_box, view)
             else:
-                tensor = torch.empty(box_shape(megatron_box), dtype=stored, device=out.device)
-                source.read_into(copy.megatron_key, megatron_box, tensor)
+                tensor = read_box(source, copy.megatron_key, megatron_box, out.device)
                 culprit = f"{name} from {copy.megatron_key}"
                 part.copy_(to_hf(tensor, copy, tuple(part.shape), out.dtype, casting, culprit))
 
@@ -169,7 +167,7 @@ def fill_export(
     out: torch.Tensor,
     source: Source,
     reference: Callable[[], Source],
-    casting: Casting = EXACTLY,
+    casting: Casting,
 ) -> None:
     """Fill `out` with one box of a tensor of an export, whichever side it comes from.
 
@@ -232,9 +230,7 @@ def inexact_offsets(plan: ConversionPlan, source: Source) -> Iterator[tuple[str,
     """
     for copy in plan.copies:
         if copy.offset:
-            stored = torch_dtype(source.dtype_of(copy.hf_name))
-            tensor = torch.empty(box_shape(copy.hf_box), dtype=stored, device="cpu")
-            source.read_into(copy.hf_name, copy.hf_box, tensor)
+            tensor = read_box(source, copy.hf_name, copy.hf_box)
             dtype = torch_dtype(plan.megatron[copy.megatron_key].dtype)
             shifted = to_megatron(tensor, copy, box_shape(copy.megatron_box), dtype)
             back = to_hf(shifted, copy, tuple(tensor.shape), tensor.dtype)

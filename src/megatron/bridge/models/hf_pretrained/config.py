@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 TEXT, VISION = "text_config", "vision_config"
 """Where transformers puts the configs of a model's parts, if it is more than a language model."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Of the weights; the second is how transformers called it before 5."""
 MAX_CONFIG_BYTES = 4 << 20
 MAX_COUNT = (1 << 31) - 1
 
@@ -41,10 +43,10 @@ class HFConfig:
     where that has one. What was given is copied and never changed.
     """
 
-    def __init__(self, data: Mapping[str, Any], origin: str, prefix: str = "") -> None:
-        """`origin` and the dotted `prefix` are for error messages only."""
+    def __init__(self, data: Mapping[str, Any], origin: str) -> None:
+        """`origin` is for error messages only."""
         self._data = _copied(dict(data))
-        self._prefix = prefix
+        self._prefix = ""
         self._defaults = TransformersDefaults(self._data)
         self._filled_in: dict[str, Any] = {}
         self.origin = origin
@@ -133,7 +135,7 @@ class HFConfig:
             ConfigError: one of them is not the name of a dtype.
         """
         parents = ("", f"{TEXT}.")
-        keys = [parent + name for name in ("dtype", "torch_dtype") for parent in parents]
+        keys = [parent + name for name in DTYPE_KEYS for parent in parents]
         stated = {key: self.require(key, str) for key in keys if self.has(key)}
         for key, name in stated.items():
             if name not in TORCH_NAMES:
@@ -250,13 +252,9 @@ class HFConfig:
             )
         return value
 
-    def list_of[T](self, path: str, kind: type[T], default: list[T] | None = None) -> list[T]:
-        """The list at `path`, all of one JSON type, or `default` where there is one and no list.
-
-        Raises:
-            ConfigError: the value is missing, or something else.
-        """
-        values = self.require(path, list) if default is None else self.get(path, list(default))
+    def list_of[T](self, path: str, kind: type[T]) -> list[T]:
+        """The list at `path`, all of one JSON type. Raises ConfigError for anything else."""
+        values = self.require(path, list)
         if not all(type(value) is kind for value in values):
             raise ConfigError(
                 f"{self.origin}: {self.dotted(path)} must be a list of {kind.__name__}, "

@@ -1,8 +1,6 @@
 """A config.json that states another dtype of the weights."""
 
-from megatron.bridge.models.hf_pretrained.config import TEXT, VISION, HFConfig
-
-_KEYS = ("dtype", "torch_dtype")
+from megatron.bridge.models.hf_pretrained.config import DTYPE_KEYS, TEXT, VISION, HFConfig
 
 
 def config_in_dtype(config: HFConfig, name: str) -> HFConfig:
@@ -16,5 +14,5 @@ def config_in_dtype(config: HFConfig, name: str) -> HFConfig:
         *(data[parent] for parent in (TEXT, VISION) if isinstance(data.get(parent), dict)),
     ]
     for section in sections:
-        section.update({key: name for key in _KEYS if section.get(key) is not None})
+        section.update({key: name for key in DTYPE_KEYS if section.get(key) is not None})
     return HFConfig.from_dict(data, config.origin)

@@ -24,7 +24,7 @@ from megatron.bridge.models.hf_pretrained.quantization import (
 )
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
-from megatron.bridge.tensors.boxes import Box
+from megatron.bridge.tensors.boxes import Box, full_box
 from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class DequantizedTensors(Mapping[str, TensorSpec]):
             if name not in self._view:
                 raise CheckpointError(f"{self.index.folder}: there is no tensor {name!r}")
             return self.index.read(name, box)
-        box = tuple((0, size) for size in self._view[name].shape) if box is None else tuple(box)
+        box = full_box(self._view[name].shape) if box is None else tuple(box)
         stored = self.index.read(name, box)
         if not stored.numel():
             return stored.bfloat16()
@@ -123,8 +123,8 @@ class DequantizedTensors(Mapping[str, TensorSpec]):
         else:
             self.index.read_into(name, box, out)
 
-    def read_scales(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """The scales of a quantized weight, float32. Raises CheckpointError for an unusable one."""
+    def read_scales(self, name: str, box: Box) -> torch.Tensor:
+        """Scales of a quantized weight, float32. Raises CheckpointError for an unusable one."""
         import torch
 
         scales = self.index.read(name + SCALE_SUFFIX, box).float()
@@ -169,7 +169,7 @@ def check_scales(weights: Weights) -> None:
     for name, scales in weights.quantized.items():
         size = scales.shape[0]
         step = max(1, size * _CHECKED_BYTES // max(1, scales.nbytes))
-        rest = tuple((0, end) for end in scales.shape[1:])
+        rest = full_box(scales.shape[1:])
         for start in range(0, size, step):
             weights.read_scales(name, ((start, min(start + step, size)), *rest))
 

@@ -35,6 +35,17 @@ def side_files(folder: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file; whatever happens, it is there as it was, or whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _walk(folder: Path, weights: frozenset[str]) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not _is_hidden(name)]

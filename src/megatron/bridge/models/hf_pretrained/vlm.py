@@ -7,7 +7,6 @@ hf.weights.read("lm_head.weight")
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE, HFConfig
 from megatron.bridge.models.hf_pretrained.config_changes import with_changes
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
-from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, Weights, weights_of
+from megatron.bridge.models.hf_pretrained.fp8 import Weights, weights_of
 from megatron.bridge.models.hf_pretrained.other_formats import (
     bare_adapter,
     other_files,
@@ -37,8 +36,9 @@ from megatron.bridge.models.hf_pretrained.reference import (
     repository_files,
     resolve_reference,
 )
+from megatron.bridge.models.hf_pretrained.reference_model import load, load_reference_model
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
-from megatron.bridge.models.hf_pretrained.side_files import side_files
+from megatron.bridge.models.hf_pretrained.side_files import replace_file, side_files
 from megatron.bridge.models.hf_pretrained.state import StateDict
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files, is_safetensors
@@ -260,9 +260,9 @@ class PreTrainedVLM:
         try:
             for file in self.side_files:
                 if config is None or file != Path(CONFIG_FILE):
-                    _replace(target / file, (self.folder / file).read_bytes())
+                    replace_file(target / file, (self.folder / file).read_bytes())
             if config is not None:
-                _replace(target / CONFIG_FILE, config)
+                replace_file(target / CONFIG_FILE, config)
         except OSError as error:
             raise InputError(f"{error.filename}: {error.strerror}") from error
 
@@ -291,7 +291,7 @@ class PreTrainedVLM:
         from transformers import AutoConfig
 
         if self.has_files:
-            config = self._load("config", AutoConfig, self.folder, **self._remote_code)
+            config = self._loaded("config", AutoConfig, trust_remote_code=self.trust_remote_code)
         else:
             data = self._stated_config.data
             config = AutoConfig.for_model(data.pop("model_type"), **data)
@@ -303,21 +303,21 @@ class PreTrainedVLM:
         """The transformers processor of text, images and videos."""
         from transformers import AutoProcessor
 
-        return self._load("processor", AutoProcessor, self.folder, **self._remote_code)
+        return self._loaded("processor", AutoProcessor, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The transformers tokenizer."""
         from transformers import AutoTokenizer
 
-        return self._load("tokenizer", AutoTokenizer, self.folder, **self._remote_code)
+        return self._loaded("tokenizer", AutoTokenizer, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
         """The transformers generation settings of this model."""
         from transformers import GenerationConfig
 
-        return self._load("generation config", GenerationConfig, self.folder)
+        return self._loaded("generation config", GenerationConfig)
 
     def load_model(self, auto_model: str | None = None, **kwargs: Any) -> PreTrainedModel:
         """The model of transformers itself with these weights, in eager attention.
@@ -332,55 +332,10 @@ class PreTrainedVLM:
         Raises:
             InputError: transformers cannot load the model, or misses tensors.
         """
-        import transformers
+        return load_reference_model(self, auto_model, **kwargs)
 
-        options: dict[str, Any] = {"attn_implementation": "eager", "output_loading_info": True}
-        options |= self._remote_code | kwargs
-        if self.config_is_changed:
-            options = {"config": copy.deepcopy(self.config)} | options
-        quantized = isinstance(self.weights, DequantizedTensors)
-        if not quantized and self.tensors.files_as_released:
-            auto_class = getattr(transformers, auto_model or self._auto_model)
-            loaded = self._load("model", auto_class, self.weights_folder, **options)
-        else:
-            config = copy.deepcopy(self.config)
-            if quantized:
-                del config.quantization_config
-            options |= {
-                "config": config,
-                "state_dict": {name: self.weights.read(name) for name in self.weights},
-            }
-            # Without a folder, only a class of its own loads.
-            own_class = getattr(transformers, self.hf_config.architecture)
-            loaded = self._load("model", own_class, **options)
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):
-            raise InputError(
-                f"{self.name_or_path}: transformers finds no {missing[0]} "
-                f"({len(missing)} tensors are missing for it) and would make up random ones"
-            )
-        return model
-
-    @property
-    def _auto_model(self) -> str:
-        from transformers.models.auto.modeling_auto import (
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TAKE_PICTURES,
-        )
-
-        takes_pictures = self.hf_config.model_type in TAKE_PICTURES
-        return "AutoModelForImageTextToText" if takes_pictures else "AutoModelForCausalLM"
-
-    @property
-    def _remote_code(self) -> dict[str, bool]:
-        return {"trust_remote_code": self.trust_remote_code}
-
-    def _load(self, what: str, auto_class: Any, folder: Path | None = None, **options: Any) -> Any:
-        try:
-            return auto_class.from_pretrained(folder, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{self.name_or_path}: transformers cannot load the {what}: {error}"
-            ) from error
+    def _loaded(self, what: str, auto_class: Any, **options: Any) -> Any:
+        return load(self.name_or_path, what, auto_class, self.folder, **options)
 
     def _required_reference(self) -> str | os.PathLike[str]:
         if self._reference is None:
@@ -389,14 +344,3 @@ class PreTrainedVLM:
                 "use PreTrainedVLM.from_pretrained with a folder or a hub id"
             )
         return self._reference
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file; it is there as it was, or whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

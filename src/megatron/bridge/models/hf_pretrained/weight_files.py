@@ -7,6 +7,8 @@ the only safetensors file. Any other safetensors file lies beside the model.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +27,7 @@ _MAX_FILE_NAME = 255
 _MAX_PATH = 1000
 
 
+@dataclass(frozen=True)
 class WeightFiles:
     """The files that hold a model's weights.
 
@@ -34,15 +37,9 @@ class WeightFiles:
         metadata: the `metadata` object of the index, empty where it has none.
     """
 
-    def __init__(
-        self,
-        names: list[str],
-        index: dict[str, str] | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> None:
-        self.names = names
-        self.index = index
-        self.metadata = metadata or {}
+    names: list[str]
+    index: dict[str, str] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> WeightFiles:
@@ -51,18 +48,13 @@ class WeightFiles:
         has_single = (folder / SINGLE_FILE).is_file()
         if not os.path.lexists(index_path):
             return cls([SINGLE_FILE] if has_single else [_only_file(folder)])
-        if has_single:
-            try:
-                content = cls._indexed(index_path)
-            except CheckpointError:
-                return cls([SINGLE_FILE])
-            return content if content.names == [SINGLE_FILE] else cls([SINGLE_FILE])
-        return cls._indexed(index_path)
-
-    @classmethod
-    def _indexed(cls, path: Path) -> WeightFiles:
-        weight_map, metadata = _read_index(path)
-        return cls(sorted(set(weight_map.values())), weight_map, metadata)
+        if not has_single:
+            return _read_index(index_path)
+        # The single file counts, and an index only if it is one of that file alone.
+        with suppress(CheckpointError):
+            if (indexed := _read_index(index_path)).names == [SINGLE_FILE]:
+                return indexed
+        return cls([SINGLE_FILE])
 
 
 def is_safetensors(file_name: str) -> bool:
@@ -98,7 +90,7 @@ def _only_file(folder: Path) -> str:
             or f"{folder}: no safetensors weights; expected {INDEX_FILE} or {SINGLE_FILE}"
         )
     if len(found) > 1:
-        shown = ", ".join([*found[:3], *(["..."] if len(found) > 3 else [])])
+        shown = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
         raise CheckpointError(
             f"{folder}: {len(found)} safetensors files ({printable(shown)}), and neither "
             f"{SINGLE_FILE} nor {INDEX_FILE}, so that nothing says which belong to the model; if "
@@ -107,7 +99,7 @@ def _only_file(folder: Path) -> str:
     return found[0]
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _read_index(path: Path) -> WeightFiles:
     try:
         content = parse_object(read_regular(path, MAX_HEADER_BYTES))
     except OSError as error:
@@ -137,7 +129,11 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             )
     weight_map = {name: PurePosixPath(file).as_posix() for name, file in weight_map.items()}
     metadata = content.get("metadata")
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+    return WeightFiles(
+        sorted(set(weight_map.values())),
+        weight_map,
+        metadata if isinstance(metadata, dict) else {},
+    )
 
 
 def _is_inside(path: str) -> bool:

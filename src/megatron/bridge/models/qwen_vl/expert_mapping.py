@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.models.conversion.layout import HF, Layout, PickExpert, Same, TransposedToFit
+from megatron.bridge.models.conversion.layout import HF, Layout, Same
 from megatron.bridge.models.conversion.param_mapping import AutoMapping
 from megatron.bridge.models.conversion.patterns import WILDCARD
 from megatron.bridge.models.conversion.structure import LayoutFields, RankSection
+from megatron.bridge.models.conversion.wrapped_layouts import PickExpert, TransposedToFit
 
 if TYPE_CHECKING:
     import torch

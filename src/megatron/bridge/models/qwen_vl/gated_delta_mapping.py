@@ -2,13 +2,14 @@
 
 from typing import Protocol, cast
 
-from megatron.bridge.models.conversion.layout import Concatenate, Layout, Offset, Same
+from megatron.bridge.models.conversion.layout import Concatenate, Layout, Same
 from megatron.bridge.models.conversion.param_mapping import (
     ColumnParallelMapping,
     NormMapping,
     ParamMapping,
 )
 from megatron.bridge.models.conversion.structure import LayoutFields, RankSection
+from megatron.bridge.models.conversion.wrapped_layouts import Offset
 
 
 class GatedDeltaFields(LayoutFields, Protocol):
