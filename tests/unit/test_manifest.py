@@ -6,7 +6,6 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
