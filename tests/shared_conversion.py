@@ -84,11 +84,13 @@ def happens_to(rank: int, end: Callable[[], None]) -> Callable[[Processes], None
 
 
 def killed(rank: int) -> Callable[[Processes], None]:
-    """One process is killed; nothing but torchrun would tell the others before they are done."""
+    """One process is killed. Without torchrun, the others do their part before they learn of it."""
 
     def accident(processes: Processes) -> None:
         if processes.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            stay(processes)
 
     return accident
 

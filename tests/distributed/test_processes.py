@@ -156,7 +156,7 @@ def test_torchrun_ends_all_when_one_is_killed(tmp_path: Path, alone: dict[str, b
     done = torchrun(tmp_path, "killed")
     assert done.returncode != 0
     assert not (tmp_path / "killed").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["killed.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["killed.partial"]  # no last words
     resumed, written = convert(Processes(), tmp_path / "killed", nothing, resume=True)
     assert resumed > 0
     assert resumed + written == TOTAL
