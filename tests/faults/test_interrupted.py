@@ -151,6 +151,7 @@ def test_ctrl_c(
     press = after(AFTER, lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(ProgressLines, "advance", lambda self, nbytes: press())
     args = ["import", str(folder / "hf"), str(folder / "out"), "--memory", str(MEMORY)]
+    args += ["--max-shard-size", "1MiB"]
     assert main(args) == 130
     said = capsys.readouterr().err
     assert "interrupted" in said
