@@ -24,70 +24,75 @@ from megatron.bridge.target.manifest import PieceKey
 from megatron.bridge.target.partial import PartialFolder
 
 from megatron.bridge.errors import BridgeError, CheckpointError, SourceChanged
-from megatron.bridge.target import process_team, unfinished
+from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.target.job import Job
 from megatron.bridge.target.processes import Processes
+from megatron.bridge.target.record import FileRecord
 
-SIZES = {"a": 90, "b": 70, "c": 50, "sub/d": 64, "e": 3}
-PIECES = [
-    PieceKey(name, offset, min(16, size - offset))
-    for name, size in SIZES.items()
-    for offset in range(0, size, 16)
-]
+SIZES = {"a": 90, "b": 70, "c": 50, "sub/d": 64, "e": 83, "f": 77, "g": 3}
 JOB = Job("import", {"experts": None}, {}, "00ff", "1.2")
-BEFORE = 2
-"""Pieces that a process writes before something happens to it."""
+BEFORE = 1
+"""Files that a process writes before something happens to it."""
 
 
-def write(partial: PartialFolder, piece: PieceKey) -> None:
-    path = partial.path / piece.file
+def write(folder: ResumableFolder, name: str) -> None:
+    path = folder.path / name
     path.parent.mkdir(exist_ok=True)
-    content = bytes((piece.offset + at) % 251 for at in range(piece.nbytes))
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    os.ftruncate(descriptor, SIZES[piece.file])
-    os.pwrite(descriptor, content, piece.offset)
-    os.close(descriptor)
-    partial.record(piece, zlib.crc32(content))
+    content = bytes(at % 251 for at in range(SIZES[name]))
+    path.write_bytes(content)
+    folder.add(FileRecord(name, ((len(content), zlib.crc32(content)),)))
 
 
-def stay(partial: PartialFolder) -> None:
-    """Write the same pieces again and again, until another process fails."""
+def stay(processes: Processes) -> None:
+    """Work on until another process fails."""
     while True:
-        write(partial, PIECES[0])
+        processes.check()
         time.sleep(0.01)
 
 
 def convert(
     processes: Processes,
     target: Path,
-    accident: Callable[[Processes, PartialFolder], None],
+    accident: Callable[[Processes], None],
     *,
     resume: bool = False,
     job: Job = JOB,
 ) -> list[int]:
     """A whole conversion; bytes that were taken over, and written by this process."""
-    mine = processes.share(SIZES)
-    with PartialFolder(target, job, SIZES, processes=processes, resume=resume) as partial:
-        todo = [piece for piece in partial.unfinished(PIECES) if piece.file in mine]
-        for piece in todo[:BEFORE]:
-            write(partial, piece)
-        accident(processes, partial)
-        for piece in todo[BEFORE:]:
-            write(partial, piece)
-        partial.commit()
-    return [partial.resumed_bytes, sum(piece.nbytes for piece in todo)]
+    own = processes.own_files(SIZES)
+    with ResumableFolder(target, job, SIZES, processes=processes, resume=resume) as folder:
+        todo = [name for name in own if name not in folder.finished]
+        for name in todo[:BEFORE]:
+            write(folder, name)
+        accident(processes)
+        for name in todo[BEFORE:]:
+            write(folder, name)
+        folder.commit()
+    return [folder.resumed_bytes, sum(SIZES[name] for name in todo)]
 
 
-def nothing(_processes: Processes, _partial: PartialFolder) -> None: ...
+def nothing(_processes: Processes) -> None: ...
 
 
-def happens_to(rank: int, end: Callable[[], None]) -> Callable[[Processes, PartialFolder], None]:
+def happens_to(rank: int, end: Callable[[], None]) -> Callable[[Processes], None]:
     """Something ends one process; the others work on until they learn of it."""
 
-    def accident(processes: Processes, partial: PartialFolder) -> None:
+    def accident(processes: Processes) -> None:
         if processes.rank == rank:
             end()
-        stay(partial)
+        stay(processes)
+
+    return accident
+
+
+def killed(rank: int) -> Callable[[Processes], None]:
+    """One process is killed. Without torchrun, the others do their part before they learn of it."""
+
+    def accident(processes: Processes) -> None:
+        if processes.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            stay(processes)
 
     return accident
 
@@ -99,15 +104,11 @@ def raising(error: BaseException) -> Callable[[], None]:
     return end
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def settings(processes: Processes) -> object:
     def read() -> object:
         raise CheckpointError("config.json: the file is missing")
 
-    return processes.first_does(read)
+    return processes.run_on_first(read)
 
 
 ACCIDENTS: dict[str, Callable[[Processes, Path], object]] = {
@@ -115,10 +116,10 @@ ACCIDENTS: dict[str, Callable[[Processes, Path], object]] = {
     "two fail": lambda processes, target: convert(
         processes,
         target,
-        lambda _, partial: (
+        lambda _: (
             raising(CheckpointError(f"shard {processes.rank} cannot be read"))()
             if processes.rank
-            else stay(partial)
+            else stay(processes)
         ),
     ),
     "resumed": lambda processes, target: convert(
@@ -130,9 +131,10 @@ ACCIDENTS: dict[str, Callable[[Processes, Path], object]] = {
     "source changed": lambda processes, target: convert(
         processes, target, happens_to(1, raising(SourceChanged("it changed")))
     ),
-    "killed": lambda processes, target: convert(processes, target, happens_to(1, kill)),
-    "the first is killed": lambda processes, target: convert(
-        processes, target, happens_to(0, kill)
+    "killed": lambda processes, target: convert(processes, target, killed(1)),
+    "the first is killed": lambda processes, target: convert(processes, target, killed(0)),
+    "interrupted": lambda processes, target: convert(
+        processes, target, happens_to(2, raising(KeyboardInterrupt()))
     ),
     "another job": lambda processes, target: convert(
         processes, target, nothing, job=replace(JOB, layout=f"{processes.rank // 2:04}")
@@ -146,10 +148,10 @@ def take_part(home: Path, name: str) -> None:
     outcome: dict[str, object] = {}
     try:
         with Processes.from_environment() as processes:
-            told = processes.first_does(lambda: {"first": os.getpid()})
+            told = processes.run_on_first(lambda: {"first": os.getpid()})
             outcome["first"] = told["first"]
             outcome["done"] = ACCIDENTS[name](processes, home / name)
-    except (BridgeError, OSError) as error:
+    except (BridgeError, OSError, KeyboardInterrupt) as error:
         outcome["error"] = type(error).__name__
         outcome["message"] = "\n".join([str(error), *getattr(error, "__notes__", ())])
         outcome["status"] = getattr(error, "exit_status", 2)
@@ -178,11 +180,8 @@ def start(home: Path, name: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    unfinished.WORTH_KEEPING = 1
     if len(sys.argv) == 3:
         take_part(Path(sys.argv[1]), sys.argv[2])
     else:
-        process_team._BEAT_SECONDS = 0.1
-        process_team._MISSED_BEATS = 50
         for name in ACCIDENTS:
             start(Path(sys.argv[1]), name, 2 if name == "resumed" else 3)

@@ -16,12 +16,11 @@ from megatron.bridge.errors import CheckpointError, InputError, SourceChanged
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import import_checkpoint
 from megatron.bridge.synthetic import make_model
-from megatron.bridge.target import unfinished
 from megatron.bridge.target.run import Run
 from slow_conversion import MEMORY, convert
 
-AFTER = 12
-"""Pieces that are written before something happens."""
+AFTER = 20
+"""Pieces that are written before something happens: a file is finished, another one begun."""
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +29,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model("qwen3-vl", folder / "hf", {"num_shards": 2, "text.vocab_size": 9001}, seed=22)
     convert("import", folder, folder / "megatron")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "WORTH_KEEPING", 1)
 
 
 @pytest.fixture
@@ -157,6 +151,7 @@ def test_ctrl_c(
     press = after(AFTER, lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(ProgressLines, "advance", lambda self, nbytes: press())
     args = ["import", str(folder / "hf"), str(folder / "out"), "--memory", str(MEMORY)]
+    args += ["--max-shard-size", "1MiB"]
     assert main(args) == 130
     said = capsys.readouterr().err
     assert "interrupted" in said

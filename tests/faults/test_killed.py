@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from forked import processes
 from megatron.bridge.synthetic import make_model
 from slow_conversion import convert, convert_slowly
 
+RECORD = ".megatron-bridge.jsonl"
 SETTINGS = {"num_shards": 3, "text.num_hidden_layers": 7, "text.vocab_size": 4001}
 
 
@@ -36,25 +36,24 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def recorded(partial: Path) -> Iterator[int]:
-    """Bytes of each piece that the journals say is finished."""
-    for journal in (partial / ".megatron-bridge").glob("*.jsonl"):
-        for line in journal.read_bytes().splitlines()[1:]:
-            yield json.loads(line)["nbytes"]
+def recorded(partial: Path) -> list[int]:
+    """Bytes of each file that the record says is finished."""
+    lines = (partial / RECORD).read_bytes().split(b"\n")[1:-1]
+    return [json.loads(line)["nbytes"] for line in lines]
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
 def test_killed_ten_times(direction: str, folder: Path, tmp_path: Path) -> None:
-    """Each run is killed when it has recorded a random number of pieces; each goes on."""
+    """Each run is killed when it has recorded a random number of files; each goes on."""
     chance = random.Random(direction)
     expected = files_of(folder / direction)
-    manifest = json.loads(expected[".megatron-bridge.json"])
-    pieces = sum(len(file["pieces"]) for file in manifest["files"])
-    total = sum(map(len, expected.values())) - len(expected[".megatron-bridge.json"])
+    total = sum(map(len, expected.values())) - len(expected[RECORD])
+    weights = sum(len(content) > 100_000 for content in expected.values())
     for attempt in range(10):
         out = tmp_path / f"out-{attempt}"
         partial = out.with_name(out.name + ".partial")
-        killed_at = kill(direction, folder, out, chance.randrange(1, pieces - 10))
+        finished, later = chance.randrange(weights - 2), chance.random() / 50
+        killed_at = kill(direction, folder, out, finished, later)
         assert not out.exists()
         done_before = sum(recorded(partial))
         assert killed_at <= done_before < total
@@ -65,15 +64,16 @@ def test_killed_ten_times(direction: str, folder: Path, tmp_path: Path) -> None:
         assert not partial.exists()
 
 
-def kill(direction: str, folder: Path, out: Path, pieces: int) -> int:
-    """Kill a run that has recorded so many pieces; the bytes that they have."""
+def kill(direction: str, folder: Path, out: Path, files: int, later: float) -> int:
+    """Kill a run, so many seconds after it has recorded so many files; the bytes that it has."""
     partial = out.with_name(out.name + ".partial")
     process = processes.Process(target=convert_slowly, args=(direction, folder, out))
     process.start()
     assert process.pid is not None
     while process.is_alive():
-        journal = next((partial / ".megatron-bridge").glob("process-*.jsonl"), None)
-        if journal is not None and journal.read_bytes().count(b"\n") > pieces:
+        record = partial / RECORD
+        if record.exists() and record.read_bytes().count(b"\n") > files:
+            time.sleep(later)
             os.kill(process.pid, signal.SIGKILL)
             process.join()
         time.sleep(0.001)

@@ -98,7 +98,7 @@ def test_an_error_of_one_thread_ends_all(tmp_path: Path) -> None:
             pieces_of(file, 1000),
             fill,
             Budget(3, 1000),
-            record=lambda *_: None,
+            on_file=lambda *_: None,
             progress=Silent(),
         )
     assert len(filled) < 20

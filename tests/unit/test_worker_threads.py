@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 
-from megatron.bridge.engine.worker_threads import share_out
+from megatron.bridge.engine.worker_threads import run_in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def test_each_item_is_worked_on_once_by_one_thread() -> None:
         together.wait()  # so every thread has one
         seen.extend([first, *items])
 
-    share_out(iter(range(1000)), work, 3)
+    run_in_threads(iter(range(1000)), work, 3)
     assert sorted(seen) == list(range(1000))
 
 
@@ -38,7 +38,7 @@ def test_what_gives_items_may_fail() -> None:
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        share_out(items(), lambda taken: list(taken) and None, 2)
+        run_in_threads(items(), lambda taken: list(taken) and None, 2)
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
@@ -63,7 +63,7 @@ def test_ctrl_c_is_raised_when_all_threads_have_ended(times: int) -> None:
         ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        share_out(count(), work, 3)
+        run_in_threads(count(), work, 3)
     assert len(ended) == 3
 
 
@@ -82,5 +82,5 @@ def test_an_error_is_raised_when_all_threads_have_ended() -> None:
         ended.append(True)
 
     with pytest.raises(OSError, match="full"):
-        share_out(count(), work, 3)
+        run_in_threads(count(), work, 3)
     assert len(ended) == 2

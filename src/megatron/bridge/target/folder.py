@@ -169,7 +169,9 @@ class ResumableFolder:
                 lock.close()
         if self._lock is None:
             self._check_room(finished)
-            self._make()
+            self._lock = self._make()
+        if self._processes.size > 1:
+            self._share(self._lock)
         return self._job, frozenset(finished)
 
     def _finished_before(self) -> Mapping[str, FileRecord]:
@@ -216,7 +218,15 @@ class ResumableFolder:
                 "make room, or choose a target on another file system"
             )
 
-    def _make(self) -> None:
+    def _share(self, lock: FolderLock) -> None:
+        try:
+            lock.share()
+        except BaseException:  # now it is somebody else's
+            lock.close()
+            self._lock = None
+            raise
+
+    def _make(self) -> FolderLock:
         """Make the folder, which appears with its record and locked: no state of it is unknown."""
         new = _hidden(self.path)
         new.mkdir()
@@ -228,8 +238,8 @@ class ResumableFolder:
             if isinstance(error, OSError) and os.path.lexists(self.path):
                 raise FolderBusy(f"{self.path} was made by another run meanwhile") from error
             raise
-        self._lock = lock
         sync(self.path.parent)
+        return lock
 
     def _write_record(
         self, folder: Path, files: Iterable[FileRecord], *, complete: bool = False
@@ -295,10 +305,7 @@ class ResumableFolder:
 
     def _join(self, job: Job) -> None:
         rank = self._processes.rank
-        if self._processes.is_first:
-            if self._processes.size > 1 and self._lock is not None:
-                self._lock.share()
-        else:
+        if not self._processes.is_first:
             _wait_for(self.path)
             self._lock = FolderLock(self.path / MANIFEST_FILE, shared=True)
             if differences := self._job.differences(job):

@@ -59,11 +59,12 @@ class Failure:
     def of(cls, rank: int, error: BaseException) -> Self:
         """Describe an error."""
         status = getattr(error, "exit_status", 2 if isinstance(error, OSError) else 70)
+        message = str(error)[:_MESSAGE_LENGTH] or type(error).__name__
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else 1
+            message = f"it was ended, with status {status}"
         if isinstance(error, KeyboardInterrupt):
-            status = 130
-        message = str(error)[:_MESSAGE_LENGTH] or type(error).__name__
+            status, message = 130, "interrupted"
         return cls(rank, type(error).__name__, message, status)
 
 
