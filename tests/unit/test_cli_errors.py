@@ -178,3 +178,33 @@ def test_the_origin_of_a_planned_checkpoint(
     printed = capsys.readouterr().out
     assert "the checkpoint, and the config that it keeps" in printed
     assert "dtypes assumed" not in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["num_shards"], "'num_shards' should be KEY=VALUE"),
+        (["=1"], "'=1' should be KEY=VALUE"),
+        ([""], "'' should be KEY=VALUE"),
+        (["num_shards=2", "num_shards=3"], "num_shards is set twice"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_not_a_key_and_a_value(
+    settings: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [one for setting in settings for one in ("--set", setting)]
+    assert main(["make-model", "--family", "qwen3", "--out", str(tmp_path / "out"), *given]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "--set" in err
+    assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_may_hold_what_stands_between_key_and_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--family", "qwen3", "--out", str(tmp_path / "out"), "--set", "dtype=a=b"]
+    assert main(["make-model", *args]) == 2
+    assert "a=b" in capsys.readouterr().err

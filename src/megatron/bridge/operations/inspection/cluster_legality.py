@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from megatron.bridge.errors import ConfigError, InputError, PlanError
@@ -94,9 +94,7 @@ def why_illegal(
     error: what the attempt to lay out the model ended with, one of REFUSED. without: the same model
     without one of its optional parts, by the name of the part.
     """
-
-    def refusals(tried: ParallelSizes) -> list[str]:
-        return _refusals(model, tried)
+    refusals = cache(partial(_refusals, model))  # what is wrong alone is tried for each size
 
     with without_advice():
         problems = _size_problems(sizes, refusals)
@@ -173,16 +171,16 @@ def _forms_groups(sizes: ParallelSizes) -> bool:
 def _refusals(model: Blueprint, sizes: ParallelSizes) -> list[str]:
     """Why the model cannot be built with these sizes, on as many ranks as they need."""
     provider = configured(model, sizes)
-    if problems := provider.problems():
-        return problems
     try:
         provider.finalize()
         # The rules of the pipeline are those above; how a layer is split is the same on all stages.
         single = replace(sizes, pp=1, vpp=None, world_size=None)
         with on_rank(0, single):
             model.bridge.small(configured(model, single)).provide()
+    except ConfigError as error:
+        return list(error.problems) or [_reason(error).removeprefix(f"{type(provider).__name__}: ")]
     except REFUSED as error:
-        return [_reason(error).removeprefix(f"{type(provider).__name__}: ")]
+        return [_reason(error)]
     return []
 
 
