@@ -59,7 +59,7 @@ def verify(
     the BF16 weights that they stand for with anything else. iteration: of each side that holds
     several; see `iteration_folder`. memory: bytes that buffers may take.
     Raises InputError for what cannot be read, PlanError for a Hugging Face side that cannot be
-    converted; differences are no errors but in the report.
+    converted; differences are in the report.
     """
     begin = time.perf_counter()
     budget = Budget.of(memory)

@@ -91,7 +91,7 @@ class _Target:
 
     @property
     def recorded(self) -> Fingerprint:
-        """Of what it was converted from."""
+        """The fingerprint of what it was converted from."""
         return self.manifest.job.sources[_SOURCE]
 
     def reads(self, source: str | os.PathLike[str]) -> bool:
