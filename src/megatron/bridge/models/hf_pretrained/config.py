@@ -114,7 +114,8 @@ class HFConfig:
         """The safetensors name of the dtype that the config states for the weights.
 
         It stands at the top or in the language model's section, as `dtype` or, before transformers
-        5, as `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is no dtype.
+        5, as `torch_dtype`. Raises ConfigError if none is stated, two differ, or it is not
+        the name of one.
         """
         stated = self.stated_dtypes()
         if not stated:
@@ -126,7 +127,7 @@ class HFConfig:
     def stated_dtypes(self) -> dict[str, str]:
         """The torch names of the dtypes that the config states for the weights, by key.
 
-        Raises ConfigError for one that is no dtype.
+        Raises ConfigError for one that is not a valid dtype.
         """
         parents = ("", f"{TEXT}.")
         keys = [parent + name for name in ("dtype", "torch_dtype") for parent in parents]
@@ -134,8 +135,8 @@ class HFConfig:
         for key, name in stated.items():
             if name not in TORCH_NAMES:
                 raise ConfigError(
-                    f"{self.origin}: {key} is {quoted(name)}, which is no dtype of tensors; "
-                    "expected the name of one, as in 'bfloat16'"
+                    f"{self.origin}: {key} is {quoted(name)}, which is not a valid dtype of "
+                    "tensors; expected the name of one, as in 'bfloat16'"
                 )
         return stated
 
