@@ -197,7 +197,7 @@ def test_scales(
         ["export", checkpoint, NOWHERE, "--hf", folder, "--fp8"],
     ):
         message = refused(capsys, *args)
-        assert f"{SCALE} holds 1 scales that are no positive numbers" in message
+        assert f"{SCALE} holds 1 scales that are not positive numbers" in message
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -142,8 +142,8 @@ HEADERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an integer beyond what is parsed": (
         header_text(renamed('"shape":[', f'"shape":[{"9" * 5000},')), "the header is invalid"
     ),
-    "NaN": (header_text(renamed('"shape":[', '"shape":[NaN,')), "NaN is no JSON number"),
-    "infinity": (header_text(renamed('"shape":[', '"shape":[-Infinity,')), "no JSON number"),
+    "NaN": (header_text(renamed('"shape":[', '"shape":[NaN,')), "NaN is not a valid JSON number"),
+    "infinity": (header_text(renamed('"shape":[', '"shape":[-Infinity,')), "not a valid JSON"),
     "1e999": (header_text(renamed('"shape":[', '"shape":[1e999,')), "'1e999' is too large"),
     "true": (header_text(renamed('"shape":[', '"shape":[true,')), "shape must be"),
     "a size of 2**63": (
@@ -204,7 +204,7 @@ INDEXES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "nested": (whole_index(f'{{"weight_map": {NESTED}}}'), "nested too deeply"),
     "not UTF-8": (whole_index(b"\xff\xfe{}"), "cannot be read"),
-    "NaN": (whole_index('{"weight_map": {"a": NaN}}'), "NaN is no JSON number"),
+    "NaN": (whole_index('{"weight_map": {"a": NaN}}'), "NaN is not a valid JSON number"),
     "a folder": (instead(INDEX, Path.mkdir), "it is not a regular file"),
     "a pipe": (instead(INDEX, os.mkfifo), "it is not a regular file"),
     "a device": (instead(INDEX, zeros), "it is not a regular file"),
@@ -259,7 +259,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "mergers of nothing": (
         vision_config(deepstack_visual_indexes=[{}, None]), "must be a list of int"
     ),
-    "an infinite base": (text_config(rope_theta=float("inf")), "Infinity is no JSON number"),
+    "an infinite base": (text_config(rope_theta=float("inf")), "Infinity is not a valid JSON"),
     "too large a base": (text_config(rope_theta=10**400), "must be of type float"),
     "a base below zero": (text_config(rope_theta=-1), "rope_theta must be a number above 0"),
     "no base": (text_config(rope_theta=0), "text_config.rope_theta must be a number above 0"),
@@ -272,8 +272,8 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
         config(lambda c: c.update(model_type="llama")),
         "model_type of a Qwen3VLForConditionalGeneration must be 'qwen3_vl', found 'llama'",
     ),
-    "no dtype at the top": (config(lambda c: c.update(dtype="foo")), "dtype is 'foo', which is no"),
-    "no dtype of the text": (text_config(dtype="foo"), "text_config.dtype is 'foo', which is no"),
+    "no dtype at the top": (config(lambda c: c.update(dtype="foo")), "dtype is 'foo', which is"),
+    "no dtype of the text": (text_config(dtype="foo"), "text_config.dtype is 'foo', which is not"),
     "too wide": (text_config(hidden_size=1 << 31), "hidden_size must be a number from 1 to"),
     "text that is none": (config(lambda c: c.update(text_config=[])), "must be of type dict"),
     "an architecture that the terminal obeys": (

@@ -55,7 +55,7 @@ RECORDS: dict[str, tuple[str, str]] = {
     "a date": ("hf: {config: {day: 2026-01-01}}", "cannot be read"),
     "a set": ("hf: {config: !!set {a, b}}", "cannot be read"),
     "bytes": ("hf: {config: {a: !!binary aGVsbG8=}}", "cannot be read"),
-    "NaN": ("hf: {config: {a: .nan}}", "NaN is no JSON number"),
+    "NaN": ("hf: {config: {a: .nan}}", "NaN is not a valid JSON number"),
     "a list for a config": ("hf: {config: [1]}", "expected a JSON object"),
     "an integer of 5000 digits": ("hf: {config: {a: " + "9" * 5000 + "}}", "cannot be read"),
     "a key of two types": ("hf: {config: {1: a, '1': b}}", "duplicate key '1'"),

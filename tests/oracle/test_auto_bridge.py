@@ -108,7 +108,7 @@ def test_a_config_that_cannot_be_honoured(change: dict[str, Any], message: str) 
     ("change", "message"),
     [
         ({"model_type": "llama"}, "must be 'qwen3_vl', found 'llama'"),
-        ({"dtype": "foo"}, "dtype is 'foo', which is no dtype of tensors"),
+        ({"dtype": "foo"}, "dtype is 'foo', which is not a valid dtype of tensors"),
     ],
 )
 def test_what_is_checked_before_all_else(

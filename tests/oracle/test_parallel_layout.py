@@ -220,8 +220,8 @@ def test_all_illegal_sizes_are_told_at_once() -> None:
     assert pp.startswith("--pp 3: ")
     assert ep.startswith("--ep 7: ")
     assert world == (
-        "--world-size 50: no multiple of what is needed: 15 ranks hold the model (tp x pp x cp), "
-        "105 its experts (etp x ep x pp) (the nearest legal: 105)"
+        "--world-size 50: not a multiple of what is needed: 15 ranks hold the model (tp x pp x "
+        "cp), 105 its experts (etp x ep x pp) (the nearest legal: 105)"
     )
 
 
@@ -240,6 +240,6 @@ def test_a_world_size_that_does_not_fit(world_size: int) -> None:
     request_ = ParallelSizes(tp=2, world_size=world_size)
     [problem] = problems(planned("qwen3_vl"), request_)
     assert problem == (
-        f"--world-size {world_size}: no multiple of what is needed: 2 ranks hold the model "
+        f"--world-size {world_size}: not a multiple of what is needed: 2 ranks hold the model "
         f"(tp x pp x cp) (the nearest legal: {world_size - 1} or {world_size + 1})"
     )

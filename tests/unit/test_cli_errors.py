@@ -20,13 +20,17 @@ from refusals import refused
         (["import", "nothing-here", "out"], "ReferenceNotFound", "nothing-here"),
         (["export", "nothing-here"], "MissingParameter", "DST"),
         (["verify", "nothing-here"], "InputError", "nothing-here"),
-        (["plan", "x", "--tp", "abc"], "BadParameter", "'abc' is no whole number from 1 to"),
-        (["plan", "x", "--pp", "0"], "BadParameter", "'0' is no whole number from 1 to"),
-        (["plan", "x", "--world-size", "99999999999"], "BadParameter", "'99999999999' is no whole"),
+        (["plan", "x", "--tp", "abc"], "BadParameter", "'abc' is not a whole number from 1 to"),
+        (["plan", "x", "--pp", "0"], "BadParameter", "'0' is not a whole number from 1 to"),
+        (
+            ["plan", "x", "--world-size", "99999999999"],
+            "BadParameter",
+            "'99999999999' is not a",
+        ),
         (["plan", "x", "--ep", "131073"], "BadParameter", "from 1 to 131072"),
-        (["compare", "x", "--tolerance", "nan"], "BadParameter", "'nan' is no finite number"),
-        (["compare", "x", "--tolerance", "-1"], "BadParameter", "'-1' is no finite number"),
-        (["compare", "x", "--tolerance", "much"], "BadParameter", "'much' is no finite number"),
+        (["compare", "x", "--tolerance", "nan"], "BadParameter", "'nan' is not a finite number"),
+        (["compare", "x", "--tolerance", "-1"], "BadParameter", "'-1' is not a finite number"),
+        (["compare", "x", "--tolerance", "much"], "BadParameter", "'much' is not a finite number"),
         (["compare", "x", "--image", "nope.jpg"], "BadParameter", "'nope.jpg' does not exist"),
         (["compare", "x", "--dtype", "int4"], "BadParameter", "'int4' is none of float64, float32"),
         (["import", "x", "y", "--experts", "e"], "BadParameter", "'e' is none of fused, fused-tr"),
@@ -178,3 +182,33 @@ def test_the_origin_of_a_planned_checkpoint(
     printed = capsys.readouterr().out
     assert "the checkpoint, and the config that it keeps" in printed
     assert "dtypes assumed" not in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["num_shards"], "'num_shards' should be KEY=VALUE"),
+        (["=1"], "'=1' should be KEY=VALUE"),
+        ([""], "'' should be KEY=VALUE"),
+        (["num_shards=2", "num_shards=3"], "num_shards is set twice"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_not_a_key_and_a_value(
+    settings: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [one for setting in settings for one in ("--set", setting)]
+    assert main(["make-model", "--family", "qwen3", "--out", str(tmp_path / "out"), *given]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "--set" in err
+    assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_may_hold_what_stands_between_key_and_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--family", "qwen3", "--out", str(tmp_path / "out"), "--set", "dtype=a=b"]
+    assert main(["make-model", *args]) == 2
+    assert "a=b" in capsys.readouterr().err

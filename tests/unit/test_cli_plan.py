@@ -254,6 +254,15 @@ def test_without_the_mtp_layer(moe: Path, capsys: pytest.CaptureFixture[str]) ->
     assert with_it["parameters"] > without["parameters"]
 
 
+def test_a_part_that_no_model_is_built_without(
+    moe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, moe, "--without", "vision")
+    assert (status, out) == (2, "")
+    assert "--without 'vision' is not a part that a Qwen3_5MoeForConditionalGeneration" in err
+    assert err.endswith("may be built without: mtp\n")
+
+
 def test_an_illegal_layout(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = [moe, "--tp", "3", "--pp", "5", "--ep", "4"]
     found = document(capsys, *args, status=2)

@@ -52,7 +52,7 @@ def test_sizes(text: str, size: int) -> None:
     ],
 )
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a valid size"):
         parse_size(text)
     with pytest.raises(InputError, match="--memory: "):
         size_of(text, "--memory")
@@ -106,7 +106,7 @@ def test_memory_does_not_change_the_result(
 def test_memory_has_to_be_enough_for_a_thread(
     args: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for memory, reason in (("1MiB", "too small"), ("lots", "is no size")):
+    for memory, reason in (("1MiB", "too small"), ("lots", "is not a valid size")):
         status, out, err = run(capsys, checkpoint, checkpoint, "--memory", memory, *args)
         assert (status, out) == (2, "")
         assert reason in err

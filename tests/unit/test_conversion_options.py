@@ -37,7 +37,9 @@ def test_sizes_as_they_are_typed(small_model: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert len(list((tmp_path / "a").rglob("*.distcp"))) > 5
     for name, size in (("memory", "lots"), ("max_shard_size", 0), ("memory", True)):
-        with pytest.raises(InputError, match=rf"^{name} \(--{name.replace('_', '-')}\): .*is no s"):
+        with pytest.raises(
+            InputError, match=rf"^{name} \(--{name.replace('_', '-')}\): .*is not a v"
+        ):
             AutoBridge.import_ckpt(small_model, tmp_path / "c", **{name: size})
     assert names(tmp_path) == ["a", "b"]
 

@@ -301,7 +301,7 @@ def test_dtype(path: tuple[str, ...]) -> None:
     ("data", "reason"),
     [
         ({}, "dtype is missing"),
-        ({"dtype": "auto"}, "dtype is 'auto', which is no dtype"),
+        ({"dtype": "auto"}, "dtype is 'auto', which is not a valid dtype"),
         ({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}, "contradictory dtypes"),
     ],
 )

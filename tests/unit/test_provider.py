@@ -221,7 +221,7 @@ def test_shards_of_all_ranks_tile_every_parameter(size: str) -> None:
         for rank in range(sizes.ranks_per_replica):
             provider = released_provider(
                 config,
-                **{name: getattr(sizes, name) for name in sizes.__dataclass_fields__},
+                **sizes.fields,
                 sequence_parallel=tensor > 1,
                 make_vocab_size_divisible_by=128 // tensor,
                 perform_initialization=False,  # there are no values

@@ -193,8 +193,8 @@ def test_shapes_dtypes_and_names_of_hf_folders(small_model: Path, tmp_path: Path
     (b / "config.json").write_text((b / "config.json").read_text() + "\n")
     report = verify(a, b)
     assert {(d.name, d.what, d.a, d.b) for d in report.different} == {
-        ("shape", "shape", "[3, 4]", "[4, 3]"),
-        ("dtype", "dtype", "F32", "BF16"),
+        ("shape", "shape", "F32 of shape (3, 4)", "F32 of shape (4, 3)"),
+        ("dtype", "dtype", "F32 of shape (3, 4)", "BF16 of shape (3, 4)"),
     }
     assert (report.only_in_a, report.only_in_b) == (["h.0.w"], ["new"])
     assert (report.compared, report.equal) == (4, 2)
@@ -223,5 +223,9 @@ def test_missing_megatron_tensors_are_differences(small_model: Path, tmp_path: P
     import_checkpoint(PreTrainedVLM.from_pretrained(shorter), tmp_path / "short")
     report = verify(small_model, tmp_path / "short")
     (found,) = [d for d in report.different if d.name == MEGATRON_KEY]
-    assert (found.what, found.a, found.b) == ("shape", "[5, 384, 160]", "[3, 384, 160]")
+    assert (found.what, found.a, found.b) == (
+        "shape",
+        "BF16 of shape (5, 384, 160)",
+        "BF16 of shape (3, 384, 160)",
+    )
     assert not any(d.name.startswith("model.language_model.layers.") for d in report.different)

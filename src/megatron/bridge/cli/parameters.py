@@ -133,7 +133,7 @@ def size_option(description: str) -> Any:
 def _parallel_size(text: str) -> int:
     if text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MOST_RANKS:
         return int(text)
-    raise typer.BadParameter(f"{text[:40]!r} is no whole number from 1 to {MOST_RANKS}")
+    raise typer.BadParameter(f"{text[:40]!r} is not a whole number from 1 to {MOST_RANKS}")
 
 
 def not_negative(text: str) -> float:
@@ -144,7 +144,7 @@ def not_negative(text: str) -> float:
         number = nan
     if isfinite(number) and number >= 0:
         return number
-    raise typer.BadParameter(f"{text[:40]!r} is no finite number of at least 0")
+    raise typer.BadParameter(f"{text[:40]!r} is not a finite number of at least 0")
 
 
 def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -28,6 +29,11 @@ from megatron.bridge.models.wrapping import Chunks, PreWrapHook, chunks_after
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
 from megatron.bridge.runtime.parallel import initialize_process_groups
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
+
+
+@cache
+def _field_names(provider: type["ModelProvider"]) -> frozenset[str]:
+    return frozenset(one.name for one in fields(provider))
 
 
 @dataclass
@@ -238,7 +244,7 @@ class ModelProvider(TransformerConfig, ABC):
         return (
             name in self._set_by_megatron_core
             or hasattr(type(self), name)
-            or name in {one.name for one in fields(self)}
+            or name in _field_names(type(self))
         )
 
     def _unknown(self, name: str) -> str:

@@ -63,7 +63,7 @@ class SourceFile:
             value, {"name": str, "nbytes": int, "mtime_ns": int, "head": (str, type(None))}
         )
         if not is_file_name(name):
-            raise ValueError(f"{name[:200]!r} is no file name inside the folder")
+            raise ValueError(f"{name[:200]!r} is not a valid name of a file inside the folder")
         return cls(name, nbytes, mtime_ns, head)
 
     def change_since(self, old: SourceFile) -> str | None:

@@ -32,7 +32,9 @@ def parse_size(text: str) -> int:
         size = int(Fraction(number) * (_PREFIXES[prefix.lower()] if prefix else 1))
         if size:
             return size
-    raise ValueError(f"{text[:40]!r} is no size; write it as 512MiB, 1GiB or 2GB, or in bytes")
+    raise ValueError(
+        f"{text[:40]!r} is not a valid size; write it as 512MiB, 1GiB or 2GB, or in bytes"
+    )
 
 
 def size_of(size: Size, option: str) -> int:

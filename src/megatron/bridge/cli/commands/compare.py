@@ -65,7 +65,7 @@ def compare(
     that is not there, it is said before anything is loaded.
     """
     with open_output(as_json=as_json) as output:
-        hf_model(source, revision)  # what is no model is said before anything large is imported
+        hf_model(source, revision)  # what is not a model is said before anything large is imported
         output.note("loading torch, transformers and megatron-core")
         from megatron.bridge.cli.render.comparison_tables import render_compare
         from megatron.bridge.errors import MismatchError

@@ -140,16 +140,16 @@ def _laid_out(
     report: Forecast, given: dict[str, int], without: list[str], output: Output
 ) -> Forecast:
     """With what each rank holds, or why the model cannot be laid out so."""
-    if report.proven:
-        output.note("plan: asking megatron-core what each rank holds")
     from megatron.bridge.errors import PlanError
-    from megatron.bridge.operations.inspection.cluster_legality import layout_of
     from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
     sizes = ParallelSizes(**given)
     report = replace(report, sizes=sizes)
     if not report.proven:
         return report
+    output.note("plan: asking megatron-core what each rank holds")
+    from megatron.bridge.operations.inspection.cluster_legality import layout_of
+
     try:
         layout = layout_of(report, sizes, without=without, progress=StageNotes(output.note))
     except PlanError as error:

@@ -1,4 +1,4 @@
-"""Tables whose text comes from files of strangers."""
+"""Tables with untrusted text in them."""
 
 from __future__ import annotations
 

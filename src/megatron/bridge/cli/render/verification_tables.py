@@ -15,7 +15,7 @@ from megatron.bridge.text.folding import fold
 if TYPE_CHECKING:
     from megatron.bridge.operations.verification.report import (
         FastReport,
-        Side,
+        Files,
         TensorDifference,
         VerifyReport,
     )
@@ -31,8 +31,8 @@ def render_verify(report: VerifyReport) -> RenderableType:
         facts(
             "verify",
             [
-                ("A", _side(report.a)),
-                ("B", _side(report.b)),
+                ("A", _files(report.a)),
+                ("B", _files(report.b)),
                 ("compared", f"{report.compared:,} tensors, {exact_bytes(size)}"),
                 ("equal", f"{report.equal:,} tensors"),
                 ("not compared", _not_compared(report)),
@@ -61,7 +61,7 @@ def render_verify_fast(report: FastReport) -> RenderableType:
         facts(
             "verify --fast",
             [
-                ("target", _side(report.target)),
+                ("target", _files(report.target)),
                 ("source", _source(report)),
                 ("checked", f"{report.files:,} files, {exact_bytes(size)}"),
                 ("seconds", f"{report.seconds:.2f} ({format_rate(size, report.seconds)})"),
@@ -85,8 +85,8 @@ def render_verify_fast(report: FastReport) -> RenderableType:
     return Group(*parts)
 
 
-def _side(side: Side) -> str:
-    return f"{side.source} ({_FORMATS[side.format]})"
+def _files(files: Files) -> str:
+    return f"{files.source} ({_FORMATS[files.format]})"
 
 
 def _fault(report: FastReport) -> str:
@@ -97,7 +97,7 @@ def _source(report: FastReport) -> str | None:
     if report.converted_from is None:
         return None
     state = "changed" if report.source_changes else "as it was read"
-    return f"{_side(report.converted_from)}: {state}"
+    return f"{_files(report.converted_from)}: {state}"
 
 
 def _names(title: str, names: Sequence[str]) -> list[RenderableType]:

@@ -22,5 +22,5 @@ def parse_expert_layout(name: str) -> ExpertLayout:
         return ExpertLayout(name)
     except ValueError:
         raise InputError(
-            f"{name!r} is no disk layout of experts; expected {', '.join(ExpertLayout)}"
+            f"{name!r} is not a valid disk layout of experts; expected {', '.join(ExpertLayout)}"
         ) from None

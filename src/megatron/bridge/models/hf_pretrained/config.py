@@ -140,8 +140,8 @@ class HFConfig:
         for key, name in stated.items():
             if name not in TORCH_NAMES:
                 raise ConfigError(
-                    f"{self.origin}: {key} is {quoted(name)}, which is no dtype of tensors; "
-                    "expected the name of one, as in 'bfloat16'"
+                    f"{self.origin}: {key} is {quoted(name)}, which is not a valid dtype of "
+                    "tensors; expected the name of one, as in 'bfloat16'"
                 )
         return stated
 

@@ -132,7 +132,7 @@ class DequantizedTensors(Mapping[str, TensorSpec]):
         if unusable.any():
             raise CheckpointError(
                 f"{self.index.folder}: {name + SCALE_SUFFIX} holds {int(unusable.sum())} scales "
-                f"that are no positive numbers, such as {float(scales[unusable][0])}; the file is "
+                f"that are not positive numbers, such as {float(scales[unusable][0])}; the file is "
                 f"damaged, or not quantized by block"
             )
         return scales

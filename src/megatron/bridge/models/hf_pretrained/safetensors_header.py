@@ -107,7 +107,9 @@ def _is_shape(value: Any) -> bool:
 def check_tensor(name: object, dtype: object, shape: object) -> None:
     """Raise CheckpointError if a tensor of this name, dtype and shape cannot be read."""
     if not is_name(name):
-        raise CheckpointError(f"{quoted(name)} is no name of a tensor: too long, or not printable")
+        raise CheckpointError(
+            f"{quoted(name)} is not a valid name of a tensor: too long, or not printable"
+        )
     if dtype not in DTYPE_NAMES:
         supported = ", ".join(DTYPE_NAMES)
         raise CheckpointError(

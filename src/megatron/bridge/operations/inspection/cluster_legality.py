@@ -1,7 +1,8 @@
 """The parallel layout of a planned model, or which it can have, as megatron-core and providers say.
 
 There is no rule here. A layout is tried: the provider is finalized with it, and one layer of each
-kind is built on a small imagined cluster. The nearest legal sizes are found by trying, too.
+kind is built on a small imagined cluster. The nearest legal sizes are found by trying, too; what
+was tried is kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from megatron.bridge.errors import ConfigError, InputError, PlanError
@@ -94,10 +95,7 @@ def why_illegal(
     error: what the attempt to lay out the model ended with, one of REFUSED. without: the same model
     without one of its optional parts, by the name of the part.
     """
-
-    def refusals(tried: ParallelSizes) -> list[str]:
-        return _refusals(model, tried)
-
+    refusals = partial(_refusals, model)
     with without_advice():
         problems = _size_problems(sizes, refusals)
         for part, lesser in without.items():
@@ -170,19 +168,27 @@ def _forms_groups(sizes: ParallelSizes) -> bool:
         return False
 
 
+@cache
 def _refusals(model: Blueprint, sizes: ParallelSizes) -> list[str]:
     """Why the model cannot be built with these sizes, on as many ranks as they need."""
     provider = configured(model, sizes)
-    if problems := provider.problems():
-        return problems
     try:
         provider.finalize()
-        # The rules of the pipeline are those above; how a layer is split is the same on all stages.
-        single = replace(sizes, pp=1, vpp=None, world_size=None)
-        with on_rank(0, single):
-            model.bridge.small(configured(model, single)).provide()
+    except ConfigError as error:
+        return list(error.problems) or [_reason(error).removeprefix(f"{type(provider).__name__}: ")]
     except REFUSED as error:
-        return [_reason(error).removeprefix(f"{type(provider).__name__}: ")]
+        return [_reason(error)]
+    # The rules of the pipeline are those above; how a layer is split is the same on all stages.
+    return _refusals_of_layers(model, replace(sizes, pp=1, vpp=None, world_size=None))
+
+
+@cache
+def _refusals_of_layers(model: Blueprint, sizes: ParallelSizes) -> list[str]:
+    try:
+        with on_rank(0, sizes):
+            model.bridge.small(configured(model, sizes)).provide()
+    except REFUSED as error:
+        return [_reason(error)]
     return []
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import filecmp
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.verification.report import (
+    Files,
     Format,
-    Side,
     SideFileDifference,
     TensorDifference,
     VerifyReport,
@@ -59,7 +59,7 @@ def verify(
     the BF16 weights that they stand for with anything else. iteration: of each side that holds
     several; see `iteration_folder`. memory: bytes that buffers may take.
     Raises InputError for what cannot be read, PlanError for a Hugging Face side that cannot be
-    converted; differences are no errors but in the report.
+    converted; differences are in the report.
     """
     begin = time.perf_counter()
     budget = Budget.of(memory)
@@ -69,25 +69,25 @@ def verify(
             "means nothing for them"
         )
     left, right = (_open(side, iteration) for side in (a, b))
-    report = VerifyReport(Side(os.fspath(a), _format(left)), Side(os.fspath(b), _format(right)))
+    report = VerifyReport(Files(os.fspath(a), _format(left)), Files(os.fspath(b), _format(right)))
     if isinstance(left, PreTrainedVLM):
         if isinstance(right, PreTrainedVLM):
             as_stored = _stated_quantization(left) == _stated_quantization(right)
-            here, there = (_hf_tensors(hf, as_stored=as_stored) for hf in (left, right))
+            here, there = (_hf_side(hf, as_stored=as_stored) for hf in (left, right))
             report.side_files = list(_side_file_differences(left, right))
         else:
             here, there = _across(report, left, right, hf_is_a=True)
     elif isinstance(right, PreTrainedVLM):
         there, here = _across(report, right, left, hf_is_a=False)
     else:
-        here, there = (_megatron_tensors(checkpoint, report) for checkpoint in (left, right))
+        here, there = (_megatron_side(checkpoint, report) for checkpoint in (left, right))
     _compare(report, here, there, budget, progress or Silent())
     report.seconds = time.perf_counter() - begin
     return report
 
 
 @dataclass(frozen=True)
-class _Tensors:
+class _Side:
     tensors: Mapping[str, TensorSpec]
     fill: FillTensor
 
@@ -126,11 +126,10 @@ def _stated_quantization(hf: PreTrainedVLM) -> Any:
     return hf.hf_config.data.get(CONFIG_KEY)
 
 
-def _hf_tensors(hf: PreTrainedVLM, *, as_stored: bool = False) -> _Tensors:
+def _hf_side(hf: PreTrainedVLM, *, as_stored: bool = False) -> _Side:
     """The weights of a folder, dequantized unless they are wanted as they are stored."""
     tensors = hf.tensors if as_stored else hf.weights
-    specs = {name: TensorSpec(name, info.shape, info.dtype) for name, info in tensors.items()}
-    return _Tensors(specs, tensors.read_into)
+    return _Side(tensors, tensors.read_into)
 
 
 def _weights(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> dict[str, TensorSpec]:
@@ -139,13 +138,13 @@ def _weights(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> dict[str,
     return weights
 
 
-def _megatron_tensors(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> _Tensors:
-    return _Tensors(_weights(checkpoint, report), checkpoint.read_into)
+def _megatron_side(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> _Side:
+    return _Side(_weights(checkpoint, report), checkpoint.read_into)
 
 
 def _across(
     report: VerifyReport, hf: PreTrainedVLM, checkpoint: TorchDistCheckpoint, *, hf_is_a: bool
-) -> tuple[_Tensors, _Tensors]:
+) -> tuple[_Side, _Side]:
     """A Hugging Face folder, and what `export` would make of a Megatron checkpoint."""
     import torch
 
@@ -162,7 +161,7 @@ def _across(
     only_in_megatron.extend(key for key in found if key not in plan.megatron)
     unusable = _unusable_keys(report, plan, found, hf_is_a=hf_is_a)
 
-    here = _hf_tensors(hf)
+    here = _hf_side(hf)
     absent = {copy.hf_name for copy in plan.copies if copy.megatron_key in unusable}
     absent |= set(plan.carried)
     only_in_hf = report.only_in_a if hf_is_a else report.only_in_b
@@ -187,7 +186,7 @@ def _across(
     def fill(name: str, box: Box, out: torch.Tensor) -> None:
         fill_hf(plan, name, box, out, checkpoint)
 
-    return _Tensors(comparable, fill_from_hf), _Tensors(comparable, fill)
+    return _Side(comparable, fill_from_hf), _Side(comparable, fill)
 
 
 def _common_dtype(plan: ConversionPlan, name: str, checkpoint: TorchDistCheckpoint) -> str:
@@ -229,16 +228,14 @@ def _unusable_keys(
     return unusable
 
 
-def _compare(
-    report: VerifyReport, a: _Tensors, b: _Tensors, budget: Budget, progress: Progress
-) -> None:
+def _compare(report: VerifyReport, a: _Side, b: _Side, budget: Budget, progress: Progress) -> None:
     from megatron.bridge.engine.comparison import compare_tensors
 
     report.only_in_a.extend(name for name in a.tensors if name not in b.tensors)
     report.only_in_b.extend(name for name in b.tensors if name not in a.tensors)
     common = [name for name in a.tensors if name in b.tensors]
     report.compared = len(common)
-    alike = [spec for name in common if _alike(spec := a.tensors[name], b.tensors[name])]
+    alike = [spec for name in common if (spec := a.tensors[name]).form == b.tensors[name].form]
     report.bytes = sum(spec.nbytes for spec in alike)
     found = compare_tensors(alike, a.fill, b.fill, budget, progress)
     for name in common:
@@ -256,18 +253,8 @@ def _compare(
             report.equal += 1
 
 
-def _alike(a: TensorSpec, b: TensorSpec) -> bool:
-    return (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
 def _described(name: str, a: TensorSpec, b: TensorSpec) -> TensorDifference:
-    if a.shape != b.shape:
-        return TensorDifference(name, "shape", _shape(a.shape), _shape(b.shape))
-    return TensorDifference(name, "dtype", a.dtype, b.dtype)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
+    return TensorDifference(name, "dtype" if a.shape == b.shape else "shape", a.form, b.form)
 
 
 def _side_file_differences(a: PreTrainedVLM, b: PreTrainedVLM) -> Iterator[SideFileDifference]:

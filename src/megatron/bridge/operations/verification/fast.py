@@ -26,8 +26,8 @@ from megatron.bridge.operations.verification.report import (
     ConvertedFrom,
     FastReport,
     FileDifference,
+    Files,
     Format,
-    Side,
 )
 from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress
@@ -71,7 +71,7 @@ def verify_fast(
     seconds = time.perf_counter() - begin
     places = TensorPlaces(target.folder)
     return FastReport(
-        target=Side(target.name, writes),
+        target=Files(target.name, writes),
         converted_from=None if source is None else ConvertedFrom(source, reads, changes),
         files=len(target.manifest.files),
         bytes=target.manifest.nbytes,
@@ -91,7 +91,7 @@ class _Target:
 
     @property
     def recorded(self) -> Fingerprint:
-        """Of what it was converted from."""
+        """The fingerprint of what it was converted from."""
         return self.manifest.job.sources[_SOURCE]
 
     def reads(self, source: str | os.PathLike[str]) -> bool:

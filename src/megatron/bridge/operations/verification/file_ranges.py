@@ -28,7 +28,7 @@ class TensorPlaces:
     def tensors_in(self, file: str, offset: int, nbytes: int) -> tuple[str, ...]:
         """Names of the tensors with data in a range of bytes, in the order of the file.
 
-        file: relative to the folder. Empty where nothing can be said of it: it is no file of
+        file: relative to the folder. Empty where nothing can be said of it: it is not a file of
         weights, or its header or index is damaged.
         """
         path, end = self._folder / file, offset + nbytes

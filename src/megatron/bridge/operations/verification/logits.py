@@ -108,7 +108,7 @@ def compare(
     a key of TOLERANCES; with float64, on the CPU only, all arithmetic is in float64. tolerance:
     None for that of the dtype. max_pixels: a larger image is made smaller, for both models. Raises
     InputError for input that cannot be used, or if the memory is not enough, UnsupportedModel
-    without a bridge, and what `require_finite` does; a difference is no error but in the report.
+    without a bridge, and what `require_finite` does; a difference is in the report.
     """
     if dtype not in TOLERANCES:
         raise InputError(f"dtype must be one of {', '.join(TOLERANCES)}, found {dtype!r}")

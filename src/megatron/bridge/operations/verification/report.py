@@ -11,8 +11,8 @@ type Format = Literal["huggingface", "megatron"]
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """One of the checkpoints: what was given, and what it is."""
+class Files:
+    """One of the checkpoints: what was given, and the format that it has."""
 
     source: str
     format: Format
@@ -22,7 +22,7 @@ class Side:
 class TensorDifference:
     """One tensor that is not the same on both sides.
 
-    a, b: the shape or dtype on each side, where these differ. Where bits do: elements, how many of
+    a, b: dtype and shape on each side, where these differ. Where bits do: elements, how many of
     `of` elements have other bits, and max_abs_diff, their largest distance, infinite where a NaN or
     an infinity differs.
     """
@@ -55,8 +55,8 @@ class VerifyReport:
     information, None unless both sides are Hugging Face folders. seconds: to find out.
     """
 
-    a: Side
-    b: Side
+    a: Files
+    b: Files
     compared: int = 0
     equal: int = 0
     bytes: int = 0
@@ -91,7 +91,7 @@ class FileDifference:
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertedFrom(Side):
+class ConvertedFrom(Files):
     """What a target was converted from, and how it is no longer that, file by file."""
 
     changes: list[str]
@@ -105,7 +105,7 @@ class FastReport:
     headers included. seconds: to find out.
     """
 
-    target: Side
+    target: Files
     converted_from: ConvertedFrom | None
     files: int
     bytes: int
