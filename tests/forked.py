@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["preloaded"])
@@ -100,6 +101,13 @@ def _called(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)
+
+
+def torchrun(*script: str, world: int = 2) -> CompletedProcess[str]:
+    """A script that torchrun starts in several processes, with imports of their own."""
+    launcher = ["--standalone", "--nproc-per-node", str(world)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return run(torch.distributed.run.main, [*launcher, *script], env={"PYTHONPATH": paths})
 
 
 def run_ranks(

@@ -2,8 +2,7 @@
 
 python -m torch.distributed.run --nproc-per-node 2 shared_conversion.py HOME NAME
     takes part in a conversion to HOME/NAME; NAME is one of ACCIDENTS
-python shared_conversion.py HOME
-    every accident, each in its own processes, without torchrun: HOME/<name>.<process>.json
+`every_accident` has each in its own processes, without torchrun: HOME/<name>.<process>.json
 """
 
 from __future__ import annotations
@@ -177,12 +176,15 @@ def start(home: Path, name: str, size: int) -> None:
         os.waitpid(child, 0)
 
 
+def every_accident(home: Path) -> None:
+    """To be called in a process of its own."""
+    unfinished.WORTH_KEEPING = 1
+    process_team._BEAT_SECONDS = 0.1
+    process_team._MISSED_BEATS = 50
+    for name in ACCIDENTS:
+        start(home, name, 2 if name == "resumed" else 3)
+
+
 if __name__ == "__main__":
     unfinished.WORTH_KEEPING = 1
-    if len(sys.argv) == 3:
-        take_part(Path(sys.argv[1]), sys.argv[2])
-    else:
-        process_team._BEAT_SECONDS = 0.1
-        process_team._MISSED_BEATS = 50
-        for name in ACCIDENTS:
-            start(Path(sys.argv[1]), name, 2 if name == "resumed" else 3)
+    take_part(Path(sys.argv[1]), sys.argv[2])
