@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -49,13 +50,23 @@ def _fork(_program: Any, _args: Any, descriptors: list[int]) -> int:
     if child := os.fork():
         return child
     try:
-        kept = sorted([2, *descriptors, os.sysconf("SC_OPEN_MAX")])
-        for one, following in zip(kept, kept[1:], strict=False):
-            os.closerange(one + 1, following)
+        _to_stderr[:] = {*map(int, os.listdir("/dev/fd"))} - {0, 1, 2, *descriptors}
+        _point_to_stderr()
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: PTH123, SIM115
         forkserver.main(*descriptors, [])
     finally:
         os._exit(0)
+
+
+_to_stderr: list[int] = []
+"""What the pytest process had open; some handlers of logging hold its stderr."""
+
+
+def _point_to_stderr() -> None:
+    """Closes them, and leaves no number to be used again."""
+    for descriptor in _to_stderr:
+        with suppress(OSError):  # what listed them is closed by now
+            os.dup2(2, descriptor)
 
 
 def run(
@@ -94,6 +105,7 @@ def _called(
 ) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(file.detach(), number)
+    _point_to_stderr()
     os.chdir(cwd or ".")
     os.environ |= env
     sys.path[:0] = path
