@@ -50,9 +50,14 @@ def _fork(_program: Any, _args: Any, descriptors: list[int]) -> int:
     if child := os.fork():
         return child
     try:
-        _to_stderr[:] = {*map(int, os.listdir("/dev/fd"))} - {0, 1, 2, *descriptors}
+        _to_stderr[:] = {int(path.name) for path in Path("/dev/fd").iterdir()} - {
+            0,
+            1,
+            2,
+            *descriptors,
+        }
         _point_to_stderr()
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: PTH123, SIM115
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         forkserver.main(*descriptors, [])
     finally:
         os._exit(0)
