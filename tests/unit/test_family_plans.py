@@ -1,6 +1,7 @@
 """Plans of the MoE and Qwen3.5 families: released models to the byte, every disk layout, MTP."""
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
