@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["preloaded"])
@@ -48,13 +50,28 @@ def _fork(_program: Any, _args: Any, descriptors: list[int]) -> int:
     if child := os.fork():
         return child
     try:
-        kept = sorted([2, *descriptors, os.sysconf("SC_OPEN_MAX")])
-        for one, following in zip(kept, kept[1:], strict=False):
-            os.closerange(one + 1, following)
+        _to_stderr[:] = {int(path.name) for path in Path("/dev/fd").iterdir()} - {
+            0,
+            1,
+            2,
+            *descriptors,
+        }
+        _point_to_stderr()
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         forkserver.main(*descriptors, [])
     finally:
         os._exit(0)
+
+
+_to_stderr: list[int] = []
+"""What the pytest process had open; some handlers of logging hold its stderr."""
+
+
+def _point_to_stderr() -> None:
+    """Closes them, and leaves no number to be used again."""
+    for descriptor in _to_stderr:
+        with suppress(OSError):  # what listed them is closed by now
+            os.dup2(2, descriptor)
 
 
 def run(
@@ -93,6 +110,7 @@ def _called(
 ) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(file.detach(), number)
+    _point_to_stderr()
     os.chdir(cwd or ".")
     os.environ |= env
     sys.path[:0] = path
@@ -100,6 +118,13 @@ def _called(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)
+
+
+def torchrun(*script: str, world: int = 2) -> CompletedProcess[str]:
+    """A script that torchrun starts in several processes, with imports of their own."""
+    launcher = ["--standalone", "--nproc-per-node", str(world)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return run(torch.distributed.run.main, [*launcher, *script], env={"PYTHONPATH": paths})
 
 
 def run_ranks(

@@ -1,4 +1,4 @@
-"""What the process that is forked (see forked.py) has imported: whatever a command or a test may."""
+"""What the process that is forked (see forked.py) has imported: all that a command may."""
 
 # ruff: noqa: F401
 import importlib

@@ -2,8 +2,7 @@
 
 python -m torch.distributed.run --nproc-per-node 2 shared_conversion.py HOME NAME
     takes part in a conversion to HOME/NAME; NAME is one of ACCIDENTS
-python shared_conversion.py HOME
-    every accident, each in its own processes, without torchrun: HOME/<name>.<process>.json
+`every_accident` has each in its own processes, without torchrun: HOME/<name>.<process>.json
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed  # noqa: F401  (once, before the processes are made)
-from megatron.bridge.target.manifest import PieceKey
-from megatron.bridge.target.partial import PartialFolder
 
 from megatron.bridge.errors import BridgeError, CheckpointError, SourceChanged
 from megatron.bridge.target.folder import ResumableFolder
@@ -179,9 +176,11 @@ def start(home: Path, name: str, size: int) -> None:
         os.waitpid(child, 0)
 
 
+def every_accident(home: Path) -> None:
+    """To be called in a process of its own."""
+    for name in ACCIDENTS:
+        start(home, name, 2 if name == "resumed" else 3)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        take_part(Path(sys.argv[1]), sys.argv[2])
-    else:
-        for name in ACCIDENTS:
-            start(Path(sys.argv[1]), name, 2 if name == "resumed" else 3)
+    take_part(Path(sys.argv[1]), sys.argv[2])

@@ -202,11 +202,17 @@ def changed_alone(model_type: str, section: str, key: str) -> dict[str, Any]:
 
 def outcome(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Settings of the provider, and the tensors on both sides of the plan."""
+    settings, view = settings_of(config), HFConfig.from_dict(config)
+    plan = bridge_for(view.architecture).plan_from_config(view, view.dtype, DEFAULTS)
+    return settings, (plan.hf, plan.megatron)
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the provider; a plan takes three times as long."""
     view = HFConfig.from_dict(config)
     bridge = bridge_for(view.architecture)
     bridge.check(view)
-    plan = bridge.plan_from_config(view, view.dtype, DEFAULTS)
-    return bridge.provider_settings(view, view.dtype), (plan.hf, plan.megatron)
+    return bridge.provider_settings(view, view.dtype)
 
 
 def changed_together(model_type: str, keys: list[Key]) -> list[tuple[list[Key], dict[str, Any]]]:
@@ -237,16 +243,20 @@ def _fits(model_type: str, group: list[Key], key: Key) -> bool:
     if touched & _changes(model_type, key).keys():
         return False
     try:
-        outcome(_with_changes(model_type, [*group, key]))
+        settings_of(_with_changes(model_type, [*group, key]))
     except ConfigError:
         return False
     return True
 
 
 def _hidden(model_type: str, group: list[Key]) -> list[Key]:
-    whole = outcome(_with_changes(model_type, group))
-    others = {key: [other for other in group if other != key] for key in group}
-    return [key for key in group if outcome(_with_changes(model_type, others[key])) == whole]
+    whole = _with_changes(model_type, group)
+    settings, hidden = settings_of(whole), []
+    for key in group:
+        config = _with_changes(model_type, [other for other in group if other != key])
+        if settings_of(config) == settings and outcome(config) == outcome(whole):
+            hidden.append(key)
+    return hidden
 
 
 @cache

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.bridge.target.manifest import read_manifest
 
+import forked
 from megatron.bridge.errors import InputError
 from megatron.bridge.target.checksums import check_files
+from megatron.bridge.target.manifest import read_manifest
 from megatron.bridge.target.processes import Processes
 from megatron.bridge.target.record import read_manifest
-from shared_conversion import JOB, SIZES, convert, nothing
+from shared_conversion import JOB, SIZES, convert, every_accident, nothing
 
 SCRIPT = Path(__file__).parents[1] / "shared_conversion.py"
 TOTAL = sum(SIZES.values())
-
-
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(SCRIPT.parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where every accident happened once, in three processes that one of them connects."""
     home = tmp_path_factory.mktemp("home")
-    done = run(SCRIPT, home)
+    done = forked.run(every_accident, home)
     assert done.returncode == 0, done.stderr
     return home
 
@@ -141,8 +132,7 @@ def test_a_process_that_sees_another_source_is_refused(home: Path) -> None:
 
 
 def torchrun(home: Path, name: str) -> subprocess.CompletedProcess[str]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    return run(*launcher, SCRIPT, home, name)
+    return forked.torchrun(str(SCRIPT), str(home), name)
 
 
 @pytest.mark.slow  # test_stock_load converts under torchrun too

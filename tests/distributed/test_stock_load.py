@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import forked
 from forked import run_ranks
 from megatron.bridge.cli import main
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -65,13 +63,7 @@ def mapped_one_by_one(bridge: Any, model: Any) -> dict[str, list[str]]:
 
 def torchrun(*arguments: Path | str) -> None:
     """Run a command of the bridge in two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "megatron.bridge", *map(str, arguments), "--json"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.torchrun("-m", "megatron.bridge", *map(str, arguments), "--json")
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
 

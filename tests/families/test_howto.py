@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from megatron.bridge.cli import main
 from megatron.bridge.runtime.parallel import destroy_process_groups
 
@@ -36,7 +37,14 @@ def test_the_code_is_that_of_the_family(file: str) -> None:
 def test_the_bridge_needs_no_model() -> None:
     """Neither torch nor megatron-core is imported before a provider is."""
     script = "import sys, fifth_family; print({'torch', 'transformers'} & sys.modules.keys())"
-    assert _python("-c", script, path=[HERE]).stdout == "set()\n"
+    given = os.pathsep.join([str(HERE), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": given},
+    )
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.usefixtures("registered")
@@ -91,18 +99,4 @@ def _installed(folder: Path, code: str | None = None) -> Path:
 
 
 def _run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return _python("-m", "megatron.bridge", *args, path=[folder], cwd=folder)
-
-
-def _python(
-    *args: str, path: list[Path], cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    source = HERE.parents[1] / "src"
-    given = os.pathsep.join(map(str, [*path, source, *filter(None, [os.getenv("PYTHONPATH")])]))
-    return subprocess.run(
-        [sys.executable, *args],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": given},
-    )
+    return forked.run(main, args, cwd=folder, path=(folder,))

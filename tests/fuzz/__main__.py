@@ -1,6 +1,6 @@
-"""``python -m fuzz TARGET [options of libFuzzer]``: fuzz one target, guided by coverage.
+"""``python -m fuzz TARGET... [options of libFuzzer]``: fuzz targets, guided by coverage.
 
-Runs until it finds a fault, or as long as the options say. The bytes of a fault are left in
+Each runs until it finds a fault, or as long as the options say. The bytes of a fault are left in
 build/fuzz. Without a target, says which there are. Needs atheris.
 """
 

@@ -1,8 +1,10 @@
-"""What ``python -m fuzz`` runs: folder for files of this process, target, options of libFuzzer."""
+"""What ``python -m fuzz`` runs: folder for its files, targets, options of libFuzzer."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import atheris
@@ -16,16 +18,35 @@ WORDS = (
 LIMITS = ["-timeout=20", "-rss_limit_mb=3000", "-max_len=4096", "-print_final_stats=1"]
 
 
-def main() -> None:
-    """Fuzz until there is a fault, or as long as the options say."""
-    folder, name, *options = sys.argv[1:]
+def main() -> int:
+    """Fuzz each target until there is a fault, or as long as the options say."""
+    given = sys.argv[2:]
+    options = [word for word in given if word.startswith("-")]
+    seeds = {}
     with atheris.instrument_imports(include=["megatron.bridge", "yaml", "zipfile"]):
         from fuzz.targets import TARGETS
 
-        target, honest = TARGETS[name]
-        seeds = honest()
-        for seed in seeds:
-            target(seed)  # imports what it needs
+        for name in given:
+            if name not in options:
+                target, honest = TARGETS[name]
+                seeds[name] = honest()
+                for seed in seeds[name]:
+                    target(seed)  # imports what it needs
+    for name in seeds:
+        folder = Path(sys.argv[1], name)
+        folder.mkdir()
+        child = os.fork()  # libFuzzer ends its process
+        if not child:
+            fuzz(TARGETS[name][0], seeds[name], folder, options)
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            return status
+    return 0
+
+
+def fuzz(
+    target: Callable[[bytes], None], seeds: list[bytes], folder: Path, options: list[str]
+) -> None:
+    """Fuzz one target in this process, and end it."""
     faults = Path("build", "fuzz")
     faults.mkdir(parents=True, exist_ok=True)
     corpus = Path(folder, "corpus")
@@ -40,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -173,14 +173,12 @@ def test_ignored_keys_change_nothing_in_transformers_and_nothing_here(model_type
         # Without a dict transformers' own forward ends with an error.
     ]
     assert len(ignored) > 15
-    expected = unchanged(model_type)
-    for section, key in ignored:
-        assert outcome(changed(model_type, section, key)) == expected, (section, key)
-    # All at once: there is one key to look for if the logits differ at all.
+    # All at once: there is one key to look for if there is a difference at all.
     others = small(model_type)
     for section, key in ignored:
         target = others[section] if section else others
         target[key] = copy.deepcopy(OTHERS[key])
+    assert outcome(others) == unchanged(model_type)
     assert torch.equal(logits_of(others), logits_of(small(model_type)))
 
 

@@ -31,9 +31,9 @@ def main(args: Sequence[str] | None = None) -> int:
     with sturdy_streams(for_good=for_good):
         try:
             with terminable(for_good=for_good):
-                from megatron.bridge.cli.app import app
+                from megatron.bridge.cli.app import command
 
-                return app(args=given, prog_name="megatron-bridge", standalone_mode=False) or 0
+                return command(args=given, prog_name="megatron-bridge", standalone_mode=False) or 0
         except TyperException as error:
             return misused(error, as_json="--json" in given)
         except SystemExit as end:

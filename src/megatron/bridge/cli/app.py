@@ -100,3 +100,6 @@ class _Command(TyperCommand):
 
 for _name, _command, _summary in _COMMANDS:
     app.command(_name, cls=_Command, short_help=_summary, epilog=_EPILOG)(guarded(_command))
+
+command = typer.main.get_command(app)
+"""What `main` calls: made once, however often it is called."""

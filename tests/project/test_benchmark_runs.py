@@ -9,16 +9,21 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from benchmarks import plain_copy
+from benchmarks import plain_copy, rounds
 from benchmarks.cases import CASES, MEMORY, Case, reduced
 from benchmarks.cli import main
 from benchmarks.model_files import ModelFiles, RandomWeights
-from benchmarks.processes import BenchmarkError, run
+from benchmarks.processes import BenchmarkError, Measurement, run
 from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, VERIFY, check_same, in_order
+
+import forked
+from megatron.bridge.cli import main as bridge
 
 MIB = 2**20
 
@@ -209,7 +214,19 @@ def test_too_small_a_disk_is_refused(
 TINY = ("--tiny", "--layers=1", "--rounds=1")
 
 
-def test_commands_are_measured_from_end_to_end(tmp_path: Path) -> None:
+def test_commands_are_measured_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the measuring, which is tested above: the commands are real, but forked."""
+
+    def forked_run(command: Sequence[str]) -> tuple[Measurement, dict[str, Any]]:
+        assert command[:3] == [sys.executable, "-m", "megatron.bridge"]
+        done = forked.run(bridge, command[3:])
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        return Measurement(3.0, 1.0, document["seconds"], 2.5, 0.5, 7 * MIB, 4 * MIB), document
+
+    monkeypatch.setattr(rounds, "run", forked_run)
     folder, out = tmp_path / "files", tmp_path / "out"
     given = [*TINY, "--case=moe-large", f"--folder={folder}", f"--out={out}"]
     assert main(given) == 0

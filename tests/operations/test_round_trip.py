@@ -1,13 +1,14 @@
 """Files to Megatron files and back: every byte of every file, for all the ways models differ."""
 
 import filecmp
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 from megatron.bridge.errors import CheckpointError, InputError, PlanError, TargetExists
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint, iteration_folder
@@ -152,26 +153,19 @@ def test_a_target_that_overlaps_with_the_source_is_refused(model: Path, target: 
     assert files_of(model) == before
 
 
+def _import_with_little_room(source: Path, target: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    try:
+        import_checkpoint(PreTrainedVLM.from_pretrained(source), target)
+    except CheckpointError as error:
+        print(error)
+
+
 def test_a_disk_that_is_full_leaves_nothing(model: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk."""
-    code = (
-        "import resource, signal, sys; from pathlib import Path;"
-        "from megatron.bridge.errors import CheckpointError;"
-        "from megatron.bridge.operations.convert import import_checkpoint;"
-        "from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM;"
-        "import torch, torch.distributed.checkpoint;"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "try: import_checkpoint(PreTrainedVLM.from_pretrained(sys.argv[1]), Path(sys.argv[2]))\n"
-        "except CheckpointError as error: print(error)"
-    )
-    target = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(model / "hf"), str(target)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = forked.run(_import_with_little_room, model / "hf", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     assert "cannot be written" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants, hf_api
 
+import forked
 from megatron.bridge.cli import main
 
 REPOSITORY = "someone/on-the-hub"
@@ -125,15 +128,33 @@ def pickled(small_model: Path, tmp_path: Path) -> Iterator[Hub]:
         yield server
 
 
-def run_online(hub: Hub, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: huggingface_hub reads its endpoint when imported."""
+def online(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a command."""
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}
     for name in [*environment]:
         if name.lower() in ("http_proxy", "all_proxy", "hf_hub_offline"):
             del environment[name]
+    return environment | {"HF_HUB_DISABLE_XET": "1"}
+
+
+def run_forked(hub: Hub, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process that is told of the hub when all is imported."""
+    return forked.run(_online, online(hub, home), args)
+
+
+def _online(environment: dict[str, str], args: tuple[str, ...]) -> int:
+    os.environ.clear()
+    os.environ.update(environment)
+    importlib.reload(constants)
+    hf_api.api.endpoint = constants.ENDPOINT
+    return main(args)
+
+
+def run_online(hub: Hub, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: huggingface_hub reads its endpoint when imported."""
     return subprocess.run(
         [sys.executable, "-m", "megatron.bridge", *args],
-        env=environment | {"HF_HUB_DISABLE_XET": "1"},
+        env=online(hub, home),
         capture_output=True,
         text=True,
         timeout=120,
@@ -160,7 +181,7 @@ def test_a_plan_needs_headers_only(
     hub: Hub, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also the parallel layout; and what is not in the cache has to be downloaded."""
-    done = run_online(hub, tmp_path / "home", "plan", REPOSITORY, "--tp", "2", "--json")
+    done = run_forked(hub, tmp_path / "home", "plan", REPOSITORY, "--tp", "2", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     document = json.loads(done.stdout)
     main(["plan", str(small_model), "--tp", "2", "--json"])
@@ -175,7 +196,7 @@ def test_a_plan_needs_headers_only(
 
 
 def test_no_such_repository(hub: Hub, tmp_path: Path) -> None:
-    done = run_online(hub, tmp_path / "home", "inspect", "someone/else")
+    done = run_forked(hub, tmp_path / "home", "inspect", "someone/else")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: someone/else: ")
@@ -185,7 +206,7 @@ def test_no_such_repository(hub: Hub, tmp_path: Path) -> None:
 def test_weights_in_another_format(pickled: Hub, tmp_path: Path) -> None:
     """Named as in a folder, from the list of the repository's files."""
     for args in (("plan", REPOSITORY), ("import", REPOSITORY, str(tmp_path / "out"))):
-        done = run_online(pickled, tmp_path / "home", *args)
+        done = run_forked(pickled, tmp_path / "home", *args)
         assert done.returncode == 2
         assert done.stdout == ""
         *_, said = done.stderr.splitlines()  # behind the progress of a download
@@ -202,7 +223,7 @@ def test_a_reference_is_planned_with_by_its_headers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = ("plan", str(small_checkpoint), "--json", "--hf")
-    done = run_online(hub, tmp_path / "home", *args, REPOSITORY)
+    done = run_forked(hub, tmp_path / "home", *args, REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "")
     main([*args, str(small_model)])
     assert json.loads(done.stdout) | {"folder": ""} == json.loads(capsys.readouterr().out) | {

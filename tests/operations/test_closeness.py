@@ -65,7 +65,7 @@ def measure(hf: PreTrainedVLM, inputs: dict[str, torch.Tensor]) -> Closeness:
 
 @pytest.fixture(
     scope="module",
-    params=[("qwen3.5", 0), ("qwen3.5", 1), ("qwen3.5-moe", 0)],
+    params=[("qwen3.5", 1), ("qwen3.5-moe", 0)],
     ids=lambda param: f"{param[0]}, seed {param[1]}",
 )
 def photograph_and_words(

@@ -95,6 +95,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_commands_on_folders_need_neither_megatron_core_nor_transformers(
     small_model: Path, tmp_path: Path
 ) -> None:
+    """And `inspect` and `plan` not even torch. megatron-core, when it is imported, says nothing."""
     program = """if True:
         import json, sys
         from megatron.bridge.cli import main, outcome
@@ -102,14 +103,18 @@ def test_commands_on_folders_need_neither_megatron_core_nor_transformers(
         def heavy():
             return sorted({"torch", "transformers", "megatron.core"} & set(sys.modules))
         assert main(["inspect", model]) == 0
-        seen = {"inspect": heavy()}
+        assert main(["plan", model]) == 0
+        assert main(["plan", model + "/config.json", "--json"]) == 0
+        seen = {"inspect and plan": heavy()}
         assert main(["import", model, out + "/megatron"]) == 0
         assert main(["inspect", out + "/megatron"]) == 0
+        assert main(["plan", out + "/megatron"]) == 0
         assert main(["export", out + "/megatron", out + "/hf", "--hf", model]) == 0
         assert main(["verify", model, out + "/hf"]) == 0
         assert main(["verify", out + "/megatron", out + "/hf"]) == 0
         seen["all"] = heavy()
         print(json.dumps(seen), file=sys.stderr)
+        import megatron.bridge.runtime, megatron.core.models.gpt.gpt_model
     """
     done = subprocess.run(
         [sys.executable, "-c", program, str(small_model), str(tmp_path)],
@@ -117,7 +122,10 @@ def test_commands_on_folders_need_neither_megatron_core_nor_transformers(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stderr.splitlines()[-1]) == {"inspect": [], "all": ["torch"]}
+    assert json.loads(done.stderr.splitlines()[-1]) == {
+        "inspect and plan": [],
+        "all": ["torch"],
+    }
 
 
 # --- make-model ---

@@ -50,8 +50,9 @@ def test_agreement_on_a_photograph(
     assert set(document) == documented_keys("JSON of `compare`:")
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("family", ["qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+@pytest.mark.parametrize(
+    ("family", "fp8"), [("qwen3-vl-moe", True), ("qwen3.5", False), ("qwen3.5-moe", True)]
+)
 def test_every_family_agrees(
     family: str,
     fp8: bool,
@@ -103,7 +104,7 @@ def test_a_changed_weight_is_noticed(
     assert layers[1]["max_abs_diff"] < 1e-4 < 1e-3 < layers[2]["max_abs_diff"]
 
 
-@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+@pytest.mark.parametrize("family", ["qwen3-vl-moe", "qwen3.5-moe"])  # every kind of layer
 def test_float64_leaves_no_rounding(
     family: str,
     photograph: Path,

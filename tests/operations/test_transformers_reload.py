@@ -66,8 +66,9 @@ def moe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tied"), [(family, number % 2 == 1) for number, family in enumerate(FAMILIES)]
+)
 def test_every_family(family: str, tied: bool, tmp_path: Path) -> None:
     model = Converted(tmp_path, family, tie_word_embeddings=tied, num_shards=2)
     assert_equal(load(model.export(tmp_path / "out")), load(tmp_path / "hf"))
@@ -98,7 +99,7 @@ def test_from_every_layout_of_experts(family: str, source: str, tmp_path: Path) 
     assert_equal(load(model.export(tmp_path / "out", experts=target)), load(tmp_path / "hf"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3-vl-moe", "qwen3.5-moe"])  # every kind of layer
 def test_fp8_without_fp8(family: str, tmp_path: Path) -> None:
     """A BF16 export of an FP8 release is an ordinary model."""
     model = Converted(tmp_path, family, fp8=True)

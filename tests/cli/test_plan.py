@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,30 +288,6 @@ def test_a_size_of_zero_is_wrong_usage(
 
 
 # --- what it takes, and how it is described ---
-
-
-def test_without_parallel_sizes_nothing_heavy_is_imported(
-    moe: Path, small_checkpoint: Path
-) -> None:
-    program = """if True:
-        import json, sys
-        from megatron.bridge.cli import main
-        model, checkpoint = sys.argv[1:]
-        def heavy():
-            return sorted({"torch", "transformers", "megatron.core"} & set(sys.modules))
-        assert main(["plan", model]) == 0
-        assert main(["plan", model + "/config.json", "--json"]) == 0
-        seen = [heavy()]
-        assert main(["plan", checkpoint]) == 0
-        print(json.dumps([*seen, heavy()]), file=sys.stderr)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(moe), str(small_checkpoint)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stderr.splitlines()[-1]) == [[], ["torch"]]
 
 
 def test_the_document_is_described(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
