@@ -24,6 +24,7 @@ from megatron.bridge.cli.options import (
     given_path,
     hf_model,
     no_revision,
+    part_option,
 )
 from megatron.bridge.cli.output import Output, import_torch, open_output
 
@@ -42,6 +43,12 @@ def import_command(
     experts: Annotated[
         str | None,
         experts_option("how the routed experts of SRC lie; refused if their shapes say otherwise"),
+    ] = None,
+    part: Annotated[
+        str | None,
+        part_option(
+            "language: the language model of a vision-language SRC alone, as a model of text"
+        ),
     ] = None,
     memory: Memory = None,
     max_shard_size: MaxShardSize = None,
@@ -68,6 +75,7 @@ def import_command(
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
+            part=part,
             memory=memory,
             max_shard_size=max_shard_size,
             verify=verify,
@@ -75,7 +83,7 @@ def import_command(
             force=force,
         )
         with options.run(output.progress) as run:
-            done = import_checkpoint(hf, target, experts=experts, run=run)
+            done = import_checkpoint(hf, target, experts=experts, part=part, run=run)
         _show(output, "import", source, run, done, time.perf_counter() - begin)
 
 
@@ -99,6 +107,14 @@ def export_command(
     iteration: Iteration = None,
     experts: Annotated[
         str | None, experts_option("another disk layout of routed experts than REF's")
+    ] = None,
+    part: Annotated[
+        str | None,
+        part_option(
+            "language: where SRC is the language model of a vision-language REF alone, put it in "
+            "its place in REF; where SRC is a vision-language model, write its language model "
+            "alone"
+        ),
     ] = None,
     fp8: Annotated[
         bool,
@@ -163,6 +179,7 @@ def export_command(
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
+            part=part,
             memory=memory,
             max_shard_size=max_shard_size,
             verify=verify,

@@ -9,7 +9,6 @@ from typing import Literal
 from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.engine.stream import DEFAULT_MEMORY
 from megatron.bridge.formats.iterations import Iteration
-from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.inspection.hf_report import (
@@ -102,13 +101,14 @@ def plan_export_of(
     that the checkpoint keeps. iteration, experts: see `export_checkpoint`. Raises InputError or one
     of its kinds, PlanError if the checkpoint does not hold the model.
     """
-    from megatron.bridge.formats.file_plans import left_out, plan_export, recorded_model
+    from megatron.bridge.formats.file_plans import left_out, plan_export, sides_of_export
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(source, iteration)
-    hf = recorded_model(checkpoint) if reference is None else headers_only(reference)
-    plan, dropped = plan_export(checkpoint, hf, experts)
-    bridge = bridge_for(hf.hf_config.architecture)
+    given = None if reference is None else headers_only(reference)
+    sides = sides_of_export(checkpoint, given)
+    hf, bridge = sides.files, sides.bridge
+    plan, dropped = plan_export(checkpoint, sides, experts)
     dtype = main_dtype(plan.hf.values())
     model = replace(
         inspect_model(hf, str(source), PlanOptions(experts=experts)),
@@ -122,5 +122,5 @@ def plan_export_of(
     megatron = TensorSummary.of(weights)
     cost = ConversionCost("export", megatron.bytes, plan.hf_bytes)
     return PlanReport(
-        str(source), "megatron", model, megatron, dropped, cost, left_out(hf, plan, experts)
+        str(source), "megatron", model, megatron, dropped, cost, left_out(sides, plan, experts)
     )
