@@ -203,7 +203,7 @@ def plan_export(
         options = with_files(options, reference)
         plan = bridge.plan(config, _rearranged(sides, options), options)
         check_equal(plan, reference.weights)
-    require_common_key(checkpoint, plan)
+    require_common_key(checkpoint, plan, config)
     if problems := list(differences(plan.megatron, found)):
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
@@ -249,9 +249,15 @@ def _check_whole(
         )
 
 
-def require_common_key(checkpoint: "TorchDistCheckpoint", plan: ConversionPlan) -> None:
-    """Raise CheckpointError if no key is one of the model's: then it is another kind of file."""
+def require_common_key(
+    checkpoint: "TorchDistCheckpoint", plan: ConversionPlan, config: HFConfig
+) -> None:
+    """Raise CheckpointError if no key is one of the model's: then it is another kind of file.
+
+    config: of the model. Raises InputError if the record says that it is of another family.
+    """
     if not checkpoint.tensors.keys() & plan.megatron.keys():
+        _check_family(checkpoint, config, config.model_type)
         found, expected = next(iter(checkpoint.tensors.values())), next(iter(plan.megatron))
         raise CheckpointError(
             f"{checkpoint.folder}: none of its tensors has a key of this model in megatron-core: "

@@ -16,6 +16,7 @@ from megatron.bridge.cli.options import (
     hf_model,
     no_iteration,
     no_revision,
+    part_option,
     size_option,
 )
 from megatron.bridge.cli.output import Output, open_output
@@ -53,6 +54,9 @@ def plan(
         str | None,
         experts_option("how the routed experts of SRC lie; see import and export"),
     ] = None,
+    part: Annotated[
+        str | None, part_option("part of the model, such as language; see import and export")
+    ] = None,
     tp: Annotated[int | None, size_option("Tensor-parallel size.")] = None,
     pp: Annotated[int | None, size_option("Pipeline stages.")] = None,
     vpp: Annotated[int | None, size_option("Chunks of each pipeline stage, interleaved.")] = None,
@@ -76,10 +80,16 @@ def plan(
     converted or laid out so, after showing what is known of it.
     """
     with open_output(as_json=as_json) as output:
+        from megatron.bridge.errors import InputError
+
         request = _request(
             no_mtp, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp, world_size=world_size
         )
-        report = _report(source, reference, revision, iteration, experts)
+        report = _report(source, reference, revision, iteration, experts, part)
+        if part is not None and request is not None and report.format == "megatron":
+            raise InputError(
+                "--part with sizes of parallelism is for an import: leave out one of the two"
+            )
         layout, illegal = _layout(report, request, output, without=["mtp"] if no_mtp else [])
         _show(report, request, layout, illegal, output)
         if problem := report.model.problem or illegal:
@@ -92,6 +102,7 @@ def _report(
     revision: str | None,
     iteration: str | None,
     experts: str | None,
+    part: str | None,
 ) -> PlanReport:
     from megatron.bridge.errors import InputError
     from megatron.bridge.formats.iterations import is_megatron_folder
@@ -106,11 +117,11 @@ def _report(
                 f"{source} is not a Megatron checkpoint: --hf is what a checkpoint is exported like"
             )
         no_iteration(source, iteration)
-        return plan_import_of(source, revision, experts)
+        return plan_import_of(source, revision, experts, part)
     if reference is None:
         no_revision(revision)
-        return plan_export_of(path, None, iteration, experts)
-    return plan_export_of(path, hf_model(reference, revision), iteration, experts)
+        return plan_export_of(path, None, iteration, experts, part)
+    return plan_export_of(path, hf_model(reference, revision), iteration, experts, part)
 
 
 class StageNotes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.options import Iteration, Json, Memory
+from megatron.bridge.cli.options import Iteration, Json, Memory, part_option
 from megatron.bridge.cli.output import Output, import_torch, open_output
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ def verify(
         ),
     ] = False,
     iteration: Iteration = None,
+    part: Annotated[
+        str | None,
+        part_option(
+            "language: compare the language model alone, where one side is a vision-language "
+            "model or both are"
+        ),
+    ] = None,
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
@@ -47,6 +54,10 @@ def verify(
         from megatron.bridge.text.sizes import size_of
 
         size = None if memory is None else size_of(memory, "--memory")
+        if fast and part is not None:
+            raise InputError(
+                "--fast reads one side only, and compares all of its files: leave out --part"
+            )
         if fast:
             _verify_fast(output, a, b, iteration, size)
         elif b is None:
@@ -55,10 +66,17 @@ def verify(
                 "the checksums that were taken when it was written"
             )
         else:
-            _verify(output, a, b, iteration, size)
+            _verify(output, a, b, iteration, part, size)
 
 
-def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int | None) -> None:
+def _verify(
+    output: Output,
+    a: str,
+    b: str,
+    iteration: str | None,
+    part: str | None,
+    memory: int | None,
+) -> None:
     from megatron.bridge.cli.documents import verify_document
     from megatron.bridge.cli.units import count
     from megatron.bridge.engine.stream import DEFAULT_MEMORY
@@ -69,7 +87,7 @@ def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int |
     begin = time.perf_counter()
     with output.progress() as progress:
         report = compare_tensors(
-            a, b, progress, iteration=iteration, memory=memory or DEFAULT_MEMORY
+            a, b, progress, iteration=iteration, part=part, memory=memory or DEFAULT_MEMORY
         )
     seconds = time.perf_counter() - begin
 

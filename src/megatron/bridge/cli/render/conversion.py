@@ -16,11 +16,7 @@ from megatron.bridge.text.sizes import format_bytes
 def render_conversion(document: Mapping[str, Any]) -> RenderableType:
     """What was written, and how fast."""
     size, dropped, written = document["bytes"], document["dropped"], document["written"]
-    left = (
-        f"{len(dropped)} tensors that are no weights of it, such as {dropped[0]}"
-        if dropped
-        else None
-    )
+    left = f"{len(dropped)} tensors, such as {dropped[0]}" if dropped else None
     parts: list[RenderableType] = [
         facts(
             f"{document['command']}: done",

@@ -67,16 +67,20 @@ class PlanReport:
 
 
 def plan_import_of(
-    source: str, revision: str | None = None, experts: str | None = None
+    source: str,
+    revision: str | None = None,
+    experts: str | None = None,
+    part: str | None = None,
 ) -> PlanReport:
     """Plan the import of a Hugging Face model.
 
     source: a folder with or without weights, a config.json, or a hub id, of which only headers are
     fetched. experts: the disk layout of routed experts, as the user says it, or for files to be.
+    part: of the model, to be a model of its own.
     Raises InputError or one of its kinds where there is nothing to report on; a model that cannot
     be converted is reported.
     """
-    return plan_model(inspect_hf(source, revision, PlanOptions(experts=experts)))
+    return plan_model(inspect_hf(source, revision, PlanOptions(experts=experts), part))
 
 
 def plan_model(model: HFReport) -> PlanReport:
@@ -94,28 +98,29 @@ def plan_export_of(
     reference: PreTrainedVLM | None = None,
     iteration: Iteration | None = None,
     experts: str | None = None,
+    part: str | None = None,
 ) -> PlanReport:
     """Plan the export of a Megatron checkpoint.
 
     reference: what it would be exported like, of which only headers are read; None for the config
-    that the checkpoint keeps. iteration, experts: see `export_checkpoint`. Raises InputError or one
-    of its kinds, PlanError if the checkpoint does not hold the model.
+    that the checkpoint keeps. iteration, experts, part: see `export_checkpoint`. Raises InputError
+    or one of its kinds, PlanError if the checkpoint does not hold the model.
     """
     from megatron.bridge.formats.file_plans import left_out, plan_export, sides_of_export
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(source, iteration)
     given = None if reference is None else headers_only(reference)
-    sides = sides_of_export(checkpoint, given)
+    sides = sides_of_export(checkpoint, given, part)
     hf, bridge = sides.files, sides.bridge
     plan, dropped = plan_export(checkpoint, sides, experts)
     dtype = main_dtype(plan.hf.values())
     model = replace(
-        inspect_model(hf, str(source), PlanOptions(experts=experts)),
+        inspect_model(hf, str(source), PlanOptions(experts=experts), sides),
         origin="checkpoint" if reference is None else "reference",
         plan=plan,
         hf=TensorSummary.of(plan.hf.values()),
-        settings=bridge.provider_settings(hf.hf_config, dtype, plan.hf),
+        settings=bridge.provider_settings(sides.config, dtype, plan.hf),
         problem=None,
     )
     weights = [spec for key, spec in checkpoint.tensors.items() if key in plan.megatron]

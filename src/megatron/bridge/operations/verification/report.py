@@ -40,9 +40,9 @@ class VerifyReport:
 
     compared, equal: tensors. compared_bytes: of tensor data on one side. padding: elements of the
     Megatron side that stand for no Hugging Face element and were not compared. ignored: tensors
-    of a Megatron checkpoint that are no weights (optimizer state). carried: Hugging Face tensors
-    that no Megatron model has a place for, and why; they are no difference. side_files: for
-    information, None unless both sides are Hugging Face folders.
+    of a Megatron checkpoint that are no weights (optimizer state), or not of the part that is
+    compared. carried: Hugging Face tensors that no Megatron model has a place for, and why; they
+    are no difference. side_files: for information, None unless both sides are Hugging Face folders.
     """
 
     a: str
