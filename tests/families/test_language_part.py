@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from cli_documentation import DOCUMENTATION
 from megatron.bridge import AutoBridge
 from megatron.bridge.cli import main
 from megatron.bridge.errors import InputError
@@ -226,6 +228,7 @@ def test_an_fp8_release(tmp_path: Path, capsys: Capsys) -> None:
     run("export", model.language, tmp_path / "home", *PART, "--hf", model.hf, "--fp8")
     assert same_files(model.hf, tmp_path / "home")
     words = ("export", model.whole, tmp_path / "no", *PART, "--hf", model.hf, "--fp8")
+    capsys.readouterr()
     assert "fp8 and part exclude each other" in refused(capsys, *words)
 
 
@@ -357,3 +360,23 @@ def test_in_python(dense: Model, tmp_path: Path) -> None:
     assert same_files(dense.text, tmp_path / "text")
     with pytest.raises(InputError, match="has no part 'vision'"):
         bridge.export_ckpt(dense.whole, tmp_path / "no", part="vision")
+
+
+def test_the_documented_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    """Each of the section, in order, with the lines that it shows."""
+    _, _, rest = DOCUMENTATION.read_text("utf-8").partition("\n## The language model alone\n")
+    section = rest.partition("\n## ")[0]
+    blocks = re.findall(r"```console\n\$ megatron-bridge (.*?)\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) >= 3
+    monkeypatch.chdir(tmp_path)
+    make_model("qwen3-vl", tmp_path / "small", {"num_shards": 3})
+    run("import", "small", "small-megatron")
+    for command, shown in blocks:
+        capsys.readouterr()
+        run(*command.split())
+        printed = capsys.readouterr().out
+        for line in shown.splitlines():
+            if not re.match(r" (seconds|speed)|  \.\.\.", line):
+                assert line.rstrip() in printed, line

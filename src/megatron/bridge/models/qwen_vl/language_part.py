@@ -14,8 +14,10 @@ from megatron.bridge.models.qwen_vl.config_keys import (
     MROPE_SECTION,
     Derived,
     Field,
+    Ignored,
     is_read,
     language_of,
+    uses_of,
 )
 from megatron.bridge.models.qwen_vl.description import language_parts
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
@@ -90,15 +92,17 @@ def _placed(bridge: type[QwenTextBridge], prefixes: Prefixes, roots: Roots) -> Q
 def _config_alone(config: HFConfig, alone: type[QwenTextBridge]) -> HFConfig:
     """config.json of the language model alone, which computes what it computes in the whole."""
     text, model_type = language_of(config), str(alone.model_type)
-    uses = CONFIG_KEYS[model_type][""]
-    read = [
+    beside, uses = uses_of(text), CONFIG_KEYS[model_type][""]
+    read = {key for key, use in uses.items() if isinstance(use, Field | Derived)}
+    # What means nothing in the whole must mean nothing alone.
+    unsaid = {key for key in read if not is_read(text, key)}
+    unsaid |= {
         key
-        for key, use in uses.items()
-        if isinstance(use, Field | Derived) and key not in (*_ROTATION, *_OF_THE_FILE)
-    ]
-    # What only the class of text alone reads has no say in the whole.
-    unsaid = {key for key in read if not is_read(text, key)} | {*_ROTATION, "quantization_config"}
-    data = {key: value for key, value in text.data.items() if key not in unsaid}
+        for key, use in beside.items()
+        if isinstance(use, Ignored) and not isinstance(uses.get(key), Ignored)
+    }
+    gone = unsaid | {*_ROTATION, "quantization_config"}
+    data = {key: value for key, value in text.data.items() if key not in gone}
     data |= {
         "architectures": [alone.sources[0]],
         "model_type": model_type,
@@ -113,8 +117,8 @@ def _config_alone(config: HFConfig, alone: type[QwenTextBridge]) -> HFConfig:
     origin = f"{config.origin} ({text.path})"
     # The two classes have defaults of their own.
     defaults = HFConfig.from_dict(data, origin)
-    for key in read:
-        value = None if key in unsaid else _known(text, key)
+    for key in sorted(read - unsaid - {*_ROTATION, *_OF_THE_FILE}):
+        value = _known(text, key)
         if value is not None and value != _known(defaults, key):
             data[key] = value
     return HFConfig.from_dict(data, origin)
