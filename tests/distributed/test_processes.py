@@ -12,7 +12,6 @@ import pytest
 import forked
 from megatron.bridge.errors import InputError
 from megatron.bridge.target.checksums import check_files
-from megatron.bridge.target.manifest import read_manifest
 from megatron.bridge.target.processes import Processes
 from megatron.bridge.target.record import read_manifest
 from shared_conversion import JOB, SIZES, convert, every_accident, nothing

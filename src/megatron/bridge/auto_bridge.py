@@ -386,7 +386,7 @@ class AutoBridge:
         ).hf_pretrained
         _check_dtype(torch_dtype, source)
         with chosen.run(_shown(progress, show_progress)) as run:
-            import_checkpoint(source, target, experts=chosen.experts, run=run)
+            import_checkpoint(source, target, experts=chosen.experts, part=chosen.part, run=run)
 
     @done_means_done()
     def export_ckpt(

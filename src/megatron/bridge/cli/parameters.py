@@ -125,6 +125,11 @@ def experts_option(description: str) -> Any:
     return choice_option(tuple(ExpertLayout), description)
 
 
+def part_option(description: str) -> Any:
+    """Of a part of a model, which its bridge knows by name."""
+    return typer.Option(metavar="NAME", help=description)
+
+
 def size_option(description: str) -> Any:
     """Of a size of parallelism, or a number of ranks."""
     return typer.Option(parser=_parallel_size, metavar="N", help=description)

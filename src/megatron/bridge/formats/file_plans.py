@@ -3,13 +3,13 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from megatron.bridge.dtypes import widest
 from megatron.bridge.errors import CheckpointError, InputError, PlanError
 from megatron.bridge.formats.config_record import CONFIG_RECORD, read_hf_config, read_record
-from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
@@ -19,6 +19,7 @@ from megatron.bridge.models.conversion.model_bridge import (
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.part import PartOfVLM
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype
 from megatron.bridge.text.quoting import quoted
@@ -29,15 +30,53 @@ if TYPE_CHECKING:
 _STATE = re.compile(r"(chained_\d+\.)*(optimizer\.|(rng_state|rerun_state_machine_state)(/|$))")
 
 
-def plan_of(hf: PreTrainedVLM, options: PlanOptions = DEFAULTS) -> ConversionPlan:
+@dataclass(frozen=True)
+class Sides:
+    """The files of a model, and the bridge between them and a Megatron checkpoint.
+
+    Attributes:
+        files: those of the Hugging Face side.
+        config: of the model in the checkpoint, where that is a part of the one in the files.
+        bridge: between the two.
+        root: what the keys of the model begin with in the checkpoint; others are left behind.
+        experts: the disk layout of routed experts, where it is not that of the files.
+    """
+
+    files: PreTrainedVLM
+    config: HFConfig
+    bridge: MegatronModelBridge
+    root: str = ""
+    experts: str | None = None
+
+    @classmethod
+    def of(cls, files: PreTrainedVLM, part: str | None = None) -> Self:
+        """Those of an import: the whole model in the files, or a part of it.
+
+        Raises InputError for a part that the model does not have.
+        """
+        config = files.hf_config
+        bridge = bridge_for(config.architecture)
+        if part is None:
+            return cls(files, config, bridge)
+        found = bridge.part(part, config)
+        return cls(files, found.config, found.in_files)
+
+    @property
+    def recorded_config(self) -> HFConfig:
+        """The config that a checkpoint of the model keeps."""
+        return self.files.unquantized_config if self.config is self.files.hf_config else self.config
+
+
+def plan_of(model: PreTrainedVLM | Sides, options: PlanOptions = DEFAULTS) -> ConversionPlan:
     """The proven plan of a Hugging Face folder, or of a config where there are no files.
 
     Raises PlanError, ConfigError or CheckpointError.
     """
-    bridge = bridge_for(hf.hf_config.architecture)
+    sides = model if isinstance(model, Sides) else Sides.of(model)
+    hf = sides.files
     if not hf.has_weights:
-        return bridge.plan_from_config(hf.hf_config, hf.main_dtype, options)
-    plan = bridge.plan(hf.hf_config, hf.weights, with_files(options, hf))
+        return sides.bridge.plan_from_config(sides.config, hf.main_dtype, options)
+    plan = sides.bridge.plan(sides.config, hf.weights, with_files(options, hf))
     check_equal(plan, hf.weights)
     return plan
 
@@ -71,47 +110,132 @@ def recorded_model(checkpoint: "TorchDistCheckpoint") -> PreTrainedVLM:
     return PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
 
 
-def plan_export(
-    checkpoint: "TorchDistCheckpoint", reference: PreTrainedVLM, experts: str | None = None
-) -> tuple[ConversionPlan, tuple[str, ...]]:
-    """The proven plan from a Megatron checkpoint to the layout of a reference.
+def sides_of_export(
+    checkpoint: "TorchDistCheckpoint", reference: PreTrainedVLM | None, part: str | None = None
+) -> Sides:
+    """A Megatron checkpoint and the files that it is exported like.
 
-    experts: another disk layout of routed experts than the reference's.
-    Also the keys of tensors that are no weights and stay behind. Raises PlanError if the
-    checkpoint's tensors are not exactly those that the reference needs.
+    Without a part they are of one model. With a part:
+
+        checkpoint    reference    files
+        of the part   whole        the whole model, the part in it that of the checkpoint
+        whole         whole        the part alone, named like a model of its own
+        whole         the part     the part alone, like the reference
+
+    Args:
+        checkpoint: what is exported.
+        reference: None for the config that the checkpoint keeps.
+        part: the name of a part of the model.
+
+    Raises:
+        InputError: checkpoint and reference are of different models, or neither is a whole of which
+            there is such a part.
+        CheckpointError: no reference is given, and the checkpoint keeps no config.
     """
-    config = reference.hf_config
+    files = recorded_model(checkpoint) if reference is None else reference
+    config = files.hf_config
     bridge = bridge_for(config.architecture)
-    found = weight_tensors(checkpoint)
-    _check_family(checkpoint, config)
+    if part is None:
+        _check_family(checkpoint, config, config.model_type)
+        return Sides(files, config, bridge)
+    keys = weight_tensors(checkpoint)
+    if part not in bridge.separable and bridge.embedding_key not in keys:
+        return _like_the_part(checkpoint, files, part)
+    found = bridge.part(part, config)
+    if found.in_files.embedding_key not in keys:
+        _check_family(checkpoint, config, config.model_type)
+        alone = PartOfVLM(files, found.config, found.own_names)
+        return Sides(alone, found.config, found.in_checkpoint, found.root, found.experts)
+    _check_family(checkpoint, config, found.config.model_type)
+    if not files.has_weights:
+        raise InputError(
+            f"{checkpoint.folder} holds the {part} part of the model alone, and "
+            f"{files.name_or_path} no weights to take the rest from; name a folder or hub id that "
+            f"has them (--hf)"
+        )
+    return Sides(files, found.config, found.in_files)
+
+
+def _like_the_part(
+    checkpoint: "TorchDistCheckpoint",
+    files: PreTrainedVLM,
+    part: str,
+) -> Sides:
+    """A checkpoint of a whole, of which nothing but its record tells, and files of the part."""
+    config, record = files.hf_config, read_record(checkpoint.folder)
+    whole = None if record is None else record.hf
+    known = registered_bridges().get(whole.architecture) if whole else None
+    of_whole = None if known is None else known()
+    if whole is None or of_whole is None or part not in of_whole.separable:
+        raise InputError(
+            f"{checkpoint.folder} keeps no config of a model with a part {quoted(part)}, and "
+            f"{config.origin} is not one of such a model; name one that is by --hf"
+        )
+    found = of_whole.part(part, whole)
+    if found.config.model_type != config.model_type:
+        raise InputError(
+            f"{checkpoint.folder}: its {part} part is a {quoted(found.config.model_type)} model, "
+            f"{config.origin} is of a {quoted(config.model_type)}; name one of the same family"
+        )
+    return Sides(files, config, found.in_checkpoint, found.root)
+
+
+def plan_export(
+    checkpoint: "TorchDistCheckpoint", sides: Sides, experts: str | None = None
+) -> tuple[ConversionPlan, tuple[str, ...]]:
+    """The proven plan from a Megatron checkpoint to files.
+
+    experts: another disk layout of routed experts than that of the files.
+    Also the keys of tensors that are no weights of the model and stay behind. Raises PlanError if
+    the checkpoint's tensors are not exactly those that the files need.
+    """
+    reference, config, bridge = sides.files, sides.config, sides.bridge
+    experts = experts or sides.experts
+    weights = weight_tensors(checkpoint)
+    found = {key: spec for key, spec in weights.items() if key.startswith(sides.root)}
     options = replace(bridge.options_of_checkpoint(found), experts=experts)
     if not reference.has_weights:
         _check_whole(checkpoint, bridge, options)
         plan = bridge.plan_from_config(config, main_dtype(found.values()), options)
         plan = replace(plan, hf=as_stored(plan, found))
     elif experts is None:
-        plan = plan_of(reference, options)
+        plan = plan_of(sides, options)
     else:
         options = with_files(options, reference)
-        plan = bridge.plan(config, _rearranged(bridge, reference, options), options)
+        plan = bridge.plan(config, _rearranged(sides, options), options)
         check_equal(plan, reference.weights)
-    require_common_key(checkpoint, plan)
+    require_common_key(checkpoint, plan, config)
     if problems := list(differences(plan.megatron, found)):
         heading = f"{checkpoint.folder} does not hold the model of {config.origin}"
         raise PlanError(problems, heading=heading)
     return plan, tuple(key for key in checkpoint.tensors if key not in found)
 
 
-def _check_family(checkpoint: "TorchDistCheckpoint", config: HFConfig) -> None:
-    """Raise InputError for a reference of another family than the record beside the checkpoint."""
+def _check_family(checkpoint: "TorchDistCheckpoint", config: HFConfig, model_type: str) -> None:
+    """Raise InputError for a reference of another family than the record beside the checkpoint.
+
+    model_type: that the checkpoint has to have for this reference.
+    """
     record = read_record(checkpoint.folder)
     if record is None or record.hf is None or not record.hf.has("model_type"):
         return
-    if (recorded := record.hf.model_type) != config.model_type:
-        raise InputError(
-            f"{checkpoint.folder} is of a {quoted(recorded)} model by its {CONFIG_RECORD}, "
-            f"{config.origin} of a {quoted(config.model_type)}; name a model of the same family"
-        )
+    if (recorded := record.hf.model_type) == model_type:
+        return
+    raise InputError(
+        f"{checkpoint.folder} is of a {quoted(recorded)} model by its {CONFIG_RECORD}, "
+        f"{config.origin} of a {quoted(config.model_type)}; "
+        + (_part_of_the_other(record.hf, config) or "name a model of the same family")
+    )
+
+
+def _part_of_the_other(one: HFConfig, other: HFConfig) -> str:
+    """What to do where one model is a part of the other; empty where it is not."""
+    for whole, part in ((one, other), (other, one)):
+        bridge = registered_bridges().get(whole.architecture)
+        for name, model_type in bridge().separable.items() if bridge else ():
+            if model_type == part.model_type:
+                return f'one is the {name} part of the other: give --part {name} (part="{name}")'
+    return ""
 
 
 def _check_whole(
@@ -126,9 +250,15 @@ def _check_whole(
         )
 
 
-def require_common_key(checkpoint: "TorchDistCheckpoint", plan: ConversionPlan) -> None:
-    """Raise CheckpointError if no key is one of the model's: then it is another kind of file."""
+def require_common_key(
+    checkpoint: "TorchDistCheckpoint", plan: ConversionPlan, config: HFConfig
+) -> None:
+    """Raise CheckpointError if no key is one of the model's: then it is another kind of file.
+
+    config: of the model. Raises InputError if the record says that it is of another family.
+    """
     if not checkpoint.tensors.keys() & plan.megatron.keys():
+        _check_family(checkpoint, config, config.model_type)
         found, expected = next(iter(checkpoint.tensors.values())), next(iter(plan.megatron))
         raise CheckpointError(
             f"{checkpoint.folder}: none of its tensors has a key of this model in megatron-core: "
@@ -138,38 +268,32 @@ def require_common_key(checkpoint: "TorchDistCheckpoint", plan: ConversionPlan) 
         )
 
 
-def left_out(
-    reference: PreTrainedVLM, plan: ConversionPlan, experts: str | None = None
-) -> tuple[str, ...]:
+def left_out(sides: Sides, plan: ConversionPlan, experts: str | None = None) -> tuple[str, ...]:
     """Tensors that a config names and neither a checkpoint nor a reference with weights holds."""
-    if reference.has_weights:
+    if sides.files.has_weights:
         return ()
-    config = reference.hf_config
-    bridge = bridge_for(config.architecture)
-    named = bridge.expected_tensors(
-        config, main_dtype(plan.hf.values()), PlanOptions(experts=experts)
+    named = sides.bridge.expected_tensors(
+        sides.config, main_dtype(plan.hf.values()), PlanOptions(experts=experts or sides.experts)
     )
     return tuple(name for name in named if name not in plan.hf)
 
 
-def _rearranged(
-    bridge: MegatronModelBridge, reference: PreTrainedVLM, options: PlanOptions
-) -> dict[str, TensorSpec]:
+def _rearranged(sides: Sides, options: PlanOptions) -> dict[str, TensorSpec]:
     """The reference's tensors with its routed experts in another disk layout.
 
     The experts of a layer get the dtype that they have in the reference. Tensors that are carried
     over stay as they are.
     """
-    known = reference.weights
-    spelling = bridge.spelling(reference.hf_config, known)
+    bridge, config, known = sides.bridge, sides.config, sides.files.weights
+    spelling = bridge.spelling(config, known)
     options = replace(options, spelling=spelling)
-    carried = _carried(bridge, reference, options)
+    carried = _carried(sides, options)
 
     def module_of(name: str) -> str:
         return _experts_of(spelling.regular(name), bridge.experts_module)
 
     dtypes = {module_of(name): spec.dtype for name, spec in known.items()}
-    expected = bridge.expected_tensors(reference.hf_config, reference.main_dtype, options)
+    expected = bridge.expected_tensors(config, sides.files.main_dtype, options)
     rearranged: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in expected.items():
         module = module_of(name)
@@ -187,11 +311,9 @@ def _rearranged(
     return tensors
 
 
-def _carried(
-    bridge: MegatronModelBridge, reference: PreTrainedVLM, options: PlanOptions
-) -> Mapping[str, str]:
+def _carried(sides: Sides, options: PlanOptions) -> Mapping[str, str]:
     """What of a reference is carried, and so keeps its layout, whichever is asked for."""
-    config, known = reference.hf_config, reference.weights
+    bridge, config, known = sides.bridge, sides.config, sides.files.weights
     try:
         return bridge.extras(config, known, replace(options, experts=None)).carried
     except InputError:  # square experts: the shape does not tell their layout, the caller does

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError
-from megatron.bridge.formats.file_plans import left_out, plan_export, plan_of, recorded_model
+from megatron.bridge.formats.file_plans import (
+    Sides,
+    left_out,
+    plan_export,
+    plan_of,
+    sides_of_export,
+)
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.iterations import Iteration
-from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.fp8 import check_scales
@@ -111,12 +116,18 @@ class Converted:
 
 @done_means_done()
 def import_checkpoint(
-    source: PreTrainedVLM, target: Path, *, experts: str | None = None, run: Run = _DEFAULTS
+    source: PreTrainedVLM,
+    target: Path,
+    *,
+    experts: str | None = None,
+    part: str | None = None,
+    run: Run = _DEFAULTS,
 ) -> Converted:
     """Write `source` as a Megatron checkpoint: target/iter_0000000 and the tracker file.
 
     The weights of an FP8 release are dequantized to BF16. experts: how the source's routed experts
-    lie (ExpertLayout); found from their shapes if not given.
+    lie (ExpertLayout); found from their shapes if not given. part: of the model, to be a model of
+    its own ("language"); the rest of the source is not read.
     Raises PlanError, CheckpointError or ConfigError before anything is written, TargetExists if
     `target` exists and is not to be replaced.
     """
@@ -126,17 +137,17 @@ def import_checkpoint(
 
     begin = time.perf_counter()
     check_target(target, [source.name_or_path], force=run.force)
-    bridge = bridge_for(source.hf_config.architecture)
-    plan = plan_of(source, PlanOptions(experts=experts))
+    sides = Sides.of(source, part)
+    plan = plan_of(sides, PlanOptions(experts=experts))
     weights = source.weights
     check_scales(weights)
     files = megatron_files(
         plan,
-        provider=bridge.provider,
-        settings=bridge.provider_settings(
-            source.hf_config, main_dtype(plan.hf.values()), source.tensors
+        provider=sides.bridge.provider,
+        settings=sides.bridge.provider_settings(
+            sides.config, main_dtype(plan.hf.values()), source.tensors
         ),
-        hf_config=source.unquantized_config,
+        hf_config=sides.recorded_config,
         piece_bytes=run.budget.piece_bytes,
         max_file_bytes=run.max_shard_bytes,
     )
@@ -149,7 +160,7 @@ def import_checkpoint(
         target,
         Conversion(
             "import",
-            {"experts": experts},
+            {"experts": experts, "part": part},
             {"source": hf_fingerprint(source, side_files=False)},
             files,
             fill,
@@ -161,7 +172,7 @@ def import_checkpoint(
         command="import",
         source=source.name_or_path,
         target=target,
-        architecture=source.hf_config.architecture,
+        architecture=sides.config.architecture,
         hf=TensorSummary.of(source.tensors.values()),
         quantization=source.quantization,
         written=written,
@@ -179,6 +190,7 @@ def export_checkpoint(
     *,
     iteration: Iteration | None = None,
     experts: str | None = None,
+    part: str | None = None,
     fp8: bool = False,
     dtype: DType | None = None,
     round: bool = False,  # noqa: A002 - the name of the option
@@ -192,12 +204,13 @@ def export_checkpoint(
 
     reference: None for the config that the checkpoint keeps, which has no tokenizer and no other
     side files. iteration: see `iteration_folder`. experts: another disk layout of routed experts
-    (ExpertLayout). fp8: quantize what the reference has quantized; without it the weights are BF16,
-    and config.json says nothing else. dtype: of the tensors ("bfloat16"), instead of each one's in
-    the reference; what the release keeps in float32 stays so, and what comes from the reference as
-    it is. round: round values that do not fit their dtype. Raises PlanError, InputError or one of
-    its kinds before anything is written, TargetExists if `target` exists and is not to be replaced,
-    and InexactCast, which leaves nothing behind, for a value that does not fit and is not to be
+    (ExpertLayout). part: of the model ("language"); see `sides_of_export` for what is written.
+    fp8: quantize what the reference has quantized; without it the weights are BF16, and config.json
+    says nothing else. dtype: of the tensors ("bfloat16"), instead of each one's in the reference;
+    what the release keeps in float32 stays so, and what comes from the reference as it is. round:
+    round values that do not fit their dtype. Raises PlanError, InputError or one of its kinds
+    before anything is written, TargetExists if `target` exists and is not to be replaced, and
+    InexactCast, which leaves nothing behind, for a value that does not fit and is not to be
     rounded.
     """
     from megatron.bridge.formats.fp8_writer import Requantizer, fp8_reference
@@ -210,12 +223,17 @@ def export_checkpoint(
         target, [source, *([] if given is None else [given.name_or_path])], force=run.force
     )
     checkpoint = TorchDistCheckpoint(source, iteration)
-    if reference is None:
-        reference = recorded_model(checkpoint)
+    sides = sides_of_export(checkpoint, reference, part)
+    reference = sides.files
     if fp8 and experts is not None:
         raise InputError(
             "FP8 files are written in the layout of their reference: fp8 and experts exclude each "
             "other"
+        )
+    if fp8 and sides.config is reference.hf_config and part is not None:
+        raise InputError(
+            "FP8 files have the names of their reference: fp8 and part exclude each other for a "
+            "checkpoint of the whole model"
         )
     if fp8 and dtype is not None:
         raise InputError(
@@ -223,14 +241,13 @@ def export_checkpoint(
         )
     wanted = None if dtype is None else weight_dtype(dtype)
     quantized = fp8_reference(reference) if fp8 else None
-    plan, dropped = plan_export(checkpoint, reference, experts)
+    plan, dropped = plan_export(checkpoint, sides, experts)
     if wanted is not None:
-        bridge = bridge_for(reference.hf_config.architecture)
-        plan = bridge.in_dtype(plan, reference.hf_config, wanted)
+        plan = sides.bridge.in_dtype(plan, sides.config, wanted)
     casting = Casting(round, _WAYS_OUT_OF_FP8 if fp8 else _WAYS_OUT)
     checkpoint.locate(plan.megatron)
     if fp8 or plan.carried:
-        check_scales(reference.weights)
+        check_scales((given or reference).weights)
 
     def fill_weight(name: str, box: Box, out: "torch.Tensor") -> None:
         fill_export(plan, name, box, out, checkpoint, lambda: reference.weights, casting)
@@ -253,7 +270,7 @@ def export_checkpoint(
         target,
         Conversion(
             "export",
-            {"experts": experts, "fp8": fp8, "dtype": wanted, "round": round},
+            {"experts": experts, "part": part, "fp8": fp8, "dtype": wanted, "round": round},
             {
                 "source": megatron_fingerprint(source, iteration),
                 "reference": hf_fingerprint(reference, side_files=True),
@@ -276,7 +293,7 @@ def export_checkpoint(
         quantization=reference.quantization if fp8 else None,
         written=written,
         dropped=dropped,
-        left_out=left_out(reference, plan, experts),
+        left_out=left_out(sides, plan, experts),
         side_files=tuple(file.name for file in side_files),
         seconds=time.perf_counter() - begin,
         plan=plan,

@@ -23,6 +23,7 @@ class ImportKeywords(TypedDict, total=False):
     """The options of an import, see ConversionOptions."""
 
     experts: str | None
+    part: str | None
     memory: Size | None
     max_shard_size: Size | None
     verify: bool
@@ -45,9 +46,10 @@ class ConversionOptions:
     """What decides how a conversion is done, beside its source and target.
 
     experts: a disk layout of routed experts (ExpertLayout): of an import's source where shapes
-    cannot tell it, of an export's target where it should not be the reference's. memory: bytes that
-    buffers of each process may take, or a text such as "512MiB"; None for 1 GiB. max_shard_size: of
-    tensor data per output file, likewise. verify: read back what was written and compare it with
+    cannot tell it, of an export's target where it should not be the reference's. part: of the
+    model, which is a model of its own on one of the sides ("language"). memory: bytes that buffers
+    of each process may take, or a text such as "512MiB"; None for 1 GiB. max_shard_size: of tensor
+    data per output file, likewise. verify: read back what was written and compare it with
     the source, bit by bit, before the target appears. resume: go on with what an interrupted run
     left. force: replace a target.
 
@@ -58,6 +60,7 @@ class ConversionOptions:
     """
 
     experts: str | None = None
+    part: str | None = None
     memory: Size | None = None
     max_shard_size: Size | None = None
     verify: bool = False
@@ -86,7 +89,7 @@ class ConversionOptions:
     @property
     def of_export(self) -> dict[str, Any]:
         """What decides what an export writes, by the names of `export_checkpoint`."""
-        names = ("iteration", "experts", "fp8", "dtype", "round")
+        names = ("iteration", "experts", "part", "fp8", "dtype", "round")
         return {name: getattr(self, name) for name in names}
 
     @contextmanager

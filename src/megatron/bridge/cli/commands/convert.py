@@ -24,6 +24,7 @@ from megatron.bridge.cli.parameters import (
     given_path,
     hf_model,
     no_revision,
+    part_option,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ def import_command(
     experts: Annotated[
         str | None,
         experts_option("how the routed experts of SRC lie; refused if their shapes say otherwise"),
+    ] = None,
+    part: Annotated[
+        str | None,
+        part_option(
+            "language: the language model of a vision-language SRC alone, as a model of text"
+        ),
     ] = None,
     memory: Memory = None,
     max_shard_size: MaxShardSize = None,
@@ -64,6 +71,7 @@ def import_command(
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
+            part=part,
             memory=memory,
             max_shard_size=max_shard_size,
             verify=verify,
@@ -71,7 +79,7 @@ def import_command(
             force=force,
         )
         with options.run(output.progress) as run:
-            done = import_checkpoint(hf, target, experts=experts, run=run)
+            done = import_checkpoint(hf, target, experts=experts, part=part, run=run)
         _show(output, run, done)
 
 
@@ -95,6 +103,14 @@ def export_command(
     iteration: Iteration = None,
     experts: Annotated[
         str | None, experts_option("another disk layout of routed experts than REF's")
+    ] = None,
+    part: Annotated[
+        str | None,
+        part_option(
+            "language: where SRC is the language model of a vision-language REF alone, put it in "
+            "its place in REF; where SRC is a vision-language model, write its language model "
+            "alone"
+        ),
     ] = None,
     fp8: Annotated[
         bool,
@@ -158,6 +174,7 @@ def export_command(
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
+            part=part,
             memory=memory,
             max_shard_size=max_shard_size,
             verify=verify,

@@ -18,6 +18,7 @@ from megatron.bridge.cli.parameters import (
     hf_model,
     no_iteration,
     no_revision,
+    part_option,
     size_option,
 )
 
@@ -48,6 +49,9 @@ def plan(
     experts: Annotated[
         str | None,
         experts_option("how the routed experts of SRC lie; see import and export"),
+    ] = None,
+    part: Annotated[
+        str | None, part_option("part of the model, such as language; see import and export")
     ] = None,
     tp: Annotated[int | None, size_option("Tensor-parallel size.")] = None,
     pp: Annotated[int | None, size_option("Pipeline stages.")] = None,
@@ -81,9 +85,14 @@ def plan(
     given = {name: size for name, size in sizes.items() if size is not None}
     with open_output(as_json=as_json) as output:
         from megatron.bridge.cli.render.forecast_tables import render_forecast
+        from megatron.bridge.errors import InputError
 
-        report = _forecast(source, reference, revision, iteration, experts)
+        report = _forecast(source, reference, revision, iteration, experts, part)
         if given or without:
+            if part is not None and report.format == "megatron":
+                raise InputError(
+                    "--part with sizes of parallelism is for an import: leave out one of the two"
+                )
             report = _laid_out(report, given, without or [], output)
         output.show(report, render_forecast)
         if problem := report.problem or report.illegal:
@@ -96,6 +105,7 @@ def _forecast(
     revision: str | None,
     iteration: str | None,
     experts: str | None,
+    part: str | None,
 ) -> Forecast:
     from megatron.bridge.errors import InputError
     from megatron.bridge.formats.iterations import is_megatron_folder
@@ -110,11 +120,11 @@ def _forecast(
                 f"{source} is not a Megatron checkpoint: --hf is what a checkpoint is exported like"
             )
         no_iteration(source, iteration)
-        return forecast_import(source, revision, experts)
+        return forecast_import(source, revision, experts, part)
     if reference is None:
         no_revision(revision)
-        return forecast_export(path, None, iteration, experts)
-    return forecast_export(path, hf_model(reference, revision), iteration, experts)
+        return forecast_export(path, None, iteration, experts, part)
+    return forecast_export(path, hf_model(reference, revision), iteration, experts, part)
 
 
 class StageNotes:

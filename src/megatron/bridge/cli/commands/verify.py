@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from megatron.bridge.cli.output import Output, import_torch, open_output
-from megatron.bridge.cli.parameters import Iteration, Json, Memory
+from megatron.bridge.cli.parameters import Iteration, Json, Memory, part_option
 
 _SIDE = "Hugging Face folder, hub id (org/name or org/name@revision), or Megatron checkpoint."
 
@@ -29,6 +29,13 @@ def verify(
         ),
     ] = False,
     iteration: Iteration = None,
+    part: Annotated[
+        str | None,
+        part_option(
+            "language: compare the language model alone, where one side is a vision-language "
+            "model or both are"
+        ),
+    ] = None,
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +51,10 @@ def verify(
         from megatron.bridge.text.sizes import size_of
 
         size = DEFAULT_MEMORY if memory is None else size_of(memory, "--memory")
+        if fast and part is not None:
+            raise InputError(
+                "--fast reads one side only, and compares all of its files: leave out --part"
+            )
         if fast:
             _verify_fast(output, a, b, iteration, size)
         elif b is None:
@@ -52,10 +63,12 @@ def verify(
                 "the checksums that were taken when it was written"
             )
         else:
-            _verify(output, a, b, iteration, size)
+            _verify(output, a, b, iteration, part, size)
 
 
-def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int) -> None:
+def _verify(
+    output: Output, a: str, b: str, iteration: str | None, part: str | None, memory: int
+) -> None:
     from megatron.bridge.cli.render.verification_tables import render_verify
     from megatron.bridge.cli.units import count
     from megatron.bridge.errors import MismatchError
@@ -63,7 +76,7 @@ def _verify(output: Output, a: str, b: str, iteration: str | None, memory: int) 
 
     import_torch()
     with output.progress() as progress:
-        report = compare_tensors(a, b, progress, iteration=iteration, memory=memory)
+        report = compare_tensors(a, b, progress, iteration=iteration, part=part, memory=memory)
     output.show(report, render_verify)
     if not report.identical:
         raise MismatchError(

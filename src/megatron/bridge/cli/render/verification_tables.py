@@ -122,7 +122,7 @@ def _not_compared(report: VerifyReport) -> str | None:
     if report.padding_elements:
         parts.append(f"{report.padding_elements:,} elements that pad the vocabulary")
     if report.ignored:
-        parts.append(f"{len(report.ignored):,} tensors that are not weights (optimizer state)")
+        parts.append(f"{len(report.ignored):,} tensors, such as {report.ignored[0]}")
     if report.carried:
         parts.append(f"{len(report.carried):,} tensors that the Megatron model has no place for")
     return "; ".join(parts) or None

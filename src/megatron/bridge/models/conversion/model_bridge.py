@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from megatron.bridge.dtypes import MIXABLE, widest
-from megatron.bridge.errors import ConfigError, PlanError, UnsupportedModel
+from megatron.bridge.errors import ConfigError, InputError, PlanError, UnsupportedModel
 from megatron.bridge.models.conversion.description import (
     LANGUAGE_SIZES,
     Description,
@@ -22,6 +22,7 @@ from megatron.bridge.models.conversion.diagnosis import Terms, assumed_sizes, fo
 from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.part import ModelPart
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
@@ -171,6 +172,19 @@ class MegatronModelBridge(ABC):
     def language(self, config: HFConfig) -> HFConfig:
         """The config of the language model, which is the whole one or a section of it."""
         return config
+
+    @property
+    def separable(self) -> Mapping[str, str]:
+        """Parts that are models of their own: name -> model_type of such a model."""
+        return {}
+
+    def part(self, name: str, config: HFConfig) -> ModelPart:
+        """The part of this name, of a model with this config. Raises InputError, ConfigError."""
+        parts = ", ".join(self.separable)
+        raise InputError(
+            f"{config.origin}: a {config.architecture} has no part {quoted(name)} that is a model "
+            f"of its own; " + (f"it has {parts}" if parts else "leave out --part (part=None)")
+        )
 
     @abstractmethod
     def mapping_registry(self) -> MegatronMappingRegistry:

@@ -10,6 +10,7 @@ from megatron.bridge.models.qwen_vl.expert_mapping import (
     ExpertMLPGateUpProjMapping,
 )
 from megatron.bridge.models.qwen_vl.families import Qwen3Family, Qwen3MoEFamily
+from megatron.bridge.models.qwen_vl.qwen_text_bridges import Qwen3Bridge, Qwen3MoEBridge
 from megatron.bridge.models.qwen_vl.qwen_vl_bridge import MODEL, QwenVLBridge
 
 __all__ = [
@@ -36,6 +37,7 @@ class Qwen3VLBridge(Qwen3Family, QwenVLBridge):
     """Qwen3VLForConditionalGeneration to and from Qwen3VLModel."""
 
     model_type = "qwen3_vl"
+    alone = Qwen3Bridge
     provider = f"{_PROVIDERS}.Qwen3VLModelProvider"
 
 
@@ -48,5 +50,6 @@ class Qwen3VLMoEBridge(Qwen3MoEFamily, QwenVLBridge):
     """Qwen3VLMoeForConditionalGeneration to and from Qwen3VLModel with routed experts."""
 
     model_type = "qwen3_vl_moe"
+    alone = Qwen3MoEBridge
     provider = f"{_PROVIDERS}.Qwen3VLMoEModelProvider"
     released_layout = DiskLayout(ExpertLayout.FUSED_TRANSPOSED)

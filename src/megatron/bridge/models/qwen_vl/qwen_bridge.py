@@ -68,6 +68,8 @@ class QwenBridge(DescribedQwen):
     released_layout: ClassVar[DiskLayout] = DiskLayout()
     merges_experts: ClassVar[bool] = False
     """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
+    others_are: ClassVar[str] = "transformers does not read it either"
+    """Why a tensor of no known kind is carried."""
 
     @abstractmethod
     def language_rows(self, disk: DiskLayout) -> list[ParamMapping]:
@@ -299,7 +301,7 @@ class QwenBridge(DescribedQwen):
                     return f"of a layer beyond {section.dotted(key)}"
                 if name.endswith(".bias"):
                     return "a bias that the config switches off"
-        return "transformers does not read it either"
+        return self.others_are
 
     def numbered(self, config: HFConfig) -> dict[str, tuple[HFConfig, str]]:
         """What names in files have before the number of a layer -> where the config counts them."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron.bridge.errors import UnsupportedModel
 from megatron.bridge.models.conversion.extras import Extras
@@ -13,11 +13,13 @@ from megatron.bridge.models.conversion.model_bridge import (
     Tensors,
 )
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
+from megatron.bridge.models.conversion.part import ModelPart
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.description import DescribedVision
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
+from megatron.bridge.models.qwen_vl.language_part import LANGUAGE, language_part
 from megatron.bridge.models.qwen_vl.names import VISION_LANGUAGE_ROOTS
 from megatron.bridge.models.qwen_vl.parts import (
     BESIDE_VISION,
@@ -28,6 +30,7 @@ from megatron.bridge.models.qwen_vl.parts import (
 )
 from megatron.bridge.models.qwen_vl.provider_settings import vision_settings
 from megatron.bridge.models.qwen_vl.qwen_bridge import QwenBridge
+from megatron.bridge.models.qwen_vl.qwen_text_bridges import QwenTextBridge
 from megatron.bridge.models.qwen_vl.vision_rows import deepstack_rows, vision_rows
 from megatron.bridge.models.qwen_vl.vision_structure import with_vision
 from megatron.bridge.tensors.boxes import Shape
@@ -41,6 +44,8 @@ class QwenVLBridge(QwenBridge, DescribedVision):
     prefixes = BESIDE_VISION
     roots = VISION_LANGUAGE_ROOTS
     layer_paths = (BESIDE_VISION.layers, VISION_LAYERS)
+    alone: ClassVar[type[QwenTextBridge]]
+    """The bridge of the same language model without a tower."""
 
     def rows(self, disk: DiskLayout) -> list[ParamMapping]:
         """Language model, vision tower and deepstack mergers."""
@@ -60,6 +65,17 @@ class QwenVLBridge(QwenBridge, DescribedVision):
                 f"has no vision tower, but architectures names {config.architecture}; {advice}"
             )
         super().check(config)
+
+    @property
+    def separable(self) -> Mapping[str, str]:
+        """The language model."""
+        return {LANGUAGE: str(self.alone.model_type)}
+
+    def part(self, name: str, config: HFConfig) -> ModelPart:
+        """The language model as a model of text alone."""
+        if name != LANGUAGE:
+            return super().part(name, config)
+        return language_part(self, self.alone, config)
 
     @property
     def removable(self) -> Mapping[str, str]:

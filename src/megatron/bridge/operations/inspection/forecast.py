@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron.bridge.engine.stream import DEFAULT_MEMORY
 from megatron.bridge.errors import PlanError
 from megatron.bridge.formats.iterations import Iteration
-from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.amounts import TensorSummary
@@ -99,16 +98,20 @@ class Forecast(HFReport):
 
 
 def forecast_import(
-    source: str, revision: str | None = None, experts: str | None = None
+    source: str,
+    revision: str | None = None,
+    experts: str | None = None,
+    part: str | None = None,
 ) -> Forecast:
     """Look ahead to the import of a Hugging Face model.
 
     source: a folder with or without weights, a config.json, or a hub id, of which only headers are
     fetched. experts: the disk layout of routed experts, as the user says it, or for files to be.
+    part: of the model, to be a model of its own.
     Raises InputError or one of its kinds where there is nothing to report on; a model that cannot
     be converted is reported.
     """
-    return forecast_of(inspect_hf(source, revision, PlanOptions(experts=experts)))
+    return forecast_of(inspect_hf(source, revision, PlanOptions(experts=experts), part))
 
 
 def forecast_of(model: HFReport) -> Forecast:
@@ -125,35 +128,37 @@ def forecast_export(
     reference: PreTrainedVLM | None = None,
     iteration: Iteration | None = None,
     experts: str | None = None,
+    part: str | None = None,
 ) -> Forecast:
     """Look ahead to the export of a Megatron checkpoint.
 
     reference: what it would be exported like, of which only headers are read; None for the config
-    that the checkpoint keeps. iteration, experts: see `export_checkpoint`. Raises InputError or one
-    of its kinds, PlanError if the checkpoint does not hold the model.
+    that the checkpoint keeps. iteration, experts, part: see `export_checkpoint`. Raises InputError
+    or one of its kinds, PlanError if the checkpoint does not hold the model.
     """
-    from megatron.bridge.formats.file_plans import left_out, plan_export, recorded_model
+    from megatron.bridge.formats.file_plans import left_out, plan_export, sides_of_export
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(source, iteration)
-    hf = recorded_model(checkpoint) if reference is None else headers_only(reference)
-    plan, dropped = plan_export(checkpoint, hf, experts)
-    bridge = bridge_for(hf.hf_config.architecture)
+    given = None if reference is None else headers_only(reference)
+    sides = sides_of_export(checkpoint, given, part)
+    hf, bridge = sides.files, sides.bridge
+    plan, dropped = plan_export(checkpoint, sides, experts)
     dtype = main_dtype(plan.hf.values())
     model = replace(
-        inspect_model(hf, str(source), PlanOptions(experts=experts)),
+        inspect_model(hf, str(source), PlanOptions(experts=experts), sides),
         format="megatron",
         origin="checkpoint" if reference is None else "reference",
         plan=plan,
         hf=TensorSummary.of(plan.hf.values()),
-        settings=bridge.provider_settings(hf.hf_config, dtype, plan.hf),
+        settings=bridge.provider_settings(sides.config, dtype, plan.hf),
         problem=None,
     )
     return Forecast(
         **_fields(model),
         conversion=ConversionCost("export", plan.megatron_bytes, plan.hf_bytes),
         dropped=dropped,
-        left_out=left_out(hf, plan, experts),
+        left_out=left_out(sides, plan, experts),
     )
 
 

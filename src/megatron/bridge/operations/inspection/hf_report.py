@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError, InputError
+from megatron.bridge.formats.file_plans import Sides
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.description import LANGUAGE_SIZES, Description, sizes_fact
 from megatron.bridge.models.conversion.equal_copies import check_equal
@@ -113,12 +114,14 @@ def inspect_hf(
     reference: str | os.PathLike[str],
     revision: str | None = None,
     options: PlanOptions = DEFAULTS,
+    part: str | None = None,
 ) -> HFReport:
     """Look at a folder, with weights or only a config.json, at a config.json, or at a hub id.
 
     Of a hub id that is not in the cache only the config, the small files and the headers of the
-    weights are fetched. Raises InputError where there is nothing to report on: no such model, an
-    unreadable config, damaged weights. A model that cannot be converted is reported.
+    weights are fetched. part: of the model, to be converted alone. Raises InputError where there is
+    nothing to report on: no such model or part, an unreadable config, damaged weights. A model that
+    cannot be converted is reported.
     """
     path = local_path(reference)
     if path.is_file():
@@ -127,22 +130,29 @@ def inspect_hf(
         hf = PreTrainedVLM.from_config(HFConfig.from_file(path))
     else:
         hf = PreTrainedVLM.from_pretrained(reference, revision)
-    return inspect_model(hf, os.fspath(reference), options)
+    sides = None if part is None else Sides.of(hf, part)
+    return inspect_model(hf, os.fspath(reference), options, sides)
 
 
-def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULTS) -> HFReport:
-    """Look at a model; see `inspect_hf`. source: what to call it."""
-    config = hf.hf_config
+def inspect_model(
+    hf: PreTrainedVLM,
+    source: str,
+    options: PlanOptions = DEFAULTS,
+    sides: Sides | None = None,
+) -> HFReport:
+    """Look at a model; see `inspect_hf`. source: what to call it. sides: where it is a part."""
+    config = hf.hf_config if sides is None else sides.config
     origin, tensors = _tensors(hf)
-    bridge = registered_bridges().get(config.architecture)
+    known = registered_bridges().get(config.architecture)
+    bridge = sides.bridge if sides else known() if known else None
     options = with_files(options, hf)
-    found = _conversion(config, tensors, options)
+    found = _conversion(hf.hf_config, tensors, options, sides)
     if origin != "config":
         _check_equal(hf, found, read=origin == "files")
     if bridge is None:
         description: Description = {"text": sizes_fact("text", config, LANGUAGE_SIZES)}
     else:
-        description = bridge().describe(config, tensors, options)
+        description = bridge.describe(config, tensors, options)
     expected = None if found.plan is None else found.plan.hf
     specs = expected if tensors is None else tensors
     return HFReport(
@@ -150,7 +160,7 @@ def inspect_model(hf: PreTrainedVLM, source: str, options: PlanOptions = DEFAULT
         folder=hf.folder if hf.has_files else Path(config.origin).absolute().parent,
         architecture=config.architecture,
         model_type=config.model_type,
-        bridge=None if bridge is None else bridge.__name__,
+        bridge=None if bridge is None else type(bridge).__name__,
         origin=origin,
         hf=None if specs is None else TensorSummary.of(specs.values()),
         shards=() if tensors is None else _shards(tensors),
@@ -212,15 +222,18 @@ def _conversion(
     config: HFConfig,
     tensors: Mapping[str, TensorInfo] | Mapping[str, RemoteTensor] | None,
     options: PlanOptions,
+    sides: Sides | None,
 ) -> _Conversion:
     """Settings of the Megatron model are part of the proof."""
     found = _Conversion()
     try:
         found.quantization = quantization_of(config, tensors)
-        bridge = bridge_for(config.architecture)
+        bridge = sides.bridge if sides else bridge_for(config.architecture)
         view = None
         if tensors is not None:
             view = dequantized_view(tensors, found.quantization, config.origin)
+        if sides is not None:
+            config = sides.config
         if view is None:
             bridge.check(config)  # what is wrong with the kind of model comes before its dtype
             plan = bridge.plan_from_config(config, config.dtype, options)

@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.dtypes import torch_dtype, widest
 from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget
 from megatron.bridge.errors import InexactCast, InputError
-from megatron.bridge.formats.file_plans import plan_of, require_common_key, weight_tensors
+from megatron.bridge.formats.file_plans import (
+    Sides,
+    plan_of,
+    require_common_key,
+    sides_of_export,
+    weight_tensors,
+)
 from megatron.bridge.formats.iterations import METADATA_FILE, Iteration, is_megatron_folder
-from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
@@ -50,6 +55,7 @@ def verify(
     progress: Progress | None = None,
     *,
     iteration: Iteration | None = None,
+    part: str | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> VerifyReport:
     """Compare two checkpoints; each a Hugging Face folder or hub id, or a Megatron folder.
@@ -57,7 +63,8 @@ def verify(
     Files of different formats are compared as Hugging Face tensors, through the plan that `export`
     would follow. FP8 files are compared as they are with files quantized in the same way, and as
     the BF16 weights that they stand for with anything else. iteration: of each side that holds
-    several; see `iteration_folder`. memory: bytes that buffers may take.
+    several; see `iteration_folder`. part: of the model, between files of different formats; see
+    `sides_of_export`. memory: bytes that buffers may take.
     Raises InputError for what cannot be read, PlanError for a Hugging Face side that cannot be
     converted; differences are in the report.
     """
@@ -69,6 +76,11 @@ def verify(
             "means nothing for them"
         )
     left, right = (_open(side, iteration) for side in (a, b))
+    if part is not None and isinstance(left, PreTrainedVLM) == isinstance(right, PreTrainedVLM):
+        raise InputError(
+            f"{os.fspath(a)} and {os.fspath(b)} are of one format and compared as they are: --part "
+            "(part=) is for a Hugging Face folder and a Megatron checkpoint"
+        )
     report = VerifyReport(Files(os.fspath(a), _format(left)), Files(os.fspath(b), _format(right)))
     if isinstance(left, PreTrainedVLM):
         if isinstance(right, PreTrainedVLM):
@@ -76,9 +88,9 @@ def verify(
             here, there = (_hf_side(hf, as_stored=as_stored) for hf in (left, right))
             report.side_files = list(_side_file_differences(left, right))
         else:
-            here, there = _across(report, left, right, hf_is_a=True)
+            here, there = _across(report, left, right, part, hf_is_a=True)
     elif isinstance(right, PreTrainedVLM):
-        there, here = _across(report, right, left, hf_is_a=False)
+        there, here = _across(report, right, left, part, hf_is_a=False)
     else:
         here, there = (_megatron_side(checkpoint, report) for checkpoint in (left, right))
     _compare(report, here, there, budget, progress or Silent())
@@ -143,7 +155,12 @@ def _megatron_side(checkpoint: TorchDistCheckpoint, report: VerifyReport) -> _Si
 
 
 def _across(
-    report: VerifyReport, hf: PreTrainedVLM, checkpoint: TorchDistCheckpoint, *, hf_is_a: bool
+    report: VerifyReport,
+    hf: PreTrainedVLM,
+    checkpoint: TorchDistCheckpoint,
+    part: str | None,
+    *,
+    hf_is_a: bool,
 ) -> tuple[_Side, _Side]:
     """A Hugging Face folder, and what `export` would make of a Megatron checkpoint."""
     import torch
@@ -151,17 +168,19 @@ def _across(
     from megatron.bridge.models.conversion.casting import EXACTLY
     from megatron.bridge.models.conversion.transfer import fill_hf
 
-    found = _weights(checkpoint, report)
-    bridge = bridge_for(hf.hf_config.architecture)
-    plan = plan_of(hf, bridge.options_of_checkpoint(found))
-    require_common_key(checkpoint, plan)
+    sides = Sides.of(hf) if part is None else sides_of_export(checkpoint, hf, part)
+    weights = _weights(checkpoint, report)
+    found = {key: spec for key, spec in weights.items() if key.startswith(sides.root)}
+    report.ignored.extend(key for key in weights if key not in found)
+    plan = plan_of(sides, sides.bridge.options_of_checkpoint(found))
+    require_common_key(checkpoint, plan, sides.config)
     report.padding_elements = sum(volume(box) for _, box in plan.padding)
 
     only_in_megatron = report.only_in_b if hf_is_a else report.only_in_a
     only_in_megatron.extend(key for key in found if key not in plan.megatron)
     unusable = _unusable_keys(report, plan, found, hf_is_a=hf_is_a)
 
-    here = _hf_side(hf)
+    here = _hf_side(sides.files)
     absent = {copy.hf_name for copy in plan.copies if copy.megatron_key in unusable}
     absent |= set(plan.carried)
     only_in_hf = report.only_in_a if hf_is_a else report.only_in_b

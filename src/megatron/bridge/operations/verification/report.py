@@ -50,9 +50,10 @@ class VerifyReport:
 
     compared, equal: tensors. bytes: of tensor data on one side. padding_elements: those of the
     Megatron side that stand for no Hugging Face element and were not compared. ignored: tensors
-    of a Megatron checkpoint that are not weights (optimizer state). carried: Hugging Face tensors
-    that no Megatron model has a place for, and why; they count as equal. side_files: for
-    information, None unless both sides are Hugging Face folders. seconds: to find out.
+    of a Megatron checkpoint that are not weights (optimizer state), or not of the part that is
+    compared. carried: Hugging Face tensors that no Megatron model has a place for, and why; they
+    are no difference. side_files: for information, None unless both sides are Hugging Face folders.
+    seconds: to find out.
     """
 
     a: Files
