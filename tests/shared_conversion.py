@@ -22,6 +22,7 @@ from pathlib import Path
 import torch.distributed  # noqa: F401  (once, before the processes are made)
 
 from megatron.bridge.errors import BridgeError, CheckpointError, SourceChanged
+from megatron.bridge.target import folder as target_folder
 from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.target.job import Job
 from megatron.bridge.target.processes import Processes
@@ -178,6 +179,7 @@ def start(home: Path, name: str, size: int) -> None:
 
 
 if __name__ == "__main__":
+    target_folder.WORTH_KEEPING = 1
     if len(sys.argv) == 3:
         take_part(Path(sys.argv[1]), sys.argv[2])
     else:

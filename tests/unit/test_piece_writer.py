@@ -233,7 +233,7 @@ def test_a_file_is_flushed_before_it_is_told(
     flushed: list[str] = []
 
     def fsync(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         flushed.append(f"{path.name}: {path.read_bytes().decode()}")
 
     monkeypatch.setattr(os, "fsync", fsync)
