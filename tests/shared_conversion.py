@@ -21,6 +21,7 @@ from pathlib import Path
 import torch.distributed  # noqa: F401  (once, before the processes are made)
 
 from megatron.bridge.errors import BridgeError, CheckpointError, SourceChanged
+from megatron.bridge.target import folder as target_folder
 from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.target.job import Job
 from megatron.bridge.target.processes import Processes
@@ -178,9 +179,11 @@ def start(home: Path, name: str, size: int) -> None:
 
 def every_accident(home: Path) -> None:
     """To be called in a process of its own."""
+    target_folder.WORTH_KEEPING = 1
     for name in ACCIDENTS:
         start(home, name, 2 if name == "resumed" else 3)
 
 
 if __name__ == "__main__":
+    target_folder.WORTH_KEEPING = 1
     take_part(Path(sys.argv[1]), sys.argv[2])

@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -223,6 +224,34 @@ def test_what_the_disk_says_in_the_end_is_not_lost(
     pieces[2] = pieces[0]
     with pytest.raises(ValueError, match="something else"):
         write_less()
+
+
+def test_a_file_is_flushed_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order its pieces come; its checksums are in the order of the file."""
+    flushed: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        flushed.append(f"{path.name}: {path.read_bytes().decode()}")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    content = b"seven, eight and nine"
+    cuts = [(7, 12), (0, 7), (12, 12), (12, 21)]
+    pieces = [Piece("file", begin, end - begin, ()) for begin, end in cuts]
+    buffer = PieceBuffer(LONG)
+    with PieceWriter(tmp_path, {"file": len(content)}, pieces) as writer:
+        for piece in pieces:
+            data = buffer.room_for(piece)
+            data[:] = content[piece.offset : piece.offset + piece.nbytes]
+            assert flushed == []
+            told = writer.write(piece, data)
+            assert (told is None) == (piece is not pieces[-1])
+    assert flushed == [f"file: {content.decode()}"]
+    assert told == tuple(
+        (len(part), zlib.crc32(part)) for part in (b"seven, ", b"eight", b" and nine")
+    )
 
 
 def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megatron.bridge.errors import CheckpointError, InputError, SourceChanged
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import import_checkpoint
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.target import folder as target_folder
 from megatron.bridge.target.run import Run
 from slow_conversion import MEMORY, convert
 
@@ -29,6 +30,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model("qwen3-vl", folder / "hf", {"num_shards": 2, "text.vocab_size": 9001}, seed=22)
     convert("import", folder, folder / "megatron")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_folder, "WORTH_KEEPING", 1)
 
 
 @pytest.fixture

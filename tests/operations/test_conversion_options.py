@@ -63,7 +63,11 @@ def test_verify_looks_at_what_was_written(
     assert (tmp_path / "out" / ".megatron-bridge.jsonl").exists()
 
 
-def test_the_advice_of_an_error_can_be_followed(small_model: Path, tmp_path: Path) -> None:
+def test_the_advice_of_an_error_can_be_followed(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron.bridge.target.folder.WORTH_KEEPING", 1)
+
     class Stops:
         def start(self, task: str, total_bytes: int) -> None:
             self.left = 30

@@ -18,6 +18,7 @@ from megatron.bridge.errors import (
     SourceChanged,
     TargetExists,
 )
+from megatron.bridge.target import folder
 from megatron.bridge.target.checksums import check_files
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.target.folder import ResumableFolder
@@ -45,6 +46,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     target = tmp_path_factory.mktemp("expected") / "out"
     convert(target)
     return tree(target)
+
+
+@pytest.fixture(autouse=True)
+def everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "WORTH_KEEPING", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +91,9 @@ def test_everything_is_on_the_disk_when_it_appears(tmp_path: Path, on_disk: list
     # Files that are recorded are there already: `test_a_file_is_flushed_before_it_is_told`.
     expected = {str(partial / "empty"), str(partial), str(partial / "iter_1")}
     assert expected <= set(on_disk)
-    *_, manifest, folder, parent = on_disk
+    *_, manifest, renamed, parent = on_disk
     assert manifest == str(partial / ".megatron-bridge.new")
-    assert (folder, parent) == (str(partial), str(tmp_path))
+    assert (renamed, parent) == (str(partial), str(tmp_path))
 
 
 def test_force_replaces_a_model_at_the_end(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ from megatron.bridge.target.targets import check_target, partial_of, publish
 _USELESS_AFTER = (SourceChanged, MismatchError, PlanError, InexactCast)
 """Then nothing that was written can be part of a right target."""
 
+WORTH_KEEPING = 64 << 20
+"""Bytes: less is done again in a moment, and should not be in the way of the next run."""
+
 _CHOICES = "go on with --resume (resume=True), or start again with --force (force=True)"
 
 _APPEARS_SECONDS = 60.0
@@ -347,7 +350,7 @@ class ResumableFolder:
             useless = any(failure.kind in names for failure in error.failures)
         else:
             useless = isinstance(error, _USELESS_AFTER)
-        return useless or not any(record.files for record in read_records(self.path))
+        return useless or sum(record.nbytes for record in read_records(self.path)) < WORTH_KEEPING
 
 
 def _lock(partial: Path) -> FolderLock:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 from megatron.bridge.errors import BridgeError, InputError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import Store
 
 _CONNECT = timedelta(minutes=10)
 """How long the others may take to start."""
@@ -166,7 +166,7 @@ class _ProcessGroup(Processes):
         import torch.distributed as dist
 
         self.rank, self.size = rank, size
-        self._group: ProcessGroup | None = None
+        self._group: Any = None
         """None for the default one."""
         try:
             self._store = _connect(rank, size)
