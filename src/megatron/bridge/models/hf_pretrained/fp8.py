@@ -186,7 +186,7 @@ def weights_of(index: TensorIndex, config: HFConfig) -> Weights:
     quantization = quantization_of(config, index)
     if quantization is not None:
         return DequantizedTensors(index, quantization)
-    dequantized_view(index, None, str(index.folder))  # nothing may be quantized behind its back
+    check_tensors(index, None, str(index.folder))  # the config may be silent about it
     return index
 
 

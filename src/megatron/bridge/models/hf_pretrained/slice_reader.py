@@ -34,7 +34,7 @@ _MOST_OPEN = 64
 _ROWS_AT_ONCE = 48
 
 _LONG_RUN = 32 << 10
-"""Bytes above which reading a strided box run by run costs less than reading what lies between."""
+"""Bytes of a run, above which reading one run after the other costs less than all between them."""
 
 
 class SliceReader:
