@@ -81,7 +81,7 @@ class DequantizedTensors(Mapping[str, TensorSpec]):
 
     @cached_property
     def quantized(self) -> Mapping[str, TensorInfo]:
-        """Of every quantized weight the tensor of its scales, by the weight's name."""
+        """The tensors of scales, each by the name of its quantized weight."""
         return {
             name: self.index[name + SCALE_SUFFIX]
             for name in self._view

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 SCRATCH_BYTES = 4 << 20
-"""Per thread: where elements lie that cannot be read straight to their place."""
+"""Memory of each thread for elements that cannot be read straight to their place."""
 
 _MOST_OPEN = 64
-"""Files. A checkpoint may have more of them than a process may open."""
+"""How many files are kept open: a checkpoint may have more than a process may open."""
 
 _ROWS_AT_ONCE = 48
 

@@ -119,7 +119,7 @@ class PreTrainedVLM:
 
     @property
     def model_name_or_path(self) -> str:
-        """As transformers calls `name_or_path`."""
+        """`name_or_path`, as other libraries call it."""
         return self.name_or_path
 
     @property
