@@ -213,7 +213,7 @@ def test_a_vocabulary_padded_otherwise_is_loaded(
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.make_vocab_size_divisible_by = 512
     [wider] = provider.provide_distributed_model(wrap_with_ddp=False)
-    load_checkpoint([wider], folder / "megatron")
+    load_checkpoint([wider], TorchDistCheckpoint(folder / "megatron"))
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         found = wider.language_model.get_parameter(name)
         expected = model.language_model.get_parameter(name)

@@ -19,7 +19,6 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import stored_place
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.model_provider import ModelProvider
@@ -36,6 +35,8 @@ from megatron.bridge.tensors.boxes import (
 from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype
 
 
+@torch.no_grad()
+@done_means_done()
 def save_model(
     model: Sequence[torch.nn.Module],
     target: Path,
@@ -60,24 +61,24 @@ def save_model(
     plan = plan_of_model(hf, model, experts=experts)
     source = LiveTensors(model, plan)
     saved = TORCH_NAME_OF[main_dtype(source.tensors.values())]
-    save_checkpoint(
-        source,
-        target,
+    files = megatron_files(
         plan,
         provider=bridge_for(hf.hf_config.architecture).provider,
         settings=_provider_settings(hf, plan, source.tensors),
         hf_config=config_in_dtype(hf.unquantized_config, saved),
-        force=force,
+        tensors={key: source.tensors.get(key, spec) for key, spec in plan.megatron.items()},
     )
+    with staged_folder(target, force=force) as staged:
+        write_files(staged, files, source.read_into)
 
 
 def provider_of_checkpoint(
-    source: Path | TorchDistCheckpoint, hf: PreTrainedVLM, dtype: str | None, casting: Casting
+    checkpoint: TorchDistCheckpoint, hf: PreTrainedVLM, dtype: str | None, casting: Casting
 ) -> ModelProvider:
     """A provider whose models are filled from a torch_dist checkpoint of any layout.
 
     Args:
-        source: the checkpoint.
+        checkpoint: the checkpoint.
         hf: the Hugging Face side of the model; its files are not read.
         dtype: of the model, None for that of the checkpoint.
         casting: of values that the model's parameters do not hold.
@@ -86,7 +87,6 @@ def provider_of_checkpoint(
         PlanError: the checkpoint does not hold this model.
         CheckpointError: it cannot be read.
     """
-    checkpoint = source if isinstance(source, TorchDistCheckpoint) else TorchDistCheckpoint(source)
     bridge, config = bridge_for(hf.hf_config.architecture), hf.hf_config
     found = weight_tensors(checkpoint)
     options = bridge.options_of_checkpoint(found)
@@ -122,47 +122,9 @@ def _provider_settings(
 
 
 @torch.no_grad()
-@done_means_done()
-def save_checkpoint(
-    source: LiveTensors,
-    target: Path,
-    plan: ConversionPlan,
-    *,
-    provider: str,
-    settings: Mapping[str, Any],
-    hf_config: HFConfig,
-    force: bool = False,
-) -> None:
-    """Write the weights of a model, in its own dtypes, as target/iter_0000000.
-
-    Args:
-        source: the model's tensors.
-        target: the folder, which is complete or not there.
-        plan: of the model.
-        provider: dotted path of the provider, for the config record.
-        settings: fields of the provider, for the config record.
-        hf_config: for the config record.
-        force: replace a target that exists.
-
-    Raises:
-        TargetExists: the target exists, and `force` is not set.
-        InputError: this rank does not hold all of the model.
-    """
-    files = megatron_files(
-        plan,
-        provider=provider,
-        settings=settings,
-        hf_config=hf_config,
-        tensors={key: source.tensors.get(key, spec) for key, spec in plan.megatron.items()},
-    )
-    with staged_folder(target, force=force) as staged:
-        write_files(staged, files, source.read_into)
-
-
-@torch.no_grad()
 def load_checkpoint(
     model: Sequence[torch.nn.Module],
-    source: Path | TorchDistCheckpoint,
+    checkpoint: TorchDistCheckpoint,
     *,
     layer_paths: Collection[str] = (),
     casting: Casting = EXACTLY,
@@ -174,7 +136,7 @@ def load_checkpoint(
 
     Args:
         model: the chunks of this rank.
-        source: the checkpoint.
+        checkpoint: the checkpoint.
         layer_paths: of the model's layers, whose keys may be formed in another way than the model's
             (`stored_place`).
         casting: of values that the model's parameters do not hold.
@@ -184,7 +146,6 @@ def load_checkpoint(
         PlanError: it does not hold the model.
         InexactCast: see `casting`.
     """
-    checkpoint = source if isinstance(source, TorchDistCheckpoint) else TorchDistCheckpoint(source)
     stored = checkpoint.tensors
     tensors = [
         (local, *stored_place(local.key, local.box, stored.keys(), layer_paths))

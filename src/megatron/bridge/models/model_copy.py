@@ -44,7 +44,7 @@ def deep_copy[Model: torch.nn.Module](model: Model, memo: dict[int, Any]) -> Mod
 
 
 def _copy_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """With the notes on it; torch's own copy has none."""
+    """A copy with the notes on the parameter; torch's own has none."""
     copied = copy.deepcopy(parameter)
     notes = vars(parameter).items()
     vars(copied).update((name, note) for name, note in notes if _is_plain(note))

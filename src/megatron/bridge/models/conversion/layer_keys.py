@@ -52,7 +52,7 @@ class KeyForms:
 
 
 BY_CONFIG = KeyForms()
-"""As megatron-core forms the keys of the model that is made of the config."""
+"""The forms that megatron-core gives the keys of the model that is made of the config."""
 
 
 def layers_share_keys(settings: Mapping[str, Any]) -> bool:

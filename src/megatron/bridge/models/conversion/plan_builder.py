@@ -308,18 +308,15 @@ class _Builder:
         """Which tensors have dtypes that cannot be mixed with others; or nothing."""
         if not self.mixed:
             return []
-        found = [name for name in self.hf if name in self.used and self._is_odd(name)]
-        dtypes = sorted({self.hf[name].dtype for name in found})
-        return [
-            (
-                f"{len(found)} of {len(self.used)} tensors are {' and '.join(dtypes)}, such as "
-                f"{found[0]}, and cannot be mixed with others: convert the files to one dtype, or "
-                f"several of {', '.join(MIXABLE)}"
-            )
-        ]
-
-    def _is_odd(self, name: str) -> bool:
-        return self.hf[name].dtype not in MIXABLE
+        used = [spec for name, spec in self.hf.items() if name in self.used]
+        found = [spec for spec in used if spec.dtype not in MIXABLE]
+        dtypes = sorted({spec.dtype for spec in found})
+        cause = (
+            f"{len(found)} of {len(self.used)} tensors are {' and '.join(dtypes)}, such as "
+            f"{found[0].name}, and cannot be mixed with others: convert the files to one dtype, or "
+            f"several of {', '.join(MIXABLE)}"
+        )
+        return [cause]
 
 
 def _names(tensors: _Tensors) -> str:

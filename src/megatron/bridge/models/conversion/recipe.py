@@ -1,4 +1,4 @@
-"""What the parameters of one row have in common: their copies, but for the numbers.
+"""How the parameters of one row are made, worked out once for all of them.
 
 The tensors of a row have the same shapes in all layers, so its layout and its place in the
 checkpoint are worked out once, and for each fused expert once. What is left for each of the many

@@ -108,7 +108,7 @@ def fill_megatron(
         part, hf_box = out[slices(relative(shared, box))], hf_part(copy, shared)
         stored = torch_dtype(source.dtype_of(copy.hf_name))
         if stored == out.dtype and not copy.offset:
-            source.read_into(copy.hf_name, hf_box, _seen_from_hf(part, copy, hf_box))
+            source.read_into(copy.hf_name, hf_box, _in_hf_axes(part, copy, hf_box))
         else:
             tensor = read_box(source, copy.hf_name, hf_box)
             part.copy_(to_megatron(tensor, copy, tuple(part.shape), out.dtype, copy.hf_name))
@@ -140,7 +140,7 @@ def fill_hf(
         for shared in _cast_at_once(whole, stored, out.dtype):
             part, megatron_box = out[slices(relative(shared, box))], megatron_part(copy, shared)
             if stored == out.dtype and not copy.offset:
-                view = _seen_from_megatron(part, copy, megatron_box)
+                view = _in_megatron_axes(part, copy, megatron_box)
                 source.read_into(copy.megatron_key, megatron_box, view)
             else:
                 tensor = read_box(source, copy.megatron_key, megatron_box, out.device)
@@ -193,7 +193,7 @@ def fill_export(
         fill_hf(plan, name, box, out, source, casting)
 
 
-def _seen_from_hf(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tensor:
+def _in_hf_axes(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tensor:
     """A part of a Megatron tensor, its axes in the order of the Hugging Face box it stands for."""
     shape = box_shape(hf_box)
     if pair.transpose:
@@ -201,7 +201,7 @@ def _seen_from_hf(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tenso
     return part.view(shape)
 
 
-def _seen_from_megatron(part: torch.Tensor, pair: BoxPair, megatron_box: Box) -> torch.Tensor:
+def _in_megatron_axes(part: torch.Tensor, pair: BoxPair, megatron_box: Box) -> torch.Tensor:
     """A part of a Hugging Face tensor, its axes in the order of the Megatron box it stands for."""
     return (part.transpose(-1, -2) if pair.transpose else part).view(box_shape(megatron_box))
 

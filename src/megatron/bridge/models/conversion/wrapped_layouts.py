@@ -94,7 +94,7 @@ def _swapped(shape: Shape) -> Shape:
 
 
 class TransposedToFit(Transposed):
-    """As Transposed, but what is square is stored as it is: its shape fits, and is all one sees."""
+    """Transposed where shapes tell: square tensors, whose shapes fit as they are, are so taken."""
 
     def pieces(self, hf_shapes: Mapping[str, Shape]) -> tuple[Piece, ...]:
         if self._inside(hf_shapes) == hf_shapes:

@@ -30,7 +30,7 @@ CONFIG_FILE = "config.json"
 TEXT, VISION = "text_config", "vision_config"
 """Where transformers puts the configs of a model's parts, if it is more than a language model."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""Of the weights; the second is how transformers called it before 5."""
+"""Keys of the dtype of the weights; transformers before 5 has the second."""
 MAX_CONFIG_BYTES = 4 << 20
 MAX_COUNT = (1 << 31) - 1
 

@@ -81,7 +81,7 @@ class DequantizedTensors(Mapping[str, TensorSpec]):
 
     @cached_property
     def quantized(self) -> Mapping[str, TensorInfo]:
-        """Of every quantized weight the tensor of its scales, by the weight's name."""
+        """The tensors of scales, each by the name of its quantized weight."""
         return {
             name: self.index[name + SCALE_SUFFIX]
             for name in self._view
@@ -186,7 +186,7 @@ def weights_of(index: TensorIndex, config: HFConfig) -> Weights:
     quantization = quantization_of(config, index)
     if quantization is not None:
         return DequantizedTensors(index, quantization)
-    dequantized_view(index, None, str(index.folder))  # nothing may be quantized behind its back
+    check_tensors(index, None, str(index.folder))  # the config may be silent about it
     return index
 
 

@@ -132,7 +132,7 @@ def other_files(name: str, paths: Sequence[str]) -> str | None:
 
 
 def bare_adapter(folder: Path) -> str | None:
-    """The same for the small files of a hub id, of which an adapter without a config tells."""
+    """What to do with a hub id whose small files are of an adapter without a config; else None."""
     if (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         return _adapter(folder)
     return None

@@ -43,14 +43,14 @@ def other_quantization(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def scaled_as_a_whole(names: Collection[str]) -> tuple[str, str] | None:
-    """The same for FP8 weights without blocks."""
+    """As `other_quantization`, for FP8 weights without blocks."""
     components = _components(names)
     found = next(filter(_WHOLE_SCALE.fullmatch, components), None)
     return None if found is None else (_WHOLE_METHOD, components[found])
 
 
 def _components(names: Collection[str]) -> dict[str, str]:
-    """Of each last component a name that ends in it: tens, where there are 100,000 names."""
+    """The last components of names, tens where there are 100,000 names, each with one of them."""
     return {name.rpartition(".")[2]: name for name in names}
 
 

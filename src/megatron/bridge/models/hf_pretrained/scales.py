@@ -1,7 +1,7 @@
 """The scales of FP8 weights: how they are named, and weights that lack them."""
 
 SCALE_SUFFIX = "_scale_inv"
-"""Behind the name of a weight."""
+"""What the name of a weight's scales has behind that of the weight."""
 
 NO_SCALES = (
     "FP8 weights without scales have no known values; use the whole FP8 release, or the one in BF16"

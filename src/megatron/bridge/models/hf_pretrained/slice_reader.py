@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     import torch
 
 SCRATCH_BYTES = 4 << 20
-"""Per thread: where elements lie that cannot be read straight to their place."""
+"""Memory of each thread for elements that cannot be read straight to their place."""
 
 _MOST_OPEN = 64
-"""Files. A checkpoint may have more of them than a process may open."""
+"""How many files are kept open: a checkpoint may have more than a process may open."""
 
 _ROWS_AT_ONCE = 48
 
 _LONG_RUN = 32 << 10
-"""Bytes above which reading a strided box run by run costs less than reading what lies between."""
+"""Bytes of a run, above which reading one run after the other costs less than all between them."""
 
 
 class SliceReader:

@@ -19,7 +19,7 @@ A tensor in a header has 12 of them, and the largest headers have 100,000 tensor
 """
 
 _MAX_DIGITS = 4300
-"""Of an integer, by default also those that Python takes: their square is the time they take."""
+"""Digits of an integer, Python's own default: parsing takes their square in time."""
 
 
 def parse_object(text: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:

@@ -36,11 +36,11 @@ from megatron.bridge.models.hf_pretrained.reference import (
     repository_files,
     resolve_reference,
 )
-from megatron.bridge.models.hf_pretrained.reference_model import load, load_reference_model
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.side_files import replace_file, side_files
 from megatron.bridge.models.hf_pretrained.state import StateDict
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from megatron.bridge.models.hf_pretrained.transformers_model import load, load_transformers_model
 from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files, is_safetensors
 from megatron.bridge.paths import local_path
 from megatron.bridge.tensors.spec import main_dtype
@@ -119,7 +119,7 @@ class PreTrainedVLM:
 
     @property
     def model_name_or_path(self) -> str:
-        """As transformers calls `name_or_path`."""
+        """`name_or_path`, as other libraries call it."""
         return self.name_or_path
 
     @property
@@ -332,7 +332,7 @@ class PreTrainedVLM:
         Raises:
             InputError: transformers cannot load the model, or misses tensors.
         """
-        return load_reference_model(self, auto_model, **kwargs)
+        return load_transformers_model(self, auto_model, **kwargs)
 
     def _loaded(self, what: str, auto_class: Any, **options: Any) -> Any:
         return load(self.name_or_path, what, auto_class, self.folder, **options)

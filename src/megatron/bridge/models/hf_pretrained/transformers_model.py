@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
 
-def load_reference_model(
+def load_transformers_model(
     hf: PreTrainedVLM, auto_model: str | None, **kwargs: Any
 ) -> PreTrainedModel:
     """See `PreTrainedVLM.load_model`."""
