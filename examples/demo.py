@@ -111,7 +111,7 @@ class Demo:
 
     def verify(self) -> str:
         """Original and result, tensor by tensor, bit by bit; and every other file."""
-        from megatron.bridge.operations.verification.tensors import verify
+        from megatron.bridge.operations.verification.bitwise import verify
 
         report = verify(self.source, self.exported)
         if not report.identical:
