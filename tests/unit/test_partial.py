@@ -192,7 +192,7 @@ def test_what_is_not_complete_is_not_committed(tmp_path: Path, fault: str) -> No
     messages = {
         "a piece missing": "not complete: iter_1/b",
         "a file cut": "should have 11 bytes and has 3",
-        "a file too many": "note.txt: this is not a file of the target",
+        "a file too many": "note.txt: this is no file of the target",
     }
 
     def work(partial: PartialFolder) -> None:

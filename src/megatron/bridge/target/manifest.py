@@ -134,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 def _file_record(value: object) -> FileRecord:
     name, nbytes, pieces = fields(value, {"name": str, "nbytes": int, "pieces": list})
     if not is_output_name(name):
-        raise ValueError(f"{name[:200]!r} is not a valid name of a file inside the folder")
+        raise ValueError(f"{name[:200]!r} is no file name inside the folder")
     if not all(map(_is_piece, pieces)):
         raise ValueError(f"{name}: expected pieces [offset, bytes, CRC-32]")
     record = FileRecord(name, nbytes, tuple(PieceSum(*piece) for piece in pieces))

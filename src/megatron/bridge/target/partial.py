@@ -238,7 +238,7 @@ class PartialFolder:
             for path in (Path(folder, name) for name in names):
                 name = path.relative_to(self.path).as_posix()
                 if name not in self._sizes and is_output_name(name):
-                    raise CheckpointError(f"{path}: this is not a file of the target; remove it")
+                    raise CheckpointError(f"{path}: this is no file of the target; remove it")
         for name, nbytes in self._sizes.items():
             path = self.path / name
             if not nbytes:
