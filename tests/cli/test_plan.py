@@ -158,6 +158,23 @@ def test_a_checkpoint(
     assert "left behind nothing" in words(out)
 
 
+def test_a_checkpoint_of_another_dtype_than_its_reference(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint is shown as it lies there, the files as the reference has them."""
+    wide = make_model("qwen3-vl", tmp_path / "wide", {"dtype": "float32"})
+    assert main(["import", str(wide), str(tmp_path / "megatron"), "--json"]) == 0
+    capsys.readouterr()
+    found = document(capsys, tmp_path / "megatron", "--hf", small_model)
+    assert (set(found["hf"]["dtypes"]), set(found["megatron"]["dtypes"])) == ({"BF16"}, {"F32"})
+    assert found["conversion"]["read_bytes"] == found["megatron"]["bytes"]
+    assert found["conversion"]["written_bytes"] == found["hf"]["bytes"]
+    args = [tmp_path / "megatron", tmp_path / "out", "--hf", small_model, "--round", "--json"]
+    assert main(["export", *map(str, args)]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert [exported[side] for side in ("hf", "megatron")] == [found["hf"], found["megatron"]]
+
+
 def test_a_checkpoint_that_does_not_describe_itself(
     small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

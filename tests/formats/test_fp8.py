@@ -22,6 +22,7 @@ from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
+from megatron.bridge.operations.verification.bitwise import verify
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.tensors.boxes import Box, slices
 from megatron.bridge.tensors.spec import TensorSpec

@@ -15,6 +15,7 @@ from megatron.bridge.operations.verification.bitwise import verify
 
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
+from megatron.bridge.operations.verification.bitwise import verify
 from megatron.bridge.synthetic import make_model
 from torch_dist_folders import write_torch_dist
 from vision_families import FAMILIES

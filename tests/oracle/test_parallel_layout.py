@@ -26,7 +26,7 @@ from megatron.bridge.operations.inspection.cluster_layout import (
     on_rank,
     without_advice,
 )
-from megatron.bridge.operations.inspection.cluster_legality import REFUSED, why_illegal
+from megatron.bridge.operations.inspection.cluster_legality import REFUSED, layout_error
 from megatron.bridge.operations.inspection.rank_grid import rank_positions
 from megatron.bridge.operations.inspection.rank_share import adam_bytes, share_of
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
@@ -180,7 +180,7 @@ def test_context_parallel_ranks_share_the_optimizer_too() -> None:
 def problems(model: Blueprint, request_: ParallelSizes, **more: Any) -> tuple[str, ...]:
     with pytest.raises(REFUSED) as refused:
         lay_out(model, request_)
-    error = why_illegal(model, request_, refused.value, more)  # type: ignore[arg-type]
+    error = layout_error(model, request_, refused.value, more)  # type: ignore[arg-type]
     assert isinstance(error, PlanError)
     return error.problems
 

@@ -194,7 +194,7 @@ def test_what_is_not_complete_is_not_committed(tmp_path: Path, fault: str) -> No
     messages = {
         "a file missing": r"iter_1/b\.bin: it was not written to its end",
         "a file cut": "should have 11 bytes and has 3",
-        "a file too many": "note.txt: this is not a file of the target",
+        "a file too many": "note.txt: this is no file of the target",
     }
 
     def work(partial: ResumableFolder) -> None:

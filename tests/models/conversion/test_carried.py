@@ -20,6 +20,7 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.equal_copies import check_equal
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.operations.verification.bitwise import verify
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.tensors.spec import TensorSpec
 from plans_of import (

@@ -59,7 +59,8 @@ class Converted:
 
     reference, side_files: of an export, what it is laid out like, None for the config that the
         checkpoint keeps; the files beside the weights and their index.
-    hf: tensors of the Hugging Face files as they lie there; those of the plan are dequantized.
+    hf, megatron: tensors as they lie in the files; those of the plan are dequantized, and have the
+        dtypes of the Hugging Face side.
     quantization: of the Hugging Face files, None if they are not quantized.
     written: bytes that were written, taken over from an earlier run and read back.
     dropped: tensors of a Megatron checkpoint that are not weights (optimizer state).
@@ -74,6 +75,7 @@ class Converted:
     reference: str | None = None
     architecture: str
     hf: TensorSummary
+    megatron: TensorSummary
     quantization: BlockFP8 | None = None
     written: Written
     dropped: tuple[str, ...] = ()
@@ -82,11 +84,6 @@ class Converted:
     inexact: tuple[Inexact, ...] = ()
     seconds: float
     plan: ConversionPlan = field(metadata=UNSTATED)
-
-    @stated
-    def megatron(self) -> TensorSummary:
-        """The tensors of the checkpoint."""
-        return TensorSummary.of(self.plan.megatron.values())
 
     @stated
     def carried(self) -> Mapping[str, str]:
@@ -174,6 +171,7 @@ def import_checkpoint(
         target=target,
         architecture=sides.config.architecture,
         hf=TensorSummary.of(source.tensors.values()),
+        megatron=TensorSummary.of(plan.megatron.values()),
         quantization=source.quantization,
         written=written,
         inexact=inexact,
@@ -290,6 +288,7 @@ def export_checkpoint(
         reference=None if given is None else given.name_or_path,
         architecture=reference.hf_config.architecture,
         hf=TensorSummary.of(hf.values()),
+        megatron=TensorSummary.of(checkpoint.tensors[key] for key in plan.megatron),
         quantization=reference.quantization if fp8 else None,
         written=written,
         dropped=dropped,

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron.bridge.cli.render.conversion_tables import left_out
-from megatron.bridge.cli.render.inspection_tables import dtypes, identity, peculiarities, plan_rows
+from megatron.bridge.cli.render.inspection_tables import dtypes, identity, plan_rows, special_facts
 from megatron.bridge.cli.render.tables import facts, listing, verdict
 from megatron.bridge.cli.units import count, exact_bytes
 from megatron.bridge.text.folding import fold, fold_numbers, template
@@ -33,7 +33,7 @@ def render_forecast(report: Forecast) -> RenderableType:
             [
                 ("source", report.source),
                 *identity(report),
-                *peculiarities(report),
+                *special_facts(report),
                 ("plan", verdict(report.proven, "proven", "not proven")),
             ],
         )

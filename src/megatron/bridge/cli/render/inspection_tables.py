@@ -39,7 +39,7 @@ def render_hf(report: HFReport) -> RenderableType:
                 ("source", report.source),
                 *identity(report),
                 *_sizes(report.hf),
-                *peculiarities(report),
+                *special_facts(report),
                 ("shards", _named_sizes(report.shards)),
                 ("side files", ", ".join(report.side_files) or "none"),
                 *_facts(report, "config"),
@@ -63,7 +63,7 @@ def identity(report: HFReport) -> list[tuple[str, object]]:
     ]
 
 
-def peculiarities(report: HFReport) -> list[tuple[str, object]]:
+def special_facts(report: HFReport) -> list[tuple[str, object]]:
     """What not every model has: assumed dtypes, quantization, what the family says of files."""
     return [
         ("dtypes assumed", _assumption(report)),

@@ -81,10 +81,10 @@ def layout_of(
     except REFUSED as error:
         lesser = {part: fields(part) for part in bridge.optional_parts}
         differing = {part: model(one) for part, one in lesser.items() if one != whole}
-        raise why_illegal(model(whole), sizes, error, differing) from error
+        raise layout_error(model(whole), sizes, error, differing) from error
 
 
-def why_illegal(
+def layout_error(
     model: Blueprint,
     sizes: ParallelSizes,
     error: Exception,

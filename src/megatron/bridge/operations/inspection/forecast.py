@@ -145,18 +145,20 @@ def forecast_export(
     hf, bridge = sides.files, sides.bridge
     plan, dropped = plan_export(checkpoint, sides, experts)
     dtype = main_dtype(plan.hf.values())
+    megatron = TensorSummary.of(checkpoint.tensors[key] for key in plan.megatron)
     model = replace(
         inspect_model(hf, str(source), PlanOptions(experts=experts), sides),
         format="megatron",
         origin="checkpoint" if reference is None else "reference",
         plan=plan,
         hf=TensorSummary.of(plan.hf.values()),
+        megatron=megatron,
         settings=bridge.provider_settings(sides.config, dtype, plan.hf),
         problem=None,
     )
     return Forecast(
         **_fields(model),
-        conversion=ConversionCost("export", plan.megatron_bytes, plan.hf_bytes),
+        conversion=ConversionCost("export", megatron.bytes, plan.hf_bytes),
         dropped=dropped,
         left_out=left_out(sides, plan, experts),
     )

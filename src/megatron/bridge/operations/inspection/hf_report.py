@@ -41,9 +41,10 @@ class HFReport:
     folder: that the source led to. bridge: the class that converts it, or None. origin: where the
     tensors below are known from; "config" means that no weights are at hand and the tensors are
     those that the config asks for, "checkpoint" that a Megatron checkpoint gives them, "reference"
-    that it gives them in the layout of a reference. hf: the tensors as they are stored. filled_in:
-    what the config leaves out and transformers' config class fills in, of the keys that were
-    needed, by path. tied: whether the output layer is the embedding.
+    that it gives them in the layout of a reference. hf: the tensors as they are stored. megatron:
+    those of the checkpoint; None without a plan. filled_in: what the config leaves out and
+    transformers' config class fills in, of the keys that were needed, by path. tied: whether the
+    output layer is the embedding.
     description: what the family says of the model; without a bridge, sizes alone. plan: None if it
     is not proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized
     model. settings: fields of the family's provider; None where they are not known to be right.
@@ -57,6 +58,7 @@ class HFReport:
     bridge: str | None
     origin: Origin
     hf: TensorSummary | None
+    megatron: TensorSummary | None
     shards: tuple[Shard, ...]
     side_files: tuple[str, ...]
     filled_in: Mapping[str, Any]
@@ -98,11 +100,6 @@ class HFReport:
     def message(self) -> str | None:
         """Why it does not convert, as the error says it."""
         return None if self.problem is None else str(self.problem)
-
-    @stated
-    def megatron(self) -> TensorSummary | None:
-        """The tensors of the Megatron checkpoint; None without a plan."""
-        return None if self.plan is None else TensorSummary.of(self.plan.megatron.values())
 
     @stated
     def rows(self) -> list[RowSummary]:
@@ -163,6 +160,7 @@ def inspect_model(
         bridge=None if bridge is None else type(bridge).__name__,
         origin=origin,
         hf=None if specs is None else TensorSummary.of(specs.values()),
+        megatron=None if found.plan is None else TensorSummary.of(found.plan.megatron.values()),
         shards=() if tensors is None else _shards(tensors),
         side_files=tuple(map(str, hf.side_files)),
         description=description,
