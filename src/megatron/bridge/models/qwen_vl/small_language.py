@@ -7,7 +7,7 @@ four.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.bridge.models.small_model import Parameters, SmallModel, Values
@@ -91,8 +91,7 @@ HYBRID_ATTENTION = {
     "attn_output_gate": True,
     "full_attention_interval": 4,
     "head_dim": 64,
-    # Follows the number of layers and the interval, unless it is set.
-    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    "layer_types": ["full_attention"],  # as transformers completes it, unless it is set
     "linear_conv_kernel_dim": 4,
     # Nearly as large as the released 128: much smaller heads amplify rounding.
     "linear_key_head_dim": 118,
@@ -135,7 +134,6 @@ def small_model(name: str, config: dict[str, Any], language: str, **fields: Any)
         generation={"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
         chat_template=_CHAT_TEMPLATE,
         language=language,
-        aliases={f"{language}num_local_experts": f"{language}num_experts"},
         **fields,
     )
 
@@ -157,16 +155,6 @@ def hybrid(language: str, root: str) -> dict[str, Any]:
 
     language: what the keys of the language model begin with. root: what its names begin with.
     """
-
-    def complete(given: Values, values: MutableMapping[str, Any]) -> None:
-        """The types of layers follow their number and the interval."""
-        if f"{language}layer_types" in values.keys() - given.keys():
-            # An interval of zero is refused later, by its own name.
-            interval = max(1, values[f"{language}full_attention_interval"])
-            values[f"{language}layer_types"] = [
-                "linear_attention" if number % interval else "full_attention"
-                for number in range(1, values[f"{language}num_hidden_layers"] + 1)
-            ]
 
     def mtp_parameters(
         config: Values, parameters: Callable[[Values], Parameters]
@@ -193,7 +181,7 @@ def hybrid(language: str, root: str) -> dict[str, Any]:
     pattern = root.replace(".", r"\.")
     return {
         "tokenizer_class": "Qwen3_5Tokenizer",
-        "complete": complete,
+        "completed": {f"{language}layer_types": f"{language}full_attention_interval"},
         "further_parameters": mtp_parameters,
         # All RMSNorms of the text but the one inside the Gated DeltaNet.
         "zero_centred_norms": rf"^(mtp|{pattern})\.(?!.*\.linear_attn\.).*norm\w*\.weight$",

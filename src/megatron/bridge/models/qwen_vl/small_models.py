@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.bridge.models.qwen_vl.small_language import (
@@ -16,11 +16,6 @@ from megatron.bridge.models.qwen_vl.small_language import (
     fp8_matrices,
     hybrid,
     small_model,
-)
-from megatron.bridge.models.qwen_vl.small_model_rules import (
-    language_problems,
-    positive,
-    vision_problems,
 )
 from megatron.bridge.models.small_model import SmallModel, Values, register_small_models
 
@@ -106,11 +101,6 @@ def _processors(config: Values) -> Mapping[str, Any]:
     }
 
 
-def _problems(values: Values) -> Iterator[str]:
-    yield from language_problems(values, _LANGUAGE)
-    yield from vision_problems(values)
-
-
 def _family(name: str, config: dict[str, Any], fixed: tuple[str, ...], **fields: Any) -> SmallModel:
     """A family, with what all of them have in common."""
     return small_model(
@@ -118,14 +108,11 @@ def _family(name: str, config: dict[str, Any], fixed: tuple[str, ...], **fields:
         config,
         _LANGUAGE,
         auto_model="AutoModelForImageTextToText",
-        shorts={"text.": _LANGUAGE, "vision.": "vision_config."},
         follow={
             "text_config.tie_word_embeddings": "tie_word_embeddings",
             "vision_config.out_hidden_size": "text_config.hidden_size",
         },
         fixed=("text_config.model_type", "vision_config.model_type", *fixed),
-        positive=positive(_LANGUAGE, vision=True),
-        problems=_problems,
         fp8_matrices=fp8_matrices(_ROOT.replace(".", r"\.")),
         processors=_processors,
         **fields,

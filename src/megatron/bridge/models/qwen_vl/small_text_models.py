@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from megatron.bridge.models.qwen_vl.small_language import (
@@ -17,7 +16,6 @@ from megatron.bridge.models.qwen_vl.small_language import (
     hybrid,
     small_model,
 )
-from megatron.bridge.models.qwen_vl.small_model_rules import language_problems, positive
 from megatron.bridge.models.small_model import SmallModel, register_small_models
 
 _ROOT = "model"
@@ -46,8 +44,6 @@ def _family(
         name,
         config,
         "",
-        positive=positive(""),
-        problems=partial(language_problems, language=""),
         fp8_matrices=fp8_matrices(_ROOT),
         **fields,
     )
