@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,14 +79,17 @@ def resolve_settings(family: SmallModel, settings: Mapping[str, object]) -> Sett
     """
     options = {**OPTIONS, **family.options}
     known = {**dict(_flatten(family.config)), **dict.fromkeys(family.token_ids, 0), **options}
+    fixed = {key for key in known if key in family.fixed or key.rpartition(".")[2] in _FIXED}
     given: dict[str, Any] = {}
     for name, value in _flatten(settings):
         key = _full_key(family, name, known)
+        if key not in known:
+            raise _unknown(key, sorted(known.keys() - fixed))
         typed = _typed(key, known[key], value)
         if given.setdefault(key, typed) != typed:
             raise InputError(f"{key} is set twice: to {given[key]!r}, and by {name} to {typed!r}")
-    for key in (*_FIXED, *family.fixed):
-        if given.get(key, known.get(key)) != known.get(key):
+    for key in sorted(given.keys() & fixed):
+        if given[key] != known[key]:
             raise InputError(f"{key} of family {family.name} is {known[key]!r}, not a setting")
     values = {**known, **(family.fp8_options if given.get("fp8") else {}), **given}
     for follower, leader in family.follow.items():
@@ -105,8 +108,8 @@ def resolve_settings(family: SmallModel, settings: Mapping[str, object]) -> Sett
     return Settings(config, {key: values[key] for key in options}, first_token_id, changed)
 
 
-def _full_key(family: SmallModel, name: str, known: Mapping[str, Any]) -> str:
-    """The key that a setting means. Raises InputError if there is none."""
+def _full_key(family: SmallModel, name: str, known: Container[str]) -> str:
+    """The key that a setting means; one that is not known where it means none."""
     section, dot, rest = name.partition(".")
     if dot and f"{section}_config" in family.config:
         name = f"{section}_config.{rest}"
@@ -119,10 +122,13 @@ def _full_key(family: SmallModel, name: str, known: Mapping[str, Any]) -> str:
         for key in same(place):
             if key in known:
                 return key
-    settable = sorted(known.keys() - {*_FIXED, *family.fixed})
+    return name
+
+
+def _unknown(name: str, settable: list[str]) -> InputError:
     close = difflib.get_close_matches(name, settable, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise InputError(f"unknown setting {name!r}{hint}; known are: {', '.join(settable)}")
+    return InputError(f"unknown setting {name!r}{hint}; known are: {', '.join(settable)}")
 
 
 def _typed(key: str, default: Any, value: object) -> Any:
