@@ -131,7 +131,7 @@ class ModelFiles:
         settings = self._settings
         family = find_family(self.case.family)
         write_side_files(self.folder, family, settings.config, settings.first_token_id)
-        shards = split_into_shards(self._tensors, settings.max_shard_size)
+        shards = split_into_shards(self._tensors, settings.options["max_shard_size"])
         random = RandomWeights()
         for file_name, tensors in shards.items():
             _write_shard(self.folder / file_name, tensors, random)

@@ -5,12 +5,12 @@ It is registered like a bridge: importing the module that declares it is all it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 type Values = Mapping[str, Any]
-"""Of a config and of options, by dotted key."""
+"""Of a config."""
 
 type Parameters = Iterable[tuple[str, tuple[int, ...]]]
 """Names and shapes."""
@@ -22,10 +22,6 @@ def _nothing(*_: object) -> tuple[()]:
 
 def _no_files(_config: Values) -> Mapping[str, Any]:
     return {}
-
-
-def _no_change(_given: Values, _values: MutableMapping[str, Any]) -> None:
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +43,10 @@ class SmallModel:
         chat_template: in jinja; empty for a base model.
         auto_model: the class of transformers that builds it.
         language: what dotted keys of the language model's config begin with.
-        shorts: beginnings of keys that settings may have -> those that are meant.
-        aliases: keys that settings may have -> those that are meant.
         follow: keys that have the value of another, unless they are set.
-        complete: sets values that follow others in another way; called with the values that are
-            set, and with all.
+        completed: keys whose value transformers' config class makes of the others, unless they are
+            set -> the first of those.
         fixed: keys that are no settings: the model exists only so.
-        positive: keys of numbers that must be.
-        problems: every contradiction in values that are positive where they must be.
         options: settings that are no config keys and belong to this family alone, or whose default
             differs in it.
         fp8_options: the defaults that differ in its FP8 release.
@@ -80,13 +72,9 @@ class SmallModel:
     chat_template: str = ""
     auto_model: str = "AutoModelForCausalLM"
     language: str = ""
-    shorts: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
     follow: Mapping[str, str] = field(default_factory=dict)
-    complete: Callable[[Values, MutableMapping[str, Any]], None] = _no_change
+    completed: Mapping[str, str] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
-    positive: tuple[str, ...] = ()
-    problems: Callable[[Values], Iterable[str]] = _nothing
     options: Mapping[str, Any] = field(default_factory=dict)
     fp8_options: Mapping[str, Any] = field(default_factory=dict)
     fp8_matrices: str | None = None

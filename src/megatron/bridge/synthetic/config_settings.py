@@ -1,8 +1,9 @@
-"""Settings `key=value` of a synthetic model, applied to its family's config and checked.
+"""Settings of a synthetic model: its family's config with other values, and options.
 
-Keys are the config's dotted paths, which the family may have shorter forms of, and the keys of
-`OPTIONS`. Values may be of the right type or text, as from a command line. A nested
-mapping, such as a real model's whole config.json, means the same as its dotted keys.
+A setting is named by the dotted path of the config, a section by its name without "_config" too
+("text.hidden_size"); where it is unique, by its last part. Values are of the type that the family
+has there, or text as from a command line. A nested mapping, such as a real model's whole
+config.json, means the same as its dotted keys.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.conversion.expert_layout import ExpertLayout
+from megatron.bridge.models.hf_pretrained.transformers_defaults import (
+    TransformersDefaults,
+    value_at,
+)
 from megatron.bridge.models.small_model import SmallModel
-from megatron.bridge.synthetic.validation import problems_of
+
+ORIGIN = "these settings"
+"""What the config comes from, in messages."""
 
 OPTIONS: Mapping[str, Any] = {
     "rope_form": "old",  # or "new": rope_parameters instead of rope_scaling and rope_theta
@@ -33,143 +41,94 @@ A family has its own besides, where they have a meaning: `experts` and those of 
 released models have in float32.
 """
 
+_DTYPES = ("bfloat16", "float16", "float32")
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "rope_form": ("old", "new"),
+    "dtype": _DTYPES,
+    "ssm_dtype": _DTYPES,
+    "fp8_scale_dtype": ("bfloat16", "float32"),
+}
+_LEAST = {"num_shards": 0, "max_shard_size": 1}
+
 _FIXED = ("architectures", "model_type")
 _ORDINARY_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class DiskForm:
-    """How the weights are stored; dtypes are torch's names.
-
-    `experts` has an ExpertLayout by the option that names it, of families with experts; `ssm_dtype`
-    is empty in one without such tensors. `scale_dtype` is that of the scales of FP8.
-    """
-
-    dtype: str
-    ssm_dtype: str
-    experts: Mapping[str, str]
-    fp8: bool
-    scale_dtype: str
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
-    """A complete config.json (but for the quantization), and how to write the weights.
+    """What a model is made of.
 
-    `num_shards` 0 means: as many as `max_shard_size` (bytes) makes; `first_token_id` is the id of
-    the family's first token.
+    Attributes:
+        config: the complete config.json, but for the quantization.
+        options: the value of each of `OPTIONS` and of the family's.
+        first_token_id: of the family's tokens.
+        changed: whether a value of the family's config was set.
     """
 
     config: dict[str, Any]
-    form: DiskForm
-    num_shards: int
-    max_shard_size: int
+    options: Mapping[str, Any]
     first_token_id: int
+    changed: bool
 
 
 def resolve_settings(family: SmallModel, settings: Mapping[str, object]) -> Settings:
     """Apply `settings` to the config of `family`.
 
-    Raises InputError for an unknown key (listing the known ones), a value of the wrong type, or
-    values that do not make a model, all of them in one error.
+    Raises InputError for an unknown key, listing the known ones, a value of the wrong type, or an
+    option that it cannot have; whether the config makes a model is not checked here.
     """
-    defaults = dict(_flatten(family.config)) | dict(OPTIONS) | dict(family.options)
-    fixed = (*_FIXED, *family.fixed)
+    options = {**OPTIONS, **family.options}
+    known = {**dict(_flatten(family.config)), **dict.fromkeys(family.token_ids, 0), **options}
+    fixed = {key for key in known if key in family.fixed or key.rpartition(".")[2] in _FIXED}
     given: dict[str, Any] = {}
     for name, value in _flatten(settings):
-        key = _full_key(family, name)
-        if key not in defaults and key not in family.token_ids:
-            raise _unknown(key, [*(defaults.keys() - set(fixed)), *family.token_ids])
-        typed = _typed(key, defaults.get(key, 0), value)
+        key = _full_key(family, name, known)
+        if key not in known:
+            raise _unknown(key, sorted(known.keys() - fixed))
+        typed = _typed(key, known[key], value)
         if given.setdefault(key, typed) != typed:
             raise InputError(f"{key} is set twice: to {given[key]!r}, and by {name} to {typed!r}")
-    for key in fixed:
-        if key in given and given[key] != defaults[key]:
-            raise InputError(f"{key} of family {family.name} is {defaults[key]!r}, not a setting")
-    if given.get("fp8", False):
-        defaults |= family.fp8_options
-    values = {**defaults, **given}
-    _follow(family, given, values)
+    for key in sorted(given.keys() & fixed):
+        if given[key] != known[key]:
+            raise InputError(f"{key} of family {family.name} is {known[key]!r}, not a setting")
+    values = {**known, **(family.fp8_options if given.get("fp8") else {}), **given}
+    for follower, leader in family.follow.items():
+        if follower in known:
+            values[follower] = given.get(follower, values[leader])
+    _check_options(family, {key: values[key] for key in options})
     first_token_id = _place_tokens(family, given, values)
-    if problems := problems_of(family, values, first_token_id + len(family.tokens)):
-        raise InputError.of_problems("these settings make no model", problems)
-    options = OPTIONS.keys() | family.options.keys()
     of_config = {key: value for key, value in values.items() if key not in options}
-    config = _unflatten(of_config | {f"{family.language}dtype": values["dtype"]})
+    config = _unflatten({**of_config, f"{family.language}dtype": values["dtype"]})
+    for key, leader in family.completed.items():
+        if key not in given:
+            _complete(config, key, leader)
     if values["rope_form"] == "old":
         _use_old_form_of_rope(family.language_of(config))
-    form = DiskForm(
-        dtype=values["dtype"],
-        # Families without such tensors have no such option.
-        ssm_dtype=values.get("ssm_dtype", ""),
-        experts={
-            option: values[option]
-            for option in ("experts", *family.expert_options.values())
-            if option in values
-        },
-        fp8=values["fp8"],
-        scale_dtype=values["fp8_scale_dtype"],
-    )
-    return Settings(config, form, values["num_shards"], values["max_shard_size"], first_token_id)
+    changed = bool(given.keys() - options.keys())
+    return Settings(config, {key: values[key] for key in options}, first_token_id, changed)
 
 
-def _follow(family: SmallModel, given: Mapping[str, Any], values: dict[str, Any]) -> None:
-    """Set the values that follow other ones, unless they are given on their own."""
-    for follower, leader in family.follow.items():
-        if follower in values:
-            values[follower] = given.get(follower, values[leader])
-    family.complete(given, values)
+def _full_key(family: SmallModel, name: str, known: Container[str]) -> str:
+    """The key that a setting means; one that is not known where it means none."""
+    section, dot, rest = name.partition(".")
+    if dot and f"{section}_config" in family.config:
+        name = f"{section}_config.{rest}"
+    name = name.replace("rope_scaling.", "rope_parameters.")
+    own = name.removeprefix(family.language)
+    if own in OPTIONS:
+        return own
+    same = TransformersDefaults(family.config).names
+    for place in (name, f"{family.language}{own}", f"{family.language}rope_parameters.{own}"):
+        for key in same(place):
+            if key in known:
+                return key
+    return name
 
 
-def _use_old_form_of_rope(language: dict[str, Any]) -> None:
-    """Write as transformers did before version 5."""
-    rope = language.pop("rope_parameters")
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope:
-            language[key] = rope.pop(key)
-    language["rope_scaling"] = rope
-
-
-def _place_tokens(family: SmallModel, given: Mapping[str, Any], values: dict[str, Any]) -> int:
-    """Fill in the ids of tokens; any of them that is given places all of them."""
-    places = {
-        key: given[key] - family.tokens.index(token)
-        for key, token in family.token_ids.items()
-        if key in given
-    }
-    first = next(iter(places.values()), _ORDINARY_TOKENS)
-    if any(place != first for place in places.values()) or first < _ORDINARY_TOKENS:
-        raise InputError(
-            f"the ids of tokens do not fit together: {', '.join(places)}; in family {family.name} "
-            f"they follow one another, behind {_ORDINARY_TOKENS} ordinary ones: give only one"
-        )
-    for key, token in family.token_ids.items():
-        values[key] = first + family.tokens.index(token)
-    return first
-
-
-def _full_key(family: SmallModel, key: str) -> str:
-    language = family.language
-    rope = f"{language}rope_parameters."
-    shorts = {**family.shorts, f"{language}rope_scaling.": rope}
-    for short, full in shorts.items():
-        if key.startswith(short):
-            key = full + key.removeprefix(short)
-    aliases = {
-        "vocab_size": f"{language}vocab_size",
-        f"{language}dtype": "dtype",
-        f"{language}partial_rotary_factor": f"{rope}partial_rotary_factor",
-        f"{language}rope_theta": f"{rope}rope_theta",
-        **family.aliases,
-    }
-    return aliases.get(key, key)
-
-
-def _unknown(key: str, known: list[str]) -> InputError:
-    settable = sorted(known)
-    close = difflib.get_close_matches(key, settable, n=1)
+def _unknown(name: str, settable: list[str]) -> InputError:
+    close = difflib.get_close_matches(name, settable, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return InputError(f"unknown setting {key!r}{hint}; known are: {', '.join(settable)}")
+    return InputError(f"unknown setting {name!r}{hint}; known are: {', '.join(settable)}")
 
 
 def _typed(key: str, default: Any, value: object) -> Any:
@@ -192,6 +151,66 @@ def _same_elements(default: Any, value: Any) -> bool:
         return True
     kinds = {type(item) for item in default} or {int}
     return all(type(item) in kinds for item in value)
+
+
+def _check_options(family: SmallModel, options: Mapping[str, Any]) -> None:
+    layouts = dict.fromkeys(("experts", *family.expert_options.values()), tuple(ExpertLayout))
+    for key, choices in {**_CHOICES, **layouts}.items():
+        if key in options and options[key] not in choices:
+            raise InputError(f"{key} must be one of {', '.join(choices)}, found {options[key]!r}")
+    for key, least in _LEAST.items():
+        if options[key] < least:
+            raise InputError(f"{key} must be {least} or more, found {options[key]}")
+    if options["fp8"] and family.fp8_matrices is None:
+        raise InputError(f"fp8: family {family.name} has no FP8 release; leave it out")
+
+
+def _place_tokens(family: SmallModel, given: Mapping[str, Any], values: dict[str, Any]) -> int:
+    """Fill in the ids of tokens; any of them that is given places all of them."""
+    places = {
+        key: given[key] - family.tokens.index(token)
+        for key, token in family.token_ids.items()
+        if key in given
+    }
+    first = next(iter(places.values()), _ORDINARY_TOKENS)
+    if any(place != first for place in places.values()) or first < _ORDINARY_TOKENS:
+        raise InputError(
+            f"the ids of tokens do not fit together: {', '.join(places)}; in family {family.name} "
+            f"they follow one another, behind {_ORDINARY_TOKENS} ordinary ones: give only one"
+        )
+    for key, token in family.token_ids.items():
+        values[key] = first + family.tokens.index(token)
+    vocabulary, tokens = f"{family.language}vocab_size", first + len(family.tokens)
+    if values[vocabulary] < tokens:
+        raise InputError(
+            f"{vocabulary} ({values[vocabulary]}) is smaller than the tokenizer's ({tokens})"
+        )
+    return first
+
+
+def _complete(config: dict[str, Any], path: str, leader: str) -> None:
+    """Set what transformers' config class makes of other values; `leader` is the first of them."""
+    *parents, key = path.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    section.pop(key, None)
+    defaults = TransformersDefaults(config)
+    section[key] = defaults.completed(path)
+    if section[key] is None:
+        raise InputError(
+            f"{path} follows {leader} ({value_at(config, leader)}), and transformers does not "
+            f"complete it: {defaults.refusal}; set {path} on its own, or correct what it follows"
+        )
+
+
+def _use_old_form_of_rope(language: dict[str, Any]) -> None:
+    """Write as transformers did before version 5."""
+    rope = language.pop("rope_parameters")
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            language[key] = rope.pop(key)
+    language["rope_scaling"] = rope
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron.bridge.dtypes import TORCH_NAMES
+from megatron.bridge.errors import InputError
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.small_model import SmallModel
 from megatron.bridge.synthetic import quantize
 from megatron.bridge.synthetic.config_settings import DiskForm, Settings
 from megatron.bridge.tensors.spec import TensorSpec
+from megatron.bridge.synthetic.config_settings import ORIGIN, Settings
 
 _EXPERTS = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 
@@ -53,17 +56,26 @@ class DiskTensor(TensorSpec):
 
 
 def disk_tensors(family: SmallModel, settings: Settings) -> list[DiskTensor]:
-    """The tensors on disk of a model with these settings.
+    """The tensors on disk of a model with these settings, before quantization.
 
     Names and shapes in memory are those of transformers' classes, built without memory on the
     meta device, its tied head left out.
     """
     return [
-        stored
+        tensor
         for name, shape in _parameters(family, settings.config)
-        for tensor in _in_layout(family, settings.form, name, shape)
-        for stored in _in_precision(family, settings.form, tensor)
+        for tensor in _in_layout(family, settings.options, name, shape)
     ]
+
+
+def in_precision(
+    family: SmallModel, settings: Settings, tensors: Iterable[DiskTensor]
+) -> list[DiskTensor]:
+    """The same in the precision that the settings ask for: FP8 values have scales beside them."""
+    if not settings.options["fp8"]:
+        return list(tensors)
+    scale_dtype = TORCH_NAMES[settings.options["fp8_scale_dtype"]]
+    return [stored for tensor in tensors for stored in _quantized(family, tensor, scale_dtype)]
 
 
 def _parameters(
@@ -86,19 +98,23 @@ def _transformers_parameters(
     from transformers.initialization import no_init_weights
 
     values = copy.deepcopy(dict(config))  # transformers changes what it is given
-    model_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    with torch.device("meta"), no_init_weights():
-        model = getattr(transformers, auto_model).from_config(model_config)
+    try:
+        model_config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        with torch.device("meta"), no_init_weights():
+            model = getattr(transformers, auto_model).from_config(model_config)
+    except Exception as error:  # its checks raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{ORIGIN} make no model: transformers refuses: {reason}") from error
     return [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
 
 
 def _in_layout(
-    family: SmallModel, form: DiskForm, name: str, shape: tuple[int, ...]
+    family: SmallModel, options: Mapping[str, Any], name: str, shape: tuple[int, ...]
 ) -> Iterator[DiskTensor]:
     """One parameter as it is laid out on disk, before quantization."""
 
     def drawn(name: str, shape: tuple[int, ...]) -> RandomTensor:
-        dtype = form.ssm_dtype if _matches(family.ssm_tensors, name) else form.dtype
+        dtype = options["ssm_dtype" if _matches(family.ssm_tensors, name) else "dtype"]
         zero_centred = _matches(family.zero_centred_norms, name)
         return RandomTensor(name, shape, TORCH_NAMES[dtype], zero_centred)
 
@@ -120,8 +136,8 @@ def _in_layout(
         )
         for number in range(count)
     )
-    options = (o for start, o in family.expert_options.items() if name.startswith(start))
-    layout = form.experts[next(options, "experts")]
+    further = (o for start, o in family.expert_options.items() if name.startswith(start))
+    layout = options[next(further, "experts")]
     if layout == "per-expert":
         yield from (stored(part) for expert in experts for part in expert)
         return
@@ -136,16 +152,15 @@ def _in_layout(
     )
 
 
-def _in_precision(family: SmallModel, form: DiskForm, tensor: DiskTensor) -> Iterator[DiskTensor]:
+def _quantized(family: SmallModel, tensor: DiskTensor, scale_dtype: str) -> Iterator[DiskTensor]:
     """One tensor as it is, or as FP8 values and their scales."""
-    if not form.fp8 or not _matches(family.fp8_matrices, tensor.experts[0][0].name):
+    if not _matches(family.fp8_matrices, tensor.experts[0][0].name):
         yield tensor
         return
-    scale_dtype = TORCH_NAMES[form.scale_dtype]
     leading, matrix = tensor.shape[:-2], tensor.shape[-2:]
     for content, suffix, shape, dtype in (
         ("fp8-values", "", matrix, "F8_E4M3"),
-        ("fp8-scales", quantize.SCALE_SUFFIX, quantize.scale_shape(matrix), scale_dtype),
+        ("fp8-scales", SCALE_SUFFIX, quantize.scale_shape(matrix), scale_dtype),
     ):
         yield DiskTensor(
             tensor.name + suffix,

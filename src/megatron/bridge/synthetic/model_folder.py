@@ -28,7 +28,8 @@ def make_model(
     family's config (see `synthetic.config_settings`). The same arguments give the same
     files. Memory is bounded by the largest tensor, so real sizes can be made too.
 
-    Raises UnsupportedModel for an unknown family, InputError for settings that make no model,
+    Raises UnsupportedModel for an unknown family, InputError for settings that make no model that
+    transformers and the Megatron model of the family can be built of,
     TargetExists if `out` exists and `force` is not given. `out` appears when it is complete.
     """
     declaration = find_family(family)
@@ -36,15 +37,20 @@ def make_model(
     target = local_path(out)
     with staged_folder(target, force=force) as folder:
         # Only here, since they import torch and transformers.
-        from megatron.bridge.synthetic.disk_tensors import disk_tensors
+        from megatron.bridge.synthetic.disk_tensors import disk_tensors, in_precision
         from megatron.bridge.synthetic.processors import write_side_files
         from megatron.bridge.synthetic.quantize import quantization_config
-        from megatron.bridge.synthetic.weights import write_weights
+        from megatron.bridge.synthetic.random_weights import write_weights
+        from megatron.bridge.synthetic.validation import check_config, check_tensors
 
-        tensors = disk_tensors(declaration, resolved)
-        config = dict(resolved.config)
-        if resolved.form.fp8:
+        if resolved.changed:  # it takes megatron-core seconds to load
+            check_config(resolved)
+        plain = disk_tensors(declaration, resolved)
+        check_tensors(resolved, {tensor.name: tensor for tensor in plain})
+        tensors, config = in_precision(declaration, resolved, plain), dict(resolved.config)
+        if resolved.options["fp8"]:
             config["quantization_config"] = quantization_config(tensor.name for tensor in tensors)
         write_side_files(folder, declaration, config, resolved.first_token_id)
-        write_weights(folder, tensors, resolved.num_shards, resolved.max_shard_size, seed)
+        options = resolved.options
+        write_weights(folder, tensors, options["num_shards"], options["max_shard_size"], seed)
     return target

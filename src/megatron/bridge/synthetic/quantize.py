@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
+
 if TYPE_CHECKING:
     import torch
 
 BLOCK = 128
-SCALE_SUFFIX = "_scale_inv"
 _LARGEST = 448.0  # of e4m3
 
 

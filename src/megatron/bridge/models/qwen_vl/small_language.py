@@ -7,7 +7,8 @@ four.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron.bridge.models.small_model import Parameters, SmallModel, Values
@@ -91,8 +92,7 @@ HYBRID_ATTENTION = {
     "attn_output_gate": True,
     "full_attention_interval": 4,
     "head_dim": 64,
-    # Follows the number of layers and the interval, unless it is set.
-    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    "layer_types": ["full_attention"],  # as transformers completes it, unless it is set
     "linear_conv_kernel_dim": 4,
     # Nearly as large as the released 128: much smaller heads amplify rounding.
     "linear_key_head_dim": 118,
@@ -116,57 +116,77 @@ HYBRID_ATTENTION = {
 # What a family's dense or sparse variant adds.
 DENSE = {"intermediate_size": 352}
 SHARED_EXPERT = {"mlp_only_layers": [], "shared_expert_intermediate_size": 72}
-HYBRID_OPTIONS = {"rope_form": "new", "ssm_dtype": "float32"}
-HYBRID_FIXED = ("attn_output_gate", "mtp_use_dedicated_embeddings")
 
 
-def small_model(name: str, config: dict[str, Any], language: str, **fields: Any) -> SmallModel:
+def small_model(
+    name: str,
+    config: dict[str, Any],
+    language: str,
+    root: str,
+    *,
+    hybrid: bool = False,
+    fixed: tuple[str, ...] = (),
+    fixed_elsewhere: tuple[str, ...] = (),
+    token_ids: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> SmallModel:
     """A family, with what all of them have in common.
 
-    language: what the keys of its language model begin with.
+    Args:
+        name: of the family.
+        config: its config.json.
+        language: what keys of the language model begin with.
+        root: what names of its tensors begin with.
+        hybrid: whether it has Gated DeltaNet layers.
+        fixed: keys of the language model that are no settings.
+        fixed_elsewhere: keys of others.
+        token_ids: those that are not of the language model alone.
+        options: see SmallModel, as the other fields.
     """
+    if hybrid:
+        fixed = ("attn_output_gate", "mtp_use_dedicated_embeddings", *fixed)
+        options = {"rope_form": "new", "ssm_dtype": "float32", **(options or {})}
+        fields |= _hybrid(language, root)
+        special = {"eos_token_id": "<|endoftext|>"}
+    else:
+        fields["tokenizer_class"] = "Qwen2Tokenizer"
+        special = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
     return SmallModel(
         name=name,
         config=config,
         tokens=_TOKENS,
+        token_ids={**(token_ids or {}), **{f"{language}{k}": v for k, v in special.items()}},
         special_tokens=_TOKENS.index("<|video_pad|>") + 1,
         end_tokens=("<|im_end|>", "<|endoftext|>"),
         pad_token="<|endoftext|>",
         generation={"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
         chat_template=_CHAT_TEMPLATE,
         language=language,
-        aliases={f"{language}num_local_experts": f"{language}num_experts"},
+        fixed=(*(f"{language}{key}" for key in fixed), *fixed_elsewhere),
+        options=options or {},
+        fp8_matrices=_fp8_matrices(root),
         **fields,
     )
 
 
-def fp8_matrices(root: str) -> str:
+def _fp8_matrices(root: str) -> str:
     """Those that an FP8 release quantizes, in a language model of these names.
 
     Left as they are: head, embeddings, norms, the router, the gate of the shared expert, the small
     projections, convolution and vectors of the Gated DeltaNet, the vision model, mtp.fc.
     """
     return (
-        rf"^({root}|mtp)\.layers\..*"
+        rf"^({re.escape(root)}|mtp)\.layers\..*"
         r"\.([qkvo]_proj|in_proj_qkv|in_proj_z|out_proj|gate_proj|up_proj|down_proj)\.weight$"
     )
 
 
-def hybrid(language: str, root: str) -> dict[str, Any]:
+def _hybrid(language: str, root: str) -> dict[str, Any]:
     """What families with Gated DeltaNet layers have besides.
 
     language: what the keys of the language model begin with. root: what its names begin with.
     """
-
-    def complete(given: Values, values: MutableMapping[str, Any]) -> None:
-        """The types of layers follow their number and the interval."""
-        if f"{language}layer_types" in values.keys() - given.keys():
-            # An interval of zero is refused later, by its own name.
-            interval = max(1, values[f"{language}full_attention_interval"])
-            values[f"{language}layer_types"] = [
-                "linear_attention" if number % interval else "full_attention"
-                for number in range(1, values[f"{language}num_hidden_layers"] + 1)
-            ]
 
     def mtp_parameters(
         config: Values, parameters: Callable[[Values], Parameters]
@@ -190,12 +210,11 @@ def hybrid(language: str, root: str) -> dict[str, Any]:
                 for number in range(layers):
                     yield f"mtp.layers.{number}.{name.removeprefix(first)}", shape
 
-    pattern = root.replace(".", r"\.")
     return {
         "tokenizer_class": "Qwen3_5Tokenizer",
-        "complete": complete,
+        "completed": {f"{language}layer_types": f"{language}full_attention_interval"},
         "further_parameters": mtp_parameters,
         # All RMSNorms of the text but the one inside the Gated DeltaNet.
-        "zero_centred_norms": rf"^(mtp|{pattern})\.(?!.*\.linear_attn\.).*norm\w*\.weight$",
+        "zero_centred_norms": rf"^(mtp|{re.escape(root)})\.(?!.*\.linear_attn\.).*norm\w*\.weight$",
         "ssm_tensors": r"\.linear_attn\.(A_log|norm\.weight)$",
     }

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.bridge.models.qwen_vl.small_language import (
     DENSE,
     HYBRID_ATTENTION,
-    HYBRID_FIXED,
-    HYBRID_OPTIONS,
     MOE,
     SHARED_EXPERT,
     TEXT,
-    fp8_matrices,
-    hybrid,
     small_model,
-)
-from megatron.bridge.models.qwen_vl.small_model_rules import (
-    language_problems,
-    positive,
-    vision_problems,
 )
 from megatron.bridge.models.small_model import SmallModel, Values, register_small_models
 
-_LANGUAGE = "text_config."
-_ROOT = "model.language_model"
 _VISION_TOKEN_IDS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -106,107 +95,85 @@ def _processors(config: Values) -> Mapping[str, Any]:
     }
 
 
-def _problems(values: Values) -> Iterator[str]:
-    yield from language_problems(values, _LANGUAGE)
-    yield from vision_problems(values)
-
-
-def _family(name: str, config: dict[str, Any], fixed: tuple[str, ...], **fields: Any) -> SmallModel:
+def _family(
+    name: str,
+    architecture: str,
+    model_type: str,
+    deepstack: list[int],
+    *text: Mapping[str, Any],
+    **fields: Any,
+) -> SmallModel:
     """A family, with what all of them have in common."""
     return small_model(
         name,
-        config,
-        _LANGUAGE,
+        _config(architecture, model_type, deepstack, *text),
+        "text_config.",
+        "model.language_model",
+        token_ids=_VISION_TOKEN_IDS,
         auto_model="AutoModelForImageTextToText",
-        shorts={"text.": _LANGUAGE, "vision.": "vision_config."},
         follow={
             "text_config.tie_word_embeddings": "tie_word_embeddings",
             "vision_config.out_hidden_size": "text_config.hidden_size",
         },
-        fixed=("text_config.model_type", "vision_config.model_type", *fixed),
-        positive=positive(_LANGUAGE, vision=True),
-        problems=_problems,
-        fp8_matrices=fp8_matrices(_ROOT.replace(".", r"\.")),
         processors=_processors,
         **fields,
     )
 
 
-_VL = {
-    "tokenizer_class": "Qwen2Tokenizer",
-    "token_ids": _VISION_TOKEN_IDS
-    | {"text_config.bos_token_id": "<|endoftext|>", "text_config.eos_token_id": "<|im_end|>"},
-}
-_QWEN3_VL = _family(
-    "qwen3-vl",
-    _config(
+_NO_DEEPSTACK = ("vision_config.deepstack_visual_indexes",)
+
+register_small_models(
+    _family(
+        "qwen3-vl",
         "Qwen3VLForConditionalGeneration",
         "qwen3_vl",
         [0, 2],
         _VL_ATTENTION,
-        DENSE | {"num_hidden_layers": 5, "tie_word_embeddings": False},
+        DENSE,
+        {"num_hidden_layers": 5, "tie_word_embeddings": False},
     ),
-    fixed=(),
-    **_VL,
-)
-_QWEN3_VL_MOE = _family(
-    "qwen3-vl-moe",
-    _config(
+    _family(
+        "qwen3-vl-moe",
         "Qwen3VLMoeForConditionalGeneration",
         "qwen3_vl_moe",
         [0, 2],
         _VL_ATTENTION,
         MOE,
+        DENSE,  # of dense layers, which released models do not have
         {
             "decoder_sparse_step": 1,
-            # Of dense layers, which released models do not have.
-            "intermediate_size": 352,
             "mlp_only_layers": [],
             "norm_topk_prob": True,
             "num_hidden_layers": 7,
         },
+        fixed=("norm_topk_prob",),
+        options={"experts": "fused-transposed"},
     ),
-    fixed=("text_config.norm_topk_prob",),
-    options={"experts": "fused-transposed"},
-    **_VL,
-)
-
-_HYBRID_FIXED = (
-    *(f"{_LANGUAGE}{key}" for key in HYBRID_FIXED),
-    "vision_config.deepstack_visual_indexes",
-)
-_HYBRID = {
-    "token_ids": _VISION_TOKEN_IDS | {"text_config.eos_token_id": "<|endoftext|>"},
-    **hybrid(_LANGUAGE, _ROOT),
-}
-_QWEN3_5 = _family(
-    "qwen3.5",
-    _config(
+    _family(
+        "qwen3.5",
         "Qwen3_5ForConditionalGeneration",
         "qwen3_5",
         [],
         HYBRID_ATTENTION,
-        DENSE | {"num_hidden_layers": 6},
+        DENSE,
+        {"num_hidden_layers": 6},
+        hybrid=True,
+        fixed_elsewhere=_NO_DEEPSTACK,
     ),
-    fixed=_HYBRID_FIXED,
-    options=HYBRID_OPTIONS,
-    **_HYBRID,
-)
-_QWEN3_5_MOE = _family(
-    "qwen3.5-moe",
-    _config(
+    _family(
+        "qwen3.5-moe",
         "Qwen3_5MoeForConditionalGeneration",
         "qwen3_5_moe",
         [],
         HYBRID_ATTENTION,
         MOE,
-        SHARED_EXPERT | {"num_hidden_layers": 7},
+        SHARED_EXPERT,
+        {"num_hidden_layers": 7},
+        hybrid=True,
+        fixed=("mlp_only_layers",),
+        fixed_elsewhere=_NO_DEEPSTACK,
+        options={"experts": "fused", "mtp_experts": "per-expert"},
+        expert_options={"mtp.": "mtp_experts"},
+        fp8_options={"experts": "per-expert"},
     ),
-    fixed=(*_HYBRID_FIXED, "text_config.mlp_only_layers"),
-    options=HYBRID_OPTIONS | {"experts": "fused", "mtp_experts": "per-expert"},
-    expert_options={"mtp.": "mtp_experts"},
-    fp8_options={"experts": "per-expert"},
-    **_HYBRID,
 )
-
-register_small_models(_QWEN3_VL, _QWEN3_VL_MOE, _QWEN3_5, _QWEN3_5_MOE)

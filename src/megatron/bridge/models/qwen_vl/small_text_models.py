@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from megatron.bridge.models.qwen_vl.small_language import (
     DENSE,
     HYBRID_ATTENTION,
-    HYBRID_FIXED,
-    HYBRID_OPTIONS,
     MOE,
     SHARED_EXPERT,
     TEXT,
-    fp8_matrices,
-    hybrid,
     small_model,
 )
-from megatron.bridge.models.qwen_vl.small_model_rules import language_problems, positive
 from megatron.bridge.models.small_model import SmallModel, register_small_models
 
-_ROOT = "model"
 _ATTENTION = {
     "head_dim": 32,
     "num_attention_heads": 8,
@@ -42,22 +35,10 @@ def _family(
     }
     for part in (TEXT, *parts):
         config |= part
-    return small_model(
-        name,
-        config,
-        "",
-        positive=positive(""),
-        problems=partial(language_problems, language=""),
-        fp8_matrices=fp8_matrices(_ROOT),
-        **fields,
-    )
+    return small_model(name, config, "", "model", **fields)
 
 
-_QWEN3 = {
-    "tokenizer_class": "Qwen2Tokenizer",
-    "token_ids": {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"},
-}
-_HYBRID = {"token_ids": {"eos_token_id": "<|endoftext|>"}, **hybrid("", _ROOT)}
+_NO_WINDOW = ("sliding_window", "use_sliding_window")
 
 register_small_models(
     _family(
@@ -67,8 +48,7 @@ register_small_models(
         _ATTENTION,
         DENSE,
         {"max_window_layers": 5, "num_hidden_layers": 5},
-        fixed=("sliding_window", "use_sliding_window"),
-        **_QWEN3,
+        fixed=_NO_WINDOW,
     ),
     _family(
         "qwen3-moe",
@@ -76,17 +56,15 @@ register_small_models(
         "qwen3_moe",
         _ATTENTION,
         MOE,
-        # One MLP of this size has a layer without experts, of which released models have none.
-        DENSE,
+        DENSE,  # of dense layers, which released models do not have
         {
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "norm_topk_prob": True,
             "num_hidden_layers": 7,
         },
-        fixed=("sliding_window", "use_sliding_window"),
+        fixed=_NO_WINDOW,
         options={"experts": "per-expert"},
-        **_QWEN3,
     ),
     _family(
         "qwen3.5-text",
@@ -95,9 +73,7 @@ register_small_models(
         HYBRID_ATTENTION,
         DENSE,
         {"num_hidden_layers": 6},
-        fixed=HYBRID_FIXED,
-        options=HYBRID_OPTIONS,
-        **_HYBRID,
+        hybrid=True,
     ),
     _family(
         "qwen3.5-moe-text",
@@ -107,10 +83,10 @@ register_small_models(
         MOE,
         SHARED_EXPERT,
         {"num_hidden_layers": 7},
-        fixed=(*HYBRID_FIXED, "mlp_only_layers"),
-        options=HYBRID_OPTIONS | {"experts": "fused", "mtp_experts": "fused"},
+        hybrid=True,
+        fixed=("mlp_only_layers",),
+        options={"experts": "fused", "mtp_experts": "fused"},
         expert_options={"mtp.": "mtp_experts"},
         fp8_options={"experts": "per-expert", "mtp_experts": "per-expert"},
-        **_HYBRID,
     ),
 )
