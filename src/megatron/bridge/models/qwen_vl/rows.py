@@ -1,6 +1,6 @@
 """The rows that the language models of the Qwen families share, each written once.
 
-Shapes on the Hugging Face side use these symbols, which `structure.py` derives from a config:
+Shapes on the Hugging Face side use these symbols, which `text_structure.py` derives from a config:
 
     H     hidden size                                 E     routed experts of a layer
     I     intermediate size of the dense MLP          Ie    intermediate size of a routed expert
