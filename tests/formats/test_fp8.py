@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.bridge.operations.verification.bitwise import verify
 
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError

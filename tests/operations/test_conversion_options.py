@@ -118,7 +118,7 @@ def test_names_that_clients_use(
         ({"torch_dtype": torch.float32}, "torch_dtype=torch.float32"),
         ({"device_map": "cuda:0"}, "device_map='cuda:0'"),
         ({"fp8": True}, "import_ckpt takes no option 'fp8'"),
-        ({"low_cpu_mem_usage": True}, "'low_cpu_mem_usage'; its options: experts, memory"),
+        ({"low_cpu_mem_usage": True}, "'low_cpu_mem_usage'; its options: experts, part"),
         ({"revision": "main"}, "is a folder: a revision"),
     ],
 )

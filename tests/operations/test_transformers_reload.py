@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.bridge.operations.verification.bitwise import verify
 
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint

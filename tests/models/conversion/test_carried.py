@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.bridge.operations.verification.bitwise import verify
 
 from folders_in_memory import Folder, read_tensors
 from megatron.bridge.auto_bridge import AutoBridge

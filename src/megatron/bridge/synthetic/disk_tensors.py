@@ -18,9 +18,8 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.small_model import SmallModel
 from megatron.bridge.synthetic import quantize
-from megatron.bridge.synthetic.config_settings import DiskForm, Settings
-from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.synthetic.config_settings import ORIGIN, Settings
+from megatron.bridge.tensors.spec import TensorSpec
 
 _EXPERTS = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron.bridge.target.journal import Journal, Ranged, read_journals
+
 from megatron.bridge.errors import (
     CheckpointError,
     InexactCast,
@@ -35,7 +37,6 @@ from megatron.bridge.target.folder_lock import FolderLock
 from megatron.bridge.target.folder_sync import sync, sync_all
 from megatron.bridge.target.interruption import uninterrupted
 from megatron.bridge.target.job import Job
-from megatron.bridge.target.journal import Journal, Ranged, read_journals
 from megatron.bridge.target.manifest import (
     JOURNAL_FOLDER,
     MANIFEST_FILE,

@@ -153,6 +153,9 @@ class ParamMapping(ABC):
     replicated: ClassVar[bool] = False
     """Whether tensor parallelism must not split the parameter at all."""
 
+    saves_state: bool = False
+    """Whether the module of this weight saves a state of its own beside it."""
+
     @property
     def extra_state(self) -> str | None:
         """Name of the state that the module of this weight saves beside it, if any.
@@ -169,10 +172,6 @@ class ParamMapping(ABC):
             return None
         return f"{module}._extra_state{expert}"
 
-    @property
-    def saves_state(self) -> bool:
-        """Whether modules of this kind save a state of their own: tensor-parallel linear layers."""
-        return self.expected_axis is not None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.megatron_param!r}, {self.hf_param!r})"
@@ -199,13 +198,10 @@ class _OneToOne(ParamMapping):
         layers: str | None = None,
     ) -> None:
         self.vocabulary = vocabulary
+        if vocabulary:  # the embedding has none, and GPTModel does not save that of its output
+            self.saves_state = False
         symbols = None if shape is None else {HF: shape}
         super().__init__(megatron_param, {HF: hf_param}, symbols, only=only, layers=layers)
-
-    @property
-    def extra_state(self) -> str | None:
-        """The embedding has none, and GPTModel does not save that of the output layer."""
-        return None if self.vocabulary else super().extra_state
 
     def layout(self, fields: LayoutFields) -> Layout:
         if not self.vocabulary:
@@ -225,24 +221,26 @@ class ReplicatedMapping(_OneToOne):
 
 
 class NormMapping(ReplicatedMapping):
-    """Weight or bias of a norm that is a module of its own, not fused into a linear layer."""
+    """Weight or bias of a norm that is a module of its own, not fused into a linear layer.
 
-    @property
-    def saves_state(self) -> bool:
-        """TransformerEngine's do; the loader of a model without it leaves what it does not need."""
-        return True
+    TransformerEngine's save a state; the loader of a model without it leaves what it does not need.
+    """
+
+    saves_state = True
 
 
 class ColumnParallelMapping(_OneToOne):
     """One tensor whose rows (output features, vocabulary entries) are split over ranks."""
 
     expected_axis = 0
+    saves_state = True
 
 
 class RowParallelMapping(_OneToOne):
     """One tensor whose columns (input features) are split over ranks."""
 
     expected_axis = 1
+    saves_state = True
 
 
 class QKVMapping(ParamMapping):
@@ -261,6 +259,7 @@ class QKVMapping(ParamMapping):
     """
 
     expected_axis = 0
+    saves_state = True
 
     def __init__(
         self,
@@ -289,6 +288,7 @@ class ConcatenatedQKVMapping(_OneToOne):
     """One tensor [all q; all k; all v]; Megatron holds [q, k, v] per head."""
 
     expected_axis = 0
+    saves_state = True
 
     def layout(self, fields: LayoutFields) -> Layout:
         return packed_qkv(fields.num_attention_heads, fields.kv_channels)
@@ -298,6 +298,7 @@ class GatedMLPMapping(ParamMapping):
     """Separate gate and up projections; Megatron holds [gate; up], each split over ranks."""
 
     expected_axis = 0
+    saves_state = True
 
     def __init__(
         self,

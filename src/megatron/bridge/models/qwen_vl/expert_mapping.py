@@ -112,12 +112,14 @@ class ExpertMLPDownProjMapping(_FusedExpertMapping):
     """Expert MLP down projection: one expert of ``experts.down_proj``."""
 
     expected_axis = 1
+    saves_state = True
 
 
 class ExpertMLPGateUpProjMapping(_FusedExpertMapping):
     """Expert MLP gate and up projections: one expert of ``experts.gate_up_proj``."""
 
     expected_axis = 0
+    saves_state = True
 
     def rank_sections(self, fields: LayoutFields, rows: int) -> tuple[RankSection, ...]:
         return (RankSection(rows // 2), RankSection(rows // 2))

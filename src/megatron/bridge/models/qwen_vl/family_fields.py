@@ -1,10 +1,14 @@
 """What the families' language models add to the fields of their providers.
 
-These are no providers themselves: a provider names those that it has before its base.
+The classes are no providers themselves: a provider names those that it has before its base. Fields
+that have one value in all models of a family are composed of the mappings here.
 """
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+type Fixed = dict[str, Any]
+"""Fields that have one value, and that value."""
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider as _Mixin
@@ -13,14 +17,39 @@ else:
     # adds fields must not inherit those of the provider.
     _Mixin = object
 
-_EXPERTS_FIXED: dict[str, Any] = {
+TEXT: Fixed = {
+    "position_embedding_type": "mrope",
+    "scatter_embedding_sequence_parallel": False,
+    "apply_rope_fusion": False,
+    "rotary_interleaved": False,
+    "multi_latent_attention": False,
+    "cpu_offloading": False,
+    "window_size": None,
+}
+"""Of every language model."""
+ATTENTION: Fixed = {"experimental_attention_variant": None, "mtp_num_layers": None}
+"""Of attention in each layer, and no predictor of the token after the next."""
+HYBRID: Fixed = {
+    "layernorm_zero_centered_gamma": True,
+    "attention_output_gate": True,
+    "experimental_attention_variant": "gated_delta_net",
+}
+"""Of HybridFields."""
+DENSE: Fixed = {"num_moe_experts": None}
+"""Of one MLP in each layer."""
+EXPERTS: Fixed = {
     "moe_router_score_function": "softmax",
-    "moe_router_pre_softmax": False,
     "moe_router_topk_scaling_factor": None,
     "moe_router_num_groups": None,
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
 }
+"""Of ExpertFields."""
+NORMALIZED: Fixed = {"moe_router_pre_softmax": False}
+"""Of a router that normalizes the weights of the chosen experts to 1."""
+SHARED_EXPERT: Fixed = {"moe_shared_expert_gate": True}
+"""Of SharedExpertFields."""
+
 _EXPERTS_REQUIRED = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 
 
@@ -47,15 +76,6 @@ class HybridFields(_Mixin):
     rotary_base: float = 10_000_000.0
     rotary_percent: float = 0.25
     mrope_section: list[int] = field(default_factory=lambda: [11, 11, 10])
-
-    def fixed_fields(self) -> dict[str, Any]:
-        """Fields that have one value in all models of the family, and that value."""
-        fixed = super().fixed_fields() | {
-            "layernorm_zero_centered_gamma": True,
-            "attention_output_gate": True,
-            "experimental_attention_variant": "gated_delta_net",
-        }
-        return {name: value for name, value in fixed.items() if name != "mtp_num_layers"}
 
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""
@@ -122,11 +142,6 @@ class ExpertFields(_Mixin):
         """What cannot be built, one sentence each naming field, value and expectation."""
         return super().problems() + self._router_loss_problems()
 
-    def fixed_fields(self) -> dict[str, Any]:
-        """Fields that have one value in all models of the family, and that value."""
-        fixed = super().fixed_fields() | _EXPERTS_FIXED
-        return {name: value for name, value in fixed.items() if name != "num_moe_experts"}
-
     def required_sizes(self) -> tuple[str, ...]:
         """Fields of the family that must be set to a positive number."""
         return (*super().required_sizes(), *_EXPERTS_REQUIRED)
@@ -150,10 +165,6 @@ class SharedExpertFields(_Mixin):
     """Beside the routed experts one that every token goes to, weighed by a gate of its own."""
 
     moe_shared_expert_gate: bool = True
-
-    def fixed_fields(self) -> dict[str, Any]:
-        """Fields that have one value in all models of the family, and that value."""
-        return super().fixed_fields() | {"moe_shared_expert_gate": True}
 
     def required_sizes(self) -> tuple[str, ...]:
         """Fields of the family that must be set to a positive number."""

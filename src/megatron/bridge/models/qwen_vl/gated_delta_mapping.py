@@ -40,6 +40,7 @@ class GatedDeltaInProjMapping(ParamMapping):
     """Four projections; Megatron holds [query; key; value; z; beta; alpha], each split alone."""
 
     expected_axis = 0
+    saves_state = True
 
     def __init__(
         self,
@@ -49,12 +50,10 @@ class GatedDeltaInProjMapping(ParamMapping):
         b: str,
         a: str,
         shapes: tuple[str, str, str],
-        *,
-        layers: str | None = None,
     ) -> None:
         names = {"qkv": qkv, "z": z, "b": b, "a": a}
         symbols = {"qkv": shapes[0], "z": shapes[1], "b": shapes[2], "a": shapes[2]}
-        super().__init__(megatron_param, names, symbols, layers=layers)
+        super().__init__(megatron_param, names, symbols)
 
     def layout(self, fields: LayoutFields) -> Layout:
         query, key, value, z, beta, alpha = (s.rows for s in self.rank_sections(fields, 0))
@@ -74,10 +73,7 @@ class GatedDeltaInProjMapping(ParamMapping):
 class GatedDeltaConvMapping(ColumnParallelMapping):
     """The convolution over [query; key; value], each split over ranks."""
 
-    @property
-    def extra_state(self) -> str | None:
-        """A convolution has none."""
-        return None
+    saves_state = False
 
     def rank_sections(self, fields: LayoutFields, rows: int) -> tuple[RankSection, ...]:
         return _conv_sections(fields)

@@ -19,6 +19,7 @@ from megatron.bridge.models.qwen_vl.config_keys import (
     language_of,
     uses_of,
 )
+from megatron.bridge.models.qwen_vl.config_layers import is_tied
 from megatron.bridge.models.qwen_vl.description import language_parts
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
 from megatron.bridge.models.qwen_vl.names import VISION_LANGUAGE_ROOTS, Roots
@@ -33,7 +34,6 @@ from megatron.bridge.models.qwen_vl.parts import (
 from megatron.bridge.models.qwen_vl.qwen_bridge import QwenBridge
 from megatron.bridge.models.qwen_vl.qwen_text_bridges import QwenTextBridge
 from megatron.bridge.models.qwen_vl.rope_config import read_rope
-from megatron.bridge.models.qwen_vl.text_structure import is_tied
 
 LANGUAGE = "language"
 

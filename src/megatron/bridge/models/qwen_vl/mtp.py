@@ -12,17 +12,14 @@ from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import language_of
+from megatron.bridge.models.qwen_vl.config_layers import expert_sizes, has_experts
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
     find_expert_layout,
 )
 from megatron.bridge.models.qwen_vl.parts import HF_MTP, Prefixes
-from megatron.bridge.models.qwen_vl.text_structure import (
-    expert_sizes,
-    has_experts,
-    language_structure,
-)
+from megatron.bridge.models.qwen_vl.text_structure import language_structure
 from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import quoted
 

@@ -4,7 +4,10 @@ A language model is the same whether it is a part of a vision-language model or 
 only what stands before its names differs.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
+
+from megatron.bridge.models.conversion.param_mapping import ParamMapping
 
 VISION = "vision_model."
 VISION_LAYERS = f"{VISION}decoder.layers."
@@ -35,9 +38,14 @@ SPARSE_MLP = "sparse_mlp"
 
 @dataclass(frozen=True)
 class Layer:
-    """Where the rows of one layer apply: its names on both sides, a kind of layer, its features.
+    """Where the rows of each layer apply, or of another module.
 
-    only: without which there is no such layer. bias: without which its attention has no biases.
+    Attributes:
+        megatron: what its names begin with in Megatron.
+        hf: the same in files.
+        kind: the kind of layer that the rows are limited to; None for any.
+        only: the feature without which there is no such layer.
+        bias: the one without which its attention has no biases.
     """
 
     megatron: str
@@ -49,6 +57,18 @@ class Layer:
     def of_kind(self, kind: str) -> "Layer":
         """The same layers, but only those of one kind."""
         return replace(self, kind=kind)
+
+    def rows(self, *rows: ParamMapping) -> list[ParamMapping]:
+        """Rows of which the names are those inside of the layer, in the place of the layer.
+
+        They exist where the layer does; one with a feature of its own where there is that.
+        """
+        placed = [copy(row) for row in rows]
+        for row in placed:
+            row.megatron_param = self.megatron + row.megatron_param
+            row.hf_params = {role: self.hf + name for role, name in row.hf_params.items()}
+            row.only, row.layers = row.only or self.only, self.kind
+        return placed
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,11 @@ class Prefixes:
     def layer(self) -> Layer:
         """Each decoder layer."""
         return Layer(f"{self.layers}*.", f"{self.hf_layers}*.")
+
+    @property
+    def predictor(self) -> Layer:
+        """The MTP layer, of which the decoder layer inside is one for itself."""
+        return Layer(self.mtp, HF_MTP, only=WITH_MTP)
 
     @property
     def mtp_layer(self) -> Layer:

@@ -6,17 +6,17 @@ from typing import Any
 from megatron.bridge.models.conversion.config_values import dtype_settings
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import field_settings, is_read, language_of
-from megatron.bridge.models.qwen_vl.heads import scores_of
-from megatron.bridge.models.qwen_vl.parts import DENSE_MLP
-from megatron.bridge.models.qwen_vl.rope_config import read_rope, vision_rope_settings
-from megatron.bridge.models.qwen_vl.text_structure import (
+from megatron.bridge.models.qwen_vl.config_layers import (
     decoder_layers,
+    deepstack_layers,
     expert_sizes,
     has_experts,
     layer_patterns,
     mlp_kinds,
 )
-from megatron.bridge.models.qwen_vl.vision_structure import deepstack_layers
+from megatron.bridge.models.qwen_vl.heads import scores_of
+from megatron.bridge.models.qwen_vl.parts import DENSE_MLP
+from megatron.bridge.models.qwen_vl.rope_config import read_rope, vision_rope_settings
 
 
 def language_settings(config: HFConfig, dtype: str) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron.bridge.errors import ConfigError
-from megatron.bridge.models.qwen_vl.family_fields import ExpertFields
+from megatron.bridge.models.qwen_vl.family_fields import (
+    ATTENTION,
+    EXPERTS,
+    NORMALIZED,
+    TEXT,
+    ExpertFields,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
 from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
-from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 
 @dataclass
@@ -30,6 +35,8 @@ class Qwen3VLModelProvider(QwenModelProvider):
         freeze_vision_model: likewise the encoder without its mergers.
         freeze_vision_projection: likewise the mergers.
     """
+
+    model_class = Qwen3VLModel
 
     # Required like the sizes of the language model: `finalize()` refuses its absence.
     vision: VisionConfig = None  # type: ignore[assignment]
@@ -97,13 +104,8 @@ class Qwen3VLModelProvider(QwenModelProvider):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> Qwen3VLModel:
-        """Build this rank's model; see ModelProvider.provide."""
-        self.finalize()
-        with megatron_on_cpu():
-            pre_process, post_process = self.stage_ends(pre_process, post_process, vp_stage)
-            model = Qwen3VLModel(
-                self, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
-            )
+        """Build this rank's model, and freeze what is to be; see ModelProvider.provide."""
+        model = cast("Qwen3VLModel", super().provide(pre_process, post_process, vp_stage))
         model.freeze(
             freeze_language_model=self.freeze_language_model,
             freeze_vision_model=self.freeze_vision_model,
@@ -115,3 +117,5 @@ class Qwen3VLModelProvider(QwenModelProvider):
 @dataclass
 class Qwen3VLMoEModelProvider(ExpertFields, Qwen3VLModelProvider):
     """Config and builder of Qwen3-VL models with a mixture of experts."""
+
+    fixed = TEXT | ATTENTION | EXPERTS | NORMALIZED

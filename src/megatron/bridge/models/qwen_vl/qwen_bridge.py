@@ -23,6 +23,12 @@ from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.qwen_vl.config_keys import check_keys, language_of
+from megatron.bridge.models.qwen_vl.config_layers import (
+    expert_sizes,
+    has_experts,
+    is_tied,
+    sparse_layers,
+)
 from megatron.bridge.models.qwen_vl.description import DescribedQwen
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
@@ -48,13 +54,7 @@ from megatron.bridge.models.qwen_vl.parts import (
 )
 from megatron.bridge.models.qwen_vl.provider_settings import language_settings
 from megatron.bridge.models.qwen_vl.rows import score_rows
-from megatron.bridge.models.qwen_vl.text_structure import (
-    expert_sizes,
-    has_experts,
-    is_tied,
-    language_structure,
-    sparse_layers,
-)
+from megatron.bridge.models.qwen_vl.text_structure import language_structure
 
 if TYPE_CHECKING:
     from megatron.bridge.models.model_provider import ModelProvider

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.bridge.models.backends.activations import activation_problem
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.models.qwen_vl.family_fields import ATTENTION, DENSE, TEXT, Fixed
 from megatron.bridge.models.qwen_vl.heads import Scores
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     DecoderSpec,
@@ -50,6 +51,11 @@ class QwenModelProvider(ModelProvider):
         add_attention_output_bias: bias of the attention's output projection, which megatron-core
             otherwise ties to that of the MLP (`add_bias_linear`).
     """
+
+    model_class: ClassVar[Callable[..., MegatronModule]] = QwenModel
+    """What is built."""
+    fixed: ClassVar[Fixed] = TEXT | ATTENTION | DENSE
+    """Fields that have one value in all models of the family, and that value."""
 
     normalization: str = "RMSNorm"
     layernorm_epsilon: float = 1e-6
@@ -95,7 +101,7 @@ class QwenModelProvider(ModelProvider):
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""
         problems = super().problems()
-        for name, only in self.fixed_fields().items():
+        for name, only in self.fixed.items():
             if (found := getattr(self, name)) != only:
                 problems.append(f"{name} is {found!r}: {type(self).__name__} needs {only!r}")
         problems += [
@@ -184,21 +190,6 @@ class QwenModelProvider(ModelProvider):
             )
         return problems
 
-    def fixed_fields(self) -> dict[str, Any]:
-        """Fields that have one value in all models of the family, and that value."""
-        return {
-            "position_embedding_type": "mrope",
-            "scatter_embedding_sequence_parallel": False,
-            "apply_rope_fusion": False,
-            "rotary_interleaved": False,
-            "multi_latent_attention": False,
-            "cpu_offloading": False,
-            "num_moe_experts": None,
-            "experimental_attention_variant": None,
-            "mtp_num_layers": None,
-            "window_size": None,
-        }
-
     def required_sizes(self) -> tuple[str, ...]:
         """Fields of the family that must be set to a positive number."""
         return ()
@@ -213,6 +204,6 @@ class QwenModelProvider(ModelProvider):
         self.finalize()
         with megatron_on_cpu():
             pre_process, post_process = self.stage_ends(pre_process, post_process, vp_stage)
-            return QwenModel(
+            return type(self).model_class(
                 self, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
             )

@@ -1,9 +1,15 @@
 """The providers of Qwen models of text alone."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.bridge.models.qwen_vl.family_fields import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    HYBRID,
+    NORMALIZED,
+    SHARED_EXPERT,
+    TEXT,
     ExpertFields,
     HybridFields,
     SharedExpertFields,
@@ -24,17 +30,18 @@ class Qwen3MoEModelProvider(ExpertFields, QwenModelProvider):
     is `norm_topk_prob` false in transformers.
     """
 
-    def fixed_fields(self) -> dict[str, Any]:
-        """Fields that have one value in all models of the family, and that value."""
-        fixed = super().fixed_fields()
-        return {name: value for name, value in fixed.items() if name != "moe_router_pre_softmax"}
+    fixed = TEXT | ATTENTION | EXPERTS
 
 
 @dataclass
 class Qwen35ModelProvider(HybridFields, QwenModelProvider):
     """Config and builder of dense Qwen3.5 models of text."""
 
+    fixed = TEXT | HYBRID | DENSE
+
 
 @dataclass
 class Qwen35MoEModelProvider(SharedExpertFields, ExpertFields, HybridFields, QwenModelProvider):
     """Config and builder of Qwen3.5 models of text with a mixture of experts."""
+
+    fixed = TEXT | HYBRID | EXPERTS | NORMALIZED | SHARED_EXPERT

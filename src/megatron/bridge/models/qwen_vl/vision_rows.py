@@ -21,70 +21,61 @@ from megatron.bridge.models.qwen_vl.parts import (
     HF_VISION,
     VISION,
     VISION_LAYERS,
+    Layer,
 )
 
 
 def vision_rows() -> list[ParamMapping]:
     """The tower: patches, positions, blocks, merger."""
-    block, hf = f"{VISION_LAYERS}*.", f"{HF_VISION}blocks.*."
-    rows: list[ParamMapping] = [
-        ReplicatedMapping(
-            f"{VISION}patch_embed.proj.weight", f"{HF_VISION}patch_embed.proj.weight", "h c t p p"
+    tower = Layer(VISION, HF_VISION)
+    block = Layer(f"{VISION_LAYERS}*.", f"{HF_VISION}blocks.*.")
+    return [
+        *tower.rows(
+            ReplicatedMapping("patch_embed.proj.weight", "patch_embed.proj.weight", "h c t p p"),
+            ReplicatedMapping("patch_embed.proj.bias", "patch_embed.proj.bias", "h"),
+            ReplicatedMapping("pos_embed.weight", "pos_embed.weight", "P h"),
         ),
-        ReplicatedMapping(
-            f"{VISION}patch_embed.proj.bias", f"{HF_VISION}patch_embed.proj.bias", "h"
+        *block.rows(
+            ConcatenatedQKVMapping("self_attention.linear_qkv.weight", "attn.qkv.weight", "3h h"),
+            ConcatenatedQKVMapping("self_attention.linear_qkv.bias", "attn.qkv.bias", "3h"),
+            *_row_parallel("self_attention.linear_proj.", "attn.proj.", "h h"),
+            *_column_parallel("mlp.linear_fc1.", "mlp.linear_fc1.", "i h"),
+            *_row_parallel("mlp.linear_fc2.", "mlp.linear_fc2.", "h i"),
+            *_norm("self_attention.linear_qkv.layer_norm_", "norm1.", "h"),
+            *_norm("mlp.linear_fc1.layer_norm_", "norm2.", "h"),
         ),
-        ReplicatedMapping(f"{VISION}pos_embed.weight", f"{HF_VISION}pos_embed.weight", "P h"),
-        ConcatenatedQKVMapping(
-            f"{block}self_attention.linear_qkv.weight", f"{hf}attn.qkv.weight", "3h h"
-        ),
-        ConcatenatedQKVMapping(
-            f"{block}self_attention.linear_qkv.bias", f"{hf}attn.qkv.bias", "3h"
-        ),
-        *_linear_rows(
-            f"{block}self_attention.linear_proj", f"{hf}attn.proj", "h h", RowParallelMapping
-        ),
-        *_linear_rows(
-            f"{block}mlp.linear_fc1", f"{hf}mlp.linear_fc1", "i h", ColumnParallelMapping
-        ),
-        *_linear_rows(f"{block}mlp.linear_fc2", f"{hf}mlp.linear_fc2", "h i", RowParallelMapping),
+        *_merger_rows(Layer(f"{VISION}merger.", f"{HF_VISION}merger."), "h"),
     ]
-    for norm, hf_norm in (("self_attention.linear_qkv", "norm1"), ("mlp.linear_fc1", "norm2")):
-        rows += [
-            NormMapping(f"{block}{norm}.layer_norm_{part}", f"{hf}{hf_norm}.{part}", "h")
-            for part in ("weight", "bias")
-        ]
-    return rows + _merger_rows(f"{VISION}merger.", f"{HF_VISION}merger.", "h")
 
 
 def deepstack_rows() -> list[ParamMapping]:
     """One more merger for each tapped block; its norm sees merged patches, not single ones."""
-    return _merger_rows(f"{DEEPSTACK_MERGERS}*.", f"{HF_VISION}deepstack_merger_list.*.", "D")
+    merger = Layer(f"{DEEPSTACK_MERGERS}*.", f"{HF_VISION}deepstack_merger_list.*.")
+    return _merger_rows(merger, "D")
 
 
-def _merger_rows(merger: str, hf_merger: str, norm_size: str) -> list[ParamMapping]:
-    rows: list[ParamMapping] = [
-        NormMapping(f"{merger}patch_norm.{part}", f"{hf_merger}norm.{part}", norm_size)
-        for part in ("weight", "bias")
-    ]
+def _merger_rows(merger: Layer, norm_size: str) -> list[ParamMapping]:
+    return merger.rows(
+        *_norm("patch_norm.", "norm.", norm_size),
+        *_column_parallel("linear_fc1.", "linear_fc1.", "D D"),
+        *_row_parallel("linear_fc2.", "linear_fc2.", "O D"),
+    )
+
+
+def _norm(megatron: str, hf: str, size: str) -> list[ParamMapping]:
+    return [NormMapping(f"{megatron}{part}", f"{hf}{part}", size) for part in ("weight", "bias")]
+
+
+def _column_parallel(megatron: str, hf: str, shape: str) -> list[ParamMapping]:
     return [
-        *rows,
-        *_linear_rows(
-            f"{merger}linear_fc1", f"{hf_merger}linear_fc1", "D D", ColumnParallelMapping
-        ),
-        *_linear_rows(f"{merger}linear_fc2", f"{hf_merger}linear_fc2", "O D", RowParallelMapping),
+        ColumnParallelMapping(f"{megatron}weight", f"{hf}weight", shape),
+        ColumnParallelMapping(f"{megatron}bias", f"{hf}bias", shape.split()[0]),
     ]
 
 
-def _linear_rows(
-    linear: str,
-    hf_linear: str,
-    shape: str,
-    split: type[ColumnParallelMapping] | type[RowParallelMapping],
-) -> list[ParamMapping]:
-    """Weight and bias of a linear layer; a row-parallel layer's bias is not split."""
-    split_bias = ReplicatedMapping if split is RowParallelMapping else ColumnParallelMapping
+def _row_parallel(megatron: str, hf: str, shape: str) -> list[ParamMapping]:
+    """The bias of a row-parallel layer is not split."""
     return [
-        split(f"{linear}.weight", f"{hf_linear}.weight", shape),
-        split_bias(f"{linear}.bias", f"{hf_linear}.bias", shape.split()[0]),
+        RowParallelMapping(f"{megatron}weight", f"{hf}weight", shape),
+        ReplicatedMapping(f"{megatron}bias", f"{hf}bias", shape.split()[0]),
     ]

@@ -2,14 +2,11 @@
 
 from dataclasses import replace
 
-from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
 from megatron.bridge.models.conversion.structure import AttentionFields, ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import is_read
+from megatron.bridge.models.qwen_vl.config_layers import MAX_PARTS, deepstack_layers
 from megatron.bridge.models.qwen_vl.parts import DEEPSTACK_MERGERS, VISION, VISION_LAYERS
-from megatron.bridge.models.qwen_vl.text_structure import MAX_PARTS
-from megatron.bridge.text.quoting import quoted
 
 
 def with_vision(
@@ -40,21 +37,6 @@ def with_vision(
         indices={**language.indices, **indices},
         stacked=language.stacked | stacked,
     )
-
-
-def deepstack_layers(vision: HFConfig) -> list[int]:
-    """The vision layers that hand features to the text model; one merger each."""
-    key = "deepstack_visual_indexes"
-    if not is_read(vision, key):
-        return []
-    layers = vision.list_of(key, int)
-    depth = vision.count("depth")
-    if len(set(layers)) < len(layers) or not all(0 <= layer < depth for layer in layers):
-        raise ConfigError(
-            f"{vision.origin}: vision_config.deepstack_visual_indexes should name some of "
-            f"{depth} layers, found {quoted(layers)}"
-        )
-    return layers
 
 
 def _dims(vision: HFConfig) -> dict[str, int]:

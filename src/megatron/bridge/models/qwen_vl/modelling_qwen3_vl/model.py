@@ -38,14 +38,8 @@ class Qwen3VLModel(MegatronModule):
     """One pipeline stage of Qwen3-VL or Qwen3.5.
 
     `vision_model` exists on the first stage only; `language_model` is this stage's part of the
-    decoder, with the embedding on the first and the output layer on the last stage.
-
-    Args:
-        config: a finalized provider.
-        pre_process: this is the first stage.
-        post_process: this is the last stage.
-        vp_stage: virtual pipeline stage, None without interleaving.
-        pg_collection: process groups; None for megatron-core's current ones.
+    decoder, with the embedding on the first and the output layer on the last stage. Both are made
+    with the arguments of this class, which are those of Qwen3VLTextModel.
     """
 
     def __init__(

@@ -1,11 +1,10 @@
 """A language model of text as a model of its own, with the names of a GPTModel."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron.bridge.errors import InputError
@@ -18,37 +17,9 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
-if TYPE_CHECKING:
-    from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
-
 
 class QwenModel(Qwen3VLTextModel):
-    """One pipeline stage of a Qwen model of text.
-
-    Args:
-        config: a finalized provider.
-        pre_process: this is the first stage.
-        post_process: this is the last stage.
-        vp_stage: virtual pipeline stage, None without interleaving.
-        pg_collection: process groups; None for megatron-core's current ones.
-    """
-
-    def __init__(
-        self,
-        config: "QwenModelProvider",
-        *,
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            pre_process=pre_process,
-            post_process=post_process,
-            pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
-            vp_stage=vp_stage,
-        )
+    """One pipeline stage of a Qwen model of text; made like Qwen3VLTextModel."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QwenModel":
         """A model of its own on the same process groups; see `deep_copy`."""

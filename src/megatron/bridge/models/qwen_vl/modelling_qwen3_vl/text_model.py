@@ -39,28 +39,29 @@ _FOR_PREDICTORS = (
 
 
 class Qwen3VLTextModel(GPTModel):
-    """GPTModel of a finalized provider.
+    """One pipeline stage of a language model.
 
     Args:
-        config: the provider.
-        pre_process: this stage holds the embedding.
-        post_process: this stage holds the final norm and the output layer.
-        pg_collection: process groups.
+        config: a finalized provider.
+        pre_process: this is the first stage, which holds the embedding.
+        post_process: this is the last stage, which holds the final norm and the output layer.
         vp_stage: virtual pipeline stage, None without interleaving.
+        pg_collection: process groups; None for megatron-core's current ones.
     """
 
     def __init__(
         self,
         config: "QwenModelProvider",
         *,
-        pre_process: bool,
-        post_process: bool,
-        pg_collection: ProcessGroupCollection,
-        vp_stage: int | None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(
             config,
-            transformer_layer_spec=stage_spec(config, vp_stage, pg_collection.pp.rank()),
+            transformer_layer_spec=stage_spec(config, vp_stage, groups.pp.rank()),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
@@ -73,13 +74,13 @@ class Qwen3VLTextModel(GPTModel):
             rotary_base=config.rotary_base,
             scatter_embedding_sequence_parallel=config.scatter_embedding_sequence_parallel,
             mtp_block_spec=predictor_spec(config),
-            pg_collection=pg_collection,
+            pg_collection=groups,
             vp_stage=vp_stage,
         )
         self.unpadded_vocab_size = config.vocab_size
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(config.rotary_frequencies)
         if config.scores is not None and post_process:
-            self.output_layer = ScoreHead(config, pg_collection)
+            self.output_layer = ScoreHead(config, groups)
         self.router_loss = RouterLoss()
         for module in self.decoder.modules():
             if isinstance(module, CountedRouter):
