@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
-from providers import FAMILIES, one_process, released_provider, small_provider, small_vision
+from providers import PROVIDERS, one_process, released_provider, small_provider, small_vision
 from released_configs import VISION_24, qwen3_vl
 
 pytestmark = pytest.mark.usefixtures("on_the_gpu")
@@ -134,7 +134,7 @@ def values(provider: Any) -> dict[str, Any]:
     return {one.name: getattr(provider, one.name) for one in dataclasses.fields(provider)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROVIDERS)
 def test_finalize_changes_no_given_field_and_is_idempotent(family: str) -> None:
     provider = small_provider(family)
     given = values(provider)
@@ -203,7 +203,7 @@ def sharded_tensors(chunks: list[Any]) -> Iterator[ShardedTensor]:
 
 # (tensor, pipeline, virtual pipeline), beside those of oracle/test_sharding.py: 16 ranks are more
 # than the 8 key/value heads.
-TOPOLOGIES = ((1, 1, None), (16, 1, None), (1, 2, 2))
+TOPOLOGIES = ((1, 1, None), (16, 1, None), (1, 7, 2))
 
 
 def test_shards_of_all_ranks_tile_every_parameter() -> None:
