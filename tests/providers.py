@@ -20,6 +20,7 @@ from megatron.bridge.runtime.parallel import (
     initialize_process_groups,
 )
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
+from oracle import tiny
 
 
 def small_vision(**fields: Any) -> VisionConfig:
@@ -39,67 +40,62 @@ def small_vision(**fields: Any) -> VisionConfig:
     return VisionConfig(**sizes | fields)
 
 
-_EXPERTS = {"num_moe_experts": 7, "moe_ffn_hidden_size": 28, "moe_router_topk": 3}
-_HYBRID: dict[str, Any] = {
-    "kv_channels": 64,
-    "mrope_section": [3, 3, 2],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 26,
-    "linear_value_head_dim": 22,
+PROVIDERS: dict[str, type[Qwen3VLModelProvider]] = {
+    "qwen3_vl": Qwen3VLModelProvider,
+    "qwen3_vl_moe": Qwen3VLMoEModelProvider,
+    "qwen3_5": Qwen35VLModelProvider,
+    "qwen3_5_moe": Qwen35VLMoEModelProvider,
 }
-FAMILIES: dict[str, tuple[type[Qwen3VLModelProvider], dict[str, Any]]] = {
-    "qwen3_vl": (Qwen3VLModelProvider, {}),
-    "qwen3_vl_moe": (Qwen3VLMoEModelProvider, _EXPERTS),
-    "qwen3_5": (Qwen35VLModelProvider, _HYBRID),
-    "qwen3_5_moe": (
-        Qwen35VLMoEModelProvider,
-        _HYBRID | _EXPERTS | {"moe_shared_expert_intermediate_size": 36},
-    ),
+# Key of a text_config: field of a provider.
+_FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_length",
+    "num_experts": "num_moe_experts",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "num_experts_per_tok": "moe_router_topk",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "linear_num_key_heads": "linear_num_key_heads",
+    "linear_num_value_heads": "linear_num_value_heads",
+    "linear_key_head_dim": "linear_key_head_dim",
+    "linear_value_head_dim": "linear_value_head_dim",
 }
+
+
+def _sizes(text: dict[str, Any]) -> dict[str, Any]:
+    return {field: text[key] for key, field in _FIELDS.items() if key in text}
 
 
 def small_provider(family: str = "qwen3_vl", **fields: Any) -> Qwen3VLModelProvider:
-    provider, of_family = FAMILIES[family]
-    deepstack = () if family.startswith("qwen3_5") else (0, 2)
+    """With the sizes of tiny.FAMILIES, but vision heads that two ranks can share."""
+    _, text, deepstack = tiny.FAMILIES[family]
     sizes: dict[str, Any] = {
-        "num_layers": 5,
-        "hidden_size": 80,
-        "ffn_hidden_size": 144,
-        "num_attention_heads": 6,
-        "num_query_groups": 2,
-        "kv_channels": 16,
-        "mrope_section": [4, 2, 2],
-        "vocab_size": 307,
-        "seq_length": 4096,
+        "mrope_section": text["rope_parameters"]["mrope_section"],
         "image_token_id": 300,
         "video_token_id": 301,
         "vision_start_token_id": 302,
         "vision_end_token_id": 303,
-        "vision": small_vision(deepstack_visual_indexes=deepstack),
+        "vision": small_vision(deepstack_visual_indexes=tuple(deepstack)),
     }
-    return provider(**sizes | of_family | fields)
+    return PROVIDERS[family](**sizes | _sizes(tiny.TEXT | text) | fields)
 
 
 def released_provider(config: dict[str, Any], **fields: Any) -> Qwen3VLModelProvider:
-    """A provider with the sizes of a released config.json."""
-    text, vision = config["text_config"], config["vision_config"]
+    """A dense provider with the sizes of a released config.json."""
+    vision = config["vision_config"]
     names = VisionConfig.__dataclass_fields__.keys() & vision.keys()
     sizes: dict[str, Any] = {
-        "num_layers": text["num_hidden_layers"],
-        "hidden_size": text["hidden_size"],
-        "ffn_hidden_size": text["intermediate_size"],
-        "num_attention_heads": text["num_attention_heads"],
-        "num_query_groups": text["num_key_value_heads"],
-        "kv_channels": text["head_dim"],
-        "vocab_size": text["vocab_size"],
-        "seq_length": text["max_position_embeddings"],
         "share_embeddings_and_output_weights": config["tie_word_embeddings"],
         "params_dtype": torch.bfloat16,
         "bf16": True,
         "vision": VisionConfig(**{name: vision[name] for name in names}),
     }
-    return Qwen3VLModelProvider(**sizes | fields)
+    return Qwen3VLModelProvider(**sizes | _sizes(config["text_config"]) | fields)
 
 
 @contextmanager

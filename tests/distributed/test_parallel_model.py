@@ -41,7 +41,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor_tied_biased": ("tied_biased", TENSOR),
     "fewer_kv_heads_than_ranks": ("one_kv_head", TENSOR),
     "sequence": ("untied", SEQUENCE),
-    "sequence_recompute": ("untied", SEQUENCE | RECOMPUTE),
     "pipeline": ("untied", PIPELINE),
     "pipeline_tied_biased": ("tied_biased", PIPELINE),
     "data": ("untied", {}),

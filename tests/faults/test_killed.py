@@ -43,13 +43,13 @@ def recorded(partial: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
-def test_killed_ten_times(direction: str, folder: Path, tmp_path: Path) -> None:
+def test_killed_five_times(direction: str, folder: Path, tmp_path: Path) -> None:
     """Each run is killed when it has recorded a random number of files; each goes on."""
     chance = random.Random(direction)
     expected = files_of(folder / direction)
     total = sum(map(len, expected.values())) - len(expected[RECORD])
     weights = sum(len(content) > 100_000 for content in expected.values())
-    for attempt in range(10):
+    for attempt in range(5):
         out = tmp_path / f"out-{attempt}"
         partial = out.with_name(out.name + ".partial")
         finished, later = chance.randrange(weights - 2), chance.random() / 50

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.bridge.runtime.parallel import fake_cluster
+from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
-from providers import FAMILIES, one_process, small_provider
+from providers import PROVIDERS, one_process, small_provider
 
 pytestmark = pytest.mark.usefixtures("on_the_gpu")
 
@@ -20,7 +20,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 TOKENS = torch.arange(22).reshape(2, 11)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROVIDERS)
 def test_how_parameters_are_split_is_kept(family: str) -> None:
     """megatron-core notes on a parameter how it is split: sharding and gradients go by that."""
     provider = small_provider(family, tensor_model_parallel_size=2, sequence_parallel=True)
@@ -53,7 +53,7 @@ def process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PROVIDERS)
 def test_a_copy_is_equal_and_independent(family: str) -> None:
     """Also of a model in training, inside of DistributedDataParallel."""
     provider = small_provider(family, **FIELDS.get(family, {}))

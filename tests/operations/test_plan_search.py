@@ -24,10 +24,9 @@ from released_configs import QWEN3_5_397B_A17B, QWEN3_VL_8B
     [
         # The nearest legal size is found by rules alone, and by building a layer for each tried.
         (QWEN3_VL_8B, ["--tp", "131072"], "vision.num_heads is 16, not a multiple of"),
-        (QWEN3_5_397B_A17B, ["--pp", "131072"], "(the nearest legal: 60)"),
         (QWEN3_5_397B_A17B, ["--ep", "131072"], "(the nearest legal: 512)"),
     ],
-    ids=["tp", "pp", "ep"],
+    ids=["tp", "ep"],
 )
 def test_a_refusal_does_not_take_long(
     config: object,

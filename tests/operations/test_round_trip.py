@@ -118,7 +118,9 @@ def test_a_reference_without_weights_gives_the_same_tensors(model: Path, tmp_pat
 
 def test_a_reference_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     other = make_model("qwen3-vl", tmp_path / "other", {"text.intermediate_size": 272}, seed=4)
-    with pytest.raises(PlanError, match=r"mlp.linear_fc1.weight: expected shape .*found") as error:
+    with pytest.raises(
+        PlanError, match=r"mlp.linear_fc1.weight: expected BF16 of shape .*found"
+    ) as error:
         export_checkpoint(
             model / "megatron", tmp_path / "out", PreTrainedVLM.from_pretrained(other)
         )

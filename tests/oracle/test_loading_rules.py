@@ -53,7 +53,7 @@ def changed(model: Path, target: Path, edit: Edit) -> Path:
 def verdicts(model: Path, capsys: pytest.CaptureFixture[str]) -> tuple[set[int], set[str]]:
     """Exit statuses and messages of the commands that look at a model."""
     target = model.with_name("imported")
-    commands = [["inspect"], ["plan", "--tp", "1"], ["import", str(target)], ["compare"]]
+    commands = [["inspect"], ["plan"], ["import", str(target)], ["compare"]]
     statuses, said = set(), set()
     for command, *more in commands:
         capsys.readouterr()

@@ -145,7 +145,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 WHOLE_CASES = [
     (name, layout)
     for name, config in WHOLE.items()
-    for layout in (ONE_RANK, *drawn(name, config, 2))
+    for layout in (ONE_RANK, *drawn(name, config, 2 if "3B" in name else 1))  # 3B: with experts
 ]
 
 

@@ -3,6 +3,7 @@
 No two sizes are equal and no matrix is square; the norms and biases are far from ones and zeros.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -184,11 +185,16 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 def photographs() -> list[Any]:
     """Two photographs of different sizes and shapes."""
+    return [*_photographs()]
+
+
+@cache
+def _photographs() -> tuple[Any, ...]:
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     china, flower = (Image.fromarray(image) for image in load_sample_images().images)
-    return [china.resize((190, 130)), flower.crop((100, 0, 420, 427)).resize((120, 230))]
+    return china.resize((190, 130)), flower.crop((100, 0, 420, 427)).resize((120, 230))
 
 
 def video() -> np.ndarray:

@@ -172,7 +172,6 @@ class ParamMapping(ABC):
             return None
         return f"{module}._extra_state{expert}"
 
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.megatron_param!r}, {self.hf_param!r})"
 
