@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.bridge.runtime.parallel import ParallelSizes, fake_cluster
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from providers import PROVIDERS, one_process, small_provider
 
