@@ -58,7 +58,7 @@ class SourceFile:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises ValueError."""
+        """What `asdict` gives, as JSON has it. Raises ValueError for anything else."""
         name, nbytes, mtime_ns, head = fields(
             value, {"name": str, "nbytes": int, "mtime_ns": int, "head": (str, type(None))}
         )
