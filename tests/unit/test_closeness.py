@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megatron.bridge.auto_bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.verification.distance import Distance, distance
 from megatron.bridge.operations.verification.float64 import float64_throughout, restore_frequencies
@@ -41,11 +40,10 @@ class Closeness:
 
 
 def measure(hf: PreTrainedVLM, inputs: dict[str, torch.Tensor]) -> Closeness:
-    bridge = AutoBridge(hf)
     logits = {}
     for dtype in (torch.float64, torch.float32):
         theirs, hidden = run_transformers(hf, inputs, dtype)
-        ours, layers = run_megatron(bridge, inputs, dtype, hidden)
+        ours, layers = run_megatron(hf, inputs, dtype, hidden)
         assert theirs.dtype is ours.dtype is dtype
         assert len(layers) == len(hidden)
         logits[dtype] = theirs, ours
