@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.cases import Case
 from megatron.bridge.formats.safetensors_writer import (
-    plan_shards,
     shard_header,
+    split_into_shards,
     tensor_bytes,
     write_index,
 )
@@ -132,7 +132,7 @@ class ModelFiles:
         settings = self._settings
         family = find_family(self.case.family)
         write_side_files(self.folder, family, settings.config, settings.first_token_id)
-        shards = plan_shards(self._tensors, settings.options["max_shard_size"])
+        shards = split_into_shards(self._tensors, settings.options["max_shard_size"])
         random = RandomWeights()
         for file_name, tensors in shards.items():
             _write_shard(self.folder / file_name, tensors, random)

@@ -10,8 +10,9 @@ from typing import Any
 import released_configs as released
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.tensors.spec import TensorSpec
 
 type Specs = dict[str, TensorSpec]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.formats.torch_dist.layout import torch_dist_files
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.tensors.boxes import Box, full_box
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 def write_torch_dist(

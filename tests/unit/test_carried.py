@@ -17,11 +17,11 @@ from megatron.bridge.cli import main
 from megatron.bridge.errors import PlanError, UnsupportedModel
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.equal_copies import check_equal
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.verification.tensors import verify
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.spec import TensorSpec
 from plans_of import (
     DENSE_35,
     EMBEDDING,
@@ -387,13 +387,13 @@ def test_headers_alone_do_not_prove_a_copy(
     tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
-    from megatron.bridge.operations.inspection import hf_folder
+    from megatron.bridge.operations.inspection import hf_report
 
     folder = Folder.of(tied)
     folder.tensors[HEAD] = folder.tensors[EMBEDDING] * 2
     hf = PreTrainedVLM.from_pretrained(folder.write(tmp_path / "model"))
     headers = TensorIndex.from_folder(hf.folder)
-    monkeypatch.setattr(hf_folder, "_tensors", lambda _hf: ("hub headers", headers))
-    report = hf_folder.inspect_model(hf, "someone/model")
+    monkeypatch.setattr(hf_report, "_tensors", lambda _hf: ("hub headers", headers))
+    report = hf_report.inspect_model(hf, "someone/model")
     assert report.plan is not None
     assert report.plan.carried[HEAD].endswith("not compared: only headers were read")

@@ -13,9 +13,9 @@ from megatron.bridge.dtypes import safetensors_dtype
 from megatron.bridge.engine.comparison import compare_tensors
 from megatron.bridge.engine.difference import Difference, difference
 from megatron.bridge.engine.stream import Budget
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Silent
 from megatron.bridge.tensors.boxes import Box, slices, tiling_faults
+from megatron.bridge.tensors.spec import TensorSpec
 
 SMALL = Budget(threads=3, piece_bytes=200)
 

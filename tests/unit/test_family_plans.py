@@ -10,9 +10,10 @@ import released_configs as released
 from megatron.bridge.errors import ConfigError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
+from megatron.bridge.tensors.spec import TensorSpec
 
 LAYER = "language_model.decoder.layers."
 

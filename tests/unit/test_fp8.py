@@ -16,7 +16,6 @@ from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.config_record import read_hf_config
 from megatron.bridge.formats.fp8_writer import Requantizer, block_scales, quantize
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, dequantize
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
@@ -25,6 +24,7 @@ from megatron.bridge.operations.convert import export_checkpoint, import_checkpo
 from megatron.bridge.operations.verification.tensors import verify
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.tensors.boxes import Box, slices
+from megatron.bridge.tensors.spec import TensorSpec
 from vision_families import FAMILIES
 
 BLOCK = BlockFP8(128, 128)

@@ -22,7 +22,7 @@ from megatron.bridge.models.conversion.layout import (
     packed_qkv,
     qkv,
 )
-from megatron.bridge.models.conversion.transfer import assemble, disassemble
+from megatron.bridge.models.conversion.module_weights import assemble, disassemble
 from megatron.bridge.tensors.boxes import Shape, tiling_faults
 
 # Layout, shapes of its tensors by role; no shape is square and no two extents are equal by chance.

@@ -13,11 +13,12 @@ import released_configs as released
 from megatron.bridge.errors import PlanError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import AutoMapping
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl import Qwen3VLBridge
 from megatron.bridge.tensors.boxes import full_box
+from megatron.bridge.tensors.spec import TensorSpec
 
 SMALL: dict[str, Any] = copy.deepcopy(released.QWEN3_VL_8B)
 SMALL["text_config"] |= {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,17 @@ from megatron.bridge.dtypes import DTYPE_NAMES, itemsize, safetensors_dtype, tor
 from megatron.bridge.errors import CheckpointError, TargetExists
 from megatron.bridge.formats.safetensors_writer import (
     index_text,
-    plan_shards,
-    tensor_bytes,
+    split_into_shards,
     write_index,
     write_shard,
 )
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+from megatron.bridge.tensors.spec import TensorSpec
 from model_folders import INDEX, SHARDS, write_example
 
 
-@dataclass(frozen=True)
-class Spec:
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "F32"
+def spec(name: str, shape: tuple[int, ...], dtype: str = "F32") -> TensorSpec:
+    return TensorSpec(name, shape, dtype)
 
 
 def rewrite(source: Path, target: Path) -> None:
@@ -95,7 +91,7 @@ def test_what_we_write_the_library_reads(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     values = {"w": torch.randn(4, 3).t(), "s": torch.tensor(7, dtype=torch.int32)}
-    specs = [Spec("w", (3, 4)), Spec("s", (), "I32")]
+    specs = [spec("w", (3, 4)), spec("s", (), "I32")]
     write_shard(tmp_path / "x.safetensors", specs, values.__getitem__)
     read = load_file(tmp_path / "x.safetensors")
     assert list(read) == ["w", "s"]
@@ -119,7 +115,7 @@ def test_one_tensor_at_a_time_in_the_given_order(tmp_path: Path) -> None:
         alive.append(weakref.ref(value))
         return value
 
-    write_shard(tmp_path / "x.safetensors", [Spec(name, (2, 3)) for name in "cab"], tensor)
+    write_shard(tmp_path / "x.safetensors", [spec(name, (2, 3)) for name in "cab"], tensor)
     assert asked == ["c", "a", "b"]
 
 
@@ -134,7 +130,7 @@ def test_another_tensor_than_specified(
 
     path = tmp_path / "x.safetensors"
     with pytest.raises(CheckpointError) as caught:
-        write_shard(path, [Spec("w", shape, dtype)], lambda _: torch.zeros(2, 3))
+        write_shard(path, [spec("w", shape, dtype)], lambda _: torch.zeros(2, 3))
     assert str(caught.value) == f"w: expected {dtype} of shape {shape}, {found}"
     assert not path.exists()
 
@@ -151,7 +147,7 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["w", "__metadata__"])
 def test_a_name_given_twice(tmp_path: Path, name: str) -> None:
-    specs = [Spec("w", (1,)), Spec(name, (1,))]
+    specs = [spec("w", (1,)), spec(name, (1,))]
     with pytest.raises(CheckpointError, match=f"{name} is given twice, or is a reserved name"):
         write_shard(tmp_path / "x", specs, lambda _: None, {"format": "pt"})  # type: ignore[arg-type, return-value]
 
@@ -176,7 +172,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         with pytest.raises(CheckpointError, match=r"full\.safetensors: cannot be written"):
-            write_shard(target, [Spec("w", (9, 999))], limited)
+            write_shard(target, [spec("w", (9, 999))], limited)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
@@ -194,9 +190,9 @@ def test_index_is_written_as_transformers_does(tmp_path: Path) -> None:
 
 def test_shards_are_filled_in_order() -> None:
     specs = [
-        Spec(name, (size,), "U8") for name, size in zip("abcdef", (4, 5, 3, 20, 6, 4), strict=True)
+        spec(name, (size,), "U8") for name, size in zip("abcdef", (4, 5, 3, 20, 6, 4), strict=True)
     ]
-    shards = plan_shards(specs, max_shard_size=10)
+    shards = split_into_shards(specs, max_shard_size=10)
     assert {name: [spec.name for spec in shard] for name, shard in shards.items()} == {
         "model-00001-of-00004.safetensors": ["a", "b"],
         "model-00002-of-00004.safetensors": ["c"],
@@ -206,19 +202,19 @@ def test_shards_are_filled_in_order() -> None:
 
 
 def test_one_shard_has_the_plain_name_and_wide_types_first() -> None:
-    specs = [Spec("b", (2,), "BF16"), Spec("c", (2,), "F32"), Spec("a", (2,), "BF16")]
-    shards = plan_shards(specs, max_shard_size=100)
+    specs = [spec("b", (2,), "BF16"), spec("c", (2,), "F32"), spec("a", (2,), "BF16")]
+    shards = split_into_shards(specs, max_shard_size=100)
     assert shards == {"model.safetensors": [specs[1], specs[2], specs[0]]}
 
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=20), limit=st.integers(1, 40))
 def test_every_tensor_is_in_one_shard_that_keeps_the_limit(sizes: list[int], limit: int) -> None:
-    specs = [Spec(f"{number:02}", (size,), "U8") for number, size in enumerate(sizes)]
-    shards = plan_shards(specs, limit)
+    specs = [spec(f"{number:02}", (size,), "U8") for number, size in enumerate(sizes)]
+    shards = split_into_shards(specs, limit)
     assert [spec for shard in shards.values() for spec in shard] == specs
     for shard in shards.values():
         assert shard
-        assert len(shard) == 1 or sum(map(tensor_bytes, shard)) <= limit
+        assert len(shard) == 1 or sum(spec.nbytes for spec in shard) <= limit
 
 
 def test_the_table_of_dtypes() -> None:

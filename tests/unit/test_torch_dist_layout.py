@@ -26,8 +26,8 @@ from megatron.bridge.formats.torch_dist.layout import (
 )
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.formats.torch_dist.saved_tensor import MAX_FRAME_BYTES, frame_of
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.tensors.boxes import Box, box_shape, full_box, slices
+from megatron.bridge.tensors.spec import TensorSpec
 
 PIECE = MAX_FRAME_BYTES + 600
 MAX_FILE = 5 * PIECE

@@ -6,9 +6,7 @@ so that file headers can be read without it. Types of less than one byte are not
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from megatron.bridge.errors import CheckpointError, InputError
 
@@ -73,23 +71,6 @@ def widest(first: str, *others: str) -> str | None:
     if not dtypes <= set(MIXABLE):
         return None
     return next(wide for wide in MIXABLE if all(holds_all(wide, one) for one in dtypes))
-
-
-class SizedTensor(Protocol):
-    """A tensor without its data; `dtype` is the safetensors name ("BF16")."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-def main_dtype(tensors: Iterable[SizedTensor]) -> str:
-    """The dtype that most bytes have; there is at least one tensor."""
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[tensor.dtype] += tensor.nbytes
-    return sizes.most_common(1)[0][0]
 
 
 def _row(name: str) -> tuple[str, int]:

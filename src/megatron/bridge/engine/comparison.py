@@ -11,9 +11,9 @@ from megatron.bridge.engine.difference import Difference, difference
 from megatron.bridge.engine.pieces import FillTensor, TensorData, as_tensor, tensor_blocks
 from megatron.bridge.engine.stream import Budget
 from megatron.bridge.engine.worker_threads import share_out
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Progress
 from megatron.bridge.tensors.boxes import box_shape
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 def compare_tensors(

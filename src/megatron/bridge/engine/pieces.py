@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron.bridge.dtypes import itemsize, torch_dtype
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.tensors.boxes import Box, Shape, box_shape, row_blocks, volume
+from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -2,11 +2,11 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron.bridge.dtypes import can_be_cast, main_dtype, widest
+from megatron.bridge.dtypes import widest
 from megatron.bridge.errors import CheckpointError, InputError, PlanError
 from megatron.bridge.formats.config_record import CONFIG_RECORD, read_hf_config, read_record
 from megatron.bridge.models.catalog import bridge_for
@@ -17,9 +17,10 @@ from megatron.bridge.models.conversion.model_bridge import (
     PlanOptions,
     with_files,
 )
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype
 from megatron.bridge.text.quoting import quoted
 
 if TYPE_CHECKING:
@@ -220,20 +221,3 @@ def as_stored(plan: ConversionPlan, found: Mapping[str, TensorSpec]) -> dict[str
         name: replace(spec, dtype=widest(*dtypes[name]) or spec.dtype) if dtypes[name] else spec
         for name, spec in plan.hf.items()
     }
-
-
-def differences(
-    expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]
-) -> Iterator[str]:
-    """How the tensors of a checkpoint, by key, are not those that a plan needs, one by one."""
-    for key, spec in expected.items():
-        if key not in found:
-            yield f"{key}: missing from the checkpoint (shape {spec.shape}, dtype {spec.dtype})"
-        elif found[key].shape != spec.shape or not can_be_cast(spec.dtype, found[key].dtype):
-            yield (
-                f"{key}: expected shape {spec.shape} and dtype {spec.dtype}, found "
-                f"{found[key].shape} and {found[key].dtype}"
-            )
-    for key, spec in found.items():
-        if key not in expected:
-            yield f"{key}: no row maps it (shape {spec.shape}, dtype {spec.dtype})"

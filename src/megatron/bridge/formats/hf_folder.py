@@ -6,11 +6,11 @@ from pathlib import Path
 
 from megatron.bridge.engine.pieces import PIECE_BYTES, OutputFile
 from megatron.bridge.formats.safetensors_layout import shard_layout
-from megatron.bridge.formats.safetensors_writer import index_text, plan_shards
-from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.formats.safetensors_writer import index_text, split_into_shards
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
+from megatron.bridge.tensors.spec import TensorSpec
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Bytes of tensor data per file where no reference says how to split, as on the Hub."""
@@ -53,7 +53,7 @@ def _shards(
     size = sum(spec.nbytes for spec in tensors.values())
     alike = reference.has_weights and set(reference.tensors) == set(tensors)
     if max_shard_bytes is not None or not alike:
-        files = plan_shards(tensors.values(), max_shard_bytes or MAX_SHARD_BYTES)
+        files = split_into_shards(tensors.values(), max_shard_bytes or MAX_SHARD_BYTES)
         index = _index(files, size) if len(files) > 1 else None
         return _Shards(files, {key: {"format": "pt"} for key in files}, index)
     known = reference.tensors

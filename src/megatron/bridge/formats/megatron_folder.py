@@ -7,8 +7,9 @@ from megatron.bridge.engine.pieces import PIECE_BYTES, OutputFile
 from megatron.bridge.formats.config_record import CONFIG_RECORD, config_record
 from megatron.bridge.formats.iterations import TRACKER_FILE, folder_name
 from megatron.bridge.formats.torch_dist.layout import torch_dist_files
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.tensors.spec import TensorSpec
 
 MAX_FILE_BYTES = 1 << 29
 """Bytes per torch_dist file: enough files for many processes to share, few enough for a disk."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron.bridge.engine.pieces import OutputFile, tensor_blocks
 from megatron.bridge.formats.safetensors_writer import shard_header
-from megatron.bridge.models.conversion.plan import TensorSpec
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 def shard_layout(

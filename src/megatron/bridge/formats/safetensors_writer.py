@@ -9,33 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron.bridge.dtypes import itemsize, safetensors_dtype
 from megatron.bridge.errors import CheckpointError, TargetExists
+from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 _HEADER_ALIGNMENT = 8
-
-
-class TensorSpec(Protocol):
-    """A tensor to be written; `dtype` is the safetensors name. TensorInfo is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-
-
-def tensor_bytes(spec: TensorSpec) -> int:
-    """Bytes of a tensor's data."""
-    return prod(spec.shape) * itemsize(spec.dtype)
 
 
 def write_shard(
@@ -73,7 +57,7 @@ def write_shard(
         raise
 
 
-def plan_shards[Spec: TensorSpec](
+def split_into_shards[Spec: TensorSpec](
     specs: Iterable[Spec], max_shard_size: int
 ) -> dict[str, list[Spec]]:
     """Distribute tensors over files: file name -> its tensors, in the order of their data.
@@ -85,7 +69,7 @@ def plan_shards[Spec: TensorSpec](
     shards: list[list[Spec]] = [[]]
     size = 0
     for spec in specs:
-        nbytes = tensor_bytes(spec)
+        nbytes = spec.nbytes
         if shards[-1] and size + nbytes > max_shard_size:
             shards.append([])
             size = 0
@@ -149,7 +133,7 @@ def shard_header(
     for spec in specs:
         if spec.name in entries:
             raise CheckpointError(f"{file_name}: {spec.name} is given twice, or is a reserved name")
-        end = begin + tensor_bytes(spec)
+        end = begin + spec.nbytes
         entries[spec.name] = {
             "dtype": spec.dtype,
             "shape": list(spec.shape),
@@ -167,8 +151,7 @@ def _write_tensor(file: BinaryIO, spec: TensorSpec, tensor: torch.Tensor) -> Non
     found = safetensors_dtype(tensor.dtype), tuple(tensor.shape)
     if found != (spec.dtype, tuple(spec.shape)):
         raise CheckpointError(
-            f"{spec.name}: expected {spec.dtype} of shape {tuple(spec.shape)}, "
-            f"found {found[0]} of shape {found[1]}"
+            f"{spec.name}: expected {spec.form}, found {found[0]} of shape {found[1]}"
         )
     data = tensor.detach().cpu().contiguous()
     if data.numel():

@@ -7,16 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron.bridge.dtypes import (
-    TORCH_NAME_OF,
-    can_be_cast,
-    main_dtype,
-    safetensors_dtype,
-    widest,
-)
+from megatron.bridge.dtypes import TORCH_NAME_OF, can_be_cast, safetensors_dtype, widest
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import PlanError
-from megatron.bridge.formats.file_plans import as_stored, differences, weight_tensors
+from megatron.bridge.formats.file_plans import as_stored, weight_tensors
 from megatron.bridge.formats.megatron_folder import megatron_files
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.live.tensors import LiveTensors, LocalTensor, local_tensors
@@ -24,7 +18,7 @@ from megatron.bridge.live.weights import plan_of_model
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import stored_place
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -39,6 +33,7 @@ from megatron.bridge.tensors.boxes import (
     relative,
     slices,
 )
+from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype
 
 
 def save_model(

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.conversion.casting import EXACTLY
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.tensors.boxes import (
@@ -30,6 +30,7 @@ from megatron.bridge.tensors.boxes import (
     tiling_faults,
     volume,
 )
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 @dataclass(frozen=True)

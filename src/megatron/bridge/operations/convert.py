@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.bridge.dtypes import DType, main_dtype, weight_dtype
+from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.file_plans import left_out, plan_export, plan_of, recorded_model
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.iterations import Iteration
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
@@ -26,6 +26,7 @@ from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.run import Conversion, Run, Written
 from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.boxes import Box
+from megatron.bridge.tensors.spec import TensorSpec, main_dtype
 
 if TYPE_CHECKING:
     import torch

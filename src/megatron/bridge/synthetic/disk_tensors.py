@@ -19,6 +19,7 @@ from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.small_model import SmallModel
 from megatron.bridge.synthetic import quantize
 from megatron.bridge.synthetic.config_settings import ORIGIN, Settings
+from megatron.bridge.tensors.spec import TensorSpec
 
 _EXPERTS = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 
@@ -37,8 +38,8 @@ class RandomTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskTensor:
-    """A tensor on disk, put together from random ones; `dtype` is the safetensors name.
+class DiskTensor(TensorSpec):
+    """A tensor on disk, put together from random ones.
 
     `experts` holds each expert's matrices, joined along their first axis (gate above up) and then,
     with `transposed`, transposed. If it is `fused`, the experts are stacked; otherwise there is one
@@ -46,9 +47,6 @@ class DiskTensor:
     "fp8-values" of its quantized form or that one's "fp8-scales"; `scale_dtype` is theirs.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
     experts: tuple[tuple[RandomTensor, ...], ...]
     fused: bool = False
     transposed: bool = False

@@ -12,8 +12,7 @@ from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.safetensors_writer import (
     name_shards,
-    plan_shards,
-    tensor_bytes,
+    split_into_shards,
     write_index,
     write_shard,
 )
@@ -39,7 +38,7 @@ def write_weights(
     shards = (
         name_shards(_split(tensors, num_shards))
         if num_shards
-        else plan_shards(tensors, max_shard_size)
+        else split_into_shards(tensors, max_shard_size)
     )
     by_name = {tensor.name: tensor for tensor in tensors}
 
@@ -50,7 +49,7 @@ def write_weights(
         write_shard(folder / file_name, specs, draw, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
-        write_index(folder / INDEX_FILE, weight_map, sum(map(tensor_bytes, tensors)))
+        write_index(folder / INDEX_FILE, weight_map, sum(tensor.nbytes for tensor in tensors))
 
 
 def disk_values(tensor: DiskTensor, seed: int) -> torch.Tensor:
@@ -103,7 +102,7 @@ def _split(tensors: Sequence[DiskTensor], count: int) -> list[list[DiskTensor]]:
     """Cut the sequence into `count` parts of about the same bytes, none of them empty."""
     if len(tensors) < count:
         raise InputError(f"num_shards is {count}, but there are only {len(tensors)} tensors")
-    total = sum(map(tensor_bytes, tensors))
+    total = sum(tensor.nbytes for tensor in tensors)
     parts: list[list[DiskTensor]] = [[]]
     done = 0
     for position, tensor in enumerate(tensors):
@@ -113,5 +112,5 @@ def _split(tensors: Sequence[DiskTensor], count: int) -> list[list[DiskTensor]]:
             if full or len(tensors) - position == missing_parts:
                 parts.append([])
         parts[-1].append(tensor)
-        done += tensor_bytes(tensor)
+        done += tensor.nbytes
     return parts

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
-from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.synthetic.config_settings import ORIGIN, Settings
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 def check_config(settings: Settings) -> None:
@@ -21,7 +21,7 @@ def check_config(settings: Settings) -> None:
     bridge.provider_of(bridge.provider_settings(config, dtype)).finalize()
 
 
-def check_tensors(settings: Settings, tensors: Mapping[str, TensorLike]) -> None:
+def check_tensors(settings: Settings, tensors: Mapping[str, TensorSpec]) -> None:
     """Raise InputError if these, in no quantized form, cannot be proven to convert."""
     config = HFConfig.from_dict(settings.config, ORIGIN)
     try:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from megatron.bridge.engine.pieces import FillTensor, OutputFile, Piece, pieces_of
 from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget, write_pieces
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.target.fingerprint import Fingerprint, check_unchanged
 from megatron.bridge.target.job import Job, layout_digest
 from megatron.bridge.target.partial import PartialFolder
 from megatron.bridge.target.processes import Processes
+from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
     from megatron.bridge.tensors.source import Source

@@ -36,8 +36,8 @@ from megatron.bridge.formats.torch_dist.saved_tensor import (
     SavedTensor,
     saved_object,
 )
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks
+from megatron.bridge.tensors.spec import TensorSpec
 
 COMMON_STATE = "common_state/shard_0_1"
 """Where megatron-core keeps everything that is not sharded."""

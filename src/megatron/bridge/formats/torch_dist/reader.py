@@ -12,13 +12,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.bridge.dtypes import itemsize, safetensors_dtype, torch_dtype
+from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.iterations import METADATA_FILE, Iteration, iteration_folder
 from megatron.bridge.formats.torch_dist.index_format import index_format
 from megatron.bridge.formats.torch_dist.metadata import read_metadata
 from megatron.bridge.formats.torch_dist.saved_tensor_reader import find_saved_tensor
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 from megatron.bridge.models.hf_pretrained.slice_reader import SliceReader
 from megatron.bridge.tensors.boxes import (
@@ -30,8 +29,8 @@ from megatron.bridge.tensors.boxes import (
     relative,
     slices,
     tiling_faults,
-    volume,
 )
+from megatron.bridge.tensors.spec import TensorSpec, check_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +116,7 @@ class TorchDistCheckpoint:
         it, or data that are not what the index says.
         """
         spec = self._known(key)
-        if len(box) != len(spec.shape) or not all(
-            0 <= start <= stop <= size for (start, stop), size in zip(box, spec.shape, strict=True)
-        ):
-            raise CheckpointError(f"{key}: box {box} does not fit into shape {spec.shape}")
+        check_box(spec, box)
         if tuple(out.shape) != box_shape(box) or out.dtype != torch_dtype(spec.dtype):
             raise CheckpointError(
                 f"{key}: box {box} of {spec.dtype} does not fill {tuple(out.shape)}, {out.dtype}"
@@ -183,9 +179,7 @@ class TorchDistCheckpoint:
                 f"holds {found.dtype} of shape {found.shape}"
             )
         offset = chunk.offset + found.offset
-        return TensorInfo(
-            chunk.key, shape, dtype, path, volume(chunk.box) * itemsize(dtype), offset
-        )
+        return TensorInfo(chunk.key, shape, dtype, path, offset)
 
 
 def _stored_chunks(metadata: Metadata) -> Iterator[_Chunk]:

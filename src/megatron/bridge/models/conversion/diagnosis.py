@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.patterns import WILDCARD
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.models.conversion.structure import ModelStructure
+from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.folding import fold_numbers
 
 _SIZE = re.compile(r"(?P<times>\d*)(?P<symbol>[A-Za-z]+)")

@@ -22,11 +22,12 @@ from megatron.bridge.models.conversion.diagnosis import Terms
 from megatron.bridge.models.conversion.extras import Extras
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorLike, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.plan_builder import build_plan, expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import printable, quoted
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def register_unsupported(architectures: Sequence[str], sentence: str) -> None:
     UNSUPPORTED.update(dict.fromkeys(architectures, sentence))
 
 
-type Tensors = Mapping[str, TensorLike]
+type Tensors = Mapping[str, TensorSpec]
 
 
 class HasConfig(Protocol):

@@ -16,15 +16,12 @@ to single tensors and the shard that a module holds.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Self, cast
 
-from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.layout import (
     HF,
     Concatenate,
     Layout,
-    LayoutError,
     PadRows,
     Same,
     gated_qkv,
@@ -126,13 +123,9 @@ class ParamMapping(ABC):
         parameter. Returns a tensor of the parameter's local shape, in the dtype of the source.
         Raises InputError if shapes do not fit.
         """
-        from megatron.bridge.models.conversion.transfer import assemble
+        from megatron.bridge.models.conversion.module_weights import hf_to_megatron
 
-        tensors = dict(hf_weights) if isinstance(hf_weights, Mapping) else {HF: hf_weights}
-        fields = _fields(megatron_module)
-        with self._layout_errors():
-            whole = assemble(self.layout(fields), tensors)
-        return self._shard(whole, megatron_module)
+        return hf_to_megatron(self, hf_weights, megatron_module)
 
     def megatron_to_hf(
         self, megatron_weights: "torch.Tensor", megatron_module: "torch.nn.Module"
@@ -142,44 +135,15 @@ class ParamMapping(ABC):
         A collective over the tensor-parallel group where the parameter is split. Raises
         InputError if shapes do not fit.
         """
-        from megatron.bridge.models.conversion.transfer import disassemble
+        from megatron.bridge.models.conversion.module_weights import megatron_to_hf
 
-        whole = self._whole(megatron_weights, megatron_module)
-        with self._layout_errors():
-            tensors = disassemble(self.layout(_fields(megatron_module)), whole)
-        return {self.hf_params[role]: tensor for role, tensor in tensors.items()}
-
-    def _shard(self, whole: "torch.Tensor", module: "torch.nn.Module") -> "torch.Tensor":
-        """This rank's part of a whole parameter."""
-        from megatron.bridge.models.conversion.tensor_parallel import local_shard
-
-        sections = partial(self.rank_sections, _fields(module))
-        return local_shard(whole, self._parameter(module), module, sections)
-
-    def _whole(self, shard: "torch.Tensor", module: "torch.nn.Module") -> "torch.Tensor":
-        """A whole parameter from the parts of all ranks."""
-        from megatron.bridge.models.conversion.tensor_parallel import gather_shards
-
-        sections = partial(self.rank_sections, _fields(module))
-        return gather_shards(shard, self._parameter(module), module, sections)
-
-    def _parameter(self, module: "torch.nn.Module") -> "torch.nn.Parameter":
-        """The module's own parameter; it knows along which axis it is split."""
-        name = self.megatron_param.rpartition(".")[2]
-        own = dict(module.named_parameters(recurse=False))
-        # Layer specs without fused norms keep layer_norm_weight in a module of its own, those
-        # without grouped experts weight7.
-        names = (name, name.rpartition("_")[2], name.rstrip("0123456789"))
-        found = next((own[name] for name in names if name in own), None)
-        if found is None:
-            raise InputError(
-                f"{self.megatron_param}: {type(module).__name__} has no such parameter"
-            )
-        self._check_parallel(found)
-        return found
+        return megatron_to_hf(self, megatron_weights, megatron_module)
 
     expected_axis: ClassVar[int | None] = None
     """The axis along which tensor parallelism must split the parameter, or None for any."""
+
+    replicated: ClassVar[bool] = False
+    """Whether tensor parallelism must not split the parameter at all."""
 
     @property
     def extra_state(self) -> str | None:
@@ -202,38 +166,12 @@ class ParamMapping(ABC):
         """Whether modules of this kind save a state of their own: tensor-parallel linear layers."""
         return self.expected_axis is not None
 
-    def _check_parallel(self, parameter: "torch.nn.Parameter") -> None:
-        axis = split_axis(parameter)
-        if self.expected_axis is not None and axis not in (None, self.expected_axis):
-            raise InputError(
-                f"{self.megatron_param}: declared as {type(self).__name__}, but the module splits "
-                f"axis {axis}; declare it as AutoMapping or mend the layer spec"
-            )
-
-    def _layout_errors(self) -> "_NamedLayoutErrors":
-        return _NamedLayoutErrors(self)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.megatron_param!r}, {self.hf_param!r})"
 
 
 MegatronParamMapping = ParamMapping
 """The name that other bridges give it."""
-
-
-class _NamedLayoutErrors:
-    """Turns a LayoutError into an InputError that names the row."""
-
-    def __init__(self, row: ParamMapping) -> None:
-        self.row = row
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, LayoutError):
-            names = ", ".join(self.row.hf_params.values())
-            raise InputError(f"{self.row.megatron_param} from {names}: {error}") from error
 
 
 class _OneToOne(ParamMapping):
@@ -275,12 +213,7 @@ class AutoMapping(_OneToOne):
 class ReplicatedMapping(_OneToOne):
     """One tensor that every tensor-parallel rank holds whole."""
 
-    def _check_parallel(self, parameter: "torch.nn.Parameter") -> None:
-        if (axis := split_axis(parameter)) is not None:
-            raise InputError(
-                f"{self.megatron_param}: declared as ReplicatedMapping, but the module splits "
-                f"axis {axis}; declare it as AutoMapping"
-            )
+    replicated = True
 
 
 class NormMapping(ReplicatedMapping):
@@ -368,15 +301,3 @@ class GatedMLPMapping(ParamMapping):
 
     def rank_sections(self, fields: LayoutFields, rows: int) -> tuple[RankSection, ...]:
         return (RankSection(rows // 2), RankSection(rows // 2))
-
-
-def _fields(module: "torch.nn.Module") -> LayoutFields:
-    """The config of a Megatron module; plain torch modules have none, and their rows need none."""
-    return cast(LayoutFields, getattr(module, "config", None))
-
-
-def split_axis(parameter: "torch.nn.Parameter") -> int | None:
-    """The axis that tensor parallelism splits, as megatron-core marks it on the parameter."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)  # type: ignore[attr-defined]

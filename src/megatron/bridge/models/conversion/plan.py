@@ -13,33 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from megatron.bridge.dtypes import itemsize
-from megatron.bridge.tensors.boxes import Box, BoxIndex, Shape, tiling_faults
-
-
-class TensorLike(Protocol):
-    """What a plan must know of a tensor; dtypes are safetensors names ("BF16")."""
-
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def dtype(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor without its data."""
-
-    name: str
-    shape: Shape
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return prod(self.shape) * itemsize(self.dtype)
+from megatron.bridge.tensors.boxes import Box, BoxIndex, tiling_faults
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 class Copy(NamedTuple):

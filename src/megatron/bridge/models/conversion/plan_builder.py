@@ -18,18 +18,12 @@ from megatron.bridge.models.conversion.layout import LayoutError
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry, Ranges
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.patterns import fill
-from megatron.bridge.models.conversion.plan import (
-    ConversionPlan,
-    Copy,
-    Parameter,
-    RowUse,
-    TensorLike,
-    TensorSpec,
-)
+from megatron.bridge.models.conversion.plan import ConversionPlan, Copy, Parameter, RowUse
 from megatron.bridge.models.conversion.recipe import Recipe, RecipeBook
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.scales import NO_SCALES, lacks_scales
 from megatron.bridge.tensors.boxes import Box, Shape
+from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.folding import join_numbers, split_numbers
 
 NO_EXTRAS = Extras()
@@ -58,7 +52,7 @@ def expected_tensors(
 def build_plan(
     registry: MegatronMappingRegistry,
     structure: ModelStructure,
-    tensors: Mapping[str, TensorLike],
+    tensors: Mapping[str, TensorSpec],
     extras: Extras = NO_EXTRAS,
     terms: Terms = NO_TERMS,
 ) -> ConversionPlan:
@@ -89,7 +83,7 @@ class _Builder:
         self,
         registry: MegatronMappingRegistry,
         structure: ModelStructure,
-        tensors: Mapping[str, TensorLike],
+        tensors: Mapping[str, TensorSpec],
         extras: Extras,
         terms: Terms,
     ) -> None:

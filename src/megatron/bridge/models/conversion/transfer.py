@@ -4,13 +4,12 @@ Everything is built on two functions of a pair of boxes, whichever side is read:
 one box lies on the other side, and how the elements are arranged there.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
-from megatron.bridge.models.conversion.layout import Layout
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.box_pairs import BoxPair, hf_part, megatron_part
 from megatron.bridge.tensors.boxes import Box, box_shape, relative, row_blocks, slices
@@ -200,36 +199,3 @@ def inexact_offsets(plan: ConversionPlan, source: Source) -> Iterator[tuple[str,
             back = to_hf(shifted, copy, tuple(tensor.shape), tensor.dtype)
             if not torch.equal(back, tensor):
                 yield copy.hf_name, float((back.double() - tensor.double()).abs().max())
-
-
-def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A whole Megatron parameter from whole Hugging Face tensors by role.
-
-    Raises LayoutError if the shapes do not fit.
-    """
-    shapes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
-    shape = layout.megatron_shape(shapes)
-    first, *others = tensors.values()
-    dtype = first.dtype
-    for other in others:
-        dtype = torch.promote_types(dtype, other.dtype)
-    result = first.new_zeros(shape, dtype=dtype)
-    for piece in layout.pieces(shapes):
-        part = tensors[piece.role][slices(piece.hf_box)]
-        target = box_shape(piece.megatron_box)
-        result[slices(piece.megatron_box)] = to_megatron(part, piece, target, result.dtype)
-    return result
-
-
-def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Whole Hugging Face tensors by role from a whole Megatron parameter.
-
-    Raises LayoutError if the shape does not fit.
-    """
-    shapes = layout.hf_shapes(tuple(tensor.shape))
-    result = {role: tensor.new_empty(shape) for role, shape in shapes.items()}
-    for piece in layout.pieces(shapes):
-        part = tensor[slices(piece.megatron_box)]
-        target = box_shape(piece.hf_box)
-        result[piece.role][slices(piece.hf_box)] = to_hf(part, piece, target, tensor.dtype)
-    return result

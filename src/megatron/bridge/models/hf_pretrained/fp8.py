@@ -12,23 +12,20 @@ at the edges are smaller. Which weights are quantized is read from the files; co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING
 
-from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.quantization import (
     BlockFP8,
-    StoredTensor,
     check_tensors,
     quantization_of,
 )
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
-from megatron.bridge.models.hf_pretrained.slice_reader import Box
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
+from megatron.bridge.tensors.boxes import Box
+from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -37,23 +34,9 @@ DEQUANTIZED_DTYPE = "BF16"
 _CHECKED_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TensorView:
-    """A tensor of the dequantized model; `dtype` is the safetensors name."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data, dequantized."""
-        return prod(self.shape) * itemsize(self.dtype)
-
-
 def dequantized_view(
-    tensors: Mapping[str, StoredTensor], quantization: BlockFP8 | None, origin: str
-) -> dict[str, TensorView]:
+    tensors: Mapping[str, TensorSpec], quantization: BlockFP8 | None, origin: str
+) -> dict[str, TensorSpec]:
     """The tensors of the dequantized model, in the order of the files; scales are left out.
 
     Without a quantization, the tensors as they are. Raises what `check_tensors` does.
@@ -65,11 +48,11 @@ def dequantized_view(
             continue
         quantized = name + SCALE_SUFFIX in tensors
         dtype = DEQUANTIZED_DTYPE if quantized else tensor.dtype
-        view[name] = TensorView(name, tuple(tensor.shape), dtype)
+        view[name] = TensorSpec(name, tuple(tensor.shape), dtype)
     return view
 
 
-class DequantizedTensors(Mapping[str, TensorView]):
+class DequantizedTensors(Mapping[str, TensorSpec]):
     """The weights of an FP8 release, as a TensorIndex of the BF16 model would show and read them.
 
     Only headers are read to make it. `index` are the files as they are.
@@ -81,7 +64,7 @@ class DequantizedTensors(Mapping[str, TensorView]):
         self.quantization = quantization
         self._view = dequantized_view(index, quantization, str(index.folder))
 
-    def __getitem__(self, name: str) -> TensorView:
+    def __getitem__(self, name: str) -> TensorSpec:
         return self._view[name]
 
     def __iter__(self) -> Iterator[str]:

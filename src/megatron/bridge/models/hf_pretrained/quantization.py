@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron.bridge.errors import CheckpointError, ConfigError, UnsupportedModel
 from megatron.bridge.models.hf_pretrained.config import MAX_COUNT, TEXT, HFConfig
@@ -17,6 +16,7 @@ from megatron.bridge.models.hf_pretrained.other_quantization import (
     scaled_as_a_whole,
 )
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
+from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import quoted
 
 CONFIG_KEY = "quantization_config"
@@ -24,15 +24,6 @@ _STORED_DTYPE = "F8_E4M3"
 _SCALE_DTYPES = ("F32", "BF16")
 
 _OTHER_RELEASE = "Use the release in BF16, or in FP8 by block"
-
-
-class StoredTensor(Protocol):
-    """What a header says of a tensor; `dtype` is the safetensors name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +43,7 @@ class BlockFP8:
 
 
 def quantization_of(
-    config: HFConfig, tensors: Mapping[str, StoredTensor] | None = None
+    config: HFConfig, tensors: Mapping[str, TensorSpec] | None = None
 ) -> BlockFP8 | None:
     """How the weights of a model are quantized, by its config; None if they are not.
 
@@ -107,14 +98,14 @@ def states_quantization(config: HFConfig) -> bool:
     return _states(config, CONFIG_KEY)
 
 
-def _is_plain(tensors: Mapping[str, StoredTensor]) -> bool:
+def _is_plain(tensors: Mapping[str, TensorSpec]) -> bool:
     return all(is_plain(tensor.dtype) for tensor in tensors.values()) and not any(
         name.endswith(SCALE_SUFFIX) for name in tensors
     )
 
 
 def check_tensors(
-    tensors: Mapping[str, StoredTensor], quantization: BlockFP8 | None, origin: str
+    tensors: Mapping[str, TensorSpec], quantization: BlockFP8 | None, origin: str
 ) -> None:
     """Raise CheckpointError if files are not quantized as their config says, or in another way.
 
@@ -139,7 +130,7 @@ def check_tensors(
 
 
 def _other_method(
-    tensors: Mapping[str, StoredTensor], quantization: BlockFP8 | None
+    tensors: Mapping[str, TensorSpec], quantization: BlockFP8 | None
 ) -> tuple[str, str] | None:
     """A quantization that is not by block, and a tensor that only it has.
 
@@ -167,7 +158,7 @@ _DISAGREE = (
 
 
 def _problems(
-    tensors: Mapping[str, StoredTensor], quantization: BlockFP8 | None
+    tensors: Mapping[str, TensorSpec], quantization: BlockFP8 | None
 ) -> Iterator[tuple[str, str]]:
     """Causes, each with a problem."""
     said = quantization is not None or any(name.endswith(SCALE_SUFFIX) for name in tensors)
@@ -192,7 +183,7 @@ def _problems(
 
 
 def _scale_problems(
-    name: str, scale: StoredTensor, weight: StoredTensor, quantization: BlockFP8
+    name: str, scale: TensorSpec, weight: TensorSpec, quantization: BlockFP8
 ) -> Iterator[str]:
     if weight.dtype != _STORED_DTYPE:
         yield f"{name}: its weight is {weight.dtype}, not {_STORED_DTYPE}"

@@ -18,6 +18,7 @@ from megatron.bridge.dtypes import DTYPE_NAMES, itemsize
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.regular_file import open_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
+from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import is_name, printable, quoted
 
 METADATA_KEY = "__metadata__"
@@ -31,14 +32,10 @@ MAX_SIZE = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies: `dtype` is the safetensors name, `offset` is from the file's start."""
+class TensorInfo(TensorSpec):
+    """A dense row-major tensor in a file, `offset` bytes from its start."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
     file: Path
-    nbytes: int
     offset: int
 
 
@@ -134,7 +131,7 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
             f"{name}: {dtype} of shape {tuple(shape)} needs {nbytes} bytes, "
             f"data_offsets {offsets} give {end - begin}"
         )
-    return TensorInfo(name, tuple(shape), dtype, path, nbytes, data_start + begin)
+    return TensorInfo(name, tuple(shape), dtype, path, data_start + begin)
 
 
 def _check_tiling(tensors: list[TensorInfo], data_start: int, size: int) -> None:

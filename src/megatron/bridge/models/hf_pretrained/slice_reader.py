@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.dtypes import itemsize, torch_dtype
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
+from megatron.bridge.tensors.boxes import Box, box_shape, full_box
+from megatron.bridge.tensors.spec import check_box
 
 if TYPE_CHECKING:
     import torch
-
-Box = tuple[tuple[int, int], ...]
-"""One half-open index range (start, stop) per axis."""
 
 SCRATCH_BYTES = 4 << 20
 """Per thread: where elements lie that cannot be read straight to their place."""
@@ -35,21 +35,6 @@ _ROWS_AT_ONCE = 48
 
 _LONG_RUN = 32 << 10
 """Bytes above which reading a strided box run by run costs less than reading what lies between."""
-
-
-class StoredTensor(Protocol):
-    """Where a dense row-major tensor lies; `dtype` is the safetensors name. TensorInfo is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def file(self) -> Path: ...
-    @property
-    def offset(self) -> int: ...
 
 
 class SliceReader:
@@ -70,25 +55,24 @@ class SliceReader:
         with self._lock:
             self._files.clear()
 
-    def read(self, info: StoredTensor, box: Box | None) -> torch.Tensor:
+    def read(self, info: TensorInfo, box: Box | None) -> torch.Tensor:
         """See TensorIndex.read."""
         import torch
 
-        box = tuple((0, size) for size in info.shape) if box is None else tuple(box)
-        shape = tuple(stop - start for start, stop in box)
-        _check_box(info, box)
-        result = torch.empty(shape, dtype=torch_dtype(info.dtype), device="cpu")
+        box = full_box(info.shape) if box is None else tuple(box)
+        check_box(info, box)
+        result = torch.empty(box_shape(box), dtype=torch_dtype(info.dtype), device="cpu")
         self.read_into(info, box, result)
         return result
 
-    def read_into(self, info: StoredTensor, box: Box, out: torch.Tensor) -> None:
+    def read_into(self, info: TensorInfo, box: Box, out: torch.Tensor) -> None:
         """Read one box into `out`, a view of any strides on the CPU, in the dtype of the file.
 
         Memory beside `out` is at most SCRATCH_BYTES for each thread that reads. Raises
         CheckpointError, also if the shape or dtype of `out` is not that of the box.
         """
-        _check_box(info, box)
-        if tuple(out.shape) != tuple(stop - start for start, stop in box):
+        check_box(info, box)
+        if tuple(out.shape) != box_shape(box):
             raise CheckpointError(f"{info.name}: box {box} does not fill shape {tuple(out.shape)}")
         if out.dtype != torch_dtype(info.dtype):
             raise CheckpointError(f"{info.name}: it is {info.dtype}, not {out.dtype}")
@@ -130,18 +114,10 @@ class _OpenFile:
         weakref.finalize(self, os.close, self.descriptor)
 
 
-def _check_box(info: StoredTensor, box: Box) -> None:
-    fits = len(box) == len(info.shape) and all(
-        0 <= start <= stop <= size for (start, stop), size in zip(box, info.shape, strict=True)
-    )
-    if not fits:
-        raise CheckpointError(f"{info.name}: box {box} does not fit into shape {info.shape}")
-
-
 class _Runs:
     """The contiguous pieces of a non-empty box in a file, in row-major order, all of one length."""
 
-    def __init__(self, info: StoredTensor, box: Box) -> None:
+    def __init__(self, info: TensorInfo, box: Box) -> None:
         strides = [prod(info.shape[axis + 1 :]) * itemsize(info.dtype) for axis in range(len(box))]
         restricted = [axis for axis, size in enumerate(info.shape) if box[axis] != (0, size)]
         self._base = info.offset
@@ -164,7 +140,7 @@ class _Runs:
 
 
 def _read_bands(
-    file: _OpenFile, info: StoredTensor, box: Box, out: torch.Tensor, axis: int, offset: int
+    file: _OpenFile, info: TensorInfo, box: Box, out: torch.Tensor, axis: int, offset: int
 ) -> None:
     """Read bands of whole rows through scratch memory; of each, copy what the box takes to `out`.
 
@@ -230,9 +206,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview[Any]:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def _read_exactly(
-    file: _OpenFile, buffer: memoryview[Any], offset: int, info: StoredTensor
-) -> None:
+def _read_exactly(file: _OpenFile, buffer: memoryview[Any], offset: int, info: TensorInfo) -> None:
     # The kernel returns at most 2 GiB per call.
     while buffer:
         try:

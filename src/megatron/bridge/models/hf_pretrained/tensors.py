@@ -22,8 +22,9 @@ from megatron.bridge.models.hf_pretrained.safetensors_header import (
     TensorInfo,
     read_header,
 )
-from megatron.bridge.models.hf_pretrained.slice_reader import Box, SliceReader
+from megatron.bridge.models.hf_pretrained.slice_reader import SliceReader
 from megatron.bridge.models.hf_pretrained.weight_files import SINGLE_FILE, SUFFIX, WeightFiles
+from megatron.bridge.tensors.boxes import Box
 from megatron.bridge.text.quoting import printable
 
 if TYPE_CHECKING:

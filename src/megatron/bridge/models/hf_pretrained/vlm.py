@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from megatron.bridge.dtypes import TORCH_NAME_OF, main_dtype
+from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE, HFConfig
 from megatron.bridge.models.hf_pretrained.config_changes import with_changes
@@ -43,6 +43,7 @@ from megatron.bridge.models.hf_pretrained.state import StateDict
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files, is_safetensors
 from megatron.bridge.paths import local_path
+from megatron.bridge.tensors.spec import main_dtype
 
 if TYPE_CHECKING:
     from transformers import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.conversion.expert_layout import ExpertLayout, parse_expert_layout
-from megatron.bridge.models.conversion.plan import TensorLike
+from megatron.bridge.tensors.spec import TensorSpec
 
 __all__ = [
     "DiskLayout",
@@ -48,7 +48,7 @@ class ExpertSizes:
 
 
 def find_expert_layout(
-    tensors: Mapping[str, TensorLike],
+    tensors: Mapping[str, TensorSpec],
     root: str,
     sizes: ExpertSizes,
     layers: Collection[int],

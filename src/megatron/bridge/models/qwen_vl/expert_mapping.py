@@ -84,7 +84,9 @@ class _FusedExpertMapping(AutoMapping):
         """
         tensor = hf_weights[HF] if isinstance(hf_weights, Mapping) else hf_weights
         if tensor.ndim == 2:
-            return self._shard(self._turned(tensor), megatron_module)
+            from megatron.bridge.models.conversion.module_weights import shard_of
+
+            return shard_of(self, self._turned(tensor), megatron_module)
         return super().hf_to_megatron(tensor, megatron_module)
 
     def megatron_to_hf(
@@ -94,7 +96,9 @@ class _FusedExpertMapping(AutoMapping):
 
         A collective over the expert's tensor-parallel group where the parameter is split.
         """
-        whole = self._whole(megatron_weights, megatron_module)
+        from megatron.bridge.models.conversion.module_weights import whole_of
+
+        whole = whole_of(self, megatron_weights, megatron_module)
         return {self.hf_params[HF]: self._turned(whole).contiguous()}
 
     def _turned(self, part: "torch.Tensor") -> "torch.Tensor":
@@ -130,6 +134,8 @@ class ExpertMLPGateUpProjMapping(_FusedExpertMapping):
         if isinstance(hf_weights, Mapping) and set(hf_weights) == {"gate", "up"}:
             import torch
 
+            from megatron.bridge.models.conversion.module_weights import shard_of
+
             whole = torch.cat([hf_weights["gate"], hf_weights["up"]])
-            return self._shard(whole, megatron_module)
+            return shard_of(self, whole, megatron_module)
         return super().hf_to_megatron(hf_weights, megatron_module)

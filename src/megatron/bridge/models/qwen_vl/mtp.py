@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
-from megatron.bridge.models.conversion.plan import TensorLike
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.hf_pretrained.config import HFConfig
@@ -24,6 +23,7 @@ from megatron.bridge.models.qwen_vl.text_structure import (
     has_experts,
     language_structure,
 )
+from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import quoted
 
 _KEY = "mtp_num_hidden_layers"
@@ -70,7 +70,7 @@ def find_mtp(
     rows: Callable[[DiskLayout], list[ParamMapping]],
     prefixes: Prefixes,
     config: HFConfig,
-    tensors: Mapping[str, TensorLike],
+    tensors: Mapping[str, TensorSpec],
     spelling: Spelling,
     given: ExpertLayout | None,
 ) -> MTPInFiles:
@@ -105,8 +105,8 @@ def find_mtp(
 
 def _misfit(
     found: Collection[str],
-    tensors: Mapping[str, TensorLike],
-    expected: Mapping[str, TensorLike],
+    tensors: Mapping[str, TensorSpec],
+    expected: Mapping[str, TensorSpec],
 ) -> str:
     """Why tensors of an MTP layer are not those that rows describe; empty if they are."""
     for name, spec in expected.items():

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.engine.stream import DEFAULT_MEMORY
 from megatron.bridge.formats.iterations import Iteration
 from megatron.bridge.models.catalog import bridge_for
@@ -19,6 +18,7 @@ from megatron.bridge.operations.inspection.hf_report import (
     inspect_model,
 )
 from megatron.bridge.operations.inspection.summary import TensorSummary
+from megatron.bridge.tensors.spec import main_dtype
 
 ASSUMED_BYTES_PER_SECOND = 1_000_000_000
 """Of a disk that is read and written at once; assumed, not measured."""

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from megatron.bridge.dtypes import main_dtype
 from megatron.bridge.errors import BridgeError, CheckpointError, ConfigError, InputError
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.description import LANGUAGE_SIZES, Description, sizes_fact
@@ -28,6 +27,7 @@ from megatron.bridge.operations.inspection.hub_headers import RemoteTensor, hub_
 from megatron.bridge.operations.inspection.row_summary import RowSummary, row_summaries
 from megatron.bridge.operations.inspection.summary import FileSummary, TensorSummary
 from megatron.bridge.paths import local_path
+from megatron.bridge.tensors.spec import main_dtype
 
 type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference"]
 

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import PurePosixPath
 
-from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError, ReferenceNotFound
 from megatron.bridge.models.hf_pretrained.other_formats import other_files
 from megatron.bridge.models.hf_pretrained.reference import repository_files
 from megatron.bridge.models.hf_pretrained.safetensors_header import check_tensor
+from megatron.bridge.tensors.spec import TensorSpec
 
 _OF_BAD_HEADERS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What huggingface_hub, which does not look closely at a header, may raise for one."""
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteTensor:
-    """A tensor on the hub without its data; `dtype` is the safetensors name ("BF16")."""
+class RemoteTensor(TensorSpec):
+    """A tensor in a shard on the hub, without its data."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
     file: PurePosixPath
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return prod(self.shape) * itemsize(self.dtype)
 
 
 def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:

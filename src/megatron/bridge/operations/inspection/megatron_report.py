@@ -12,8 +12,8 @@ from megatron.bridge.formats.file_plans import is_state
 from megatron.bridge.formats.iterations import Iteration, iterations, tracked_iteration
 from megatron.bridge.formats.torch_dist.index_format import IndexFormat
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
-from megatron.bridge.models.conversion.plan import TensorSpec
 from megatron.bridge.operations.inspection.summary import TensorSummary
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 @dataclass(frozen=True)

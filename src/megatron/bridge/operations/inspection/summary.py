@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from megatron.bridge.dtypes import SizedTensor
+from megatron.bridge.tensors.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class TensorSummary:
     dtypes: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, tensors: Iterable[SizedTensor]) -> Self:
+    def of(cls, tensors: Iterable[TensorSpec]) -> Self:
         """Count tensors; dtypes are sorted by bytes, the largest first."""
         dtypes: dict[str, tuple[int, int]] = {}
         for tensor in tensors:

@@ -18,7 +18,7 @@ from megatron.bridge.errors import InexactCast, InputError
 from megatron.bridge.formats.file_plans import plan_of, require_common_key, weight_tensors
 from megatron.bridge.formats.iterations import METADATA_FILE, Iteration, is_megatron_folder
 from megatron.bridge.models.catalog import bridge_for
-from megatron.bridge.models.conversion.plan import ConversionPlan, TensorSpec
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -31,6 +31,7 @@ from megatron.bridge.operations.verification.report import (
 from megatron.bridge.paths import local_path
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.tensors.boxes import Box, full_box, volume
+from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,167 @@
+"""Rows applied to live modules: whole Hugging Face tensors, and the shard that a rank holds.
+
+Which axis tensor parallelism splits is read off the parameter, where megatron-core's layers mark
+it; parts that are split on their own (gate and up) are what the row says.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron.bridge.errors import InputError
+from megatron.bridge.models.conversion.layout import HF, Layout, LayoutError
+from megatron.bridge.models.conversion.structure import LayoutFields
+from megatron.bridge.models.conversion.transfer import to_hf, to_megatron
+from megatron.bridge.tensors.boxes import box_shape, slices
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.conversion.param_mapping import ParamMapping
+
+
+def hf_to_megatron(
+    row: "ParamMapping",
+    hf_weights: torch.Tensor | Mapping[str, torch.Tensor],
+    module: torch.nn.Module,
+) -> torch.Tensor:
+    """This rank's shard of a row's parameter; see `ParamMapping.hf_to_megatron`."""
+    tensors = dict(hf_weights) if isinstance(hf_weights, Mapping) else {HF: hf_weights}
+    with _naming(row):
+        whole = assemble(row.layout(_fields(module)), tensors)
+    return shard_of(row, whole, module)
+
+
+def megatron_to_hf(
+    row: "ParamMapping", shard: torch.Tensor, module: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """Whole Hugging Face tensors by name; see `ParamMapping.megatron_to_hf`."""
+    whole = whole_of(row, shard, module)
+    with _naming(row):
+        tensors = disassemble(row.layout(_fields(module)), whole)
+    return {row.hf_params[role]: tensor for role, tensor in tensors.items()}
+
+
+def shard_of(row: "ParamMapping", whole: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """This rank's part of a whole parameter. Raises InputError if the shapes do not fit."""
+    parameter = _parameter(row, module)
+    axis = split_axis(parameter)
+    if axis is not None:
+        group = _group(module)
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        rows = _section_rows(row, module, len(whole)) if axis == 0 else whole.shape[axis]
+        parts = whole.split(rows, dim=axis)
+        whole = torch.cat([part.chunk(size, dim=axis)[rank] for part in parts], dim=axis)
+    if whole.shape != parameter.shape:
+        raise InputError(
+            f"{type(module).__name__}: the parameter has shape {tuple(parameter.shape)}, "
+            f"the tensors make {tuple(whole.shape)}"
+        )
+    return whole.contiguous()
+
+
+def whole_of(row: "ParamMapping", shard: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """The whole parameter, from the shards of all ranks of the group (a collective)."""
+    axis = split_axis(_parameter(row, module))
+    if axis is None:
+        return shard
+    group = _group(module)
+    size = dist.get_world_size(group)
+    if size == 1:
+        return shard
+    shards = [torch.empty_like(shard) for _ in range(size)]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    if axis != 0:
+        return torch.cat(shards, dim=axis)
+    rows = [number // size for number in _section_rows(row, module, len(shard) * size)]
+    by_section = zip(*(part.split(rows) for part in shards), strict=True)
+    return torch.cat([part for parts in by_section for part in parts])
+
+
+def split_axis(parameter: torch.nn.Parameter) -> int | None:
+    """The axis that tensor parallelism splits, as megatron-core marks it on the parameter."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return int(parameter.partition_dim)  # type: ignore[attr-defined]
+
+
+def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A whole Megatron parameter from whole Hugging Face tensors by role.
+
+    Raises LayoutError if the shapes do not fit.
+    """
+    shapes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
+    shape = layout.megatron_shape(shapes)
+    first, *others = tensors.values()
+    dtype = first.dtype
+    for other in others:
+        dtype = torch.promote_types(dtype, other.dtype)
+    result = first.new_zeros(shape, dtype=dtype)
+    for piece in layout.pieces(shapes):
+        part = tensors[piece.role][slices(piece.hf_box)]
+        target = box_shape(piece.megatron_box)
+        result[slices(piece.megatron_box)] = to_megatron(part, piece, target, result.dtype)
+    return result
+
+
+def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Whole Hugging Face tensors by role from a whole Megatron parameter.
+
+    Raises LayoutError if the shape does not fit.
+    """
+    shapes = layout.hf_shapes(tuple(tensor.shape))
+    result = {role: tensor.new_empty(shape) for role, shape in shapes.items()}
+    for piece in layout.pieces(shapes):
+        part = tensor[slices(piece.megatron_box)]
+        target = box_shape(piece.hf_box)
+        result[piece.role][slices(piece.hf_box)] = to_hf(part, piece, target, tensor.dtype)
+    return result
+
+
+def _fields(module: torch.nn.Module) -> LayoutFields:
+    """The config of a Megatron module; plain torch modules have none, and their rows need none."""
+    return cast(LayoutFields, getattr(module, "config", None))
+
+
+def _section_rows(row: "ParamMapping", module: torch.nn.Module, rows: int) -> list[int]:
+    return [section.rows for section in row.rank_sections(_fields(module), rows)]
+
+
+def _parameter(row: "ParamMapping", module: torch.nn.Module) -> torch.nn.Parameter:
+    """The module's own parameter of a row, which must be split as the row declares."""
+    name = row.megatron_param.rpartition(".")[2]
+    own = dict(module.named_parameters(recurse=False))
+    # Layer specs without fused norms keep layer_norm_weight in a module of its own, those
+    # without grouped experts weight7.
+    names = (name, name.rpartition("_")[2], name.rstrip("0123456789"))
+    found = next((own[name] for name in names if name in own), None)
+    if found is None:
+        raise InputError(f"{row.megatron_param}: {type(module).__name__} has no such parameter")
+    axis = split_axis(found)
+    if axis is not None and (row.replicated or row.expected_axis not in (None, axis)):
+        raise InputError(
+            f"{row.megatron_param}: declared as {type(row).__name__}, but the module splits "
+            f"axis {axis}; declare it as AutoMapping or mend the layer spec"
+        )
+    return found
+
+
+def _group(module: torch.nn.Module) -> dist.ProcessGroup:
+    """The module's tensor-parallel group; megatron-core's layers keep it as `tp_group`."""
+    group = getattr(module, "tp_group", None)
+    if group is None:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_tensor_model_parallel_group()
+    return group
+
+
+@contextmanager
+def _naming(row: "ParamMapping") -> Iterator[None]:
+    """Name the row of a LayoutError."""
+    try:
+        yield
+    except LayoutError as error:
+        names = ", ".join(row.hf_params.values())
+        raise InputError(f"{row.megatron_param} from {names}: {error}") from error
