@@ -24,7 +24,6 @@ from benchmarks.cases import Case
 from megatron.bridge.formats.safetensors_writer import (
     shard_header,
     split_into_shards,
-    tensor_bytes,
     write_index,
 )
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
@@ -95,7 +94,7 @@ class ModelFiles:
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data, whether the files are there or not."""
-        return sum(map(tensor_bytes, self._tensors))
+        return sum(tensor.nbytes for tensor in self._tensors)
 
     @cached_property
     def _settings(self) -> Any:
