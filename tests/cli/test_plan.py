@@ -17,7 +17,6 @@ from megatron.bridge.cli.plan_document import plan_document
 from megatron.bridge.operations.inspection.forecast import plan_model
 from megatron.bridge.operations.inspection.hf_report import inspect_hf
 from megatron.bridge.synthetic import make_model
-from vision_families import FAMILIES
 
 SIZES = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
 
@@ -83,7 +82,7 @@ def test_a_folder(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Parallel" not in out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3.5-moe"])
 def test_a_config_alone(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model(family, tmp_path / "model")
     (tmp_path / "config").mkdir()
