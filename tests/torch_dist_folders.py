@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.engine.stream import write_files
-from megatron.bridge.formats.torch_dist.layout import torch_dist_files
+from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.tensors.boxes import Box, full_box
 from megatron.bridge.tensors.spec import TensorSpec
 

@@ -17,7 +17,6 @@ from megatron.bridge.operations.inspection.forecast import forecast_of
 from megatron.bridge.operations.inspection.hf_report import inspect_hf
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.text.document import to_document
-from vision_families import FAMILIES
 
 SIZES = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from forked import run_ranks
 from gated_delta_layers import HIDDEN, config, random_layer
-from megatron.bridge.live.tensors import local_tensors
+from megatron.bridge.live.local_tensors import local_tensors
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel import (
     destroy_process_groups,

@@ -19,7 +19,7 @@ from torch.distributed import checkpoint as dcp
 from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
 from megatron.bridge.engine.pieces import OutputFile
 from megatron.bridge.errors import CheckpointError, InputError
-from megatron.bridge.formats.torch_dist.layout import (
+from megatron.bridge.formats.torch_dist.file_layout import (
     COMMON_STATE,
     TorchDistLayout,
     torch_dist_files,

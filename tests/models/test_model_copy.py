@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.bridge.runtime.parallel import fake_cluster
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from providers import PROVIDERS, one_process, small_provider
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.cli import main
-from megatron.bridge.live.tensors import local_tensors
+from megatron.bridge.live.local_tensors import local_tensors
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from megatron.bridge.synthetic import make_model
 

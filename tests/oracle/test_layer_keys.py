@@ -12,7 +12,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.cli import main
 from megatron.bridge.formats.file_plans import is_state
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
-from megatron.bridge.live.tensors import local_tensors
+from megatron.bridge.live.local_tensors import local_tensors
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.synthetic import make_model

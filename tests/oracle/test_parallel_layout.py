@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 import released_configs as released
 from megatron.bridge import AutoBridge
 from megatron.bridge.errors import PlanError
-from megatron.bridge.live.tensors import local_tensors
+from megatron.bridge.live.local_tensors import local_tensors
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.operations.inspection.cluster_layout import (

@@ -76,7 +76,7 @@ def parts_without(with_mtp: bool) -> frozenset[str]:
 
 
 def held_by(bridge: AutoBridge, layout: Layout, ranks: Iterable[int], *, with_mtp: bool) -> Held:
-    from megatron.bridge.live.tensors import local_tensors
+    from megatron.bridge.live.local_tensors import local_tensors
     from megatron.bridge.runtime.parallel import fake_cluster
     from megatron.bridge.runtime.parallel_sizes import ParallelSizes
     from oracle.norm_states import objects_with_norms

@@ -143,7 +143,7 @@ def test_keys_and_shapes_of_a_stock_gpt_model(tmp_path: Path, process_groups: No
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron.bridge.live.tensors import local_tensors
+    from megatron.bridge.live.local_tensors import local_tensors
     from megatron.bridge.runtime.cpu import megatron_on_cpu
 
     folder = text_models.save(text_models.build("Qwen3ForCausalLM"), tmp_path / "hf")

@@ -29,7 +29,7 @@ from gated_delta_layers import (
     run,
 )
 from megatron.bridge.errors import ConfigError, InputError
-from megatron.bridge.live.tensors import local_tensors
+from megatron.bridge.live.local_tensors import local_tensors
 from megatron.bridge.models.backends.gated_delta_net import (
     gated_delta_net_module,
     gated_delta_net_spec,

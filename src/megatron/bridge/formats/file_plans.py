@@ -19,7 +19,7 @@ from megatron.bridge.models.conversion.model_bridge import (
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.hf_pretrained.part import PartOfVLM
+from megatron.bridge.models.hf_pretrained.part_files import PartOfVLM
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype
 from megatron.bridge.text.quoting import quoted

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.bridge.engine.pieces import PIECE_BYTES, OutputFile
 from megatron.bridge.formats.config_record import CONFIG_RECORD, config_record
 from megatron.bridge.formats.iterations import TRACKER_FILE, folder_name
-from megatron.bridge.formats.torch_dist.layout import torch_dist_files
+from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.tensors.spec import TensorSpec

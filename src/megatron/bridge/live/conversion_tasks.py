@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.bridge.errors import PlanError
-from megatron.bridge.live.tensors import named_parameters
+from megatron.bridge.live.local_tensors import named_parameters
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.param_mapping import ParamMapping
 

@@ -13,7 +13,7 @@ from megatron.bridge.errors import PlanError
 from megatron.bridge.formats.file_plans import as_stored, weight_tensors
 from megatron.bridge.formats.megatron_folder import megatron_files
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
-from megatron.bridge.live.tensors import LiveTensors, LocalTensor, local_tensors
+from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor, local_tensors
 from megatron.bridge.live.weights import plan_of_model
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting

@@ -8,7 +8,7 @@ import torch
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
-from megatron.bridge.live.tensors import LiveTensors
+from megatron.bridge.live.local_tensors import LiveTensors
 from megatron.bridge.live.weights import plan_of_model
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.transfer import fill_export

@@ -8,7 +8,7 @@ import torch
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.formats.file_plans import plan_of
-from megatron.bridge.live.tensors import LiveTensors, local_tensors, mismatches
+from megatron.bridge.live.local_tensors import LiveTensors, local_tensors, mismatches
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import KeyForms

@@ -24,8 +24,14 @@ FIELDS = {
 class ParallelSizes:
     """How many ranks each kind of parallelism spans, and how many there are.
 
-    vpp: chunks of each pipeline stage; None for one. etp: tensor parallelism of the routed experts;
-    None for `tp`. world_size: None for the smallest cluster.
+    Attributes:
+        tp: tensor parallelism.
+        pp: pipeline stages.
+        vpp: chunks of each pipeline stage; None for one.
+        cp: context parallelism.
+        ep: ranks that share the routed experts.
+        etp: tensor parallelism of the routed experts; None for `tp`.
+        world_size: all ranks; None for the smallest cluster.
     """
 
     tp: int = 1

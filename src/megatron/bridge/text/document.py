@@ -33,7 +33,10 @@ def to_document(value: object) -> Any:
 
     A dataclass gives an object of its fields but those that are UNSTATED, and of its `stated` and
     `spread` properties. None is null, and so is a number that is not finite; a path is its text, a
-    member of an enumeration its value. Raises TypeError for what has no such form.
+    member of an enumeration its value.
+
+    Raises:
+        TypeError: there is something that has no such form.
     """
     match value:
         case Enum():

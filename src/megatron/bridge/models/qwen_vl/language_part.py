@@ -20,7 +20,6 @@ from megatron.bridge.models.qwen_vl.config_keys import (
     uses_of,
 )
 from megatron.bridge.models.qwen_vl.config_layers import is_tied
-from megatron.bridge.models.qwen_vl.description import language_parts
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertLayout
 from megatron.bridge.models.qwen_vl.names import VISION_LANGUAGE_ROOTS, Roots
 from megatron.bridge.models.qwen_vl.parts import (
@@ -32,6 +31,7 @@ from megatron.bridge.models.qwen_vl.parts import (
     Prefixes,
 )
 from megatron.bridge.models.qwen_vl.qwen_bridge import QwenBridge
+from megatron.bridge.models.qwen_vl.qwen_description import language_parts
 from megatron.bridge.models.qwen_vl.qwen_text_bridges import QwenTextBridge
 from megatron.bridge.models.qwen_vl.rope_config import read_rope
 

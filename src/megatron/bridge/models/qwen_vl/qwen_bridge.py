@@ -29,7 +29,6 @@ from megatron.bridge.models.qwen_vl.config_layers import (
     is_tied,
     sparse_layers,
 )
-from megatron.bridge.models.qwen_vl.description import DescribedQwen
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
     ExpertLayout,
@@ -53,6 +52,7 @@ from megatron.bridge.models.qwen_vl.parts import (
     WITH_MTP,
 )
 from megatron.bridge.models.qwen_vl.provider_settings import language_settings
+from megatron.bridge.models.qwen_vl.qwen_description import DescribedQwen
 from megatron.bridge.models.qwen_vl.rows import score_rows
 from megatron.bridge.models.qwen_vl.text_structure import language_structure
 

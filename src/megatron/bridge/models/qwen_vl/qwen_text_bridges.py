@@ -1,7 +1,6 @@
 """Bridges for Qwen models of text alone: what the language models of the other families are."""
 
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
-from megatron.bridge.models.qwen_vl.description import language_parts
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout, ExpertLayout
 from megatron.bridge.models.qwen_vl.families import (
     Qwen3Family,
@@ -12,6 +11,7 @@ from megatron.bridge.models.qwen_vl.families import (
 from megatron.bridge.models.qwen_vl.names import HYBRID_TEXT_ROOTS, TEXT_ROOTS
 from megatron.bridge.models.qwen_vl.parts import ALONE
 from megatron.bridge.models.qwen_vl.qwen_bridge import QwenBridge
+from megatron.bridge.models.qwen_vl.qwen_description import language_parts
 
 MODEL = "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.standalone.QwenModel"
 _PROVIDERS = "megatron.bridge.models.qwen_vl.qwen_text_providers"

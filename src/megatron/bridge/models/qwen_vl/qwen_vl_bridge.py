@@ -17,7 +17,6 @@ from megatron.bridge.models.conversion.part import ModelPart
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.description import DescribedVision
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.language_part import LANGUAGE, language_part
 from megatron.bridge.models.qwen_vl.names import VISION_LANGUAGE_ROOTS
@@ -30,6 +29,7 @@ from megatron.bridge.models.qwen_vl.parts import (
 )
 from megatron.bridge.models.qwen_vl.provider_settings import vision_settings
 from megatron.bridge.models.qwen_vl.qwen_bridge import QwenBridge
+from megatron.bridge.models.qwen_vl.qwen_description import DescribedVision
 from megatron.bridge.models.qwen_vl.qwen_text_bridges import QwenTextBridge
 from megatron.bridge.models.qwen_vl.vision_rows import deepstack_rows, vision_rows
 from megatron.bridge.models.qwen_vl.vision_structure import with_vision

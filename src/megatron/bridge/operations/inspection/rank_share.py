@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.live.tensors import named_parameters
+from megatron.bridge.live.local_tensors import named_parameters
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 
 _MOMENTS = 2
