@@ -142,7 +142,8 @@ def small_model(
         fixed: keys of the language model that are no settings.
         fixed_elsewhere: keys of others.
         token_ids: those that are not of the language model alone.
-        options: see SmallModel, as the other fields.
+        options: see SmallModel.
+        **fields: the other fields of SmallModel.
     """
     if hybrid:
         fixed = ("attn_output_gate", "mtp_use_dedicated_embeddings", *fixed)
