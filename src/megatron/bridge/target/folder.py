@@ -156,25 +156,25 @@ class ResumableFolder:
     def _begin(self) -> tuple[Job, Collection[str]]:
         check_target(self._target, [], force=self._force)
         self._target.parent.mkdir(parents=True, exist_ok=True)
+        old = _lock(self.path) if os.path.lexists(self.path) else None
         finished: Mapping[str, FileRecord] = {}
-        if os.path.lexists(self.path):
-            lock = _lock(self.path)
-            try:
-                if self._resume:
-                    finished = self._finished_before()
-                else:
-                    self._remove_old(lock)
-                self._check_room(finished)
-                if self._resume:
-                    self._lock = self._write_record(self.path, finished.values())
-                    remove_other_records(self.path)
-            finally:
-                lock.close()
-        if self._lock is None:
+        try:
+            if old is not None and self._resume:
+                finished = self._finished_before()
+            elif old is not None:
+                self._remove_old(old)
             self._check_room(finished)
-            self._lock = self._make()
+            if old is not None and self._resume:
+                lock = self._write_record(self.path, finished.values())
+                remove_other_records(self.path)
+            else:
+                lock = self._make()
+        finally:
+            if old is not None:
+                old.close()
         if self._processes.size > 1:
-            self._share(self._lock)
+            lock.share()
+        self._lock = lock
         return self._job, frozenset(finished)
 
     def _finished_before(self) -> Mapping[str, FileRecord]:
@@ -220,14 +220,6 @@ class ResumableFolder:
                 f"{self._target.parent}: {needed:,} bytes are to be written, {free:,} are free; "
                 "make room, or choose a target on another file system"
             )
-
-    def _share(self, lock: FolderLock) -> None:
-        try:
-            lock.share()
-        except BaseException:  # now it is somebody else's
-            lock.close()
-            self._lock = None
-            raise
 
     def _make(self) -> FolderLock:
         """Make the folder, which appears with its record and locked: no state of it is unknown."""

@@ -33,8 +33,12 @@ class FolderLock:
         self._path = path
 
     def share(self) -> None:
-        """Let the other processes of this run in; still nobody can have it alone."""
-        self._take(self._path, shared=True)
+        """Let the other processes of this run in, but no other run; given up if that fails."""
+        try:
+            self._take(self._path, shared=True)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give it up."""
