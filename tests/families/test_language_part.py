@@ -249,8 +249,7 @@ def unsaid(config: dict[str, Any]) -> None:
     """Values of which the two classes have different defaults, and a dtype at the top alone."""
     text = config["text_config"]
     del text["rope_theta"], text["rope_scaling"], text["rms_norm_eps"]
-    for key in ("max_position_embeddings", "router_aux_loss_coef"):
-        text.pop(key, None)
+    text.pop("num_experts_per_tok", None)  # of 4 there and 8 here
     config["dtype"] = text.pop("dtype")
 
 
@@ -296,6 +295,29 @@ def test_configs_that_the_two_classes_read_differently(
     run("export", tmp_path / "whole", tmp_path / "text", *PART, "--hf", hf)
     assert_same_logits(hf, tmp_path / "text")
     assert AutoConfig.from_pretrained(tmp_path / "text").get_text_config().dtype == torch.bfloat16
+
+
+def test_experts_that_the_whole_passes_over(tmp_path: Path, capsys: Capsys) -> None:
+    """One by one beside fused ones: the class beside a tower reads the fused, the other those."""
+    hf = make_model("qwen3-vl-moe", tmp_path / "hf", {}, seed=7)
+    tensors = load_file(hf / "model.safetensors")
+    beside = {
+        f"model.language_model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": torch.ones(
+            (160, 48) if part == "down" else (48, 160), dtype=torch.bfloat16
+        )
+        for layer in range(7)
+        for expert in range(6)
+        for part in ("gate", "up", "down")
+    }
+    save_file(tensors | beside, hf / "model.safetensors", metadata={"format": "pt"})
+    run("import", hf, tmp_path / "language", *PART)
+    run("import", hf, tmp_path / "whole")
+    run("export", tmp_path / "whole", tmp_path / "text", *PART, "--hf", hf)
+    assert_same_logits(hf, tmp_path / "text")
+    run("import", tmp_path / "text", tmp_path / "again")
+    assert document(capsys, "verify", tmp_path / "again", tmp_path / "language")["identical"]
+    run("export", tmp_path / "language", tmp_path / "home", *PART, "--hf", hf)
+    assert same_files(hf, tmp_path / "home")
 
 
 def test_refusals(dense: Model, tmp_path: Path, capsys: Capsys) -> None:

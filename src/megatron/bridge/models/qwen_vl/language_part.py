@@ -67,7 +67,13 @@ def language_part(whole: QwenBridge, alone: type[QwenTextBridge], config: HFConf
     transposed = whole.released_layout.decoder is ExpertLayout.FUSED_TRANSPOSED
     return ModelPart(
         config=_config_alone(config, alone),
-        in_files=_placed(alone, Prefixes(ALONE.megatron, BESIDE_VISION.hf), roots),
+        in_files=_placed(
+            alone,
+            Prefixes(ALONE.megatron, BESIDE_VISION.hf),
+            roots,
+            released_layout=whole.released_layout,
+            merges_experts=whole.merges_experts,
+        ),
         in_checkpoint=_placed(alone, Prefixes(BESIDE_VISION.megatron, ALONE.hf), alone.roots),
         root=BESIDE_VISION.megatron,
         own_names=partial(_own_names, whole, config),
@@ -75,8 +81,13 @@ def language_part(whole: QwenBridge, alone: type[QwenTextBridge], config: HFConf
     )
 
 
-def _placed(bridge: type[QwenTextBridge], prefixes: Prefixes, roots: Roots) -> QwenTextBridge:
-    """The bridge of a language model whose names begin otherwise on one of the sides."""
+def _placed(
+    bridge: type[QwenTextBridge], prefixes: Prefixes, roots: Roots, **of_files: Any
+) -> QwenTextBridge:
+    """The bridge of a language model whose names begin otherwise on one of the sides.
+
+    of_files: what else is as in the files of another class.
+    """
     names = {
         "prefixes": prefixes,
         "roots": roots,
@@ -84,6 +95,7 @@ def _placed(bridge: type[QwenTextBridge], prefixes: Prefixes, roots: Roots) -> Q
         "parts": language_parts(prefixes),
         "embedding_key": f"{prefixes.megatron}embedding.word_embeddings.weight",
         "others_are": "it is no part of the language model",
+        **of_files,
     }
     placed: type[QwenTextBridge] = type(bridge.__name__, (bridge,), names)
     return placed()
