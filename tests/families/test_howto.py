@@ -13,6 +13,7 @@ import pytest
 
 import forked
 from megatron.bridge.cli import main
+from megatron.bridge.models import catalog
 from megatron.bridge.runtime.parallel import destroy_process_groups
 
 HERE = Path(__file__).parent
@@ -99,4 +100,10 @@ def _installed(folder: Path, code: str | None = None) -> Path:
 
 
 def _run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return forked.run(main, args, cwd=folder, path=(folder,))
+    return forked.run(_command, *args, cwd=folder, path=(folder,))
+
+
+def _command(*args: str) -> int:
+    """The command line in a process that has not yet looked for families."""
+    catalog._import_families.cache_clear()
+    return main(args)

@@ -130,7 +130,7 @@ def test_the_checkpoint_is_that_of_the_text_model(
     assert document(capsys, "verify", tmp_path / "again", model.language)["identical"]
     found = document(capsys, "inspect", model.language)
     assert found["architecture"] == ALONE[model.family]
-    assert not any("vision" in tensor["key"] for tensor in found["tensors"])
+    assert not any("vision" in tensor["name"] for tensor in found["tensors"])
     planned = document(capsys, "plan", model.language)
     assert (planned["proven"], planned["architecture"]) == (True, ALONE[model.family])
     assert planned["hf"]["bytes"] == document(capsys, "inspect", model.text)["hf"]["bytes"]

@@ -268,7 +268,7 @@ def test_other_indexes(
     shown = json.loads(capsys.readouterr().out)
     assert (shown["checkpoint_format"], shown["exportable"]) == (name, False)
     assert shown["megatron"]["keys"] == len(shown["tensors"]) == 44
-    assert all(tensor["key"].startswith(prefix) for tensor in shown["tensors"])
+    assert all(tensor["name"].startswith(prefix) for tensor in shown["tensors"])
     assert main(["inspect", str(folder)]) == 0
     assert f"Megatron checkpoint ({name})" in capsys.readouterr().out
     message = refused(capsys, "export", folder, NOWHERE, "--hf", small_model)
