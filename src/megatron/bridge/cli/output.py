@@ -96,7 +96,7 @@ def open_output(*, as_json: bool) -> Iterator[Output]:
 
 
 def _silence_progress_bars() -> None:
-    """Draw none for downloads; libraries that draw others are silenced where they are used."""
+    """Silence the bars of downloads; libraries that draw others are silenced at their use."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()

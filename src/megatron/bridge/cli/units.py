@@ -14,12 +14,12 @@ def format_rate(size: float, seconds: float) -> str:
 
 
 def exactly(size: int) -> str:
-    """A number of bytes, exact and rounded, as in ``5,506,560 (5.51 MB)``."""
+    """A number of bytes, exact and in a unit, as in ``5,506,560 (5.51 MB)``."""
     return f"{size:,} ({format_bytes(size)})"
 
 
 def exact_bytes(size: int) -> str:
-    """The same with the unit, as in ``5,506,560 bytes (5.51 MB)``."""
+    """A number of bytes as in running text: ``5,506,560 bytes (5.51 MB)``."""
     return f"{size:,} bytes ({format_bytes(size)})"
 
 

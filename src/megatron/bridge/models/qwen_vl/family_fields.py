@@ -165,7 +165,7 @@ class ExpertFields(_Mixin):
 
 @dataclass
 class SharedExpertFields(_Mixin):
-    """Beside the routed experts one that every token goes to, weighed by a gate of its own."""
+    """An expert beside the routed ones, for every token, weighed by a gate of its own."""
 
     moe_shared_expert_gate: bool = True
 

@@ -49,9 +49,9 @@ VISION_LANGUAGE_ROOTS: Roots = {
     HF_VISION: ("visual.", f"model.{HF_VISION}"),
     **_HEADS,
 }
-"""The roots of a vision-language model, with and without ``model.``.
+"""The roots of a vision-language model.
 
-The others are roots of transformers' own earlier versions.
+They are the released ones with and without ``model.``, and those of transformers' earlier versions.
 """
 
 TEXT_ROOTS: Roots = {ALONE.hf: ("", f"model.{ALONE.hf}"), **_HEADS}

@@ -55,7 +55,7 @@ class Layer:
     bias: str = ATTENTION_BIAS
 
     def of_kind(self, kind: str) -> "Layer":
-        """The same layers, but only those of one kind."""
+        """Those of these layers that are of one kind."""
         return replace(self, kind=kind)
 
     def rows(self, *rows: ParamMapping) -> list[ParamMapping]:

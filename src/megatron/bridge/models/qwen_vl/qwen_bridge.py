@@ -80,7 +80,11 @@ class QwenBridge(DescribedQwen):
         return self.language_rows(disk)
 
     def check(self, config: HFConfig) -> None:
-        """Also raise ConfigError for a key with a value that cannot be converted."""
+        """Refuse a config that cannot be converted, whatever the files hold.
+
+        Raises:
+            ConfigError: the config is of another kind of model, or a value cannot be converted.
+        """
         super().check(config)
         check_keys(config)
 

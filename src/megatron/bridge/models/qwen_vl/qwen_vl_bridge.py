@@ -52,7 +52,12 @@ class QwenVLBridge(QwenBridge, DescribedVision):
         return [*self.language_rows(disk), *vision_rows(), *deepstack_rows()]
 
     def check(self, config: HFConfig) -> None:
-        """Also raise UnsupportedModel for a model of text alone."""
+        """Refuse what QwenBridge refuses, and a model of text alone.
+
+        Raises:
+            UnsupportedModel: the config describes a language model without a vision tower.
+            ConfigError: it is of another kind of model, or a value cannot be converted.
+        """
         flat = not config.has("text_config") and config.has("num_hidden_layers")
         if config.model_type.endswith("_text") or flat:
             text_class = config.architecture.replace("ForConditionalGeneration", "ForCausalLM")
@@ -89,7 +94,7 @@ class QwenVLBridge(QwenBridge, DescribedVision):
         return with_vision(super().structure(config, tensors, options), config, options.keys)
 
     def extras(self, config: HFConfig, tensors: Tensors, options: PlanOptions) -> Extras:
-        """Those of the language model, and a vision tower that the model is built without."""
+        """The extras of the language model, and a vision tower that the model is built without."""
         extras = super().extras(config, tensors, options)
         if VISION_PART not in options.without:
             return extras

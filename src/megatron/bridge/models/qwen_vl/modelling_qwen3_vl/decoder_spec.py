@@ -126,7 +126,7 @@ def _called(
 
 
 def _with_deepstack(layer: ModuleSpec) -> ModuleSpec:
-    """The same layer, adding the features of deepstack to what it gives."""
+    """A layer that adds the features of deepstack to what this one gives."""
     if layer.module is TransformerLayer:
         return replace(layer, module=DeepstackTransformerLayer)
     if isinstance(layer.module, type) and issubclass(layer.module, DeepstackTransformerLayer):
