@@ -14,10 +14,14 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; `args` without the program's name.
+    """Run one command.
 
-    None takes the arguments of the process. 0: done. 1: two things differ. 2: the input cannot be
-    used. See `megatron.bridge.cli.outcome` for the rest.
+    Args:
+        args: the arguments without the program's name; None for those of the process.
+
+    Returns:
+        The exit status: 0 if it is done, 1 if two things differ, 2 if the input cannot be used;
+        `megatron.bridge.cli.outcome` lists the others.
     """
     import sys
 

@@ -92,7 +92,7 @@ _COMMANDS = (
 
 
 class _Command(TyperCommand):
-    """Its usage line has the arguments as manuals write them: SRC, where typer has {SRC}."""
+    """A command with the arguments as manuals write them in its usage: SRC, not typer's {SRC}."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]

@@ -98,7 +98,7 @@ def unprinted(error: OSError) -> int:
 
 
 def _end(status: int, error: BaseException, message: str, *, as_json: bool) -> NoReturn:
-    """Say it, and what was noted of the error on its way: what is left, how to go on."""
+    """Say the message, and what was noted of the error on its way: what is left, how to go on."""
     if debug.get() or os.environ.get(DEBUG_VARIABLE):
         traceback.print_exc()
     message = "\n".join([message, *getattr(error, "__notes__", ())])
@@ -108,7 +108,10 @@ def _end(status: int, error: BaseException, message: str, *, as_json: bool) -> N
 
 
 def _show_document(status: int, error: BaseException, message: str, *, as_json: bool) -> None:
-    """With --json. Of the processes that torchrun started, one has the stdout that all share."""
+    """With --json, show the error as a document.
+
+    Of the processes that torchrun started, one writes to the stdout that all share.
+    """
     if as_json and not output.shown.get() and os.environ.get("RANK", "0") == "0":
         problems = list(getattr(error, "problems", ()))
         said = {"kind": type(error).__name__, "message": message, "exit_status": status}
@@ -133,7 +136,8 @@ def _describe(error: OSError) -> str:
 def terminable(*, for_good: bool) -> AbstractContextManager[None]:
     """Turn SIGTERM into an orderly end, so that unfinished output is removed.
 
-    for_good: the process ends with the command.
+    Args:
+        for_good: whether the process ends with the command.
     """
     from megatron.bridge.target.interruption import orderly_end
 

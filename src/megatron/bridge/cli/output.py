@@ -58,7 +58,7 @@ class Output:
         shown.set(True)
 
     def _as_text(self, renderable: RenderableType) -> str:
-        """In colours on a terminal. rich itself would end the process on a closed pipe."""
+        """Rendered, with colours on a terminal. rich would end the process on a closed pipe."""
         from rich.console import Console
 
         from megatron.bridge.cli.render.printable import Printable
@@ -71,7 +71,7 @@ class Output:
 
 
 def write_document(stdout: TextIO, document: Mapping[str, Any]) -> None:
-    """Write JSON."""
+    """Write a JSON document to stdout."""
     write_result(stdout, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
@@ -96,7 +96,7 @@ def open_output(*, as_json: bool) -> Iterator[Output]:
 
 
 def _silence_progress_bars() -> None:
-    """Those of downloads; libraries that draw others are silenced where they are used."""
+    """Silence the bars of downloads; libraries that draw others are silenced at their use."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()

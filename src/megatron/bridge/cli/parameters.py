@@ -36,7 +36,7 @@ HFModel = Annotated[
 
 
 def given_path(text: str) -> Path:
-    """A path that was given, with `~` expanded. Raises typer.BadParameter if it is none."""
+    """A path that was given, with `~` expanded. Raises typer.BadParameter if it is no path."""
     try:
         return local_path(text)
     except InputError as error:
@@ -44,7 +44,7 @@ def given_path(text: str) -> Path:
 
 
 def given_file(text: str) -> Path:
-    """A path of a file that is there. Raises typer.BadParameter."""
+    """The path of a file. Raises typer.BadParameter if there is no such file."""
     path = given_path(text)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
@@ -109,7 +109,7 @@ MOST_RANKS = 1 << 17
 
 
 def choice_option(names: Sequence[str], description: str) -> Any:
-    """Of one of some names, which the help lists before the description."""
+    """An option that takes one of `names`, which the help lists before the description."""
 
     def parse(text: str) -> str:
         if text in names:
@@ -121,17 +121,17 @@ def choice_option(names: Sequence[str], description: str) -> Any:
 
 
 def experts_option(description: str) -> Any:
-    """Of a disk layout of routed experts."""
+    """An option that takes a disk layout of routed experts."""
     return choice_option(tuple(ExpertLayout), description)
 
 
 def part_option(description: str) -> Any:
-    """Of a part of a model, which its bridge knows by name."""
+    """An option that takes a part of a model, which its bridge knows by name."""
     return typer.Option(metavar="NAME", help=description)
 
 
 def size_option(description: str) -> Any:
-    """Of a size of parallelism, or a number of ranks."""
+    """An option that takes a size of parallelism, or a number of ranks."""
     return typer.Option(parser=_parallel_size, metavar="N", help=description)
 
 
@@ -142,7 +142,7 @@ def _parallel_size(text: str) -> int:
 
 
 def not_negative(text: str) -> float:
-    """A finite number of at least 0. Raises typer.BadParameter."""
+    """A finite number of at least 0. Raises typer.BadParameter for any other text."""
     try:
         number = float(text)
     except ValueError:

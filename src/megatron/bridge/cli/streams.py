@@ -18,7 +18,9 @@ def sturdy_streams(*, for_good: bool) -> Iterator[None]:
 
     A character that a stream cannot encode is written as an escape (``\u2500``). What stderr does
     not take is lost, and nothing else. A stream that the caller has closed is the null device.
-    for_good: leave them so, since the process ends with the block.
+
+    Args:
+        for_good: whether to leave them so, since the process ends with the block.
     """
     before = sys.stdout, sys.stderr
     errors = [_escape(stream) for stream in before]
@@ -77,7 +79,7 @@ def write_result(stdout: TextIO, text: str) -> None:
 
 
 def print_nothing_more() -> None:
-    """What Python flushes at exit must not meet what went wrong again."""
+    """Discard what is printed from here on, so that the flush at exit does not fail again."""
     sys.stdout = _null()
 
 

@@ -61,7 +61,7 @@ class Settings:
     Attributes:
         config: the complete config.json, but for the quantization.
         options: the value of each of `OPTIONS` and of the family's.
-        first_token_id: of the family's tokens.
+        first_token_id: id of the first of the family's tokens.
         changed: whether a value of the family's config was set.
     """
 
@@ -72,10 +72,16 @@ class Settings:
 
 
 def resolve_settings(family: SmallModel, settings: Mapping[str, object]) -> Settings:
-    """Apply `settings` to the config of `family`.
+    """Apply settings to the config of a family; whether that makes a model is not checked here.
 
-    Raises InputError for an unknown key, listing the known ones, a value of the wrong type, or an
-    option that it cannot have; whether the config makes a model is not checked here.
+    Args:
+        family: the declaration of the family.
+        settings: values by name, as this module describes them.
+
+    Raises:
+        InputError: a key is unknown (the message lists the known ones), set twice or not a setting,
+            a value is of the wrong type, values contradict each other, or an option cannot have
+            its value.
     """
     options = {**OPTIONS, **family.options}
     known = {**dict(_flatten(family.config)), **dict.fromkeys(family.token_ids, 0), **options}
@@ -109,7 +115,7 @@ def resolve_settings(family: SmallModel, settings: Mapping[str, object]) -> Sett
 
 
 def _full_key(family: SmallModel, name: str, known: Container[str]) -> str:
-    """The key that a setting means; one that is not known where it means none."""
+    """The key that a setting means; a key that is not in `known` where it means none."""
     section, dot, rest = name.partition(".")
     if dot and f"{section}_config" in family.config:
         name = f"{section}_config.{rest}"
@@ -205,7 +211,7 @@ def _complete(config: dict[str, Any], path: str, leader: str) -> None:
 
 
 def _use_old_form_of_rope(language: dict[str, Any]) -> None:
-    """Write as transformers did before version 5."""
+    """Write the rotation as transformers did before version 5."""
     rope = language.pop("rope_parameters")
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:

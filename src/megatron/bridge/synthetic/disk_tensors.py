@@ -26,9 +26,13 @@ _EXPERTS = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<projection>gate_up_pro
 
 @dataclass(frozen=True, slots=True)
 class RandomTensor:
-    """A tensor to be drawn; `dtype` is the safetensors name.
+    """A tensor to be drawn.
 
-    The weights of a norm lie around 1, with `zero_centred` around 0.
+    Attributes:
+        name: name of the parameter, or of one projection of one expert.
+        shape: shape of the tensor.
+        dtype: safetensors name of the dtype.
+        zero_centred: whether the weights of this norm lie around 0; those of others lie around 1.
     """
 
     name: str
@@ -41,10 +45,14 @@ class RandomTensor:
 class DiskTensor(TensorSpec):
     """A tensor on disk, put together from random ones.
 
-    `experts` holds each expert's matrices, joined along their first axis (gate above up) and then,
-    with `transposed`, transposed. If it is `fused`, the experts are stacked; otherwise there is one
-    entry, the tensor itself. `content` says what of the matrix is stored: the "values", the
-    "fp8-values" of its quantized form or that one's "fp8-scales"; `scale_dtype` is theirs.
+    Attributes:
+        experts: the matrices of each expert, which are joined along their first axis (gate above
+            up); one entry, the tensor itself, where the tensor is not `fused`.
+        fused: whether the experts are stacked.
+        transposed: whether the joined matrix of each expert is transposed.
+        content: what of a matrix is stored: the "values", the "fp8-values" of its quantized form or
+            the "fp8-scales" of that.
+        scale_dtype: safetensors name of the dtype of the scales; empty without scales.
     """
 
     experts: tuple[tuple[RandomTensor, ...], ...]
@@ -70,7 +78,7 @@ def disk_tensors(family: SmallModel, settings: Settings) -> list[DiskTensor]:
 def in_precision(
     family: SmallModel, settings: Settings, tensors: Iterable[DiskTensor]
 ) -> list[DiskTensor]:
-    """The same in the precision that the settings ask for: FP8 values have scales beside them."""
+    """Tensors in the precision that the settings ask for: FP8 values have scales beside them."""
     if not settings.options["fp8"]:
         return list(tensors)
     scale_dtype = TORCH_NAMES[settings.options["fp8_scale_dtype"]]

@@ -8,7 +8,7 @@ from megatron.bridge.models.small_model import SmallModel
 
 
 def find_family(name: str) -> SmallModel:
-    """The family called `name`; UnsupportedModel, listing what there is, if there is none."""
+    """The family called `name`; UnsupportedModel, which lists the families, if there is none."""
     known = small_models()
     if name not in known:
         raise UnsupportedModel(

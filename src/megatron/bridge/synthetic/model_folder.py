@@ -22,15 +22,26 @@ def make_model(
     *,
     force: bool = False,
 ) -> Path:
-    """Make a random model of `family` in the folder `out`, in the released disk layout.
+    """Make a random model of a family, in the released disk layout.
 
-    transformers loads it, and its processor takes real images and videos. `settings` change the
-    family's config (see `synthetic.config_settings`). The same arguments give the same
-    files. Memory is bounded by the largest tensor, so real sizes can be made too.
+    transformers loads it, and its processor takes real images and videos. The same arguments give
+    the same files. Memory is bounded by the largest tensor, so real sizes can be made too.
 
-    Raises UnsupportedModel for an unknown family, InputError for settings that make no model that
-    transformers and the Megatron model of the family can be built of,
-    TargetExists if `out` exists and `force` is not given. `out` appears when it is complete.
+    Args:
+        family: name of the family.
+        out: the folder to make; it appears when it is complete.
+        settings: changes of the family's config, and options; see `synthetic.config_settings`.
+        seed: seed of the random weights.
+        force: whether to replace `out` if it exists.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        UnsupportedModel: there is no such family.
+        InputError: the settings make no model that transformers and the Megatron model of the
+            family can be built of.
+        TargetExists: `out` exists, and `force` is not given.
     """
     declaration = find_family(family)
     resolved = resolve_settings(declaration, settings or {})

@@ -17,9 +17,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_side_files(
     folder: Path, family: SmallModel, config: dict[str, Any], first_token_id: int
 ) -> None:
-    """Write everything but the weights: `config` as config.json, and what fits to it.
+    """Write everything but the weights.
 
-    `first_token_id` is the id of the family's first token.
+    Args:
+        folder: the folder of the model.
+        family: the declaration of its family.
+        config: what becomes config.json, which the other files fit to.
+        first_token_id: id of the first of the family's tokens.
     """
     write_json(folder / "config.json", config)
     ids = {token: number for number, token in enumerate(family.tokens, first_token_id)}

@@ -32,8 +32,15 @@ def write_weights(
 ) -> None:
     """Write shards, and the index if they are several, one tensor at a time.
 
-    With `num_shards` 0 a shard holds up to `max_shard_size` bytes. Raises InputError if there
-    are fewer tensors than shards.
+    Args:
+        folder: the folder of the model.
+        tensors: the tensors on disk, in their order.
+        num_shards: number of shards; 0 for as many as `max_shard_size` makes.
+        max_shard_size: bytes that a shard holds at most, where `num_shards` is 0.
+        seed: seed of the random weights.
+
+    Raises:
+        InputError: there are fewer tensors than shards.
     """
     shards = (
         name_shards(_split(tensors, num_shards))
@@ -78,9 +85,9 @@ def _stored(matrix: torch.Tensor, tensor: DiskTensor) -> torch.Tensor:
 def random_values(tensor: RandomTensor, seed: int) -> torch.Tensor:
     """The values of one tensor; they depend on its name, shape and the seed alone.
 
-    Normal: around 1 with deviation 0.1 for the weights of norms, around 0 with 0.1 for those of
-    zero-centred norms, biases and other vectors, and around 0 with 1/sqrt(fan in) for matrices, so
-    that activations keep their size.
+    They are normal: around 1 with deviation 0.1 for the weights of norms, around 0 with 0.1 for
+    those of zero-centred norms, biases and other vectors, and around 0 with 1/sqrt(fan in) for
+    matrices, so that activations keep their size.
     """
     import torch
 

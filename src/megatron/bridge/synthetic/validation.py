@@ -22,7 +22,7 @@ def check_config(settings: Settings) -> None:
 
 
 def check_tensors(settings: Settings, tensors: Mapping[str, TensorSpec]) -> None:
-    """Raise InputError if these, in no quantized form, cannot be proven to convert."""
+    """Raise InputError if these tensors, before quantization, cannot be proven to convert."""
     config = HFConfig.from_dict(settings.config, ORIGIN)
     try:
         bridge_for(config.architecture).plan(config, tensors)

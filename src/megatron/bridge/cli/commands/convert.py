@@ -192,7 +192,7 @@ def export_command(
 
 
 def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None:
-    """A mistyped name would have everything done again, and nobody would notice."""
+    """Say that everything is done anew: with a mistyped name, nobody would notice otherwise."""
     from megatron.bridge.target.targets import partial_of
 
     if resume and not (partial := partial_of(target.absolute())).exists():

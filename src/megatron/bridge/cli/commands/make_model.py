@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MadeModel:
-    """What lies in the new folder."""
+    """What make-model reports: the arguments, and what lies in the new folder."""
 
     family: str
     out: Path

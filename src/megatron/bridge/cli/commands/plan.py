@@ -135,11 +135,11 @@ class StageNotes:
         self._seconds = seconds
 
     def start(self, task: str, total_bytes: int) -> None:
-        """The number of stages."""
+        """Begin: `total_bytes` is the number of stages."""
         self._total, self._done, self._last = total_bytes, 0, time.monotonic()
 
     def advance(self, done_bytes: int) -> None:
-        """So many more are laid out."""
+        """Count stages that are laid out: `done_bytes` more of them."""
         self._done += done_bytes
         if time.monotonic() - self._last >= self._seconds:
             self._last = time.monotonic()
@@ -149,7 +149,7 @@ class StageNotes:
 def _laid_out(
     report: Forecast, given: dict[str, int], without: list[str], output: Output
 ) -> Forecast:
-    """With what each rank holds, or why the model cannot be laid out so."""
+    """The report with what each rank holds, or why the model cannot be laid out so."""
     from megatron.bridge.errors import PlanError
     from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 

@@ -82,7 +82,7 @@ def _left_behind(names: Sequence[str]) -> str | None:
 
 
 def _side_files(done: Converted) -> str | None:
-    """Only said where there was no reference to take them from."""
+    """The side files that an export wrote; None where a reference gave them, and for an import."""
     if done.reference or done.command != "export":
         return None
     names = ", ".join(done.side_files)

@@ -174,5 +174,5 @@ def _parts(layout: ParallelLayout, stages: list[int]) -> str:
 
 
 def _spaced(numbers: Iterable[int]) -> str:
-    """``0...2, 5``: a table may break it into lines."""
+    """Numbers as in ``0...2, 5``, which a table may break into lines."""
     return fold_numbers(numbers).replace(",", ", ")

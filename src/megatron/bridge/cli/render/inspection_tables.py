@@ -140,7 +140,7 @@ def _sizes(summary: TensorSummary | None) -> list[tuple[str, object]]:
 
 
 def dtypes(summary: TensorSummary) -> str:
-    """What each dtype takes."""
+    """The bytes of each dtype, in words."""
     sizes = (f"{name} {format_bytes(one.bytes)}" for name, one in summary.dtypes.items())
     return ", ".join(sizes)
 
@@ -185,7 +185,7 @@ def _megatron(report: HFReport) -> str | None:
 
 
 def _iterations(report: MegatronReport) -> str | None:
-    """Where there is a choice: all, and which one the tracker file names."""
+    """All iterations, and which one the tracker file names; None where there is no choice."""
     if len(report.iterations) < 2 and report.tracked_iteration in report.iterations:
         return None
     shown = [

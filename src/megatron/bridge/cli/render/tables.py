@@ -59,7 +59,7 @@ def verdict(good: bool, yes: str, no: str) -> Text:
 
 
 def number(value: float) -> str:
-    """``1.23e-05``; ``0`` for zero; words for what is not finite."""
+    """A number, as in ``1.23e-05``; ``0`` for zero; words for what is not finite."""
     if not isfinite(value):
         return "not finite"
     return f"{value:.2e}" if value else "0"

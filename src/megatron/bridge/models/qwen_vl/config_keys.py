@@ -36,13 +36,15 @@ MROPE_SECTION: Mapping[str, tuple[int, int, int]] = {
     "qwen3_5_text": (11, 11, 10),
     "qwen3_5_moe_text": (11, 11, 10),
 }
-"""Where the config has none: no config class gives it, but the modeling code. Elsewhere a token
-has one position."""
+"""Model type -> the sections where the config has none: only transformers' modeling code has them.
+
+In models of other types a token has one position.
+"""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A key that sets provider fields to its value, as `read` reads it."""
+    """A key that sets the provider fields `names` to its value, as `read` reads it."""
 
     names: tuple[str, ...]
     read: Read
@@ -64,7 +66,7 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Only:
-    """A key of which one value can be converted; `value` of the config that it stands in."""
+    """A key of which one value can be converted: what `value` gives for the section, and why."""
 
     value: Callable[[HFConfig], Any]
     why: str
@@ -93,7 +95,7 @@ _flag, _word, _number = _of_kind(bool), _of_kind(str), _of_kind(float)
 
 
 def head_dim(config: HFConfig, key: str = "head_dim") -> int:
-    """The size of a head; a qwen3_moe has no such field, and its heads share the hidden size."""
+    """The size of a head; where a qwen3_moe states none, its heads share the hidden size."""
     if config.root.model_type != "qwen3_moe" or config.has(key):
         return config.count(key)
     return max(config.count("hidden_size") // config.count("num_attention_heads"), 1)
@@ -300,7 +302,8 @@ CONFIG_KEYS: Mapping[str, Mapping[str, Section]] = {
 def language_of(config: HFConfig) -> HFConfig:
     """The config of the language model: the whole one, or the part of it that describes text.
 
-    Raises ConfigError for a model type that no family has.
+    Raises:
+        ConfigError: no family has the model type.
     """
     if config.model_type not in CONFIG_KEYS:
         raise ConfigError(
@@ -316,7 +319,7 @@ def is_read(view: HFConfig, key: str) -> bool:
 
 
 def uses_of(view: HFConfig) -> Section:
-    """The keys of a section of a config, of which this is the view."""
+    """What becomes of each key of the section that `view` shows."""
     return CONFIG_KEYS[view.root.model_type][view.path]
 
 

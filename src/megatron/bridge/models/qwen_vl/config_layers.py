@@ -49,7 +49,11 @@ def decoder_layers(text: HFConfig) -> tuple[int, ...]:
 
 
 def attention_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Which layers have full attention and which Gated DeltaNet, from `layer_types`."""
+    """Which layers have full attention and which Gated DeltaNet, from `layer_types`.
+
+    Raises:
+        ConfigError: `layer_types` does not name one of these two for each layer.
+    """
     if not has_delta_net(text):
         return {FULL_ATTENTION: layers, LINEAR_ATTENTION: ()}
     types = text.list_of("layer_types", str)
@@ -71,6 +75,9 @@ def mlp_kinds(text: HFConfig, layers: tuple[int, ...]) -> dict[str, tuple[int, .
 
     Layers in `mlp_only_layers`, and all but every `decoder_sparse_step`-th, have one MLP. Numbers
     of layers that the model does not have mean nothing, as after the last layers were cut off.
+
+    Raises:
+        ConfigError: `decoder_sparse_step` is below 1.
     """
     if not has_experts(text):
         return {DENSE_MLP: layers, SPARSE_MLP: ()}
@@ -115,7 +122,11 @@ def expert_count(text: HFConfig) -> int:
 
 
 def deepstack_layers(vision: HFConfig) -> list[int]:
-    """The vision layers that hand features to the text model; one merger each."""
+    """The vision layers that hand features to the text model, each through a merger of its own.
+
+    Raises:
+        ConfigError: the config names a layer twice, or one that the encoder does not have.
+    """
     key = "deepstack_visual_indexes"
     if not is_read(vision, key):
         return []

@@ -25,7 +25,7 @@ _ONE = re.compile(rf"([0-9]{{1,9}})\.({'|'.join(_PARTS)})_proj\.weight")
 
 @dataclass(frozen=True)
 class DiskLayout:
-    """The layouts of one model's files; None where there are no such experts."""
+    """How the experts of decoder and MTP layer lie in files; None where there are none."""
 
     decoder: ExpertLayout | None = None
     mtp: ExpertLayout | None = None
@@ -40,7 +40,7 @@ class ExpertSizes:
     intermediate: int
 
     def shapes(self, layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
-        """Shapes of the two fused tensors by the end of their names."""
+        """Shapes of the two fused tensors, by the last part of their names."""
         up, down = (2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)
         if layout is ExpertLayout.FUSED_TRANSPOSED:
             up, down = up[::-1], down[::-1]
@@ -58,10 +58,18 @@ def find_expert_layout(
 ) -> ExpertLayout | None:
     """The layout of the experts of the layers below a root; None for no experts.
 
-    layers: those that have experts; others mean nothing. given: what the user says it is. merged:
-    whether transformers merges experts of this model that lie one by one, or passes over them.
-    Raises InputError if the shapes contradict what is given, ConfigError for names of two layouts
-    that transformers does not read as one.
+    Args:
+        tensors: those in the files, by name.
+        root: what stands before ``layers.`` in their names.
+        sizes: what the layouts are told apart by.
+        layers: numbers of the layers that have experts; tensors of other layers mean nothing.
+        given: the layout that the user states; None if the user states none.
+        merged: whether transformers merges experts of this model that lie one by one; otherwise it
+            passes over them.
+
+    Raises:
+        InputError: the shapes contradict `given`.
+        ConfigError: there are names of two layouts, which transformers does not read as one.
     """
     below = re.compile(rf"{re.escape(root)}layers\.([0-9]{{1,9}})\.mlp\.experts\.(.*)", re.DOTALL)
     ends = {
@@ -126,11 +134,19 @@ def find_expert_layout(
 def check_expert_order(
     tensors: Collection[str], root: str, regular: Callable[[str], str], doubled: Collection[str]
 ) -> None:
-    """Raise ConfigError for experts, one by one, that transformers would put in another order.
+    """Refuse experts that lie one by one, and that transformers would put in another order.
 
     It stacks those of a layer sorted by their names, so that under two roots they are mixed up.
-    tensors: names in the files. regular: gives each as it would be under `root`. doubled: names of
-    tensors that are there under another root, too, which would be one expert more.
+
+    Args:
+        tensors: names in the files.
+        root: what stands before ``layers.`` in regular names.
+        regular: gives a name as it would be under `root`.
+        doubled: names of tensors that are also there under another root: each of them would be
+            taken for one expert more.
+
+    Raises:
+        ConfigError: the experts of one layer would be mixed up.
     """
     name_of_one = re.compile(rf"({re.escape(root)}layers\.\d+\.mlp\.experts\.){_ONE.pattern}")
     stacked: dict[tuple[str, str], list[tuple[list[str], int, str]]] = defaultdict(list)

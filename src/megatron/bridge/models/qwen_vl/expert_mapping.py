@@ -33,7 +33,14 @@ class ExpertFields(LayoutFields, Protocol):
 class _FusedExpertMapping(AutoMapping):
     """One expert of a fused tensor; the last wildcard of the Megatron name is its number.
 
-    transposed: the file holds [in, out] where a linear layer's weight is [out, in] and not square.
+    Args:
+        megatron_param: name of the parameter.
+        hf_param: name of the fused tensor.
+        shape: symbols of its shape ("E 2Ie H").
+        transposed: whether the file holds [in, out] where a linear layer's weight is [out, in] and
+            not square.
+        only: see `ParamMapping`.
+        layers: see `ParamMapping`.
     """
 
     def __init__(
@@ -80,8 +87,12 @@ class _FusedExpertMapping(AutoMapping):
     ) -> "torch.Tensor":
         """This rank's shard of one expert.
 
-        hf_weights: the fused tensor [E, ., .], or this expert's part of it [., .].
-        Raises InputError if shapes do not fit.
+        Args:
+            hf_weights: the fused tensor [E, ., .], or this expert's part of it [., .].
+            megatron_module: the module that owns the parameter.
+
+        Raises:
+            InputError: the shapes do not fit.
         """
         tensor = hf_weights[HF] if isinstance(hf_weights, Mapping) else hf_weights
         if tensor.ndim == 2:
@@ -95,7 +106,7 @@ class _FusedExpertMapping(AutoMapping):
     ) -> "dict[str, torch.Tensor]":
         """This expert's part [., .] of the fused tensor, as the file holds it.
 
-        A collective over the expert's tensor-parallel group where the parameter is split.
+        It is a collective over the expert's tensor-parallel group where the parameter is split.
         """
         from megatron.bridge.models.conversion.module_weights import whole_of
 
@@ -131,8 +142,13 @@ class ExpertMLPGateUpProjMapping(_FusedExpertMapping):
     ) -> "torch.Tensor":
         """This rank's shard of one expert.
 
-        hf_weights: the fused tensor [E, ., .], this expert's part of it [., .], or the expert's
-        own {"gate": [I, H], "up": [I, H]}. Raises InputError if shapes do not fit.
+        Args:
+            hf_weights: the fused tensor [E, ., .], this expert's part of it [., .], or the expert's
+                own {"gate": [I, H], "up": [I, H]}.
+            megatron_module: the module that owns the parameter.
+
+        Raises:
+            InputError: the shapes do not fit.
         """
         if isinstance(hf_weights, Mapping) and set(hf_weights) == {"gate", "up"}:
             import torch

@@ -35,7 +35,7 @@ class Qwen3Family(QwenBridge):
 
 
 class Qwen3MoEFamily(QwenBridge):
-    """As Qwen3Family, with routed experts in the layers that have them."""
+    """Attention in each layer, and routed experts or one MLP."""
 
     def language_rows(self, disk: DiskLayout) -> list[ParamMapping]:
         """Embedding, attention, MLP or experts, and output layer."""
@@ -63,7 +63,10 @@ class _HybridFamily(QwenBridge):
         ]
 
     def assumed_dtype(self, config: HFConfig, name: str, dtype: str) -> str:
-        """As in the Qwen3.5 release: two small tensors of each GDN layer in `mamba_ssm_dtype`."""
+        """F32 for two small tensors of each GDN layer where `mamba_ssm_dtype` is float32.
+
+        That is how Qwen3.5 is released.
+        """
         in_f32 = language_of(config).get("mamba_ssm_dtype", "") == "float32"
         return "F32" if in_f32 and name.endswith(_SSM_TENSORS) else dtype
 
@@ -109,7 +112,10 @@ class Qwen35MoEFamily(_HybridFamily):
 def _ssm_dtype(tensors: Tensors) -> str | None:
     """The dtype that holds all GDN parameters which the release keeps in F32; None without any.
 
-    A model has one for all of them; files may have several. Raises ConfigError.
+    A model has one dtype for all of them; files may have several.
+
+    Raises:
+        ConfigError: one of them is in another dtype than F32, BF16 or F16.
     """
     dtypes = sorted({spec.dtype for name, spec in tensors.items() if name.endswith(_SSM_TENSORS)})
     if not dtypes:

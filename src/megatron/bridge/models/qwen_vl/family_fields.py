@@ -26,17 +26,17 @@ TEXT: Fixed = {
     "cpu_offloading": False,
     "window_size": None,
 }
-"""Of every language model."""
+"""Fixed in every language model."""
 ATTENTION: Fixed = {"experimental_attention_variant": None, "mtp_num_layers": None}
-"""Of attention in each layer, and no predictor of the token after the next."""
+"""Fixed where each layer has attention, and nothing predicts the token after the next."""
 HYBRID: Fixed = {
     "layernorm_zero_centered_gamma": True,
     "attention_output_gate": True,
     "experimental_attention_variant": "gated_delta_net",
 }
-"""Of HybridFields."""
+"""Fixed in models with HybridFields."""
 DENSE: Fixed = {"num_moe_experts": None}
-"""Of one MLP in each layer."""
+"""Fixed where each layer has one MLP."""
 EXPERTS: Fixed = {
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
@@ -44,11 +44,11 @@ EXPERTS: Fixed = {
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
 }
-"""Of ExpertFields."""
+"""Fixed in models with ExpertFields."""
 NORMALIZED: Fixed = {"moe_router_pre_softmax": False}
-"""Of a router that normalizes the weights of the chosen experts to 1."""
+"""Fixed where the router normalizes the weights of the chosen experts to 1."""
 SHARED_EXPERT: Fixed = {"moe_shared_expert_gate": True}
-"""Of SharedExpertFields."""
+"""Fixed in models with SharedExpertFields."""
 
 _EXPERTS_REQUIRED = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 
@@ -58,9 +58,12 @@ class HybridFields(_Mixin):
     """Gated DeltaNet layers, as in Qwen3.5.
 
     Three of four layers mix tokens by the gated delta rule, the others by attention with an output
-    gate: `linear_attention_freq` is megatron-core's, an interval or one entry per layer with 1 for
-    the delta rule and 0 for attention. `mtp_num_layers` None builds no predictor of the token
-    after the next, 1 builds the one that Qwen3.5 is released with.
+    gate. `mtp_num_layers` None builds no predictor of the token after the next, 1 builds the one
+    that Qwen3.5 is released with.
+
+    Attributes:
+        linear_attention_freq: which layers have the delta rule, as in megatron-core: an interval,
+            or one entry per layer with 1 for the delta rule and 0 for attention.
     """
 
     layernorm_zero_centered_gamma: bool = True
@@ -96,7 +99,7 @@ class HybridFields(_Mixin):
         return problems
 
     def rotary_problems(self) -> list[str]:
-        """Any part of a head can be rotated."""
+        """There are none: any part of a head can be rotated."""
         return []
 
     def required_sizes(self) -> tuple[str, ...]:
@@ -147,7 +150,7 @@ class ExpertFields(_Mixin):
         return (*super().required_sizes(), *_EXPERTS_REQUIRED)
 
     def _router_loss_problems(self) -> list[str]:
-        """A layout in which no rank has the routers of all layers."""
+        """What is wrong with a layout in which no rank has the routers of all layers."""
         stages = self.pipeline_model_parallel_size
         if not self.has_router_loss or stages == 1:
             return []
@@ -162,7 +165,7 @@ class ExpertFields(_Mixin):
 
 @dataclass
 class SharedExpertFields(_Mixin):
-    """Beside the routed experts one that every token goes to, weighed by a gate of its own."""
+    """An expert beside the routed ones, for every token, weighed by a gate of its own."""
 
     moe_shared_expert_gate: bool = True
 

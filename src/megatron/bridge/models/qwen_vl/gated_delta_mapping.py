@@ -37,7 +37,16 @@ def _conv_sections(fields: LayoutFields) -> tuple[RankSection, ...]:
 
 
 class GatedDeltaInProjMapping(ParamMapping):
-    """Four projections; Megatron holds [query; key; value; z; beta; alpha], each split alone."""
+    """Four projections; Megatron holds [query; key; value; z; beta; alpha], each split alone.
+
+    Args:
+        megatron_param: name of the parameter.
+        qkv: name of the projection to queries, keys and values.
+        z: name of the projection to z.
+        b: name of the projection to beta.
+        a: name of the projection to alpha.
+        shapes: symbols of the shapes of qkv, of z, and of b and a alike.
+    """
 
     expected_axis = 0
     saves_state = True

@@ -15,7 +15,7 @@ _OF_EMBEDDING_MODELS = frozenset({"modules.json", "config_sentence_transformers.
 
 
 def is_other_head(name: str) -> bool:
-    """Whether a tensor is of the head of a reward, value or classification model."""
+    """Whether a tensor belongs to the head of a reward, value or classification model."""
     return _OTHER_HEAD.fullmatch(name) is not None
 
 
@@ -32,7 +32,10 @@ def is_headless(config: HFConfig) -> bool:
 def needs_no_head(config: HFConfig, names: Collection[str], files: Collection[str]) -> bool:
     """Whether files without an output layer are whole.
 
-    files: names of the files beside the weights.
+    Args:
+        config: config of the model.
+        names: names of the tensors.
+        files: names of the files beside the weights.
     """
     return (
         is_headless(config)
@@ -46,10 +49,10 @@ class Scores:
     """The head of a classifier: a linear layer with one score for each label.
 
     Attributes:
-        labels: how many.
+        labels: number of labels.
         each_token: whether every token is scored; otherwise a sequence is, at its last token.
-        bias: whether the layer has one.
-        dropout: of the hidden states that are scored.
+        bias: whether the layer has a bias.
+        dropout: rate of the dropout on the hidden states that are scored.
         pad_token_id: the token that does not count as the last one; None if any does.
     """
 
@@ -63,7 +66,8 @@ class Scores:
 def scores_of(config: HFConfig) -> Scores | None:
     """The head of a classifier, with what transformers fills in; None for another model.
 
-    Raises ConfigError for a value that makes no sense.
+    Raises:
+        ConfigError: a value makes no sense.
     """
     if not is_classifier(config):
         return None
@@ -85,7 +89,7 @@ def scores_of(config: HFConfig) -> Scores | None:
 
 
 def _labels(config: HFConfig) -> int:
-    """As transformers counts them: two where the config does not say."""
+    """The labels as transformers counts them: two where the config does not say."""
     if config.has("id2label"):
         return max(len(config.require("id2label", dict)), 1)
     return config.count("num_labels") if config.has("num_labels") else 2

@@ -49,8 +49,8 @@ def language_part(whole: QwenBridge, alone: type[QwenTextBridge], config: HFConf
 
     Args:
         whole: the bridge of that model.
-        alone: the one of the same language model alone.
-        config: of the whole model.
+        alone: the bridge of the same language model alone.
+        config: config of the whole model.
 
     Raises:
         ConfigError: the config lacks or contradicts a value.
@@ -86,7 +86,11 @@ def _placed(
 ) -> QwenTextBridge:
     """The bridge of a language model whose names begin otherwise on one of the sides.
 
-    of_files: what else is as in the files of another class.
+    Args:
+        bridge: the bridge of the language model alone.
+        prefixes: what its names begin with.
+        roots: roots of its parts in files.
+        **of_files: what else is as in the files of another class.
     """
     names = {
         "prefixes": prefixes,
@@ -144,7 +148,7 @@ def _known(view: HFConfig, key: str) -> Any:
 
 
 def _rotation(config: HFConfig, text: HFConfig, model_type: str) -> dict[str, Any]:
-    """The rotation in the form that the config has; one position turns all frequencies."""
+    """The rotation, in the form that the config has: new (`rope_parameters`) or old."""
     rope = read_rope(config)
     kept: dict[str, Any] = {"rope_type": rope.rope_type, **rope.scaling}
     if model_type in MROPE_SECTION:

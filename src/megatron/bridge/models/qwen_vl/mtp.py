@@ -30,8 +30,10 @@ _DEDICATED = "mtp_use_dedicated_embeddings"
 class MTPInFiles(NamedTuple):
     """The MTP layer of some files, or of files to be.
 
-    mapped: whether there is one that the rows map. experts: how its routed experts lie.
-    obstacle: why the tensors of one are carried instead; empty where there is none.
+    Attributes:
+        mapped: whether there is an MTP layer that the rows map.
+        experts: how its routed experts lie; None where it has none.
+        obstacle: why the tensors of an MTP layer are carried instead; empty if they are not.
     """
 
     mapped: bool
@@ -42,7 +44,8 @@ class MTPInFiles(NamedTuple):
 def _config_obstacle(config: HFConfig) -> str:
     """Why the config's MTP layers are not those of the rows; empty if they are, or there are none.
 
-    Raises ConfigError for a number of layers that none can have.
+    Raises:
+        ConfigError: the number of layers is negative.
     """
     text = language_of(config)
     layers = text.get(_KEY, 0)
@@ -71,10 +74,20 @@ def find_mtp(
     spelling: Spelling,
     given: ExpertLayout | None,
 ) -> MTPInFiles:
-    """The MTP layer of files. rows: those of the language model for a disk layout.
+    """The MTP layer of files.
 
-    prefixes: of its names. given: the layout of experts, where shapes cannot tell it. Raises
-    InputError if they cannot and it is not given.
+    Args:
+        rows: gives the rows of the language model for a disk layout.
+        prefixes: what the names of the language model begin with.
+        config: config of the whole model.
+        tensors: those in the files, by name.
+        spelling: how their names are spelled.
+        given: the layout of the experts that the user states; None if the user states none.
+
+    Raises:
+        InputError: the shapes of the experts contradict `given`.
+        ConfigError: the config lacks or contradicts a value, or it states a negative number of MTP
+            layers.
     """
     root = spelling.of(HF_MTP)
     found = [name for name in tensors if name.startswith(root)]

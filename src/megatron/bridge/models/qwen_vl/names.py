@@ -49,16 +49,22 @@ VISION_LANGUAGE_ROOTS: Roots = {
     HF_VISION: ("visual.", f"model.{HF_VISION}"),
     **_HEADS,
 }
-"""With or without ``model.`` before it, and the roots of transformers' own earlier versions."""
+"""The roots of a vision-language model.
+
+They are the released ones with and without ``model.``, and those of transformers' earlier versions.
+"""
 
 TEXT_ROOTS: Roots = {ALONE.hf: ("", f"model.{ALONE.hf}"), **_HEADS}
-"""The same of a model of text alone."""
+"""The roots of a model of text alone."""
 
 HYBRID_TEXT_ROOTS: Roots = {
     **TEXT_ROOTS,
     ALONE.hf: (*TEXT_ROOTS[ALONE.hf], BESIDE_VISION.hf, f"{BESIDE_VISION.hf}model."),
 }
-"""Here transformers also takes the names of a vision-language model, and writes what it read."""
+"""The roots of a hybrid model of text alone.
+
+transformers also takes the names of a vision-language model for it, and writes what it read.
+"""
 
 _TAKE_IT = "take it, and its part of config.json, from the base model"
 _NO_CLASSIFIER = "set architectures to the class of a model that is no classifier if there is none"
@@ -96,8 +102,8 @@ def find_spelling(
 
     Args:
         names: those in the files.
-        prefixes: of the language model, as rows have it.
-        roots: of its parts; the vision tower's where there is one.
+        prefixes: what rows have before the names of the language model.
+        roots: roots of the model's parts, with the vision tower's where there is one.
         tied: whether the output layer is the embedding, which may then stand under the name of
             either.
         bare: whether the model is one without an output layer, whose own names lack ``model.``.
@@ -177,7 +183,12 @@ def has_mtp_tensors(names: Collection[str]) -> bool:
 def terms_of(spelling: Spelling, prefixes: Prefixes, section: str, *, vision: bool) -> Terms:
     """The words for messages about files that are spelled so.
 
-    section: of config.json that describes the language model, with a dot behind it, or nothing.
+    Args:
+        spelling: how the names in the files are spelled.
+        prefixes: what the names of the language model begin with.
+        section: the section of config.json that describes the language model, with a dot behind it;
+            empty where that is the whole.
+        vision: whether the model has a vision tower.
     """
     parts = {
         language_root(spelling, prefixes): ("language model", _TAKE_IT),

@@ -44,8 +44,8 @@ class Layer:
         megatron: what its names begin with in Megatron.
         hf: the same in files.
         kind: the kind of layer that the rows are limited to; None for any.
-        only: the feature without which there is no such layer.
-        bias: the one without which its attention has no biases.
+        only: the feature without which there is no such layer; None if there always is.
+        bias: the feature without which its attention has no biases.
     """
 
     megatron: str
@@ -55,13 +55,19 @@ class Layer:
     bias: str = ATTENTION_BIAS
 
     def of_kind(self, kind: str) -> "Layer":
-        """The same layers, but only those of one kind."""
+        """Those of these layers that are of one kind."""
         return replace(self, kind=kind)
 
     def rows(self, *rows: ParamMapping) -> list[ParamMapping]:
-        """Rows of which the names are those inside of the layer, in the place of the layer.
+        """Put rows in the place of the layer.
 
-        They exist where the layer does; one with a feature of its own where there is that.
+        They exist where the layer does; a row with a feature of its own exists where that is.
+
+        Args:
+            *rows: rows whose names are those inside of the layer.
+
+        Returns:
+            Copies of them whose names are those in the model.
         """
         placed = [copy(row) for row in rows]
         for row in placed:
@@ -76,8 +82,9 @@ class Prefixes:
     """What the names of a language model begin with.
 
     Attributes:
-        megatron: of its parameters in the Megatron model.
-        hf: of its tensors in Hugging Face files; output layer and MTP layer stand beside them.
+        megatron: what the names of its parameters in the Megatron model begin with.
+        hf: what the names of its tensors in Hugging Face files begin with, but for those of the
+            output layer and the MTP layer.
     """
 
     megatron: str
@@ -85,22 +92,22 @@ class Prefixes:
 
     @property
     def layers(self) -> str:
-        """Before the number of a decoder layer, in Megatron."""
+        """What stands before the number of a decoder layer in Megatron."""
         return f"{self.megatron}decoder.layers."
 
     @property
     def hf_layers(self) -> str:
-        """Before the number of a decoder layer, in files."""
+        """What stands before the number of a decoder layer in files."""
         return f"{self.hf}layers."
 
     @property
     def hf_embedding(self) -> str:
-        """The word embedding in files."""
+        """What the names of the word embedding in files begin with."""
         return f"{self.hf}embed_tokens."
 
     @property
     def mtp(self) -> str:
-        """The MTP layer in Megatron, and what joins it to the decoder."""
+        """What Megatron names of the MTP layer, and of what joins it to the decoder, begin with."""
         return f"{self.megatron}mtp.layers.0."
 
     @property
@@ -110,7 +117,7 @@ class Prefixes:
 
     @property
     def predictor(self) -> Layer:
-        """The MTP layer, of which the decoder layer inside is one for itself."""
+        """The MTP layer without the decoder layer inside of it, which is `mtp_layer`."""
         return Layer(self.mtp, HF_MTP, only=WITH_MTP)
 
     @property

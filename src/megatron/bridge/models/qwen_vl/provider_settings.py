@@ -20,10 +20,17 @@ from megatron.bridge.models.qwen_vl.rope_config import read_rope, vision_rope_se
 
 
 def language_settings(config: HFConfig, dtype: str) -> dict[str, Any]:
-    """Provider fields of a language model whose weights are in `dtype` ("BF16").
+    """Provider fields of a language model.
 
     What the Megatron model cannot compute is refused when it is built: a conversion of files does
-    not depend on it. Raises ConfigError for a value that makes no sense.
+    not depend on it.
+
+    Args:
+        config: config of the whole model.
+        dtype: dtype of the weights ("BF16").
+
+    Raises:
+        ConfigError: a value makes no sense.
     """
     of_dtype = dtype_settings(config, dtype)
     text, rope = language_of(config), read_rope(config)

@@ -32,8 +32,8 @@ class Qwen3VLModelProvider(QwenModelProvider):
         vision_start_token_id: precedes the placeholders of an image or a frame.
         vision_end_token_id: follows them.
         freeze_language_model: build the language model without gradients.
-        freeze_vision_model: likewise the encoder without its mergers.
-        freeze_vision_projection: likewise the mergers.
+        freeze_vision_model: build the encoder without gradients, but for its mergers.
+        freeze_vision_projection: build the mergers without gradients.
     """
 
     model_class = Qwen3VLModel
@@ -51,7 +51,7 @@ class Qwen3VLModelProvider(QwenModelProvider):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """As QwenModelProvider; `vision` is a mapping of VisionConfig's fields."""
+        """A provider from plain values, `vision` being a mapping of the fields of VisionConfig."""
         vision = dict(settings["vision"])
         vision["deepstack_visual_indexes"] = tuple(vision["deepstack_visual_indexes"])
         return super().from_settings({**settings, "vision": VisionConfig(**vision)})
@@ -82,7 +82,12 @@ class Qwen3VLModelProvider(QwenModelProvider):
         return (self.image_token_id, self.video_token_id)
 
     def finalize(self) -> None:
-        """As QwenModelProvider; also, the layers that take deepstack must be on the first stage."""
+        """Check the fields as every provider does, and that the first stage can take deepstack.
+
+        Raises:
+            ConfigError: a value cannot be built, or a layer that takes features of deepstack is on
+                a later stage.
+        """
         super().finalize()
         vp_stage = None if self.virtual_pipeline_model_parallel_size is None else 0
         try:

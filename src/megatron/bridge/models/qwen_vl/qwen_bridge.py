@@ -64,7 +64,7 @@ class QwenBridge(DescribedQwen):
     """A family is its rows, its provider, and the disk layout of its released files."""
 
     roots: ClassVar[Roots]
-    """Of the parts in files."""
+    """What the names of each part begin with in files."""
     released_layout: ClassVar[DiskLayout] = DiskLayout()
     merges_experts: ClassVar[bool] = False
     """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
@@ -80,7 +80,11 @@ class QwenBridge(DescribedQwen):
         return self.language_rows(disk)
 
     def check(self, config: HFConfig) -> None:
-        """Also each key that has one value which can be converted."""
+        """Refuse a config that cannot be converted, whatever the files hold.
+
+        Raises:
+            ConfigError: the config is of another kind of model, or a value cannot be converted.
+        """
         super().check(config)
         check_keys(config)
 
@@ -121,7 +125,10 @@ class QwenBridge(DescribedQwen):
     ) -> DiskLayout:
         """How the experts lie in these files; without files, as `options` or releases have them.
 
-        Raises InputError where the files lie otherwise than `options` say.
+        Raises:
+            InputError: the experts in the files lie otherwise than `options` say, or `options` say
+                a layout and there are no experts.
+            ConfigError: the experts of one model lie in two ways, or under two prefixes.
         """
         given, text = _given_layout(options), language_of(config)
         if not has_experts(text):
@@ -171,7 +178,7 @@ class QwenBridge(DescribedQwen):
         return {WITH_MTP: self.prefixes.mtp}
 
     def options_of_checkpoint(self, tensors: Tensors) -> PlanOptions:
-        """Also which parts the model was built with."""
+        """What every checkpoint says, and which parts the model was built without."""
         without = (
             part
             for part, prefix in self.removable.items()
@@ -180,7 +187,7 @@ class QwenBridge(DescribedQwen):
         return replace(super().options_of_checkpoint(tensors), without=frozenset(without))
 
     def options_of_model(self, provider: "ModelProvider") -> PlanOptions:
-        """Also whether the model was built with its MTP layer."""
+        """What every model says, and whether it was built without its MTP layer."""
         without = frozenset() if provider.mtp_num_layers else frozenset({WITH_MTP})
         return replace(super().options_of_model(provider), without=without)
 
@@ -259,9 +266,13 @@ class QwenBridge(DescribedQwen):
     def provider_bridge(self, hf_pretrained: PreTrainedVLM | HasConfig) -> "ModelProvider":
         """The family's provider, configured like a Hugging Face model.
 
-        hf_pretrained: a model, of which only the config and the headers of the files are read; or
-        any object with a `config`, which then is all there is to go by. Raises ConfigError for a
-        value that is missing or that the Megatron model cannot honour.
+        Args:
+            hf_pretrained: a model, of which only the config and the headers of the files are read;
+                or any object with a `config`, which then is all there is to go by.
+
+        Raises:
+            ConfigError: a value is missing, or the Megatron model cannot honour it.
+            UnsupportedModel: the files have no output layer, which the Megatron model needs.
         """
         if not isinstance(hf_pretrained, PreTrainedVLM):
             hf_pretrained = PreTrainedVLM.from_config(hf_pretrained.config)
@@ -273,7 +284,7 @@ class QwenBridge(DescribedQwen):
         return self.provider_of(self.provider_settings(config, dtype, tensors))
 
     def _check_output_layer(self, hf: "PreTrainedVLM") -> None:
-        """Raise UnsupportedModel for files without one: the Megatron model computes logits."""
+        """Raise UnsupportedModel for files without it: the Megatron model computes logits."""
         config, tensors = hf.hf_config, hf.weights if hf.has_weights else None
         options = PlanOptions(files=hf.side_file_names)
         if scores_of(config) or is_tied(config) or self._has_output_layer(config, tensors, options):
@@ -316,5 +327,5 @@ _SAME = "transformers takes both names for one parameter: remove the wrong one, 
 
 
 def _given_layout(options: PlanOptions) -> ExpertLayout | None:
-    """The layout of experts that the user says."""
+    """The layout of experts that the user states."""
     return None if options.experts is None else parse_expert_layout(options.experts)

@@ -63,14 +63,14 @@ class DescribedQwen(MegatronModelBridge):
     """What other modules ask of a family, for its language model."""
 
     prefixes: ClassVar[Prefixes]
-    """Of the names of the language model."""
+    """What the names of the language model begin with."""
     optional_parts: ClassVar[Mapping[str, str]] = {WITH_MTP: "the MTP layer"}
 
     @abstractmethod
     def disk_layout(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
     ) -> DiskLayout:
-        """How the experts lie in files, or would."""
+        """How the experts lie in files, or would lie in those of a config alone."""
 
     def language(self, config: HFConfig) -> HFConfig:
         """The config of the language model, which is the whole one."""
@@ -91,7 +91,7 @@ class DescribedQwen(MegatronModelBridge):
     def settings_for_layout(
         self, settings: Mapping[str, Any], plan: ConversionPlan, without: Collection[str]
     ) -> Mapping[str, Any]:
-        """With the MTP layer, where the plan has one."""
+        """The same fields, with `mtp_num_layers` where the plan has an MTP layer that is built."""
         has_mtp = any(key.startswith(self.prefixes.mtp) for key in plan.megatron)
         if WITH_MTP in without or not has_mtp:
             return settings
@@ -100,7 +100,7 @@ class DescribedQwen(MegatronModelBridge):
     def logits(
         self, model: "torch.nn.Module", inputs: Mapping[str, "torch.Tensor"]
     ) -> "torch.Tensor":
-        """The model takes what the processor gives."""
+        """The logits of a model that takes what the processor gives."""
         found: torch.Tensor = model(**inputs, trim_vocab_padding=True)
         return found
 
@@ -123,7 +123,7 @@ class DescribedQwen(MegatronModelBridge):
 
 
 class DescribedVision(DescribedQwen):
-    """What other modules ask of a family beside that: its vision tower."""
+    """What other modules ask of a family with a vision tower."""
 
     auto_model = "AutoModelForImageTextToText"
     embedding_key = f"{BESIDE_VISION.megatron}embedding.word_embeddings.weight"
@@ -136,13 +136,13 @@ class DescribedVision(DescribedQwen):
     def describe(
         self, config: HFConfig, tensors: Tensors | None, options: PlanOptions
     ) -> Description:
-        """Also the sizes of the vision tower."""
+        """What is said of the language model, and the sizes of the vision tower."""
         facts = dict(super().describe(config, tensors, options))
         vision = sizes_fact("vision", _section(config, "vision_config"), _VISION_SIZES)
         return {"text": facts.pop("text"), "vision": vision, **facts}
 
     def small(self, provider: "ModelProvider") -> "ModelProvider":
-        """Also with one block of the vision tower."""
+        """A language model with one layer of each kind, and a vision tower with one block."""
         made: Any = super().small(provider)
         made.vision = replace(made.vision, depth=1, deepstack_visual_indexes=())
         return cast("ModelProvider", made)
@@ -150,7 +150,7 @@ class DescribedVision(DescribedQwen):
     def pictures(
         self, config: HFConfig, inputs: Mapping[str, "torch.Tensor"]
     ) -> PictureCost | None:
-        """Each patch of a picture, or of one frame of a video, sees all others."""
+        """What attention takes: each patch of a picture, or of one frame, sees all others."""
         patches = 0
         for name in ("image_grid_thw", "video_grid_thw"):
             for _, height, width in inputs[name].tolist() if name in inputs else ():
@@ -199,7 +199,7 @@ def _experts_fact(disk: DiskLayout) -> Fact:
 
 
 def _mtp_fact(text: HFConfig | None, tensors: Tensors | None) -> Fact:
-    """transformers drops the tensors and keeps the config."""
+    """What config and files say of it: transformers drops the tensors and keeps the config."""
     in_config = text is not None and bool(text.data.get(_MTP_LAYERS))
     present = None if tensors is None else has_mtp_tensors(tensors)
     shown = None

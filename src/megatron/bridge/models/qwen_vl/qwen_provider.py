@@ -32,7 +32,7 @@ class QwenModelProvider(ModelProvider):
 
     Attributes:
         scores: the head of a classifier, in the place of the output layer; None for logits.
-        ssm_dtype: of the parameters A_log and out_norm of linear attention; None for
+        ssm_dtype: dtype of the parameters A_log and out_norm of linear attention; None for
             `params_dtype`.
         rotary_base: theta of the language model.
         rotary_percent: part of a head that is rotated.
@@ -53,7 +53,7 @@ class QwenModelProvider(ModelProvider):
     """
 
     model_class: ClassVar[Callable[..., MegatronModule]] = QwenModel
-    """What is built."""
+    """The class of the model that is built."""
     fixed: ClassVar[Fixed] = TEXT | ATTENTION | DENSE
     """Fields that have one value in all models of the family, and that value."""
 
@@ -84,8 +84,8 @@ class QwenModelProvider(ModelProvider):
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """A provider from plain values, as a bridge derives them and a checkpoint records them.
 
-        Also, `scores` is a mapping of the fields of Scores, `rope_parameters` that of transformers'
-        config.
+        `scores` is a mapping of the fields of Scores, and `rope_parameters` is that of
+        transformers' config.
         """
         fields = dict(settings)
         if settings.get("scores") is not None:

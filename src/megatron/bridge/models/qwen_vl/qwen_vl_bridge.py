@@ -52,7 +52,12 @@ class QwenVLBridge(QwenBridge, DescribedVision):
         return [*self.language_rows(disk), *vision_rows(), *deepstack_rows()]
 
     def check(self, config: HFConfig) -> None:
-        """Also whether there is a vision tower. Raises UnsupportedModel for text alone."""
+        """Refuse what QwenBridge refuses, and a model of text alone.
+
+        Raises:
+            UnsupportedModel: the config describes a language model without a vision tower.
+            ConfigError: it is of another kind of model, or a value cannot be converted.
+        """
         flat = not config.has("text_config") and config.has("num_hidden_layers")
         if config.model_type.endswith("_text") or flat:
             text_class = config.architecture.replace("ForConditionalGeneration", "ForCausalLM")
@@ -68,7 +73,7 @@ class QwenVLBridge(QwenBridge, DescribedVision):
 
     @property
     def separable(self) -> Mapping[str, str]:
-        """The language model."""
+        """The language model is a model of its own, too."""
         return {LANGUAGE: str(self.alone.model_type)}
 
     def part(self, name: str, config: HFConfig) -> ModelPart:
@@ -79,7 +84,7 @@ class QwenVLBridge(QwenBridge, DescribedVision):
 
     @property
     def removable(self) -> Mapping[str, str]:
-        """Also the vision tower."""
+        """The vision tower, and what the language model may be built without."""
         return {**super().removable, VISION_PART: VISION}
 
     def structure(
@@ -89,7 +94,7 @@ class QwenVLBridge(QwenBridge, DescribedVision):
         return with_vision(super().structure(config, tensors, options), config, options.keys)
 
     def extras(self, config: HFConfig, tensors: Tensors, options: PlanOptions) -> Extras:
-        """Also the vision tower, where the Megatron model is built without it."""
+        """The extras of the language model, and a vision tower that the model is built without."""
         extras = super().extras(config, tensors, options)
         if VISION_PART not in options.without:
             return extras
@@ -113,7 +118,7 @@ class QwenVLBridge(QwenBridge, DescribedVision):
         )
 
     def numbered(self, config: HFConfig) -> dict[str, tuple[HFConfig, str]]:
-        """Also the blocks of the vision tower."""
+        """The layers of the language model and the blocks of the vision tower."""
         return super().numbered(config) | {f"{HF_VISION}blocks.": (config.vision, "depth")}
 
     def provider_settings(

@@ -25,10 +25,14 @@ _TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proport
 class Rope:
     """Rotary embedding of the language model.
 
-    theta: the base. mrope_section: rotary frequencies of the axes (time, height, width), which
-    always alternate; empty where a token has one position. partial_rotary_factor: the part of each
-    head that is rotated, from its start. rope_type: how the frequencies are scaled. scaling: the
-    parameters of that type, by the names that transformers gives them; empty for "default".
+    Attributes:
+        theta: the base.
+        mrope_section: rotary frequencies of the axes (time, height, width), which always alternate;
+            empty where a token has one position.
+        partial_rotary_factor: the part of each head that is rotated, from its start.
+        rope_type: how the frequencies are scaled.
+        scaling: the parameters of that type, by the names that transformers gives them; empty for
+            "default".
     """
 
     theta: float
@@ -41,8 +45,10 @@ class Rope:
 def read_rope(config: HFConfig) -> Rope:
     """The language model's rotary embedding, of a whole model's config, in either form.
 
-    New form: `rope_parameters`. Old form: `rope_scaling` and `rope_theta`. Raises ConfigError for a
-    value that is no base, part or section, or that is stated twice and differently.
+    The new form is `rope_parameters`, the old one `rope_scaling` and `rope_theta`.
+
+    Raises:
+        ConfigError: a value is no base, part or section, or it is stated twice and differently.
     """
     text = language_of(config)
     theta = text.agreed(_places("rope_theta", anywhere=True), text.positive)
@@ -81,8 +87,12 @@ def vision_rope_settings(vision: HFConfig) -> dict[str, Any]:
 def _kind(section: HFConfig, *more: str) -> str:
     """The type of a rotation. As in transformers, `type` counts where there is no `rope_type`.
 
-    more: types beside those of all models. Raises ConfigError for a type that transformers does not
-    know, and for parameters of another form than an object, which nobody reads.
+    Args:
+        section: the text or vision config.
+        *more: types beside those of all models.
+
+    Raises:
+        ConfigError: transformers does not know the type, or the parameters are no object.
     """
     for form in _FORMS:
         if section.has(form):

@@ -64,7 +64,9 @@ def score_rows(prefixes: Prefixes) -> list[ParamMapping]:
 def attention_rows(layer: Layer, *, gated: bool = False) -> list[ParamMapping]:
     """Self-attention with its input norm, per-head query and key norms, and biases.
 
-    gated: q_proj also makes a gate for every head.
+    Args:
+        layer: the layers that have it.
+        gated: whether q_proj also makes a gate for every head.
     """
     megatron, hf, queries = "self_attention.", "self_attn.", "2Q" if gated else "Q"
 

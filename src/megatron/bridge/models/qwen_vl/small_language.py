@@ -131,18 +131,18 @@ def small_model(
     options: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> SmallModel:
-    """A family, with what all of them have in common.
+    """The declaration of a family, with what all of them have in common.
 
     Args:
-        name: of the family.
+        name: name of the family.
         config: its config.json.
         language: what keys of the language model begin with.
         root: what names of its tensors begin with.
         hybrid: whether it has Gated DeltaNet layers.
         fixed: keys of the language model that are no settings.
-        fixed_elsewhere: keys of others.
-        token_ids: those that are not of the language model alone.
-        options: see SmallModel.
+        fixed_elsewhere: keys of other sections that are no settings.
+        token_ids: as in SmallModel, without those that every language model has.
+        options: as in SmallModel, without those that follow from `hybrid`.
         **fields: the other fields of SmallModel.
     """
     if hybrid:
@@ -172,10 +172,10 @@ def small_model(
 
 
 def _fp8_matrices(root: str) -> str:
-    """Those that an FP8 release quantizes, in a language model of these names.
+    """Pattern of the matrices that an FP8 release quantizes, in a language model of these names.
 
-    Left as they are: head, embeddings, norms, the router, the gate of the shared expert, the small
-    projections, convolution and vectors of the Gated DeltaNet, the vision model, mtp.fc.
+    It leaves as they are: head, embeddings, norms, the router, the gate of the shared expert, the
+    small projections, convolution and vectors of the Gated DeltaNet, the vision model, mtp.fc.
     """
     return (
         rf"^({re.escape(root)}|mtp)\.layers\..*"
@@ -186,13 +186,15 @@ def _fp8_matrices(root: str) -> str:
 def _hybrid(language: str, root: str) -> dict[str, Any]:
     """What families with Gated DeltaNet layers have besides.
 
-    language: what the keys of the language model begin with. root: what its names begin with.
+    Args:
+        language: what keys of the language model begin with.
+        root: what names of its tensors begin with.
     """
 
     def mtp_parameters(
         config: Values, parameters: Callable[[Values], Parameters]
     ) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """transformers has no such module. Its layers are ordinary ones with full attention."""
+        """Parameters that transformers has no module for: ordinary layers with full attention."""
         section = language.rstrip(".")
         text = config[section] if section else config
         layers, hidden = text["mtp_num_hidden_layers"], text["hidden_size"]

@@ -103,7 +103,7 @@ def _family(
     *text: Mapping[str, Any],
     **fields: Any,
 ) -> SmallModel:
-    """A family, with what all of them have in common."""
+    """The declaration of a family, with what all of them have in common."""
     return small_model(
         name,
         _config(architecture, model_type, deepstack, *text),

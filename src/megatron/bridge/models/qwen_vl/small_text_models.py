@@ -26,7 +26,7 @@ _ATTENTION = {
 def _family(
     name: str, architecture: str, model_type: str, *parts: dict[str, Any], **fields: Any
 ) -> SmallModel:
-    """A family, with what all of them have in common."""
+    """The declaration of a family, with what all of them have in common."""
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,

@@ -39,7 +39,7 @@ from megatron.bridge.models.qwen_vl.parts import (
 
 @dataclass(frozen=True)
 class QwenLanguageFields(LanguageFields):
-    """What layouts read of the language model of any family; names of megatron-core.
+    """What layouts read of the language model of any family, named as in megatron-core.
 
     The fields of parts that a family does not have are 0.
     """
@@ -62,8 +62,8 @@ def language_structure(
     """Structure of the language model of any family.
 
     Args:
-        config: of the whole model.
-        prefixes: of the language model's names.
+        config: config of the whole model.
+        prefixes: what the names of the language model begin with.
         padded_vocab_size: rows of the Megatron embedding; without it, the vocabulary is padded as
             `padded_vocabulary` does.
         with_mtp: whether there is an MTP layer to be mapped.

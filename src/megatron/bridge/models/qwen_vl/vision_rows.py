@@ -74,7 +74,7 @@ def _column_parallel(megatron: str, hf: str, shape: str) -> list[ParamMapping]:
 
 
 def _row_parallel(megatron: str, hf: str, shape: str) -> list[ParamMapping]:
-    """The bias of a row-parallel layer is not split."""
+    """Weight and bias of a row-parallel layer, whose bias is not split."""
     return [
         RowParallelMapping(f"{megatron}weight", f"{hf}weight", shape),
         ReplicatedMapping(f"{megatron}bias", f"{hf}bias", shape.split()[0]),

@@ -15,8 +15,8 @@ def with_vision(
     """The structure of a language model and the vision tower beside it.
 
     Args:
-        language: that of the language model.
-        config: of the whole model.
+        language: structure of the language model.
+        config: config of the whole model.
         keys: how the checkpoint keys are formed.
 
     Raises:

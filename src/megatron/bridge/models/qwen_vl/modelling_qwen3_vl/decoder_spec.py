@@ -45,7 +45,12 @@ def decoder_spec(
     """The decoder layers of a pipeline stage and the final norm.
 
     `linear_attention_freq` and `moe_layer_freq` say which layer is of which kind; the specs of
-    layers of the same kind are one object. pp_rank: None for that of this process.
+    layers of the same kind are one object.
+
+    Args:
+        config: the provider.
+        vp_stage: virtual pipeline stage; None without interleaving.
+        pp_rank: pipeline rank; None for that of this process.
     """
     if pp_rank is None:
         pp_rank = ProcessGroupCollection.use_mpu_process_groups(["pp"]).pp.rank()
@@ -73,8 +78,14 @@ def stage_spec(
 ) -> TransformerBlockSubmodules:
     """The decoder layers of a pipeline stage by the provider's `transformer_layer_spec`.
 
-    Raises ConfigError for what gives no layers, another number of them, or layers that would leave
-    the features of deepstack out.
+    Args:
+        config: the provider.
+        vp_stage: virtual pipeline stage; None without interleaving.
+        pp_rank: pipeline rank.
+
+    Raises:
+        ConfigError: it gives no layers, another number of them than the stage has, or layers that
+            would leave out the features of deepstack.
     """
     given = config.transformer_layer_spec
     if given is decoder_spec:
@@ -115,7 +126,7 @@ def _called(
 
 
 def _with_deepstack(layer: ModuleSpec) -> ModuleSpec:
-    """The same layer, adding the features of deepstack to what it gives."""
+    """A layer that adds the features of deepstack to what this one gives."""
     if layer.module is TransformerLayer:
         return replace(layer, module=DeepstackTransformerLayer)
     if isinstance(layer.module, type) and issubclass(layer.module, DeepstackTransformerLayer):

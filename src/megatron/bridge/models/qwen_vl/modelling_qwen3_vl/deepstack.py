@@ -15,7 +15,7 @@ class DeepstackTransformerLayer(TransformerLayer):
     """A decoder layer that adds its entry of `context`, if there is one for it, to its output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As TransformerLayer.
+        """Run the layer as TransformerLayer does.
 
         `context` is None or [s, deepstack layers, b, h], zeros where the token is not visual; with
         sequence parallelism s is this rank's part, as for the hidden states [s, b, h].

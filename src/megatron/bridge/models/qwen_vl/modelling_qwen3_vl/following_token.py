@@ -41,11 +41,14 @@ class FollowingTokens:
             )
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Embeddings as `decoder_input`.
+        """Embeddings of the tokens that follow.
 
         Args:
             input_ids: [b, s], shifted already.
             position_ids: not used.
+
+        Returns:
+            [s, b, h], with sequence parallelism this rank's part of s.
         """
         if self.following is None:
             embeddings = self.model.embedding(input_ids=input_ids, position_ids=None)
@@ -68,7 +71,10 @@ class FollowingTokens:
 
 
 class FollowingTokenPredictor(MultiTokenPredictionLayer):
-    """megatron-core shifts this rank's part of the padding, which loses one token per rank."""
+    """A predictor whose padding is shifted as a whole.
+
+    megatron-core shifts each rank's part of the padding, which loses one token per rank.
+    """
 
     def _get_embeddings(
         self, *, embedding: FollowingTokens, padding_mask: Tensor | None, **given: Any

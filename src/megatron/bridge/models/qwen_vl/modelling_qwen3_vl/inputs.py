@@ -12,8 +12,11 @@ from megatron.bridge.errors import InputError
 class VisualInputs:
     """What the processor made of images and videos, as given to `Qwen3VLModel.forward`.
 
-    pixel_values and pixel_values_videos are [patches, values per patch], the grids [n, 3] of
-    frames, rows and columns in patches; None where there are no images or no videos.
+    Attributes:
+        pixel_values: [patches, values per patch] of images; None without images.
+        image_grid_thw: [n, 3], frames, rows and columns in patches; None without images.
+        pixel_values_videos: [patches, values per patch] of videos; None without videos.
+        video_grid_thw: [n, 3], frames, rows and columns in patches; None without videos.
     """
 
     pixel_values: Tensor | None

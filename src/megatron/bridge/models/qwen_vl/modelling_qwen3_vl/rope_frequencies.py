@@ -34,7 +34,7 @@ _REFUSALS = (
 
 @dataclass(frozen=True)
 class RotaryFrequencies:
-    """theta ** (-2j / rotated channels), scaled as the rope type has it.
+    """Rotary frequencies: theta ** (-2j / rotated channels), scaled as the rope type has it.
 
     All types but the default are computed by transformers' own functions, anew whenever they are
     asked for: there is no buffer that a meta device could leave empty or a cast could round.
@@ -60,8 +60,8 @@ class RotaryFrequencies:
     def inv_freq(self, position_ids: Tensor) -> Tensor:
         """The frequencies for these positions, [n], on their device, fp32.
 
-        Only those of "longrope" depend on the positions: others hold from the first prompt on that
-        is longer than the model was trained on.
+        Only those of "longrope" depend on the positions: a prompt that is longer than those that
+        the model was trained on has frequencies of its own.
         """
         device = position_ids.device
         if self.rope_type != LONGROPE:
@@ -154,7 +154,7 @@ def rope_parameters_of_type(
 
     Args:
         parameters: as transformers has them after its standardization.
-        max_position_embeddings: of the same config.
+        max_position_embeddings: that of the same config.
     """
     stated = {key: value for key, value in parameters.items() if key not in FIELD_OF_KEY}
     rope_type = stated.get("rope_type")

@@ -45,7 +45,8 @@ def get_rope_index(
         int64 [3, b, s] on the device of `types`; padding is at 0.
 
     Raises:
-        InputError: a run of visual tokens is not made of whole grids.
+        InputError: a run of visual tokens is not made of whole grids, a grid has no tokens, or an
+            image has more than one frame.
     """
     grids = _merged_grids(image_grid_thw, video_grid_thw, spatial_merge_size)
     # One transfer from the device for the batch, and one back.
@@ -65,14 +66,21 @@ def get_packed_rope_index(
     cu_seqlens: Tensor,
     spatial_merge_size: int,
 ) -> Tensor:
-    """Positions of sequences packed one after the other, [1, t] -> [3, 1, t]; each starts at 0.
+    """Positions of sequences packed one after the other; each starts at 0.
 
     Args:
-        types: see `get_rope_index`.
-        image_grid_thw: see `get_rope_index`.
-        video_grid_thw: see `get_rope_index`.
+        types: [1, t], see `token_types`.
+        image_grid_thw: as for `get_rope_index`.
+        video_grid_thw: as for `get_rope_index`.
         cu_seqlens: int [sequences + 1], where the sequences start and end.
-        spatial_merge_size: see `get_rope_index`.
+        spatial_merge_size: as for `get_rope_index`.
+
+    Returns:
+        int64 [3, 1, t] on the device of `types`.
+
+    Raises:
+        InputError: a run of visual tokens is not made of whole grids, a grid has no tokens, or an
+            image has more than one frame.
     """
     grids = _merged_grids(image_grid_thw, video_grid_thw, spatial_merge_size)
     lengths = cu_seqlens.diff().tolist()

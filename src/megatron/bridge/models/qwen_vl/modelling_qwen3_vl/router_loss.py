@@ -22,8 +22,8 @@ class RouterCounts:
     """What the routers of one forward pass count.
 
     Args:
-        weight: of the loss, the coefficient times the number of tokens where gradients are divided
-            by that later (`calculate_per_token_loss`).
+        weight: weight of the loss: the coefficient, times the number of tokens where gradients are
+            divided by that later (`calculate_per_token_loss`).
     """
 
     def __init__(self, weight: Tensor | float) -> None:
@@ -32,22 +32,35 @@ class RouterCounts:
         self.total: Tensor | None = None
 
     def count(self, chosen: Tensor, tokens: Tensor) -> None:
-        """What one router counted: fp32 [experts] tokens that chose each expert, fp32 [] tokens.
+        """Add what one router counted.
 
-        A layer that is recomputed counts the same again, which is not taken.
+        A layer that is recomputed counts the same again, which is not added.
+
+        Args:
+            chosen: fp32 [experts], how many tokens chose each expert, without padding.
+            tokens: fp32 [], how many tokens there are, without padding.
         """
         if self.total is None:
             self.layers.append(torch.cat((chosen, tokens.view(1))))
 
     def close(self, sequence_parts: dist.ProcessGroup | None) -> None:
-        """All routers have counted, on each rank of `sequence_parts` its part of the sequence."""
+        """Sum up: all routers have counted.
+
+        Args:
+            sequence_parts: ranks that have counted a part of the sequence each; None if each has
+                counted all of it.
+        """
         total = torch.stack(self.layers).sum(0)
         if sequence_parts is not None:
             dist.all_reduce(total, group=sequence_parts)
         self.total = total
 
     def loss_by_probability(self) -> Tensor:
-        """fp32 [experts], d loss / d probability, the same for all tokens of all layers."""
+        """fp32 [experts], d loss / d probability, the same for all tokens of all layers.
+
+        Raises:
+            InputError: the counting has not been closed.
+        """
         if self.total is None:
             raise InputError("the gradient of the routers' loss was asked for during the forward")
         chosen, tokens = self.total[:-1], self.total[-1]
@@ -76,13 +89,13 @@ class CountedRouter(TopKRouter):
     """A router that takes part in the loss of all routers.
 
     Attributes:
-        router_loss: that of the model, which the model sets.
+        router_loss: the loss of the model, which the model sets.
     """
 
     router_loss: RouterLoss
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As TopKRouter.
+        """Route as TopKRouter does, and count.
 
         Args:
             logits: [s, b, experts].

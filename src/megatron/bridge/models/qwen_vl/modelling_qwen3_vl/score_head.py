@@ -36,7 +36,7 @@ class ScoreHead(nn.Linear):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, input_ids: Tensor
     ) -> Tensor:
-        """As transformers' classifiers.
+        """Score hidden states as transformers' classifiers do.
 
         Args:
             hidden_states: [s, b, h], with sequence parallelism this rank's part of s.

@@ -18,13 +18,17 @@ def check_text(
     attention_mask: Tensor | None,
     packed_seq_params: PackedSeqParams | None,
 ) -> None:
-    """Raise InputError for inputs that contradict each other.
+    """Refuse inputs that contradict each other.
 
     Args:
         config: the provider.
         input_ids: [b, s].
-        attention_mask: as it was given.
-        packed_seq_params: likewise.
+        attention_mask: [b, s], nonzero for real tokens; None if all are real.
+        packed_seq_params: where packed sequences begin; None for a batch that is not packed.
+
+    Raises:
+        InputError: the shapes do not fit together, a packed batch is not [1, tokens] without a mask
+            or is given to a classifier of sequences, or sequence parallelism cannot split s.
     """
     batch, length = input_ids.shape
     if attention_mask is not None and attention_mask.shape != (batch, length):
@@ -65,7 +69,7 @@ def masks(
 
     Args:
         config: the provider.
-        group: of the tensor-parallel ranks.
+        group: the tensor-parallel ranks.
         attention_mask: [b, s], nonzero for real tokens; None if all are real.
 
     Returns:

@@ -93,10 +93,13 @@ class Qwen3VLTextModel(GPTModel):
         loss_mask: Tensor | None = None,
         **given: Any,
     ) -> Tensor:
-        """As GPTModel; with labels the gradients have the routers' loss in them, if there is one.
+        """Run GPTModel; with labels the gradients have the routers' loss in them, if there is one.
 
         That loss is meant for a mean over the tokens: the gradients of the mean of what is
         returned are those of that mean plus `router_aux_loss_coef` times the routers' loss.
+
+        Raises:
+            InputError: labels are given to a classifier.
         """
         if labels is not None and self.config.scores is not None:
             raise InputError(

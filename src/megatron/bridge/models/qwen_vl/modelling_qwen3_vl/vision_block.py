@@ -109,7 +109,7 @@ class PatchMergerList(nn.ModuleList):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """megatron-core takes a module without this method for replicated."""
+        """The states of all members; megatron-core takes a module without this for replicated."""
         sharded: ShardedStateDict = {}
         for name, merger in self.named_children():
             sharded |= sharded_state_dict_default(

@@ -82,8 +82,8 @@ class VisionConfig:
         """What does not fit together, one sentence each.
 
         Args:
-            hidden_size: of the language model.
-            tensor_model_parallel_size: of the run.
+            hidden_size: width of the language model.
+            tensor_model_parallel_size: number of ranks that heads and widths are split over.
         """
         problems = []
         if (reason := activation_problem(activation(self.hidden_act))) is not None:
