@@ -92,7 +92,9 @@ def test_a_report_that_is_another_and_more() -> None:
     assert found == DOCUMENT | {"seconds": 0.5, "count": 3, "last": "last"}
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, ValueError("no"), Size], ids=["object", "set", "error", "class"])
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, ValueError("no"), Size], ids=["object", "set", "error", "class"]
+)
 def test_what_has_no_form_is_a_fault(value: object) -> None:
     with pytest.raises(TypeError, match="has no form in a document"):
         to_document({"key": [value]})

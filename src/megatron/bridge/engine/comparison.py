@@ -25,12 +25,24 @@ def compare_tensors(
     *,
     rows_multiple: Mapping[str, int] | None = None,
 ) -> dict[str, Difference]:
-    """Compare tensors that both sides have with these shapes and dtypes; every name, in order.
+    """Compare tensors that both sides have with these shapes and dtypes.
 
-    a, b: fill a box of a tensor into contiguous memory; called by several threads. Each thread has
-    a buffer of the length of a piece for either side. rows_multiple: tensors that are only made
-    from such a multiple of rows on, by name (see `row_blocks`).
-    Whatever a side raises ends all threads and is raised.
+    Each thread has a buffer of the length of a block for either side.
+
+    Args:
+        specs: the tensors.
+        a: one side: fills a box of a tensor into contiguous memory; called by several threads.
+        b: the other side, likewise.
+        budget: how many threads, and how long their blocks are.
+        progress: told of a task "verify", in bytes of the tensors.
+        rows_multiple: tensors that are only made from such a multiple of rows on, by name (see
+            `row_blocks`).
+
+    Returns:
+        The difference of every tensor, by name and in the order of `specs`.
+
+    Raises:
+        BaseException: whatever a side raises; all threads have ended then.
     """
     specs = list(specs)
     found = {spec.name: Difference() for spec in specs}

@@ -16,7 +16,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """elements: how many have other bits. max_abs: infinite where a NaN or infinity differs."""
+    """How far two tensors are apart.
+
+    Attributes:
+        elements: how many have other bits.
+        max_abs: the largest absolute difference; infinite where a NaN or an infinity differs.
+    """
 
     elements: int = 0
     max_abs: float = 0.0

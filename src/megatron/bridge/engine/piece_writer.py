@@ -38,10 +38,13 @@ type Checksums = tuple[tuple[int, int], ...]
 
 
 class PieceBuffer:
-    """Memory of one thread for one piece after the other; grows to the longest one."""
+    """Memory of one thread for one piece after the other; grows to the longest one.
+
+    Args:
+        nbytes: length of the longest piece that is expected.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        """nbytes: of the longest piece that is expected."""
         self._nbytes = nbytes
         self._memory = memoryview(b"")
 
@@ -62,10 +65,12 @@ class PieceBuffer:
 class _OpenFile:
     """One output file, of its full length, until its last piece is written.
 
-    cached, direct: descriptors; `direct` is None where the file system has no direct writes.
-    written: (offset, bytes, CRC-32) of the pieces so far.
-    lock: one thread at a time writes through the cache. The kernel lets no two, and those that wait
-    there burn time.
+    Attributes:
+        cached: descriptor for writing through the cache.
+        direct: descriptor for direct writes; None where the file system has none.
+        written: (offset, bytes, CRC-32) of the pieces so far.
+        lock: one thread at a time writes through the cache. The kernel lets no two, and those that
+            wait there burn time.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -90,7 +95,10 @@ class _OpenFile:
 class PieceWriter:
     """Output files, each open from its first piece to its last. Safe to use from several threads.
 
-    folder: where the files lie. sizes: their bytes, by name. pieces: all that will be written.
+    Args:
+        folder: where the files lie.
+        sizes: their lengths in bytes, by name.
+        pieces: all that will be written.
     """
 
     def __init__(self, folder: Path, sizes: Mapping[str, int], pieces: Iterable[Piece]) -> None:

@@ -45,28 +45,25 @@ class Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Bytes that are known already."""
+    """A Part of bytes that are known already."""
 
     data: bytes
 
     @property
     def nbytes(self) -> int:
-        """See Part."""
         return len(self.data)
 
     @property
     def tensor_bytes(self) -> int:
-        """See Part."""
         return 0
 
     def write_to(self, out: memoryview, fill: FillTensor) -> None:
-        """See Part."""
         out[:] = self.data
 
 
 @dataclass(frozen=True, slots=True)
 class TensorData:
-    """A box of a tensor: its elements in row-major order, little-endian."""
+    """A Part that is a box of a tensor: its elements in row-major order, little-endian."""
 
     name: str
     box: Box
@@ -74,25 +71,26 @@ class TensorData:
 
     @property
     def nbytes(self) -> int:
-        """See Part."""
         return volume(self.box) * itemsize(self.dtype)
 
     @property
     def tensor_bytes(self) -> int:
-        """See Part."""
         return self.nbytes
 
     def write_to(self, out: memoryview, fill: FillTensor) -> None:
-        """See Part."""
         fill(self.name, self.box, as_tensor(out, box_shape(self.box), self.dtype))
 
 
 def tensor_blocks(
     specs: Iterable[TensorSpec], max_bytes: int, rows_multiple: Mapping[str, int]
 ) -> Iterator[TensorData]:
-    """Tensors one after the other, in blocks of at most `max_bytes`.
+    """Tensors one after the other, in blocks.
 
-    rows_multiple: tensors whose blocks begin at such a multiple of rows, by name (`row_blocks`).
+    Args:
+        specs: the tensors.
+        max_bytes: of a block; `row_blocks` says which may be longer.
+        rows_multiple: tensors whose blocks begin at such a multiple of rows, by name (see
+            `row_blocks`).
     """
     for spec in specs:
         rows = rows_multiple.get(spec.name, 1)
@@ -102,7 +100,7 @@ def tensor_blocks(
 
 @dataclass(frozen=True, slots=True)
 class FileCopy:
-    """A range of another file."""
+    """A Part that is a range of another file."""
 
     path: Path
     offset: int
@@ -110,11 +108,14 @@ class FileCopy:
 
     @property
     def tensor_bytes(self) -> int:
-        """See Part."""
         return 0
 
     def write_to(self, out: memoryview, fill: FillTensor) -> None:
-        """See Part. Raises CheckpointError if the file cannot be read or has become shorter."""
+        """Read the range into `out`, which is as long.
+
+        Raises:
+            CheckpointError: the file cannot be read or has become shorter.
+        """
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset)

@@ -25,7 +25,7 @@ DEFAULT_MEMORY = 1 << 30
 
 _MOST_THREADS = 8
 _BUFFERS = 3
-"""Of one thread, in pieces: the piece, and as much again where elements are computed."""
+"""Memory of one thread, in pieces: the piece, and two more where elements are computed."""
 
 _SMALLEST_PIECE = 64 << 10
 
@@ -41,8 +41,12 @@ class Budget:
     def of(cls, memory: int = DEFAULT_MEMORY, longest_piece: int = 0) -> Budget:
         """Spend `memory` bytes: on shorter pieces than usual only where it is very small.
 
-        longest_piece: in bytes, where pieces are laid out already. Raises InputError if the memory
-        is too small for one thread.
+        Args:
+            memory: bytes that the buffers of all threads may take together.
+            longest_piece: in bytes, where pieces are laid out already.
+
+        Raises:
+            InputError: the memory is too small for one thread.
         """
         least = SCRATCH_BYTES + _BUFFERS * max(_SMALLEST_PIECE, longest_piece)
         if memory < least:

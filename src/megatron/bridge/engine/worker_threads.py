@@ -9,11 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 def run_in_threads[Item](
     items: Iterable[Item], work: Callable[[Iterator[Item]], None], threads: int
 ) -> None:
-    """Call `work` in so many threads; each iterates over items that no other thread gets.
+    """Call `work` in several threads; each iterates over items that no other thread gets.
 
-    Items are taken in order, one when it is asked for. The first exception of `work` or of `items`
-    is raised here. Neither after that nor after one in the thread that waits here (Ctrl-C) does
-    any thread get another item, and nothing is raised before all calls of `work` have ended.
+    Args:
+        items: taken in order, one when it is asked for.
+        work: called once in each thread, with its items.
+        threads: how many.
+
+    Raises:
+        BaseException: the first of `work` or of `items`, or one in the thread that waits here
+            (Ctrl-C). After that no thread gets another item, and nothing is raised before all calls
+            of `work` have ended.
     """
     _Workers(iter(items), work, threads).run()
 

@@ -37,8 +37,10 @@ _Syntax = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 class ConfigRecord:
     """A record beside a checkpoint.
 
-    hf: the Hugging Face config of the model; None in a record of another program. hf_model_id: the
-    Hugging Face model that such a record names: a hub id, or a path on some machine.
+    Attributes:
+        hf: the Hugging Face config of the model; None in a record of another program.
+        hf_model_id: the Hugging Face model that such a record names: a hub id, or a path on some
+            machine.
     """
 
     hf: HFConfig | None
@@ -48,7 +50,10 @@ class ConfigRecord:
 def config_record(provider: str, settings: Mapping[str, Any], hf: HFConfig) -> bytes:
     """The content of the record.
 
-    provider: dotted path of the provider class. settings: its fields as plain values.
+    Args:
+        provider: dotted path of the provider class.
+        settings: its fields as plain values.
+        hf: the Hugging Face config of the model.
     """
     record = {"model": {"_target_": provider, **settings}, "hf": {"config": hf.data}}
     return yaml.dump(record, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode()
@@ -57,9 +62,11 @@ def config_record(provider: str, settings: Mapping[str, Any], hf: HFConfig) -> b
 def read_record(folder: Path) -> ConfigRecord | None:
     """The record in an iteration's folder; None if there is none.
 
-    A file without an entry `hf`, whatever else it holds, is a record of another program: nothing
-    of it is built, and it need not be valid. So is one whose `hf` has no `config`. Raises
-    CheckpointError if ours is damaged or holds more than plain data, or if the file cannot be read.
+    A file without an entry `hf`, whatever else it holds, is a record of another program: nothing of
+    it is built, and it need not be valid. So is one whose `hf` has no `config`.
+
+    Raises:
+        CheckpointError: our record is damaged or holds more than plain data, or cannot be read.
     """
     path = folder / CONFIG_RECORD
     try:
@@ -88,7 +95,9 @@ def read_record(folder: Path) -> ConfigRecord | None:
 def read_hf_config(folder: Path) -> HFConfig:
     """The Hugging Face config in the record of an iteration's folder.
 
-    Raises CheckpointError if no record holds one, with the model that the record names if it does.
+    Raises:
+        CheckpointError: no record holds one. If the record names a Hugging Face model, the message
+            does, too.
     """
     record = read_record(folder)
     if record is None:

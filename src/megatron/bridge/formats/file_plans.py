@@ -50,9 +50,10 @@ class Sides:
 
     @classmethod
     def of(cls, files: PreTrainedVLM, part: str | None = None) -> Self:
-        """Those of an import: the whole model in the files, or a part of it.
+        """The sides of an import: the whole model in the files, or a part of it.
 
-        Raises InputError for a part that the model does not have.
+        Raises:
+            InputError: the model does not have the part.
         """
         config = files.hf_config
         bridge = bridge_for(config.architecture)
@@ -70,7 +71,10 @@ class Sides:
 def plan_of(model: PreTrainedVLM | Sides, options: PlanOptions = DEFAULTS) -> ConversionPlan:
     """The proven plan of a Hugging Face folder, or of a config where there are no files.
 
-    Raises PlanError, ConfigError or CheckpointError.
+    Raises:
+        PlanError: files and config are not of one model.
+        ConfigError: the config cannot be used.
+        CheckpointError: the files cannot be read.
     """
     sides = model if isinstance(model, Sides) else Sides.of(model)
     hf = sides.files
@@ -92,7 +96,8 @@ def is_state(key: str) -> bool:
 def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
     """The tensors of a Megatron checkpoint that are weights, not state of training (`is_state`).
 
-    Raises CheckpointError if there are none, or if the format is not torch_dist.
+    Raises:
+        CheckpointError: there are none, or the format is not torch_dist.
     """
     checkpoint.require_torch_dist()
     found = {key: spec for key, spec in checkpoint.tensors.items() if not is_state(key)}
@@ -104,7 +109,8 @@ def weight_tensors(checkpoint: "TorchDistCheckpoint") -> dict[str, TensorSpec]:
 def recorded_model(checkpoint: "TorchDistCheckpoint") -> PreTrainedVLM:
     """The model that the config record in a checkpoint describes; it has a config and no files.
 
-    Raises CheckpointError if the format is not torch_dist, or no record holds a config.
+    Raises:
+        CheckpointError: the format is not torch_dist, or no record holds a config.
     """
     checkpoint.require_torch_dist()
     return PreTrainedVLM.from_config(read_hf_config(checkpoint.folder))
@@ -185,9 +191,18 @@ def plan_export(
 ) -> tuple[ConversionPlan, tuple[str, ...]]:
     """The proven plan from a Megatron checkpoint to files.
 
-    experts: another disk layout of routed experts than that of the files.
-    Also the keys of tensors that are no weights of the model and stay behind. Raises PlanError if
-    the checkpoint's tensors are not exactly those that the files need.
+    Args:
+        checkpoint: what is exported.
+        sides: the files, and the bridge between them and the checkpoint.
+        experts: another disk layout of routed experts than that of the files.
+
+    Returns:
+        The plan, and the keys of tensors that are no weights of the model and stay behind.
+
+    Raises:
+        PlanError: the checkpoint's tensors are not exactly those that the files need.
+        CheckpointError: it holds no weights, or none of this model.
+        InputError: it lacks a part that only a reference with weights could give.
     """
     reference, config, bridge = sides.files, sides.config, sides.bridge
     experts = experts or sides.experts
@@ -212,9 +227,15 @@ def plan_export(
 
 
 def _check_family(checkpoint: "TorchDistCheckpoint", config: HFConfig, model_type: str) -> None:
-    """Raise InputError for a reference of another family than the record beside the checkpoint.
+    """Refuse a reference of another family than the record beside the checkpoint.
 
-    model_type: that the checkpoint has to have for this reference.
+    Args:
+        checkpoint: the one with the record.
+        config: of the reference.
+        model_type: that the checkpoint has to have for this reference.
+
+    Raises:
+        InputError: the record states another one.
     """
     record = read_record(checkpoint.folder)
     if record is None or record.hf is None or not record.hf.has("model_type"):
@@ -253,9 +274,16 @@ def _check_whole(
 def require_common_key(
     checkpoint: "TorchDistCheckpoint", plan: ConversionPlan, config: HFConfig
 ) -> None:
-    """Raise CheckpointError if no key is one of the model's: then it is another kind of file.
+    """Refuse a checkpoint that has no key of the model: then it is another kind of file.
 
-    config: of the model. Raises InputError if the record says that it is of another family.
+    Args:
+        checkpoint: the one that is looked at.
+        plan: of the model.
+        config: of the model.
+
+    Raises:
+        InputError: the record says that the checkpoint is of another family.
+        CheckpointError: no key is one of the model's, whatever the record says.
     """
     if not checkpoint.tensors.keys() & plan.megatron.keys():
         _check_family(checkpoint, config, config.model_type)
@@ -323,7 +351,9 @@ def _carried(sides: Sides, options: PlanOptions) -> Mapping[str, str]:
 def _experts_of(name: str, experts: str) -> str:
     """The module of routed experts that a tensor belongs to; empty for any other tensor.
 
-    experts: what such names have behind that of their layer.
+    Args:
+        name: of the tensor.
+        experts: what such names have behind that of their layer.
     """
     module, mark, _ = name.partition(experts)
     return module + mark if mark else ""
@@ -332,8 +362,12 @@ def _experts_of(name: str, experts: str) -> str:
 def as_stored(plan: ConversionPlan, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """The Hugging Face tensors of a plan in the dtypes that the tensors of a checkpoint have.
 
-    found: those, by key. Parameters that are kept wider than their files are, to be shifted
-    without loss, say nothing of the files: for these the plan's dtype stays.
+    Parameters that are kept wider than their files are, to be shifted without loss, say nothing of
+    the files: for these the plan's dtype stays.
+
+    Args:
+        plan: from the checkpoint to the files.
+        found: the tensors of the checkpoint, by key.
     """
     dtypes: dict[str, set[str]] = defaultdict(set)
     for copy in plan.copies:

@@ -53,10 +53,13 @@ class Requantizer:
 
     Files hold scales and weights apart, so a weight is read once for its values and once for its
     scales.
+
+    Args:
+        reference: says which tensors are quantized, and how.
+        weight: fills memory with a box of a tensor of the dequantized model, by its name.
     """
 
     def __init__(self, reference: DequantizedTensors, weight: FillTensor) -> None:
-        """weight: fills memory with a box of the dequantized model's tensor of a name."""
         self._reference = reference
         self._weight = weight
 
@@ -68,8 +71,10 @@ class Requantizer:
     def fill(self, name: str, box: Box, out: torch.Tensor) -> None:
         """Fill `out` with a box of the tensor of this name as the reference's files have it.
 
-        The box of a quantized weight is made of whole blocks. Raises CheckpointError for values
-        that are not finite.
+        The box of a quantized weight is made of whole blocks.
+
+        Raises:
+            CheckpointError: the weight holds values that are not finite.
         """
         quantized = self._reference.quantized
         owner = name.removesuffix(SCALE_SUFFIX)
@@ -122,10 +127,20 @@ def block_scales(
     dtype: torch.dtype,
     preferred: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The scales of a weight [..., rows, columns], rounded to `dtype` and given in float32.
+    """The scales of a weight, each the largest magnitude of its block / 448; 1 for zeros.
 
-    preferred: scales that are kept where the block's bfloat16 values come back exactly with them.
-    A block of zeros has scale 1. Raises ValueError for values that are not finite.
+    Args:
+        weight: [..., rows, columns]; in bfloat16 where `preferred` is given.
+        block: extents of a block.
+        dtype: that scales are rounded to, that of the files.
+        preferred: scales, of the shape of the result, that are kept where the block's values come
+            back exactly with them.
+
+    Returns:
+        The scales in float32, [..., blocks of rows, blocks of columns].
+
+    Raises:
+        ValueError: the weight holds values that are not finite.
     """
     import torch
 

@@ -37,7 +37,14 @@ def weight_files(
 
     A reference whose files hold the same tensors decides files, order, header metadata and index,
     so that equal tensors give equal files. Otherwise, or if `max_shard_bytes` is given, files are
-    filled up to so many bytes of tensor data. rows_multiple: see `shard_layout`.
+    filled up to so many bytes of tensor data.
+
+    Args:
+        tensors: what the files hold, by name.
+        reference: the model that they are laid out like.
+        max_shard_bytes: of tensor data per file; MAX_SHARD_BYTES where nothing else decides.
+        piece_bytes: see `shard_layout`.
+        rows_multiple: see `shard_layout`.
     """
     shards = _shards(tensors, reference, max_shard_bytes)
     for file_name, specs in shards.files.items():
@@ -85,10 +92,14 @@ def side_file_copies(
 ) -> Iterator[OutputFile]:
     """Config, tokenizer, processor, chat template and whatever else is not weights.
 
-    A reference that is only a config is written as config.json. quantized: whether the weights
-    beside them are; if not, config.json does not say so either. dtype: of most of the weights
-    ("BF16"), if it is not the reference's; then config.json states it. What was set on the
-    reference's `config` is in it.
+    A reference that is only a config is written as config.json. What was set on the reference's
+    `config` is in it.
+
+    Args:
+        reference: whose files they are.
+        quantized: whether the weights beside them are; if not, config.json does not say so either.
+        dtype: of most of the weights ("BF16"), if it is not the reference's; then config.json
+            states it.
     """
     config = reference.restated_config(quantized=quantized, dtype=dtype)
     if config is not None:

@@ -37,9 +37,13 @@ def is_megatron_checkpoint(folder: Path) -> bool:
 def is_megatron_folder(folder: Path, *, asked: bool = False) -> bool:
     """Whether a folder is one of a Megatron trainer: also without a tracker file, also older ones.
 
-    Older formats are not read, but named when they are. A folder that transformers would load is a
-    Hugging Face model, whatever lies beside the model; asked: unless something was given that has
-    a meaning for a checkpoint only, such as an iteration.
+    Older formats are recognised, so that an error can name them, and not read. A folder that
+    transformers would load is a Hugging Face model, whatever lies beside the model, unless `asked`.
+
+    Args:
+        folder: the one that is looked at.
+        asked: whether something was given that has a meaning for a checkpoint only, such as an
+            iteration.
     """
     if not asked and _holds_model(folder):
         return False
@@ -85,11 +89,16 @@ def tracked_iteration(folder: Path) -> str | None:
 
 
 def iteration_folder(folder: Path, iteration: Iteration | None = None) -> Path:
-    """The folder of an iteration, by default of the one that the tracker file names.
+    """The folder of an iteration.
 
-    A folder of one iteration is returned as it is. Raises CheckpointError if there is neither, or
-    if there is no such iteration, or one in another format; InputError if another iteration is
-    asked of the folder of one.
+    Args:
+        folder: of a checkpoint; that of one iteration is returned as it is.
+        iteration: None for the one that the tracker file names.
+
+    Raises:
+        CheckpointError: the folder is not that of a checkpoint, there is no such iteration, no
+            tracker file names one, or it is in another format.
+        InputError: another iteration is asked of the folder of one.
     """
     if (folder / METADATA_FILE).is_file():
         if iteration is not None and folder.absolute().name != folder_name(iteration):

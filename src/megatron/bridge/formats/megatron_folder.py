@@ -29,8 +29,14 @@ def megatron_files(
 ) -> tuple[OutputFile, ...]:
     """Every file of the checkpoint that holds the Megatron side of a plan.
 
-    provider, settings, hf_config: for the config record. tensors: those of the plan, where their
-    dtypes differ. max_file_bytes: of one torch_dist file.
+    Args:
+        plan: what the checkpoint holds.
+        provider: dotted path of the provider class, for the config record.
+        settings: fields of the provider, for the config record.
+        hf_config: of the model, for the config record.
+        tensors: those of the plan, where their dtypes differ.
+        piece_bytes: of a part of a file.
+        max_file_bytes: of one torch_dist file; None for MAX_FILE_BYTES.
     """
     folder = folder_name(_ITERATION)
     data = torch_dist_files(

@@ -16,10 +16,15 @@ def shard_layout(
     piece_bytes: int,
     rows_multiple: Mapping[str, int] | None = None,
 ) -> OutputFile:
-    """One file with the tensors of `specs` in this order, in parts of at most `piece_bytes`.
+    """One file with the tensors of `specs` in this order.
 
-    metadata: of the header, left out if None. rows_multiple: tensors whose blocks must begin at
-    such a multiple of rows, by name (see `row_blocks`).
+    Args:
+        file_name: of the file.
+        specs: its tensors.
+        metadata: of the header; None leaves the entry out.
+        piece_bytes: of a part of the file; `row_blocks` says which may be longer.
+        rows_multiple: tensors whose blocks must begin at such a multiple of rows, by name (see
+            `row_blocks`).
     """
     header = shard_header(file_name, specs, metadata)
     head = OutputFile.of_bytes(file_name, header, piece_bytes)

@@ -30,11 +30,19 @@ def write_shard(
 ) -> None:
     """Write one file: the tensors of `specs` in this order, each asked for when it is its turn.
 
-    One tensor is in memory at a time. `metadata` None leaves the header's entry out. The file is
-    flushed to the disk; if anything fails, it is removed.
+    One tensor is in memory at a time. The file is flushed to the disk; if anything fails, it is
+    removed.
 
-    Raises TargetExists if `path` exists; CheckpointError for a name given twice, a tensor whose
-    dtype or shape is not as specified, or a file that cannot be written.
+    Args:
+        path: of the file.
+        specs: its tensors.
+        tensor: gives the tensor of a name.
+        metadata: of the header; None leaves the entry out.
+
+    Raises:
+        TargetExists: `path` exists.
+        CheckpointError: a name is given twice, a tensor's dtype or shape is not as specified, or
+            the file cannot be written.
     """
     header = shard_header(path.name, specs, metadata)
     try:
@@ -60,11 +68,14 @@ def write_shard(
 def split_into_shards[Spec: TensorSpec](
     specs: Iterable[Spec], max_shard_size: int
 ) -> dict[str, list[Spec]]:
-    """Distribute tensors over files: file name -> its tensors, in the order of their data.
+    """Distribute tensors over files that are named as transformers does.
 
-    A file is filled in the given order up to `max_shard_size` bytes of data; a larger tensor gets
-    a file of its own. Names are those of transformers: `model.safetensors`, or
-    `model-00001-of-0000N.safetensors`.
+    A file is filled in the given order up to `max_shard_size` bytes of data; a larger tensor gets a
+    file of its own.
+
+    Returns:
+        The tensors of each file in the order of their data, by the file's name:
+        `model.safetensors`, or `model-00001-of-0000N.safetensors`.
     """
     shards: list[list[Spec]] = [[]]
     size = 0
@@ -98,8 +109,10 @@ def index_text(
 ) -> str:
     """The content of `model.safetensors.index.json`, formatted as transformers does.
 
-    `weight_map` is tensor name -> file name, `total_size` the bytes of tensor data. `metadata`
-    holds further entries of the index's metadata; a `total_size` in it is replaced.
+    Args:
+        weight_map: the file of each tensor, by the tensor's name.
+        total_size: bytes of tensor data.
+        metadata: further entries of the index's metadata; a `total_size` in it is replaced.
     """
     content = {
         "metadata": {**(metadata or {}), "total_size": total_size},
@@ -109,7 +122,12 @@ def index_text(
 
 
 def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Write `model.safetensors.index.json`, see `index_text`. Raises TargetExists."""
+    """Write `model.safetensors.index.json`, see `index_text`.
+
+    Raises:
+        TargetExists: `path` exists.
+        CheckpointError: the file cannot be written.
+    """
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(index_text(weight_map, total_size))
@@ -126,7 +144,8 @@ def shard_header(
 ) -> bytes:
     """The header of a file, with its length before it.
 
-    Raises CheckpointError for a name that is given twice.
+    Raises:
+        CheckpointError: a name is given twice, or is a reserved one.
     """
     entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     begin = 0

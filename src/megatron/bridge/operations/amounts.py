@@ -11,7 +11,12 @@ from megatron.bridge.tensors.spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """keys: number of tensors. bytes: of their data."""
+    """How many tensors there are, and how large they are.
+
+    Attributes:
+        keys: number of tensors.
+        bytes: of their data.
+    """
 
     keys: int
     bytes: int

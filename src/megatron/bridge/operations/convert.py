@@ -57,16 +57,21 @@ class Inexact:
 class Converted:
     """What a conversion did.
 
-    reference, side_files: of an export, what it is laid out like, None for the config that the
-        checkpoint keeps; the files beside the weights and their index.
-    hf, megatron: tensors as they lie in the files; those of the plan are dequantized, and have the
-        dtypes of the Hugging Face side.
-    quantization: of the Hugging Face files, None if they are not quantized.
-    written: bytes that were written, taken over from an earlier run and read back.
-    dropped: tensors of a Megatron checkpoint that are not weights (optimizer state).
-    left_out: names of tensors that the config has and an export without a reference cannot take
-        from anywhere (a layer that the model was trained without).
-    inexact: only norms that Megatron keeps as w - 1, and only for values outside of [0.5, 2].
+    Attributes:
+        reference: of an export, what it is laid out like; None for the config that the checkpoint
+            keeps.
+        hf: tensors as they lie in the Hugging Face files.
+        megatron: tensors as they lie in the checkpoint.
+        quantization: of the Hugging Face files; None if they are not quantized.
+        written: bytes that were written, and taken over from an earlier run; whether they were read
+            back.
+        dropped: tensors of a Megatron checkpoint that are not weights (optimizer state).
+        left_out: names of tensors that the config has and an export without a reference cannot take
+            from anywhere (a layer that the model was trained without).
+        side_files: of an export, the files beside the weights and their index.
+        inexact: only norms that Megatron keeps as w - 1, and only for values outside of [0.5, 2].
+        plan: what was followed; its tensors are dequantized, and have the dtypes of the Hugging
+            Face side.
     """
 
     command: Literal["import", "export"]
@@ -102,7 +107,7 @@ class Converted:
 
     @stated
     def bytes(self) -> int:
-        """Bytes of their data."""
+        """Bytes of tensor data on the side that was written."""
         return self.result.bytes
 
     @stated
@@ -122,11 +127,23 @@ def import_checkpoint(
 ) -> Converted:
     """Write `source` as a Megatron checkpoint: target/iter_0000000 and the tracker file.
 
-    The weights of an FP8 release are dequantized to BF16. experts: how the source's routed experts
-    lie (ExpertLayout); found from their shapes if not given. part: of the model, to be a model of
-    its own ("language"); the rest of the source is not read.
-    Raises PlanError, CheckpointError or ConfigError before anything is written, TargetExists if
-    `target` exists and is not to be replaced.
+    The weights of an FP8 release are dequantized to BF16. What cannot be converted is refused
+    before anything is written.
+
+    Args:
+        source: a Hugging Face model with its weights.
+        target: the folder to make.
+        experts: how the source's routed experts lie (ExpertLayout); found from their shapes if not
+            given.
+        part: of the model, to be a model of its own ("language"); the rest of the source is not
+            read.
+        run: how the conversion is carried out.
+
+    Raises:
+        PlanError: files and config are not of one model.
+        CheckpointError: the files of the source cannot be read or used.
+        ConfigError: its config cannot be used.
+        TargetExists: `target` exists and is not to be replaced.
     """
     from megatron.bridge.formats.megatron_folder import megatron_files
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
@@ -197,19 +214,32 @@ def export_checkpoint(
     """Write the Megatron checkpoint `source` as a Hugging Face folder laid out like `reference`.
 
     Names, shapes, dtypes, shards and side files are those of the reference; where it holds no
-    weights, the dtypes are the checkpoint's. What the checkpoint has no place for, such as a
-    layer that the model was trained without, comes from the reference.
+    weights, the dtypes are the checkpoint's. What the checkpoint has no place for, such as a layer
+    that the model was trained without, comes from the reference. What cannot be converted is
+    refused before anything is written.
 
-    reference: None for the config that the checkpoint keeps, which has no tokenizer and no other
-    side files. iteration: see `iteration_folder`. experts: another disk layout of routed experts
-    (ExpertLayout). part: of the model ("language"); see `sides_of_export` for what is written.
-    fp8: quantize what the reference has quantized; without it the weights are BF16, and config.json
-    says nothing else. dtype: of the tensors ("bfloat16"), instead of each one's in the reference;
-    what the release keeps in float32 stays so, and what comes from the reference as it is. round:
-    round values that do not fit their dtype. Raises PlanError, InputError or one of its kinds
-    before anything is written, TargetExists if `target` exists and is not to be replaced, and
-    InexactCast, which leaves nothing behind, for a value that does not fit and is not to be
-    rounded.
+    Args:
+        source: the folder of a checkpoint, or of one iteration.
+        target: the folder to make.
+        reference: None for the config that the checkpoint keeps, which has no tokenizer and no
+            other side files.
+        iteration: see `iteration_folder`.
+        experts: another disk layout of routed experts (ExpertLayout).
+        part: of the model ("language"); see `sides_of_export` for what is written.
+        fp8: quantize what the reference has quantized; without it the weights are BF16, and
+            config.json says nothing else.
+        dtype: of the tensors ("bfloat16"), instead of each one's in the reference; what the release
+            keeps in float32 stays so, and what comes from the reference as it is.
+        round: round values that do not fit their dtype.
+        run: how the conversion is carried out.
+
+    Raises:
+        PlanError: the checkpoint does not hold the model.
+        InputError: checkpoint, reference and options do not fit together; also one of the kinds of
+            this error.
+        TargetExists: `target` exists and is not to be replaced.
+        InexactCast: a value does not fit its dtype and is not to be rounded; nothing is left
+            behind.
     """
     from megatron.bridge.formats.fp8_writer import Requantizer, fp8_reference
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint

@@ -45,18 +45,22 @@ class ExportKeywords(ImportKeywords, total=False):
 class ConversionOptions:
     """What decides how a conversion is done, beside its source and target.
 
-    experts: a disk layout of routed experts (ExpertLayout): of an import's source where shapes
-    cannot tell it, of an export's target where it should not be the reference's. part: of the
-    model, which is a model of its own on one of the sides ("language"). memory: bytes that buffers
-    of each process may take, or a text such as "512MiB"; None for 1 GiB. max_shard_size: of tensor
-    data per output file, likewise. verify: read back what was written and compare it with
-    the source, bit by bit, before the target appears. resume: go on with what an interrupted run
-    left. force: replace a target.
-
-    Of exports only: iteration, the number of another than the tracker file names; fp8, quantize
-    what the reference has quantized; dtype, of the tensors ("bfloat16"), where it should not be the
-    reference's; round, round values that do not fit their dtype; keep_manifest, leave the checksums
-    of the files in the target.
+    Attributes:
+        experts: a disk layout of routed experts (ExpertLayout): of an import's source where shapes
+            cannot tell it, of an export's target where it should not be the reference's.
+        part: of the model, which is a model of its own on one of the sides ("language").
+        memory: bytes that buffers of each process may take, or a text such as "512MiB"; None for 1
+            GiB.
+        max_shard_size: of tensor data per output file, in bytes or as such a text.
+        verify: read back what was written and compare it with the source, bit by bit, before the
+            target appears.
+        resume: go on with what an interrupted run left.
+        force: replace a target.
+        iteration: another one than the tracker file names; of exports only, as all that follows.
+        fp8: quantize what the reference has quantized.
+        dtype: of the tensors ("bfloat16"), where it should not be the reference's.
+        round: round values that do not fit their dtype.
+        keep_manifest: leave the checksums of the files in the target.
     """
 
     experts: str | None = None
@@ -74,9 +78,15 @@ class ConversionOptions:
 
     @classmethod
     def of(cls, command: str, taken: type[ImportKeywords], given: Mapping[str, Any]) -> Self:
-        """Those that were given by name to `command`, which takes the keywords `taken`.
+        """The options that were given by name.
 
-        Raises InputError for a name that it does not take.
+        Args:
+            command: what they were given to, in messages.
+            taken: the keywords that it takes.
+            given: the values by their names.
+
+        Raises:
+            InputError: it does not take a name.
         """
         known = [field.name for field in fields(cls) if field.name in taken.__annotations__]
         for name in given:
@@ -98,8 +108,14 @@ class ConversionOptions:
     ) -> Iterator[Run]:
         """What carries the conversion out: this process, or those that torchrun started.
 
-        progress: entered by the first of them alone. Raises InputError for a size that is not a
-        valid one, or if the other processes cannot be reached.
+        Args:
+            progress: entered by the first of them alone.
+
+        Yields:
+            The run.
+
+        Raises:
+            InputError: a size is not a valid one, or the other processes cannot be reached.
         """
         from megatron.bridge.engine.stream import DEFAULT_MEMORY
         from megatron.bridge.target.run import Run

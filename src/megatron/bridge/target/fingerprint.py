@@ -35,9 +35,11 @@ MAX_HEAD_BYTES = 128 << 20
 class SourceFile:
     """One file; a symlink is followed.
 
-    name: relative to the source's folder. mtime_ns: time of the last modification, ns since 1970.
-    head: SHA-256 of the header of a safetensors file, of the whole of a small file; None for a
-    .distcp file, whose parts are described by `.metadata`.
+    Attributes:
+        name: relative to the source's folder.
+        mtime_ns: time of the last modification, in nanoseconds since 1970.
+        head: SHA-256 of the header of a safetensors file, or of the first MAX_HEAD_BYTES of any
+            other; None for a .distcp file, whose parts are described by `.metadata`.
     """
 
     name: str
@@ -111,7 +113,7 @@ class Fingerprint:
         return cls(tuple(SourceFile.from_json(file) for file in files))
 
     def to_json(self) -> dict[str, object]:
-        """Plain values."""
+        """The fingerprint as plain JSON values."""
         return {"files": [asdict(file) for file in self.files]}
 
     def changed_since(self, old: Fingerprint) -> list[str]:
@@ -151,9 +153,14 @@ def check_unchanged(fingerprint: Fingerprint, folder: Path | None = None) -> Non
 
 
 def hf_fingerprint(hf: PreTrainedVLM, *, side_files: bool) -> Fingerprint:
-    """Of config.json, the weights and their index; with `side_files` of the other files too.
+    """The fingerprint of a Hugging Face model: its config.json, its weights and their index.
 
-    Of a config alone there are no files. Raises CheckpointError.
+    Args:
+        hf: the model; there are no files of one that is only a config.
+        side_files: whether the other files belong to it, too.
+
+    Raises:
+        CheckpointError: a file cannot be read.
     """
     if not hf.has_files:
         return Fingerprint(())
@@ -169,7 +176,7 @@ def hf_fingerprint(hf: PreTrainedVLM, *, side_files: bool) -> Fingerprint:
 
 
 def megatron_fingerprint(folder: Path, iteration: Iteration | None = None) -> Fingerprint:
-    """Of an iteration: index, data and config record. Raises what `iteration_folder` does."""
+    """The index, data and config record of an iteration. Raises what `iteration_folder` does."""
     found = iteration_folder(folder, iteration)
     names = [METADATA_FILE, *(path.name for path in found.glob(f"*{TORCH_DIST_SUFFIX}"))]
     if (found / CONFIG_RECORD).is_file():

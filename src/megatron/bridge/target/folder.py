@@ -51,7 +51,7 @@ from megatron.bridge.target.record import (
 from megatron.bridge.target.targets import check_target, partial_of, publish
 
 _USELESS_AFTER = (SourceChanged, MismatchError, PlanError, InexactCast)
-"""Then nothing that was written can be part of a right target."""
+"""After these errors nothing that was written can be part of a right target."""
 
 WORTH_KEEPING = 64 << 20
 """Bytes: less is done again in a moment, and should not be in the way of the next run."""
@@ -63,11 +63,16 @@ _APPEARS_SECONDS = 60.0
 
 
 class ResumableFolder:
-    """Files that become `target` together. Makes no file of it itself, but the empty ones.
+    """Files that become `target` together. It makes no file itself but the empty ones.
 
-    Entering raises TargetExists, FolderBusy, and InputError: if an unfinished target is there and
-    neither `resume` nor `force` is given, if it was begun as another job (with the differences), or
-    if the file system has not enough room.
+    Args:
+        target: where it is to appear.
+        job: what makes it.
+        sizes: bytes of every file by its name, with "/" between folders.
+        processes: those that share the work.
+        resume: go on with what a run of the same job left, if there is any.
+        force: replace the target at the end; without `resume` also what a run left.
+        keep_manifest: leave the manifest in the target.
     """
 
     def __init__(
@@ -81,17 +86,6 @@ class ResumableFolder:
         force: bool = False,
         keep_manifest: bool = True,
     ) -> None:
-        """Describe a target.
-
-        Args:
-            target: where it is to appear.
-            job: what makes it.
-            sizes: bytes of every file by its name, with "/" between folders.
-            processes: that share the work.
-            resume: go on with what a run of the same job left, if there is any.
-            force: replace the target at the end; without `resume` also what a run left.
-            keep_manifest: leave it in the target.
-        """
         self._target = target.absolute()
         self.path = partial_of(self._target)
         """The folder to write into."""
@@ -109,10 +103,20 @@ class ResumableFolder:
 
     @property
     def resumed_bytes(self) -> int:
-        """Of the files that earlier runs finished."""
+        """Bytes of the files that earlier runs finished."""
         return sum(self._sizes[name] for name in self.finished)
 
     def __enter__(self) -> Self:
+        """Make the folder to write into, or go on with that of an earlier run.
+
+        Raises:
+            TargetExists: the target is there and is not to be replaced.
+            FolderBusy: another run works in the folder.
+            InputError: an unfinished target is there and neither `resume` nor `force` is given; or
+                it was begun as another job, and the message lists the differences; or the file
+                system has not enough room.
+            CheckpointError: the record of the unfinished target cannot be read.
+        """
         try:
             job, self.finished = self._processes.run_on_first(self._begin)
             self._processes.run_on_all(lambda: self._join(job))

@@ -16,8 +16,16 @@ class FolderBusy(InputError):
 class FolderLock:
     """A held lock on an existing file: of one owner, or `shared` by several processes of one run.
 
-    The file may be renamed meanwhile. Raises FolderBusy if somebody else holds it,
-    FileNotFoundError if there is no file, InputError if the file system has no locks.
+    The file may be renamed meanwhile.
+
+    Args:
+        path: of the file.
+        shared: whether other processes may hold it in the same way.
+
+    Raises:
+        FolderBusy: somebody else holds it.
+        FileNotFoundError: there is no file.
+        InputError: the file system has no locks.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -41,7 +49,7 @@ class FolderLock:
             raise
 
     def close(self) -> None:
-        """Give it up."""
+        """Give up the lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -93,9 +93,12 @@ def done_means_done() -> Iterator[None]:
 
 @contextmanager
 def orderly_end(leave: Handler, *, for_good: bool) -> Iterator[None]:
-    """For a program of one command: SIGTERM calls `leave` inside the block, which raises.
+    """Let SIGTERM call `leave` inside the block, for a program of one command.
 
-    for_good: the process ends with the block; what was done in it stays done to the last moment.
+    Args:
+        leave: the handler; it raises.
+        for_good: whether the process ends with the block; what was done in the block stays done to
+            the last moment then.
     """
     if not _in_main_thread():
         yield

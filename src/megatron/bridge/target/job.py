@@ -14,11 +14,11 @@ from megatron.bridge.target.fingerprint import Fingerprint
 from megatron.bridge.target.json_fields import fields
 
 FORMAT = 2
-"""Of records. Another one is not read."""
+"""The format of records. Another one is not read."""
 
 
 def package_version() -> str:
-    """Of this package: another one may lay files out differently."""
+    """The version of this package; another one may lay files out differently."""
     return version("megatron-bridge-vl")
 
 
@@ -26,8 +26,10 @@ def package_version() -> str:
 class Job:
     """One conversion. Two of them are the same if they give the same bytes.
 
-    options: JSON values by name, of all that decide what is written. sources: by what they are
-    ("source", "reference"). layout: of the output files and their pieces, see `layout_digest`.
+    Attributes:
+        options: all that decides what is written, as JSON values by name.
+        sources: the files that are read, by what they are ("source", "reference").
+        layout: digest of the output files and their pieces, see `layout_digest`.
     """
 
     command: str
@@ -37,7 +39,7 @@ class Job:
     package: str = field(default_factory=package_version)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The job as plain JSON values."""
         return {
             "format": FORMAT,
             "package": self.package,
@@ -79,7 +81,7 @@ class Job:
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """As they come back from a file: tuples are lists there."""
+    """Options as they come back from a file: tuples are lists there."""
     return json.loads(json.dumps(dict(options)))
 
 

@@ -13,7 +13,13 @@ MAX_INTEGER = (1 << 63) - 1
 def fields(value: object, types: Mapping[str, type | tuple[type, ...]]) -> list[Any]:
     """The values of a JSON object that has the keys of `types` and no other, in their order.
 
-    An integer is at least 0 and at most MAX_INTEGER; a boolean is not one. Raises ValueError.
+    Args:
+        value: the object.
+        types: the type, or types, of each value by its key. An integer is at least 0 and at most
+            MAX_INTEGER; a boolean is not one.
+
+    Raises:
+        ValueError: the value is anything else.
     """
     if type(value) is not dict or value.keys() != types.keys():
         found = sorted(value) if type(value) is dict else type(value).__name__

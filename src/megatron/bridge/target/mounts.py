@@ -11,10 +11,13 @@ _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 def mount_points_within(folder: Path) -> list[Path]:
-    """Those at `folder` or below it; `folder` is absolute and without links.
+    """The mount points at `folder` or below it.
 
-    By the table of the system, which knows folders that are mounted from the same file system, too;
-    where there is none, `folder` alone is looked at.
+    The table of the system names them, also folders that are mounted from the same file system.
+    Where there is no table, `folder` alone is looked at.
+
+    Args:
+        folder: absolute and without links.
     """
     try:
         lines = _TABLE.read_bytes().splitlines()

@@ -79,7 +79,7 @@ class ProcessFailed(BridgeError):
         self.name(failures)
 
     def name(self, failures: Sequence[Failure]) -> None:
-        """Say which."""
+        """Say which processes failed, and why."""
         self.failures = tuple(failures)
         self.exit_status = failures[0].exit_status if failures else 2
 
@@ -96,7 +96,9 @@ class Processes:
 
     @staticmethod
     def from_environment() -> Processes:
-        """As RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say; alone if there is no WORLD_SIZE.
+        """The processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+        Without WORLD_SIZE, or with 1, this process is alone.
 
         Raises:
             InputError: they make no sense, or the others cannot be reached.
@@ -127,7 +129,7 @@ class Processes:
         """Raise ProcessFailed if another process has failed. Cheap; for every piece."""
 
     def run_on_first[T](self, function: Callable[[], T]) -> T:
-        """Call `function` in process 0; what it returns there, in all. Raises ProcessFailed."""
+        """Return in all processes what `function` returns in process 0. Raises ProcessFailed."""
         return function()
 
     def run_on_all[T](self, function: Callable[[], T]) -> T:

@@ -29,7 +29,7 @@ from megatron.bridge.target.job import Job
 from megatron.bridge.target.json_fields import fields, is_file_name
 
 MANIFEST_FILE = ".megatron-bridge.jsonl"
-"""Of an unfinished target, it is the record and the lock of the run, or of its first process."""
+"""In an unfinished target, the record and the lock of the run, or of its first process."""
 
 _PREFIX = ".megatron-bridge"
 """What all records begin with, and no file of a target does."""
@@ -38,7 +38,7 @@ MAX_RECORD_BYTES = 256 << 20
 """Ten times what 100 TB of pieces need."""
 
 _MAX_MARKS = 16_000_000
-"""Of its JSON: 3 a piece. Pieces are of 8 MiB, or of 64 KiB in a very small memory."""
+"""Marks in the JSON, 3 a piece. Pieces are of 8 MiB, or of 64 KiB in a very small memory."""
 
 _MAX_CRC = (1 << 32) - 1
 
@@ -89,7 +89,7 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(file.nbytes for file in self.files)
 
     def to_bytes(self) -> bytes:
@@ -212,7 +212,11 @@ class RecordWriter:
 
 
 def write_new_record(path: Path, job: Job, files: Iterable[FileRecord], *, complete: bool) -> Path:
-    """Write a record, durably, beside its `path`, to which it is to be renamed; where it lies."""
+    """Write a record durably beside `path`, to which it is to be renamed.
+
+    Returns:
+        Where it lies.
+    """
     files = sorted(files, key=lambda file: file.name)
     new = path.with_suffix(".new")
     new.write_bytes(Record(job, tuple(files), complete).to_bytes())

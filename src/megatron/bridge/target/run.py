@@ -105,8 +105,10 @@ class Run:
     def write(self, target: Path, conversion: Conversion) -> Written:
         """Write the files of a conversion into `target`, which appears when all are complete.
 
-        Raises what ResumableFolder and `write_pieces` raise, SourceChanged if a source is not as it
-        was in the beginning, and MismatchError if what is read back is not right.
+        Raises:
+            SourceChanged: a source is not as it was in the beginning.
+            MismatchError: what is read back is not right.
+            BaseException: whatever ResumableFolder and `write_pieces` raise.
         """
         sizes = {file.name: file.nbytes for file in conversion.files}
         pieces = [p for file in conversion.files for p in pieces_of(file, self.budget.piece_bytes)]

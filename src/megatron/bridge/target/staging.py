@@ -24,8 +24,16 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     For what takes moments, or whose files are not known before: nothing of it can be resumed.
 
-    Raises what `check_target` raises; with `force` the old target is replaced after the new one is
-    complete.
+    Args:
+        target: where the folder is to appear.
+        force: replace an old target, once the new one is complete.
+
+    Yields:
+        The new folder.
+
+    Raises:
+        TargetExists: see `check_target`.
+        InputError: see `check_target`.
     """
     target = target.absolute()
     check_target(target, [], force=force)

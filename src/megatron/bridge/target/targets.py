@@ -20,13 +20,15 @@ from megatron.bridge.text.quoting import printable
 PARTIAL_SUFFIX = ".partial"
 _MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 _LONGEST_SUFFIX = len("..replaced-00000000")
-"""Of the names that folders have for a while: beside the target, with its name and more."""
+"""Bytes that the names of temporary folders beside a target have more than the target's name."""
 
 
 def partial_of(target: Path) -> Path:
     """The folder beside `target` that holds it while it is not complete.
 
-    Raises InputError for a target that is named like one, or that no folder can lie beside.
+    Raises:
+        InputError: the target is named like such a folder, its name holds control characters, or it
+            has none (as "/" has none).
     """
     if target.name in ("", ".."):
         raise InputError(f"{target} cannot be a target; give a folder's name")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Among a million new objects, none is garbage; looking for it takes as long as the work."""
+    """Look for no garbage inside: among a million new objects that takes as long as the work."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -46,7 +46,7 @@ BACKEND_FILE = "metadata.json"
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 _VERSION = "1.0.0"
-"""Of the index, as PyTorch counts."""
+"""The version of the index, as PyTorch counts."""
 
 _PICKLE_PROTOCOL = 4
 
@@ -71,13 +71,19 @@ def torch_dist_files(
 ) -> TorchDistLayout:
     """Lay out a torch_dist checkpoint; the same arguments give the same bytes.
 
-    tensors: global tensors by key. chunks: boxes that tile them; each is stored in as many pieces
-    as it takes for none to be longer than `piece_bytes`. max_file_bytes: files of data are longer
-    only where this is less than two pieces. extra_states: names of objects without content.
-    iteration: recorded in the common state, as Megatron's training loop does. folder: in which the
-    files lie, with "/" between folders.
+    Args:
+        tensors: global tensors by key.
+        chunks: keys and boxes, which tile the tensors; each is stored in as many pieces as it takes
+            for none to be longer than `piece_bytes`.
+        max_file_bytes: files of data are longer only where this is less than two pieces.
+        piece_bytes: of a stored piece, what lies around its data included.
+        extra_states: names of objects without content.
+        iteration: recorded in the common state, as Megatron's training loop does.
+        folder: in which the files lie, with "/" between folders.
 
-    Raises InputError if `piece_bytes` has no room for data, CheckpointError for unknown dtypes.
+    Raises:
+        InputError: `piece_bytes` has no room for data.
+        CheckpointError: a dtype is unknown.
     """
     with without_collection():
         stored = [*_saved_tensors(tensors, chunks, piece_bytes), *_objects(extra_states, iteration)]

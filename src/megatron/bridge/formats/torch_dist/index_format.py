@@ -26,7 +26,12 @@ _SAVE_AGAIN = "save it as torch_dist with the program that wrote it"
 
 @dataclass(frozen=True, slots=True)
 class IndexFormat:
-    """name: of the format. why: how it is recognised, and the way out; None for torch_dist."""
+    """The format that an index belongs to.
+
+    Attributes:
+        name: of the format.
+        why: how it is recognised, and the way out; None for torch_dist.
+    """
 
     name: str
     why: str | None = None
@@ -38,7 +43,12 @@ class IndexFormat:
 
 
 def index_format(folder: Path, keys: Collection[str]) -> IndexFormat:
-    """The format of a checkpoint with these tensors. folder: of the iteration."""
+    """The format of a checkpoint with these tensors.
+
+    Args:
+        folder: of the iteration.
+        keys: of the tensors.
+    """
     backend, version = _backend(folder)
     if backend not in (None, TORCH_DIST):
         why = f"{BACKEND_FILE} names the backend {quoted(backend)}; {_SAVE_AGAIN}"

@@ -73,8 +73,10 @@ def read_metadata(folder: Path) -> Metadata:
 
     Every chunk of a tensor has data of its own; whether the chunks fill the tensor, and the files
     hold the data, is not checked here. What else an index may say, and reading does not need, is
-    left out. Raises CheckpointError if the file is missing, damaged, too long, or holds anything
-    but an index.
+    left out.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, too long, or holds anything but an index.
     """
     path = folder / METADATA_FILE
     try:

@@ -55,9 +55,13 @@ class Reference:
 
 
 class Call:
-    """An object as it is pickled: what would be called to make it, and the state it would get.
+    """An object as it is pickled. It is equal to itself only.
 
-    entries: what would be put into it as into a dict. Equal to itself only.
+    Attributes:
+        callee: what would be called to make it.
+        arguments: those of the call.
+        entries: what would be put into it as into a dict.
+        state: what it would get as its state.
     """
 
     __slots__ = ("arguments", "callee", "entries", "state")
@@ -75,13 +79,13 @@ def read_plain_pickle(
     """What a pickle holds; a set is read as a list.
 
     Args:
-        data: The pickle.
-        names: The (module, name) that it may name.
-        what: It should be, in messages.
-        references: Whether it may refer to objects outside of it.
+        data: the pickle.
+        names: the (module, name) that it may name.
+        what: what it should be, in messages.
+        references: whether it may refer to objects outside of it.
 
     Raises:
-        CheckpointError: If it is damaged, too long, or uses or names anything else.
+        CheckpointError: it is damaged, too long, or uses or names anything else.
     """
     machine = _Machine(file := io.BytesIO(data), names, what, references)
     try:

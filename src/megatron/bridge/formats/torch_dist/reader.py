@@ -50,15 +50,26 @@ class _Chunk:
 class TorchDistCheckpoint:
     """Tensors of a torch_dist checkpoint, read by box. Safe to use from several threads.
 
-    folder: of the iteration. tensors: shape and dtype by key. objects: names of everything else.
-    data_files: those that hold tensors. metadata_file: the index. format: torch_dist, or another
-    format with the same kind of index, whose tensors can be read all the same.
+    Attributes:
+        folder: of the iteration.
+        tensors: shape and dtype by key.
+        objects: names of everything else.
+        data_files: those that hold tensors.
+        metadata_file: the index.
+        format: torch_dist, or another format with the same kind of index, whose tensors can be read
+            all the same.
     """
 
     def __init__(self, folder: Path, iteration: Iteration | None = None) -> None:
-        """See `iteration_folder`, which raises what it says.
+        """Read the index of an iteration.
 
-        Raises CheckpointError, too, where the index contradicts itself or the files.
+        Args:
+            folder: see `iteration_folder`.
+            iteration: see `iteration_folder`.
+
+        Raises:
+            CheckpointError: as in `iteration_folder`, or the index contradicts itself or the files.
+            InputError: as in `iteration_folder`.
         """
         self.folder = iteration_folder(folder, iteration)
         self.metadata_file = self.folder / METADATA_FILE
@@ -89,8 +100,11 @@ class TorchDistCheckpoint:
     def locate(self, keys: Iterable[str]) -> None:
         """Look up where the data of tensors lie, which `read_into` does when it needs them.
 
-        Raises CheckpointError that lists everything which is no plain tensor as the index says:
-        asked for before a conversion, it is refused before anything is written.
+        Called before a conversion, it refuses data that cannot be read before anything is written.
+
+        Raises:
+            CheckpointError: some are no plain tensors as the index says; the message lists them
+                all.
         """
         problems = []
         for key in keys:
@@ -111,9 +125,11 @@ class TorchDistCheckpoint:
     def read_into(self, key: str, box: Box, out: torch.Tensor) -> None:
         """Read one box of a tensor into `out`, a view of its shape and dtype and of any strides.
 
-        Of each piece that the box overlaps, only what lies in the box is read. Raises
-        CheckpointError for an unknown key, a box outside of the tensor, an `out` that does not fit
-        it, or data that are not what the index says.
+        Of each piece that the box overlaps, only what lies in the box is read.
+
+        Raises:
+            CheckpointError: the key is unknown, the box lies outside of the tensor, `out` does not
+                fit it, or the data are not what the index says.
         """
         spec = self._known(key)
         check_box(spec, box)

@@ -67,7 +67,8 @@ _UTF8, _SIZES_FOLLOW = 1 << 11, 1 << 3
 class SavedTensor:
     """A box of a tensor in this form: a Part of an output file.
 
-    Raises CheckpointError for an unknown dtype or a box of 4 GiB.
+    Raises:
+        CheckpointError: the dtype is unknown, or the box has 4 GiB.
     """
 
     name: str
@@ -80,16 +81,13 @@ class SavedTensor:
 
     @property
     def nbytes(self) -> int:
-        """See Part."""
         return self._frame.nbytes
 
     @property
     def tensor_bytes(self) -> int:
-        """See Part."""
         return self._frame.tensor_bytes
 
     def write_to(self, out: memoryview, fill: FillTensor) -> None:
-        """See Part."""
         frame = self._frame
         begin = len(frame.head)
         end = begin + frame.tensor_bytes
@@ -101,9 +99,13 @@ class SavedTensor:
 
 
 class Frame(NamedTuple):
-    """Everything of a saved tensor but its data: what lies before and behind them.
+    """Everything of a saved tensor but its data.
 
-    crc_places: where the CRC-32 of the data goes in `tail_without_crc`.
+    Attributes:
+        head: what lies before the data.
+        tensor_bytes: length of the data.
+        tail_without_crc: what lies behind the data, but for their checksum.
+        crc_places: where the CRC-32 of the data goes in `tail_without_crc`.
     """
 
     head: bytes
@@ -113,7 +115,7 @@ class Frame(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the whole saved tensor."""
+        """Length of the whole saved tensor."""
         return len(self.head) + self.tensor_bytes + len(self.tail_without_crc)
 
     def tail(self, crc: int) -> bytes:

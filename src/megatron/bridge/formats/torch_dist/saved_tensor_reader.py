@@ -53,7 +53,11 @@ _NAMES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class FoundTensor:
-    """A contiguous tensor; `offset` of its data is from the begin of the saved tensor."""
+    """A contiguous tensor.
+
+    Attributes:
+        offset: where its data begin, in bytes from the beginning of the saved tensor.
+    """
 
     offset: int
     shape: Shape
@@ -61,10 +65,16 @@ class FoundTensor:
 
 
 def find_saved_tensor(read_at: ReadAt, length: int, dtype: str, shape: Shape) -> FoundTensor:
-    """Find the data of a tensor in the `length` bytes that torch.save made of it.
+    """Find the data of a tensor in what torch.save made of it.
 
-    dtype, shape: what is expected; the caller compares it with what is found. Raises
-    CheckpointError for anything but a plain, contiguous, little-endian, uncompressed tensor.
+    Args:
+        read_at: reads from the saved tensor.
+        length: of the saved tensor, in bytes.
+        dtype: the expected one; the caller compares it with what is found.
+        shape: the expected one, likewise.
+
+    Raises:
+        CheckpointError: it is anything but a plain, contiguous, little-endian, uncompressed tensor.
     """
     if (begin := _begin_if_ours(read_at, length, dtype, shape)) is not None:
         return FoundTensor(begin, shape, dtype)
@@ -173,9 +183,12 @@ def _begin_of(blob: _Blob, entry: zipfile.ZipInfo) -> int:
 
 
 class _Tensor(NamedTuple):
-    """What the pickle says of a tensor: elements from `offset` on in the record data/`key`.
+    """What the pickle says of a tensor.
 
-    nbytes: of that record.
+    Attributes:
+        key: its elements lie in the record data/`key`.
+        nbytes: length of that record.
+        offset: where they begin in it, in elements.
     """
 
     key: str

@@ -39,7 +39,12 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model that has no parallel layout yet. make: makes its provider, a new one every time."""
+    """A model that has no parallel layout yet.
+
+    Attributes:
+        bridge: of its family.
+        make: makes its provider, a new one every time.
+    """
 
     bridge: MegatronModelBridge
     make: Callable[[], ModelProvider]
@@ -49,8 +54,10 @@ class Blueprint:
 class ParallelLayout:
     """What every rank of a cluster holds.
 
-    stages: the share of every rank of a pipeline stage. positions: of every rank; its `pp` is the
-    index of its stage.
+    Attributes:
+        sizes: of the cluster.
+        stages: the share of every rank of a pipeline stage, by the index of the stage.
+        positions: of every rank; its `pp` is the index of its stage.
     """
 
     sizes: ParallelSizes
@@ -105,9 +112,15 @@ def build_rank(model: Blueprint, sizes: ParallelSizes, rank: int) -> RankShare:
 def lay_out(
     model: Blueprint, sizes: ParallelSizes, progress: Progress | None = None
 ) -> ParallelLayout:
-    """What every rank holds. Raises whatever megatron-core raises for sizes that it refuses.
+    """What every rank holds.
 
-    progress: of the stages; a cluster of a hundred thousand ranks takes minutes.
+    Args:
+        model: the one to lay out.
+        sizes: of the cluster.
+        progress: told of the stages; a cluster of a hundred thousand ranks takes minutes.
+
+    Raises:
+        Exception: whatever megatron-core raises for sizes that it refuses.
     """
     shown = progress or Silent()
     with without_advice():
@@ -132,7 +145,13 @@ def lay_out(
 
 
 def _layers_of_stage(provider: ModelProvider, sizes: ParallelSizes, stage: int) -> Layers:
-    """The layers of a stage, as megatron-core deals them out. provider: finalized."""
+    """The layers of a stage, as megatron-core deals them out.
+
+    Args:
+        provider: a finalized one.
+        sizes: of the cluster.
+        stage: its index.
+    """
     chunks = [None] if sizes.vpp is None else range(sizes.vpp)
     found = []
     for chunk in chunks:
@@ -152,7 +171,10 @@ def _kind_of_stage(provider: ModelProvider, sizes: ParallelSizes, stage: int) ->
 def _shifted(share: RankShare, layers: Layers, decoder: str) -> RankShare:
     """What a stage holds that has these layers in place of those of `share`.
 
-    decoder: what names of parameters have before the number of a layer.
+    Args:
+        share: of a stage of the same kind.
+        layers: the numbers of the layers.
+        decoder: what names of parameters have before the number of a layer.
     """
     numbers = {
         old: new

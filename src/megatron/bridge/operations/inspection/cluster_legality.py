@@ -41,7 +41,7 @@ _LARGEST = 1024
 """Where the search for legal sizes ends."""
 
 _SEARCH_SECONDS = 4.0
-"""Of the processor, and in either direction: what is not found then is not said."""
+"""Processor time of the search in either direction: what is not found then is not said."""
 
 
 def layout_of(
@@ -53,9 +53,17 @@ def layout_of(
 ) -> ParallelLayout:
     """What every rank holds of a model with a proven plan.
 
-    without: parts to leave out, of the `optional_parts` of its bridge; it has all others that the
-    plan has. progress: of the stages. Raises InputError for a part that is none of them; PlanError
-    for sizes that the model cannot have, all of them with the nearest that it can.
+    Args:
+        report: of the model.
+        sizes: of the cluster.
+        without: parts to leave out, of the `optional_parts` of its bridge; it has all others that
+            the plan has.
+        progress: told of the stages.
+
+    Raises:
+        InputError: a part is none that can be left out.
+        PlanError: the model cannot have these sizes; the message names all that are illegal, each
+            with the nearest legal ones.
     """
     plan, settings = report.plan, report.settings
     if plan is None or settings is None:
@@ -92,8 +100,11 @@ def layout_error(
 ) -> PlanError:
     """Every size that is illegal by itself; if there is none, what megatron-core said.
 
-    error: what the attempt to lay out the model ended with, one of REFUSED. without: the same model
-    without one of its optional parts, by the name of the part.
+    Args:
+        model: the one that was to be laid out.
+        sizes: of the cluster.
+        error: what the attempt ended with, one of REFUSED.
+        without: the same model without one of its optional parts, by the name of the part.
     """
     refusals = partial(_refusals, model)
     with without_advice():

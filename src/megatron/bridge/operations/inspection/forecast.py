@@ -27,15 +27,19 @@ if TYPE_CHECKING:
     from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
 ASSUMED_BYTES_PER_SECOND = 1_000_000_000
-"""Of a disk that is read and written at once; assumed, not measured."""
+"""Speed of a disk that is read and written at once; assumed, not measured."""
 
 
 @dataclass(frozen=True)
 class ConversionCost:
     """What a conversion takes.
 
-    read_bytes, written_bytes: of tensor data. download_bytes: what has to be fetched from the hub
-    first. memory_bytes: that buffers may take, by default.
+    Attributes:
+        read_bytes: of tensor data.
+        written_bytes: of tensor data.
+        download_bytes: what has to be fetched from the hub first.
+        memory_bytes: that buffers may take, by default.
+        assumed_bytes_per_second: speed of the disk.
     """
 
     command: Literal["import", "export"]
@@ -52,7 +56,7 @@ class ConversionCost:
 
     @stated
     def seconds(self) -> float:
-        """Of reading and writing at once, without a download."""
+        """Time of reading and writing at once, without a download."""
         return max(self.read_bytes, self.written_bytes) / self.assumed_bytes_per_second
 
 
@@ -60,12 +64,16 @@ class ConversionCost:
 class Forecast(HFReport):
     """A planned conversion, in either direction: the Hugging Face side with the plan, and more.
 
-    format: of what is converted. Of a Megatron checkpoint, the Hugging Face side are the files that
-    its config record or a reference describes. conversion: None where no plan is proven. dropped:
-    tensors of a checkpoint that are not weights and stay behind. left_out: of an export, tensors
-    that the config has and nothing at hand holds.
-    sizes: of parallelism, where they are asked for; layout: what each rank holds then, or illegal:
-    why the model cannot be laid out so.
+    Of a Megatron checkpoint, the Hugging Face side are the files that its config record or a
+    reference describes. `format` is that of what is converted.
+
+    Attributes:
+        conversion: None where no plan is proven.
+        dropped: tensors of a checkpoint that are not weights and stay behind.
+        left_out: of an export, tensors that the config has and nothing at hand holds.
+        sizes: of parallelism, where they are asked for.
+        layout: what each rank holds then.
+        illegal: why the model cannot be laid out so.
     """
 
     conversion: ConversionCost | None = None
@@ -103,13 +111,17 @@ def forecast_import(
     experts: str | None = None,
     part: str | None = None,
 ) -> Forecast:
-    """Look ahead to the import of a Hugging Face model.
+    """Look ahead to the import of a Hugging Face model. One that cannot be converted is reported.
 
-    source: a folder with or without weights, a config.json, or a hub id, of which only headers are
-    fetched. experts: the disk layout of routed experts, as the user says it, or for files to be.
-    part: of the model, to be a model of its own.
-    Raises InputError or one of its kinds where there is nothing to report on; a model that cannot
-    be converted is reported.
+    Args:
+        source: a folder with or without weights, a config.json, or a hub id, of which only headers
+            are fetched.
+        revision: of a hub id.
+        experts: the disk layout of routed experts, as the user says it, or for files to be.
+        part: of the model, to be a model of its own.
+
+    Raises:
+        InputError: there is nothing to report on; also one of the kinds of this error.
     """
     return forecast_of(inspect_hf(source, revision, PlanOptions(experts=experts), part))
 
@@ -132,9 +144,17 @@ def forecast_export(
 ) -> Forecast:
     """Look ahead to the export of a Megatron checkpoint.
 
-    reference: what it would be exported like, of which only headers are read; None for the config
-    that the checkpoint keeps. iteration, experts, part: see `export_checkpoint`. Raises InputError
-    or one of its kinds, PlanError if the checkpoint does not hold the model.
+    Args:
+        source: the folder of a checkpoint, or of one iteration.
+        reference: what it would be exported like, of which only headers are read; None for the
+            config that the checkpoint keeps.
+        iteration: see `export_checkpoint`.
+        experts: see `export_checkpoint`.
+        part: see `export_checkpoint`.
+
+    Raises:
+        InputError: there is nothing to report on; also one of the kinds of this error.
+        PlanError: the checkpoint does not hold the model.
     """
     from megatron.bridge.formats.file_plans import left_out, plan_export, sides_of_export
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint

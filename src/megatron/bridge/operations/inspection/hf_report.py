@@ -38,16 +38,22 @@ type Origin = Literal["files", "hub headers", "config", "checkpoint", "reference
 class HFReport:
     """A Hugging Face model, as its config and headers describe it.
 
-    folder: that the source led to. bridge: the class that converts it, or None. origin: where the
-    tensors below are known from; "config" means that no weights are at hand and the tensors are
-    those that the config asks for, "checkpoint" that a Megatron checkpoint gives them, "reference"
-    that it gives them in the layout of a reference. hf: the tensors as they are stored. megatron:
-    those of the checkpoint; None without a plan. filled_in: what the config leaves out and
-    transformers' config class fills in, of the keys that were needed, by path. tied: whether the
-    output layer is the embedding.
-    description: what the family says of the model; without a bridge, sizes alone. plan: None if it
-    is not proven, and then `problem` says why; of an FP8 release it is the plan of the dequantized
-    model. settings: fields of the family's provider; None where they are not known to be right.
+    Attributes:
+        folder: that the source led to.
+        bridge: the class that converts it, or None.
+        origin: where the tensors are known from: the "files" or "hub headers" of the weights;
+            "config" where no weights are at hand and the tensors are those that the config asks
+            for; "checkpoint" where a Megatron checkpoint gives them; "reference" where it gives
+            them in the layout of a reference.
+        hf: the tensors as they are stored.
+        megatron: those of the checkpoint; None without a plan.
+        filled_in: what the config leaves out and transformers' config class fills in, of the keys
+            that were needed, by path.
+        tied: whether the output layer is the embedding.
+        description: what the family says of the model; without a bridge, sizes alone.
+        plan: None if it is not proven; of an FP8 release it is the plan of the dequantized model.
+        settings: fields of the family's provider; None where they are not known to be right.
+        problem: why no plan is proven.
     """
 
     format: Literal["huggingface", "megatron"] = "huggingface"
@@ -116,9 +122,17 @@ def inspect_hf(
     """Look at a folder, with weights or only a config.json, at a config.json, or at a hub id.
 
     Of a hub id that is not in the cache only the config, the small files and the headers of the
-    weights are fetched. part: of the model, to be converted alone. Raises InputError where there is
-    nothing to report on: no such model or part, an unreadable config, damaged weights. A model that
-    cannot be converted is reported.
+    weights are fetched. A model that cannot be converted is reported.
+
+    Args:
+        reference: what to look at.
+        revision: of a hub id.
+        options: what the plan depends on.
+        part: of the model, to be converted alone.
+
+    Raises:
+        InputError: there is nothing to report on: no such model or part, an unreadable config,
+            damaged weights.
     """
     path = local_path(reference)
     if path.is_file():
@@ -137,7 +151,14 @@ def inspect_model(
     options: PlanOptions = DEFAULTS,
     sides: Sides | None = None,
 ) -> HFReport:
-    """Look at a model; see `inspect_hf`. source: what to call it. sides: where it is a part."""
+    """Look at a model; see `inspect_hf`.
+
+    Args:
+        hf: the model.
+        source: what to call it.
+        options: what the plan depends on.
+        sides: the part of the model that is to be converted alone, if it is one.
+    """
     config = hf.hf_config if sides is None else sides.config
     origin, tensors = _tensors(hf)
     known = registered_bridges().get(config.architecture)
@@ -248,7 +269,10 @@ def _conversion(
 def _check_equal(hf: PreTrainedVLM, found: _Conversion, *, read: bool) -> None:
     """Whether copies are copies is part of the proof, too; headers alone cannot tell.
 
-    read: whether the data are at hand.
+    Args:
+        hf: the model.
+        found: its plan; this is changed.
+        read: whether the data are at hand.
     """
     plan = found.plan
     if plan is None or not plan.equal:

@@ -24,11 +24,18 @@ class RemoteTensor(TensorSpec):
 
 
 def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
-    """Name -> tensor, for all shards of a repository at a revision.
+    """The tensors in all shards of a repository at a revision, by name.
 
-    reference: `org/name`, or `org/name@revision`, whose revision is passed over. Raises
-    ReferenceNotFound if the hub does not answer, CheckpointError for headers that cannot be used or
-    a tensor in two shards that differ in it. Whether their data do is found when they are fetched.
+    Where a tensor lies in two shards, whether their data differ is found when they are fetched.
+
+    Args:
+        reference: `org/name`, or `org/name@revision`, whose revision is passed over.
+        revision: the one to look at.
+
+    Raises:
+        ReferenceNotFound: the hub does not answer.
+        CheckpointError: headers cannot be used, or two shards differ in the shape or dtype of a
+            tensor.
     """
     from huggingface_hub import errors as hub
     from huggingface_hub import get_safetensors_metadata

@@ -21,13 +21,21 @@ from megatron.bridge.text.document import UNSTATED, stated
 class MegatronReport:
     """A distributed checkpoint, as its index describes it.
 
-    folder: of the iteration. iteration: "0", or "release". iterations: those that lie in the
-    folder that was given; none in that of one iteration. tracked_iteration: the one of them that
-    the tracker file names, None without such a file. config_record: whether a record keeps the
-    Hugging Face config; architecture: that of this config. other_record: whether the record is of
-    another program; hf_model_id: the model that it names. megatron, tensors: the weights. state:
-    the other tensors, which are state of training. files: of data. object_names: of what is not a
-    tensor. index: torch_dist, or another format with such an index.
+    Attributes:
+        folder: of the iteration.
+        iteration: "0", or "release".
+        iterations: those that lie in the folder that was given; none in that of one iteration.
+        tracked_iteration: the one of them that the tracker file names; None without a usable one.
+        architecture: that of the recorded config.
+        config_record: whether a record keeps the Hugging Face config.
+        other_record: whether the record is of another program.
+        hf_model_id: the model that the record names.
+        megatron: the weights together.
+        state: the other tensors together, which are state of training.
+        files: of data.
+        tensors: the weights one by one.
+        object_names: of what is not a tensor.
+        index: torch_dist, or another format with such an index.
     """
 
     format: Literal["megatron"] = field(default="megatron", init=False)
@@ -64,10 +72,17 @@ class MegatronReport:
 
 
 def inspect_megatron(source: Path, iteration: Iteration | None = None) -> MegatronReport:
-    """Look at an iteration of a checkpoint, or at the folder of one. Raises CheckpointError.
+    """Look at an iteration of a checkpoint, or at the folder of one.
 
-    iteration: see `iteration_folder`. A format that is not torch_dist is shown if its index can be
-    read.
+    A format that is not torch_dist is shown if its index can be read.
+
+    Args:
+        source: the folder.
+        iteration: see `iteration_folder`.
+
+    Raises:
+        CheckpointError: as in `iteration_folder`, or the checkpoint cannot be read.
+        InputError: as in `iteration_folder`.
     """
     checkpoint = TorchDistCheckpoint(source, iteration)
     folder = checkpoint.folder

@@ -35,10 +35,14 @@ class LargestTensor:
 class RankShare:
     """What one rank holds.
 
-    layers: numbers of the decoder layers in the whole model, of each chunk. parts: what it has
-    beside them. parameters: numbers, those that other ranks hold too included. weight_bytes: of
-    the parameters in their own dtypes. gradient_bytes: of the float32 buffers that gradients are
-    summed up in. optimizer_bytes: of this rank's shard of Adam's state, see `adam_bytes`.
+    Attributes:
+        layers: numbers of the decoder layers in the whole model, of each chunk.
+        parts: those of the model that the rank has beside the layers.
+        parameters: how many numbers the rank holds, those that other ranks hold too included.
+        weight_bytes: of the parameters in their own dtypes.
+        gradient_bytes: of the float32 buffers that gradients are summed up in.
+        optimizer_bytes: of this rank's shard of Adam's state, see `adam_bytes`.
+        largest: the largest of the parameters.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -87,7 +91,13 @@ def share_of(chunks: Sequence[torch.nn.Module], bridge: MegatronModelBridge) -> 
 def layer_of(name: str, decoder: str) -> tuple[int, int, int] | None:
     """The number of the decoder layer that a parameter belongs to, and where it stands in its name.
 
-    decoder: what stands before that number. None for a parameter of no decoder layer.
+    Args:
+        name: of the parameter.
+        decoder: what stands before that number.
+
+    Returns:
+        The number, and the places where it begins and ends in the name; None for a parameter of no
+        decoder layer.
     """
     match = re.match(rf"{re.escape(decoder)}(\d+)\.", name)
     return None if match is None else (int(match[1]), *match.span(1))

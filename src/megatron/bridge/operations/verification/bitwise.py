@@ -62,11 +62,19 @@ def verify(
 
     Files of different formats are compared as Hugging Face tensors, through the plan that `export`
     would follow. FP8 files are compared as they are with files quantized in the same way, and as
-    the BF16 weights that they stand for with anything else. iteration: of each side that holds
-    several; see `iteration_folder`. part: of the model, between files of different formats; see
-    `sides_of_export`. memory: bytes that buffers may take.
-    Raises InputError for what cannot be read, PlanError for a Hugging Face side that cannot be
-    converted; differences are in the report.
+    the BF16 weights that they stand for with anything else. Differences are in the report.
+
+    Args:
+        a: one of the checkpoints.
+        b: the other one.
+        progress: told of the bytes that are compared.
+        iteration: of each side that holds several; see `iteration_folder`.
+        part: of the model, between files of different formats; see `sides_of_export`.
+        memory: bytes that buffers may take.
+
+    Raises:
+        InputError: a side cannot be read; also one of the kinds of this error.
+        PlanError: a Hugging Face side cannot be converted.
     """
     begin = time.perf_counter()
     budget = Budget.of(memory)

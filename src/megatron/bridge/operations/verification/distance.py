@@ -14,12 +14,19 @@ _BLOCK = 64  # tokens; a row of logits is up to 250,000 numbers
 class Distance:
     """How far activations are from those expected.
 
-    max_abs_diff: the largest, infinite if a value is not finite. largest: absolute value of the
-    expected ones. cosine: of the angle between the two, all values as one vector.
-    relative_rms_diff: root mean square of the differences, as a part of that of the expected
-    values. Unlike max_abs_diff it depends neither on the scale of the values nor on how many there
-    are. expected_finite, found_finite: whether no value is infinite or NaN. Where one is, all else
+    Where a value is infinite or NaN, `expected_finite` and `found_finite` say so, and all else
     means nothing.
+
+    Attributes:
+        max_abs_diff: the largest difference; infinite if a value is not finite.
+        mean_abs_diff: the mean of the differences.
+        largest: the largest absolute value of the expected ones.
+        cosine: of the angle between the two, all values as one vector; NaN if either is zero.
+        relative_rms_diff: root mean square of the differences, as a part of that of the expected
+            values; NaN if these are zero. Unlike max_abs_diff it depends neither on the scale of
+            the values nor on how many there are.
+        expected_finite: whether every expected value is finite.
+        found_finite: whether every found value is finite.
     """
 
     max_abs_diff: float
@@ -42,8 +49,10 @@ class LayerDistance(Distance):
 class LogitsDistance(Distance):
     """Distance of logits, with what it does to the distribution of the next token.
 
-    kl: Kullback-Leibler divergence of the found from the expected distribution, in nats, mean over
-    positions. top1_agreement: part of the positions whose likeliest token is the same.
+    Attributes:
+        kl: Kullback-Leibler divergence of the found from the expected distribution, in nats, mean
+            over positions.
+        top1_agreement: part of the positions whose likeliest token is the same.
     """
 
     kl: float

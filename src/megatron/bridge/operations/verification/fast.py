@@ -56,12 +56,19 @@ def verify_fast(
 ) -> FastReport:
     """Read the files of a target again and compare them with the checksums in its manifest.
 
-    a, b: the target, and what it was converted from, in either order; without `b` no source is
-    looked at. A file of the source that was modified since counts as a difference, even if it
-    holds the same bytes. iteration: of a source that is a Megatron checkpoint. memory: as in
-    `verify`.
-    Raises InputError if no side is a target with a manifest, or for a source that cannot be found;
-    CheckpointError for a manifest that cannot be read. Differences are in the report.
+    A file of the source that was modified since counts as a difference, even if it holds the same
+    bytes. Differences are in the report.
+
+    Args:
+        a: the target, or what it was converted from.
+        b: the other one of the two; without it no source is looked at.
+        progress: told of the bytes that are read.
+        iteration: of a source that is a Megatron checkpoint.
+        memory: as in `verify`.
+
+    Raises:
+        InputError: no side is a target with a manifest, or a source cannot be found.
+        CheckpointError: a manifest cannot be read.
     """
     begin = time.perf_counter()
     budget = Budget.of(memory)

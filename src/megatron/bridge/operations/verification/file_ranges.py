@@ -28,8 +28,13 @@ class TensorPlaces:
     def tensors_in(self, file: str, offset: int, nbytes: int) -> tuple[str, ...]:
         """Names of the tensors with data in a range of bytes, in the order of the file.
 
-        file: relative to the folder. Empty where nothing can be said of it: it is not a file of
-        weights, or its header or index is damaged.
+        There are none where nothing can be said of the file: it is not a file of weights, or its
+        header or index is damaged.
+
+        Args:
+            file: relative to the folder.
+            offset: where the range begins.
+            nbytes: its length.
         """
         path, end = self._folder / file, offset + nbytes
         try:
@@ -54,7 +59,7 @@ class TensorPlaces:
 
 
 def _torch_dist_places(folder: Path) -> Mapping[str, _Places]:
-    """By the name of each file. A saved tensor is a little longer than its data."""
+    """Places by the name of each file. A saved tensor is a little longer than its data."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from megatron.bridge.formats.torch_dist.metadata import read_metadata

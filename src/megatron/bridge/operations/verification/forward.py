@@ -31,7 +31,9 @@ def prompt_inputs(
     """What the processor makes of one turn of a user, ready for the answer.
 
     Without a chat template, as base models are, what the tokenizer makes of the prompt as it is.
-    Raises InputError for a picture that the model cannot take.
+
+    Raises:
+        InputError: the model cannot take a picture.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -69,9 +71,13 @@ def prompt_inputs(
 def run_transformers(
     hf: PreTrainedVLM, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [1, s, vocab], and the hidden states [1, s, h] that leave each layer.
+    """Run transformers' own model, with eager attention, on the CPU.
 
-    Eager attention, on the CPU. Raises UnsupportedModel for a model of another build.
+    Returns:
+        Logits [1, s, vocab], and the hidden states [1, s, h] that leave each layer.
+
+    Raises:
+        UnsupportedModel: the model is of another build, without layers that can be read from.
     """
     # torch has no grouped matrix product of float64: one expert at a time.
     options: dict[str, Any] = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
@@ -114,9 +120,20 @@ def run_megatron(
     hidden: list[torch.Tensor],
     progress: Progress | None = None,
 ) -> tuple[torch.Tensor, list[Distance]]:
-    """Logits [1, s, vocab], and how far each layer's output is from `hidden`, which is used up.
+    """Run the Megatron model, and measure the output of each layer. In float64 on the CPU only.
 
-    In float64 on the CPU only. Raises UnsupportedModel if `hidden` is not one per layer.
+    Args:
+        hf: the model whose weights it gets.
+        inputs: those of transformers' model, by name.
+        dtype: of weights and activations.
+        hidden: the expected hidden states [1, s, h] after each layer; used up.
+        progress: told of the weights that are read.
+
+    Returns:
+        Logits [1, s, vocab], and how far each layer's output is from `hidden`.
+
+    Raises:
+        UnsupportedModel: `hidden` is not one per layer.
     """
     from megatron.bridge.live.weights import fill_from_files
 

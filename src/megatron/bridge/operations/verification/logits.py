@@ -66,9 +66,12 @@ class OfEach[Value]:
 class CompareReport:
     """How far the Megatron model is from transformers' on one prompt.
 
-    tokens: of the whole prompt. image_tokens: those that stand for the image. tolerance: largest
-    difference of logits allowed, as a part of the largest logit. layers: hidden states after each
-    decoder layer. seconds: to load the model and run it once.
+    Attributes:
+        tokens: of the whole prompt.
+        image_tokens: those that stand for the image.
+        tolerance: largest difference of logits allowed, as a part of the largest logit.
+        layers: hidden states after each decoder layer.
+        seconds: to load the model and run it once.
     """
 
     source: str
@@ -102,13 +105,25 @@ def compare(
     max_pixels: int | None = None,
     progress: Progress | None = None,
 ) -> CompareReport:
-    """Run one prompt, optionally with an image, through both models.
+    """Run one prompt, optionally with an image, through both models. A difference is in the report.
 
-    prompt: None for IMAGE_PROMPT or TEXT_PROMPT. dtype: of weights and activations in both models,
-    a key of TOLERANCES; with float64, on the CPU only, all arithmetic is in float64. tolerance:
-    None for that of the dtype. max_pixels: a larger image is made smaller, for both models. Raises
-    InputError for input that cannot be used, or if the memory is not enough, UnsupportedModel
-    without a bridge, and what `require_finite` does; a difference is in the report.
+    Args:
+        source: a folder or hub id.
+        image: a picture, or the path of one.
+        prompt: None for IMAGE_PROMPT or TEXT_PROMPT.
+        revision: of a hub id.
+        dtype: of weights and activations in both models, a key of TOLERANCES; with float64, on the
+            CPU only, all arithmetic is in float64.
+        tolerance: None for that of the dtype.
+        max_pixels: a larger image is made smaller, for both models.
+        progress: told of the weights that are read for the Megatron model.
+
+    Raises:
+        InputError: the input cannot be used, the memory is not enough, or transformers' values are
+            not finite.
+        UnsupportedModel: there is no bridge.
+        PlanError: the model cannot be converted.
+        MismatchError: the values of the Megatron model alone are not finite.
     """
     if dtype not in TOLERANCES:
         raise InputError(f"dtype must be one of {', '.join(TOLERANCES)}, found {dtype!r}")
@@ -170,8 +185,9 @@ def compare(
 def require_finite(source: str, layers: Sequence[Distance], logits: LogitsDistance) -> None:
     """Refuse to compare what is infinite or NaN, naming the first layer where it is.
 
-    Raises InputError if it is so in transformers, where the weights are to blame or the dtype;
-    MismatchError if it is so in Megatron-Core alone.
+    Raises:
+        InputError: it is so in transformers, where the weights are to blame or the dtype.
+        MismatchError: it is so in Megatron-Core alone.
     """
     places = [(f"the hidden states after layer {n}", layer) for n, layer in enumerate(layers)]
     for place, distance in [*places, ("the logits", logits)]:

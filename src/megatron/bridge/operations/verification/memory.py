@@ -30,10 +30,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes: of the weights, of attention over a picture and over the text, and of the logits.
+    """Bytes that a forward takes, and what those of a picture depend on.
 
-    patches: of the largest picture or frame. per_pair: bytes of vision attention for each pair of
-    patches. pixels_per_patch: of the picture. unit: pixels that its sides are multiples of.
+    Attributes:
+        weights: bytes of the weights.
+        vision: bytes of attention over a picture.
+        text: bytes of attention over the text.
+        logits: bytes of the logits.
+        patches: of the largest picture or frame.
+        per_pair: bytes of vision attention for each pair of patches.
+        pixels_per_patch: of the picture.
+        unit: pixels that its sides are multiples of.
     """
 
     weights: int
@@ -51,7 +58,7 @@ class Need:
         return self.weights + max(self.vision, self.text, self.logits)
 
     def most_pixels(self, available: int) -> int:
-        """Of a picture for which so much memory is enough; 0 if none is."""
+        """The most pixels of a picture for which `available` bytes are enough; 0 if none is."""
         left = available - self.weights
         if left <= max(self.text, self.logits):
             return 0

@@ -22,9 +22,13 @@ class Files:
 class TensorDifference:
     """One tensor that is not the same on both sides.
 
-    a, b: dtype and shape on each side, where these differ. Where bits do: elements, how many of
-    `of` elements have other bits, and max_abs_diff, their largest distance, infinite where a NaN or
-    an infinity differs.
+    Attributes:
+        what: what differs.
+        a: dtype and shape on the first side, where these differ.
+        b: dtype and shape on the second side, where these differ.
+        elements: how many elements have other bits, where bits differ.
+        of: how many elements there are then.
+        max_abs_diff: their largest distance; infinite where a NaN or an infinity differs.
     """
 
     name: str
@@ -48,12 +52,18 @@ class SideFileDifference:
 class VerifyReport:
     """What comparing two checkpoints found.
 
-    compared, equal: tensors. bytes: of tensor data on one side. padding_elements: those of the
-    Megatron side that stand for no Hugging Face element and were not compared. ignored: tensors
-    of a Megatron checkpoint that are not weights (optimizer state), or not of the part that is
-    compared. carried: Hugging Face tensors that no Megatron model has a place for, and why; they
-    are no difference. side_files: for information, None unless both sides are Hugging Face folders.
-    seconds: to find out.
+    Attributes:
+        compared: number of tensors that both sides have.
+        equal: number of those of them that are equal.
+        bytes: of the tensor data that were compared, on one side.
+        padding_elements: elements of the Megatron side that stand for no Hugging Face element and
+            were not compared.
+        ignored: tensors of a Megatron checkpoint that are not weights (optimizer state), or not of
+            the part that is compared.
+        carried: Hugging Face tensors that no Megatron model has a place for, and why; they are no
+            difference.
+        side_files: for information; None unless both sides are Hugging Face folders.
+        seconds: to find out.
     """
 
     a: Files
@@ -80,8 +90,11 @@ class VerifyReport:
 class FileDifference:
     """A range of a file that is not what was written, or the whole file.
 
-    offset, bytes: of the range. problem: what was found. tensors: those with data in the range,
-    as far as that can be told.
+    Attributes:
+        offset: where the range begins.
+        bytes: its length.
+        problem: what was found.
+        tensors: those with data in the range, as far as that can be told.
     """
 
     file: str
@@ -102,8 +115,11 @@ class ConvertedFrom(Files):
 class FastReport:
     """What comparing a target with its manifest found.
 
-    converted_from: None if the source was not looked at. files, bytes: that the manifest records,
-    headers included. seconds: to find out.
+    Attributes:
+        converted_from: None if the source was not looked at.
+        files: how many the manifest records.
+        bytes: of these files, headers included.
+        seconds: to find out.
     """
 
     target: Files
