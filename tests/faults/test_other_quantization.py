@@ -206,7 +206,7 @@ def test_a_config_alone_says_how_the_release_is_quantized(
     assert "F8_E4M3" in {info.dtype for info in TensorIndex.from_folder(release).values()}
     assert main(["plan", str(release / "config.json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quantization"] == {
-        "method": "fp8", "block": [128, 128],
+        "method": "fp8", "rows": 128, "columns": 128,
     }  # fmt: skip
 
 

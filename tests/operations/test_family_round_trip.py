@@ -99,9 +99,9 @@ def test_norms_in_the_usual_range_survive_minus_one(ssm_dtype: str, tmp_path: Pa
 def test_norms_outside_of_the_range_are_reported(tmp_path: Path) -> None:
     hf = norm_of(tmp_path, "float32", torch.tensor([1.0, 1e-9]))
     done = import_checkpoint(hf, tmp_path / "megatron")
-    [(name, error)] = done.inexact
-    assert name == "model.language_model.layers.0.linear_attn.norm.weight"
-    assert 0 < error <= 2**-24
+    [found] = done.inexact
+    assert found.name == "model.language_model.layers.0.linear_attn.norm.weight"
+    assert 0 < found.max_abs_diff <= 2**-24
 
 
 def norm_of(folder: Path, ssm_dtype: str, values: torch.Tensor) -> PreTrainedVLM:
