@@ -52,7 +52,7 @@ ends(run)
 _COMMAND = """
 from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.cli import main
-signal_at_every_line(ResumableFolder, "_complete", home, number, stride=97)
+signal_at_every_line(ResumableFolder, "_complete", home, number, stride=193)
 sys.argv = ["megatron-bridge", *sys.argv[3:]]
 ends(main)
 """
