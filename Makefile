@@ -8,9 +8,8 @@ PIP := $(RUN) pip --disable-pip-version-check
 # Passed on to the tool that a target runs: make test ARGS="-k layout -x"
 ARGS ?=
 # Processes that share the tests, by file, in the order of the folders: those of the last folders are
-# the short ones, which leave no process without work at the end. One more than two cores: now and
-# then each waits for processes of its own.
-WORKERS ?= 3
+# the short ones, which leave no process without work at the end.
+WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
