@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,13 @@ def test_an_existing_target(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     made = make_model("qwen3-vl", tmp_path / "tiny", {"text.num_hidden_layers": 2}, force=True)
     assert (made / "model.safetensors").exists()
+
+
+def test_advice_for_training_is_not_given_for_files(tmp_path: Path) -> None:
+    """megatron-core warns of many experts whose router is not in float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model("qwen3-vl-moe", tmp_path / "m", {"num_experts": 64})
 
 
 def test_many_settings_that_make_no_model_are_one_cause(tmp_path: Path) -> None:

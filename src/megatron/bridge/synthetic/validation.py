@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from megatron.bridge.dtypes import TORCH_NAMES
@@ -18,7 +19,10 @@ def check_config(settings: Settings) -> None:
     bridge = bridge_for(config.architecture)
     bridge.check(config)
     dtype = TORCH_NAMES[settings.options["dtype"]]
-    bridge.provider_of(bridge.provider_settings(config, dtype)).finalize()
+    with warnings.catch_warnings():
+        # What megatron-core advises for training is not about files.
+        warnings.simplefilter("ignore")
+        bridge.provider_of(bridge.provider_settings(config, dtype)).finalize()
 
 
 def check_tensors(settings: Settings, tensors: Mapping[str, TensorSpec]) -> None:
