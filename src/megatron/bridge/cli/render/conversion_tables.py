@@ -78,7 +78,7 @@ def left_out(names: Sequence[str]) -> str | None:
 def _left_behind(names: Sequence[str]) -> str | None:
     if not names:
         return None
-    return f"{len(names)} tensors, such as {names[0]}"
+    return f"{count(len(names), 'tensor')}, such as {names[0]}"
 
 
 def _side_files(done: Converted) -> str | None:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from megatron.bridge.cli.render.tables import carried_table, facts, listing, number, verdict
-from megatron.bridge.cli.units import exact_bytes, format_rate
+from megatron.bridge.cli.units import count, exact_bytes, format_rate
 from megatron.bridge.text.folding import fold
 
 if TYPE_CHECKING:
@@ -120,11 +120,13 @@ def _difference(tensor: TensorDifference) -> str:
 def _not_compared(report: VerifyReport) -> str | None:
     parts = []
     if report.padding_elements:
-        parts.append(f"{report.padding_elements:,} elements that pad the vocabulary")
+        parts.append(f"{count(report.padding_elements, 'element')} that pad the vocabulary")
     if report.ignored:
-        parts.append(f"{len(report.ignored):,} tensors, such as {report.ignored[0]}")
+        parts.append(f"{count(len(report.ignored), 'tensor')}, such as {report.ignored[0]}")
     if report.carried:
-        parts.append(f"{len(report.carried):,} tensors that the Megatron model has no place for")
+        parts.append(
+            f"{count(len(report.carried), 'tensor')} that the Megatron model has no place for"
+        )
     return "; ".join(parts) or None
 
 
