@@ -6,9 +6,7 @@ model = provider.provide_distributed_model(wrap_with_ddp=False)
 bridge.save_hf_pretrained(model, "out")
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
@@ -25,8 +23,8 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.paths import PathLike, local_path
-from megatron.bridge.progress import Progress, Silent
-from megatron.bridge.progress_lines import ProgressLines
+from megatron.bridge.progress import Progress
+from megatron.bridge.progress_lines import shown
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
 
@@ -385,7 +383,7 @@ class AutoBridge:
             hf_model_id, revision=revision, trust_remote_code=trust_remote_code
         ).hf_pretrained
         _check_dtype(torch_dtype, source)
-        with chosen.run(_shown(progress, show_progress)) as run:
+        with chosen.run(shown(progress, as_lines=show_progress)) as run:
             import_checkpoint(source, target, experts=chosen.experts, part=chosen.part, run=run)
 
     @done_means_done()
@@ -423,7 +421,7 @@ class AutoBridge:
         like = self if source_path is None else type(self).from_hf_pretrained(source_path)
         reference = like.hf_pretrained
         check_target(target, [source, reference.name_or_path], force=chosen.force)
-        with chosen.run(_shown(progress, show_progress)) as run:
+        with chosen.run(shown(progress, as_lines=show_progress)) as run:
             export_checkpoint(source, target, reference, **chosen.of_export, run=run)
 
     @staticmethod
@@ -477,18 +475,6 @@ class AutoBridge:
             casting=_casting_of(round=round),
             force=force,
         )
-
-
-def _shown(
-    progress: Progress | None, show_progress: bool
-) -> Callable[[], AbstractContextManager[Progress]]:
-    """The progress that was asked for, shown by one process."""
-
-    def show() -> AbstractContextManager[Progress]:
-        lines = ProgressLines(sys.stderr) if show_progress else Silent()
-        return nullcontext(progress or lines)
-
-    return show
 
 
 def _check_dtype(given: "torch.dtype | str | None", source: PreTrainedVLM) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TextIO
 
+from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.text.sizes import format_bytes
 
 
@@ -42,3 +46,14 @@ class ProgressLines:
                 file=self._stream,
                 flush=True,
             )
+
+
+def shown(
+    progress: Progress | None, *, as_lines: bool
+) -> Callable[[], AbstractContextManager[Progress]]:
+    """What shows the progress in the one process that does: `progress`, or lines on stderr."""
+
+    def show() -> AbstractContextManager[Progress]:
+        return nullcontext(progress or (ProgressLines(sys.stderr) if as_lines else Silent()))
+
+    return show

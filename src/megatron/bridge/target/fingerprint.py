@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Self
 from megatron.bridge.errors import CheckpointError, SourceChanged
 from megatron.bridge.formats.config_record import CONFIG_RECORD
 from megatron.bridge.formats.iterations import METADATA_FILE, Iteration, iteration_folder
+from megatron.bridge.formats.torch_dist.index_format import TORCH_DIST_SUFFIX
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.models.hf_pretrained.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE, is_safetensors
@@ -26,7 +27,6 @@ from megatron.bridge.target.json_fields import fields, is_file_name
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
-TORCH_DIST_SUFFIX = ".distcp"
 MAX_HEAD_BYTES = 128 << 20
 """So much of a file that is no weights is hashed."""
 

@@ -31,6 +31,12 @@ from megatron.bridge.engine.pieces import PIECE_BYTES, Literal, OutputFile, Part
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import METADATA_FILE
 from megatron.bridge.formats.torch_dist.collection import without_collection
+from megatron.bridge.formats.torch_dist.index_format import (
+    BACKEND_FILE,
+    TORCH_DIST,
+    TORCH_DIST_SUFFIX,
+    TORCH_DIST_VERSION,
+)
 from megatron.bridge.formats.torch_dist.saved_tensor import (
     MAX_FRAME_BYTES,
     SavedTensor,
@@ -42,8 +48,7 @@ from megatron.bridge.tensors.spec import TensorSpec
 COMMON_STATE = "common_state/shard_0_1"
 """Where megatron-core keeps everything that is not sharded."""
 
-BACKEND_FILE = "metadata.json"
-_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_BACKEND = {"sharded_backend": TORCH_DIST, "sharded_backend_version": TORCH_DIST_VERSION}
 
 _VERSION = "1.0.0"
 """The version of the index, as PyTorch counts."""
@@ -151,7 +156,8 @@ def _distributed(
     turn, name = -1, ""
     for part, nbytes in zip(parts, sizes, strict=True):
         if position * count // total != turn:
-            turn, name, begin = position * count // total, f"__0_{len(files)}.distcp", position
+            turn, begin = position * count // total, position
+            name = f"__0_{len(files)}{TORCH_DIST_SUFFIX}"
             files[name] = []
         files[name].append(part)
         places.append(_StorageInfo(name, position - begin, nbytes))

@@ -18,6 +18,8 @@ BACKEND_FILE = "metadata.json"
 """Names the backend that wrote the tensors; megatron-core writes it, torch alone does not."""
 
 TORCH_DIST, TORCH_DIST_VERSION = "torch_dist", 1
+TORCH_DIST_SUFFIX = ".distcp"
+"""Of the files of data."""
 
 _MAX_BACKEND_BYTES = 1 << 20
 _FSDP_PREFIX = "model.module."

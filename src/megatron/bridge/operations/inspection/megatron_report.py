@@ -10,7 +10,7 @@ from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.config_record import read_record
 from megatron.bridge.formats.file_plans import is_state
 from megatron.bridge.formats.iterations import Iteration, iterations, tracked_iteration
-from megatron.bridge.formats.torch_dist.index_format import IndexFormat
+from megatron.bridge.formats.torch_dist.index_format import TORCH_DIST_SUFFIX, IndexFormat
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.operations.amounts import FileSize, TensorSummary
 from megatron.bridge.tensors.spec import TensorSpec
@@ -91,7 +91,7 @@ def inspect_megatron(source: Path, iteration: Iteration | None = None) -> Megatr
     hf = None if record is None else record.hf
     weights = [spec for key, spec in checkpoint.tensors.items() if not is_state(key)]
     state = [spec for key, spec in checkpoint.tensors.items() if is_state(key)]
-    files = sorted(folder.glob("*.distcp"))
+    files = sorted(folder.glob(f"*{TORCH_DIST_SUFFIX}"))
     return MegatronReport(
         source=str(source),
         folder=folder,

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.formats.torch_dist.index_format import TORCH_DIST_SUFFIX
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
 from megatron.bridge.models.hf_pretrained.weight_files import is_safetensors
-from megatron.bridge.target.fingerprint import TORCH_DIST_SUFFIX
 
 type _Places = Sequence[tuple[str, int, int]]
 """Names, and the bytes [start, stop) of a file that each takes."""
