@@ -20,6 +20,9 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.text.quoting import quoted
 
+MTP_LAYERS = "mtp_num_hidden_layers"
+"""The key that counts MTP layers."""
+
 type Read = Callable[[HFConfig, str], Any]
 
 MOE = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_5_moe_text"})
@@ -208,7 +211,7 @@ _HYBRID: dict[str, Use] = {
     "partial_rotary_factor": Derived("the rotation"),
     "attn_output_gate": Ignored("attention always has an output gate"),
     "mamba_ssm_dtype": Derived("dtypes of files that are not at hand"),
-    "mtp_num_hidden_layers": Derived("the MTP layer"),
+    MTP_LAYERS: Derived("the MTP layer"),
     "mtp_use_dedicated_embeddings": Derived("the MTP layer"),
 }
 _HYBRID_EXPERTS: dict[str, Use] = {
