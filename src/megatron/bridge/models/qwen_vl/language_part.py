@@ -97,7 +97,7 @@ def _placed(
         "roots": roots,
         "layer_paths": (prefixes.layers,),
         "parts": language_parts(prefixes),
-        "embedding_key": f"{prefixes.megatron}embedding.word_embeddings.weight",
+        "embedding_key": prefixes.embedding,
         "others_are": "it is no part of the language model",
         **of_files,
     }

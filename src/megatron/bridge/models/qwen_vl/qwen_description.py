@@ -126,7 +126,7 @@ class DescribedVision(DescribedQwen):
     """What other modules ask of a family with a vision tower."""
 
     auto_model = "AutoModelForImageTextToText"
-    embedding_key = f"{BESIDE_VISION.megatron}embedding.word_embeddings.weight"
+    embedding_key = BESIDE_VISION.embedding
     parts: ClassVar[Mapping[str, str]] = {VISION: "vision", **language_parts(BESIDE_VISION)}
 
     def language(self, config: HFConfig) -> HFConfig:
