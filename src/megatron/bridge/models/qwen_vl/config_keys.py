@@ -78,16 +78,8 @@ class Only:
 type Use = Field | Derived | Ignored | Only
 
 
-def _count(config: HFConfig, key: str) -> int:
-    return config.count(key)
-
-
 def _token(config: HFConfig, key: str) -> int:
     return config.count(key, least=0)
-
-
-def _positive(config: HFConfig, key: str) -> float:
-    return config.positive(key)
 
 
 def _of_kind(kind: type) -> Read:
@@ -105,11 +97,11 @@ def head_dim(config: HFConfig, key: str = "head_dim") -> int:
 
 
 def _counts(**fields: str) -> dict[str, Use]:
-    return {key: Field((name,), _count) for key, name in fields.items()}
+    return {key: Field((name,), HFConfig.count) for key, name in fields.items()}
 
 
 def _same(*keys: str) -> dict[str, Use]:
-    return {key: Field((key,), _count) for key in keys}
+    return {key: Field((key,), HFConfig.count) for key in keys}
 
 
 def _ignored(why: str, *keys: str) -> dict[str, Use]:
@@ -173,7 +165,7 @@ _TEXT: dict[str, Use] = {
     "hidden_act": Field(("hidden_act",), _word),
     "attention_dropout": Field(("attention_dropout",), _number),
     "initializer_range": Field(("init_method_std",), _number),
-    "rms_norm_eps": Field(("layernorm_epsilon",), _positive),
+    "rms_norm_eps": Field(("layernorm_epsilon",), HFConfig.positive),
     "attention_bias": Field(("add_qkv_bias", "add_attention_output_bias"), _flag),
     "rope_parameters": Derived("the rotation"),
     "rope_scaling": Derived("the rotation"),
@@ -183,7 +175,7 @@ _TEXT: dict[str, Use] = {
 _EXPERTS: dict[str, Use] = {
     "num_experts": Derived("num_moe_experts"),
     "num_experts_per_tok": Derived("moe_router_topk"),
-    "moe_intermediate_size": Field(("moe_ffn_hidden_size",), _count),
+    "moe_intermediate_size": Field(("moe_ffn_hidden_size",), HFConfig.count),
     "output_router_logits": Derived("the auxiliary loss"),
     "router_aux_loss_coef": Derived("the auxiliary loss"),
     "norm_topk_prob": Ignored("the weights of the chosen experts are always normalized"),
