@@ -25,11 +25,11 @@ MTP_LAYERS = "mtp_num_hidden_layers"
 
 type Read = Callable[[HFConfig, str], Any]
 
-MOE = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_5_moe_text"})
+MOE_TYPES = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_5_moe_text"})
 """Model types with routed experts."""
-HYBRID = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"})
+HYBRID_TYPES = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"})
 """Model types with Gated DeltaNet layers."""
-PARTIAL_ROTARY = HYBRID
+PARTIAL_ROTARY_TYPES = HYBRID_TYPES
 """Model types that rotate a part of each head."""
 MROPE_SECTION: Mapping[str, tuple[int, int, int]] = {
     "qwen3_vl": (24, 20, 20),

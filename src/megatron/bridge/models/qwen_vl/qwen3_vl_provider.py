@@ -9,9 +9,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.qwen_vl.family_fields import (
     ATTENTION,
+    COMMON,
     EXPERTS,
     NORMALIZED,
-    TEXT,
     ExpertFields,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
@@ -123,4 +123,4 @@ class Qwen3VLModelProvider(QwenModelProvider):
 class Qwen3VLMoEModelProvider(ExpertFields, Qwen3VLModelProvider):
     """Config and builder of Qwen3-VL models with a mixture of experts."""
 
-    fixed = TEXT | ATTENTION | EXPERTS | NORMALIZED
+    fixed = COMMON | ATTENTION | EXPERTS | NORMALIZED
