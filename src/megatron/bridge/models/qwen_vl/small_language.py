@@ -115,6 +115,14 @@ HYBRID_ATTENTION_CONFIG = {
 
 # What a family's dense or sparse variant adds.
 DENSE_CONFIG = {"intermediate_size": 352}
+QWEN3_MOE_CONFIG = {
+    **MOE_CONFIG,
+    **DENSE_CONFIG,  # of dense layers, which released models do not have
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_hidden_layers": 7,
+}
 SHARED_EXPERT_CONFIG = {"mlp_only_layers": [], "shared_expert_intermediate_size": 72}
 
 

@@ -9,6 +9,7 @@ from megatron.bridge.models.qwen_vl.small_language import (
     DENSE_CONFIG,
     HYBRID_ATTENTION_CONFIG,
     MOE_CONFIG,
+    QWEN3_MOE_CONFIG,
     SHARED_EXPERT_CONFIG,
     TEXT_CONFIG,
     small_model,
@@ -138,14 +139,7 @@ register_small_models(
         "qwen3_vl_moe",
         [0, 2],
         _VL_ATTENTION,
-        MOE_CONFIG,
-        DENSE_CONFIG,  # of dense layers, which released models do not have
-        {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "num_hidden_layers": 7,
-        },
+        QWEN3_MOE_CONFIG,
         fixed=("norm_topk_prob",),
         options={"experts": "fused-transposed"},
     ),

@@ -8,6 +8,7 @@ from megatron.bridge.models.qwen_vl.small_language import (
     DENSE_CONFIG,
     HYBRID_ATTENTION_CONFIG,
     MOE_CONFIG,
+    QWEN3_MOE_CONFIG,
     SHARED_EXPERT_CONFIG,
     TEXT_CONFIG,
     small_model,
@@ -55,14 +56,7 @@ register_small_models(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
         _ATTENTION,
-        MOE_CONFIG,
-        DENSE_CONFIG,  # of dense layers, which released models do not have
-        {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "num_hidden_layers": 7,
-        },
+        QWEN3_MOE_CONFIG,
         fixed=_NO_WINDOW,
         options={"experts": "per-expert"},
     ),
