@@ -64,8 +64,8 @@ class Qwen3VLModelProvider(QwenModelProvider):
             for name in ("image_token_id", "video_token_id")
             if not 0 <= getattr(self, name) < self.vocab_size
         ]
-        if missing := [name for name in ("vision",) if getattr(self, name) is None]:
-            return [*problems, f"{missing[0]} is None: it must be set"]
+        if self.vision is None:
+            return [*problems, "vision is None: it must be set"]
         return problems + self.vision.problems(
             hidden_size=self.hidden_size,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
