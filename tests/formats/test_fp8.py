@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.bridge.dtypes import numpy_dtype, safetensors_dtype, torch_dtype
+from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.config_record import read_hf_config
 from megatron.bridge.formats.fp8_writer import Requantizer, block_scales, quantize
@@ -27,7 +27,7 @@ from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box, slices
 from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.tensors.torch_views import as_array, as_torch
-from tensors_in_memory import put
+from tensors_in_memory import numpy_dtype_named, put
 
 BLOCK = BlockFP8(128, 128)
 O_PROJ = "model.language_model.layers.3.self_attn.o_proj.weight"
@@ -63,8 +63,7 @@ def scales_of(
     weight: torch.Tensor, dtype: torch.dtype, *, preferred: torch.Tensor | None = None
 ) -> torch.Tensor:
     wanted = None if preferred is None else as_array(preferred)
-    numpys = numpy_dtype(safetensors_dtype(dtype))
-    return as_torch(block_scales(as_array(weight), BLOCK, numpys, wanted))
+    return as_torch(block_scales(as_array(weight), BLOCK, numpy_dtype_named(dtype), wanted))
 
 
 def quantized(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -263,9 +263,7 @@ def test_many_threads(folder: Path) -> None:
         ("norm.weight", ((2, 5),), empty((3,), "BF16"), r"\(3,\), bfloat16"),
     ],
 )
-def test_what_does_not_fit(
-    folder: Path, key: str, box: Box, out: Array, message: str
-) -> None:
+def test_what_does_not_fit(folder: Path, key: str, box: Box, out: Array, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         TorchDistCheckpoint(folder).read_into(key, box, out)
 
