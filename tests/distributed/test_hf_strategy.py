@@ -114,9 +114,14 @@ def forget(model: Any) -> None:
             parameter.fill_(float("nan"))
 
 
-def compared(folder: Path, model: Any, metadata: Any = None) -> dict[str, Any]:
+def compared(
+    folder: Path, model: Any, metadata: Any = None, shared_out: bool = False
+) -> dict[str, Any]:
     """The model filled both ways, and what is different."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+    )
 
     from megatron.bridge import HuggingFaceStrategy
 
@@ -131,8 +136,13 @@ def compared(folder: Path, model: Any, metadata: Any = None) -> dict[str, Any]:
     forget(model)
     strategy = HuggingFaceStrategy(folder / "hf")
     state = model.sharded_state_dict(metadata=metadata and dict(metadata))
+    used = (
+        FullyParallelLoadStrategyWrapper(strategy, exchange_algo="gather_object")
+        if shared_out
+        else strategy
+    )
     with Asked() as asked:
-        found = dist_checkpointing.load(state, strategy.checkpoint_dir, sharded_strategy=strategy)
+        found = dist_checkpointing.load(state, strategy.checkpoint_dir, sharded_strategy=used)
     return {
         "tensors": sum(isinstance(value, torch.Tensor) for value in found.values()),
         "wrong": [
@@ -161,8 +171,13 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def saved(folder: Path, model: Any, target: Path, metadata: Any = None) -> None:
+def saved(
+    folder: Path, model: Any, target: Path, metadata: Any = None, shared_out: bool = False
+) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelSaveStrategyWrapper,
+    )
 
     from megatron.bridge import HuggingFaceStrategy
 
@@ -171,7 +186,8 @@ def saved(folder: Path, model: Any, target: Path, metadata: Any = None) -> None:
     torch.distributed.barrier()
     strategy = HuggingFaceStrategy(folder / "hf")
     state = model.sharded_state_dict(metadata=metadata and dict(metadata))
-    dist_checkpointing.save(state, str(target), sharded_strategy=strategy)
+    used = FullyParallelSaveStrategyWrapper(strategy) if shared_out else strategy
+    dist_checkpointing.save(state, str(target), sharded_strategy=used)
 
 
 def worker(rank: int, root: str) -> None:
@@ -189,6 +205,9 @@ def worker(rank: int, root: str) -> None:
         if (family, layout) == ("qwen3-vl-moe", "pp2"):
             found["per layer"] = compared(folder, model, PER_LAYER)
             saved(folder, model, folder / "saved-per-layer", PER_LAYER)
+        if (family, layout) == ("qwen3-vl-moe", "ep2"):
+            found["shared out"] = compared(folder, model, shared_out=True)
+            saved(folder, model, folder / "saved-shared-out", shared_out=True)
         if (family, layout) == ("qwen3-moe", "ep2"):
             found["refusals"] = refusals(folder, model, rank)
         parallel_state.destroy_model_parallel()
@@ -280,14 +299,18 @@ def found(root: Path) -> list[dict[Any, Any]]:
     return [torch.load(root / f"found{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", [*CASES, *(("stock", *case) for case in STOCK), "per layer"])
+OTHERS = {"per layer": "qwen3-vl-moe", "shared out": "qwen3-vl-moe"}
+OF_STOCK = [("stock", *case) for case in STOCK]
+
+
+@pytest.mark.parametrize("case", [*CASES, *OF_STOCK, *OTHERS])
 def test_what_is_loaded_is_what_import_writes(found: list[dict[Any, Any]], case: Any) -> None:
     for rank in found:
         assert rank[case]["wrong"] == []
         assert rank[case]["tensors"] > 15
 
 
-@pytest.mark.parametrize("case", [*CASES, *(("stock", *case) for case in STOCK)])
+@pytest.mark.parametrize("case", [*CASES, *OF_STOCK])
 def test_each_rank_reads_its_own_boxes_alone(
     root: Path, found: list[dict[Any, Any]], case: Any
 ) -> None:
@@ -298,13 +321,22 @@ def test_each_rank_reads_its_own_boxes_alone(
         assert 0 < rank[case]["asked"] == rank[case]["held"] < whole
 
 
-@pytest.mark.parametrize("case", [*CASES, *(("stock", *case) for case in STOCK), "per layer"])
-def test_what_is_saved_is_what_was_loaded(root: Path, case: Any) -> None:
-    family, name = (
-        ("qwen3-vl-moe", "saved-per-layer")
-        if case == "per layer"
-        else (case[-2], f"{'stock-' if len(case) == 3 else ''}saved-{case[-1]}")
+def test_replicas_are_read_once_where_ranks_share_them(found: list[dict[Any, Any]]) -> None:
+    """By megatron-core's own wrapper of strategies."""
+    once, each = (
+        sum(rank[case]["asked"] for rank in found)
+        for case in ("shared out", ("qwen3-vl-moe", "ep2"))
     )
+    assert once < 0.7 * each
+
+
+@pytest.mark.parametrize("case", [*CASES, *OF_STOCK, *OTHERS])
+def test_what_is_saved_is_what_was_loaded(root: Path, case: Any) -> None:
+    if case in OTHERS:
+        family, name = OTHERS[case], f"saved-{case.replace(' ', '-')}"
+    else:
+        *of_stock, family, layout = case
+        name = f"{'stock-' if of_stock else ''}saved-{layout}"
     hf, saved = root / family / "hf", root / family / name
     names = {path.name for path in hf.iterdir()}
     assert {path.name for path in saved.iterdir()} == names | {"metadata.json"}

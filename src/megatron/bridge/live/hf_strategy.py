@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +39,7 @@ from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.live.local_tensors import LocalTensor
 from megatron.bridge.live.shard_transfer import fill_tensor, own_boxes
 from megatron.bridge.live.sharded_state import (
+    Holding,
     Ranks,
     Shard,
     check_common_state,
@@ -47,7 +47,6 @@ from megatron.bridge.live.sharded_state import (
     check_tensors,
     check_whole,
     global_tensors,
-    rows_of_vocabulary,
     sharded_tensor,
     sharded_tensors,
 )
@@ -140,18 +139,23 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
             InexactCast: a norm that Megatron keeps as w - 1 does not fit its tensor.
         """
 
-        def wanted() -> list[Shard]:
+        def wanted() -> Holding:
             self._check_folder(checkpoint_dir)
-            return [Shard.of(sharded_tensor(one)) for one in sharded_tensors(sharded_state_dict)]
+            for entry in sharded_tensors(sharded_state_dict):
+                entry.init_data("cpu")  # where there is none
+            tensors = map(sharded_tensor, sharded_tensors(sharded_state_dict))
+            return Holding.of(sharded_state_dict, tensors)
 
-        shards = [*chain(*self._ranks.all_of(wanted))]
+        holding = Holding.of_all(self._ranks.all_of(wanted))
+        if holding.is_empty:
+            return sharded_state_dict
 
         def planned() -> ConversionPlan:
             files = self._sides.files
             if not files.has_weights:
                 raise InputError(f"{files.name_or_path}: there are no weights to load")
-            plan = self._plan_of(sharded_state_dict, shards)
-            self._check_metadata(shards)
+            plan = self._plan_of(sharded_state_dict, holding)
+            self._check_metadata(holding.shards)
             check_scales(files.weights)
             return plan
 
@@ -217,11 +221,11 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
                 if is_main_replica(one.replica_id)
             ]
 
-        shards = [*chain(*self._ranks.all_of(lambda: [*map(Shard.of, held())]))]
+        holding = Holding.of_all(self._ranks.all_of(lambda: Holding.of(sharded_state_dict, held())))
 
         def planned() -> tuple[ConversionPlan, SharedFolder]:
-            plan, files = self._plan_of(sharded_state_dict, shards), self._sides.files
-            check_whole(plan, shards)
+            plan, files = self._plan_of(sharded_state_dict, holding), self._sides.files
+            check_whole(plan, holding.shards)
             if plan.carried:
                 check_scales(files.weights)
             laid_out = [*weight_files(plan.hf, files), *side_file_copies(files)]
@@ -255,13 +259,11 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
     def _sides(self) -> Sides:
         return Sides.of(PreTrainedVLM.from_pretrained(self._path, self._revision), self._part)
 
-    def _plan_of(self, state: State, shards: Sequence[Shard]) -> ConversionPlan:
+    def _plan_of(self, state: State, holding: Holding) -> ConversionPlan:
         """The proven plan of the files and what all ranks hold."""
-        sides, found = self._sides, global_tensors(shards)
-        options = sides.bridge.options_of_checkpoint(found)
-        rows = options.padded_vocab_size or rows_of_vocabulary(shards)
-        plan = plan_of(sides, replace(options, padded_vocab_size=rows, experts=self._experts))
-        check_tensors(sides, plan, found)
+        sides = self._sides
+        plan = plan_of(sides, replace(holding.options(sides.bridge), experts=self._experts))
+        check_tensors(sides, plan, global_tensors(holding.shards))
         check_objects(plan, state)
         return plan
 

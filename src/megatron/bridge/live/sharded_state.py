@@ -4,8 +4,9 @@ A rank's shards are checked one by one here, and ranks go on together or not at 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron.bridge.dtypes import can_be_cast, safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.formats.file_plans import Sides, is_state
 from megatron.bridge.live.local_tensors import LocalTensor
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge, PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.boxes import Box, Shape, full_box, intersect, tiling_faults
 from megatron.bridge.tensors.spec import TensorSpec
@@ -95,10 +97,52 @@ class Shard:
     is_padded: bool
 
     @classmethod
-    def of(cls, local: LocalTensor) -> "Shard":
+    def of(cls, local: LocalTensor) -> Self:
         """What is told of a tensor."""
         dtype = safetensors_dtype(local.data.dtype)
         return cls(local.key, local.key_shape, local.box, dtype, local.is_padded)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What ranks have of a sharded state dict.
+
+    Attributes:
+        shards: their parts of tensors.
+        objects: names of their objects.
+    """
+
+    shards: tuple[Shard, ...]
+    objects: tuple[str, ...]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], tensors: Iterable[LocalTensor]) -> Self:
+        """What one rank has: these tensors, and the objects of its state."""
+        objects = (one for one in nested_values(state) if isinstance(one, ShardedObject))
+        names = (one.unique_key for one in objects if one.key != COMMON_STATE)
+        return cls(tuple(map(Shard.of, tensors)), tuple(names))
+
+    @classmethod
+    def of_all(cls, holdings: Sequence["Holding"]) -> Self:
+        """What all ranks have."""
+        return cls(
+            tuple(chain.from_iterable(one.shards for one in holdings)),
+            tuple(chain.from_iterable(one.objects for one in holdings)),
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing at all."""
+        return not (self.shards or self.objects)
+
+    def options(self, bridge: MegatronModelBridge) -> PlanOptions:
+        """What the keys say of the model that the state is of."""
+        objects = {
+            name: TensorSpec(name, (), "U8") for name in self.objects
+        }  # which have keys, too
+        options = bridge.options_of_checkpoint({**objects, **global_tensors(self.shards)})
+        rows = (shard.key_shape[0] for shard in self.shards if shard.is_padded)
+        return replace(options, padded_vocab_size=options.padded_vocab_size or next(rows, None))
 
 
 def sharded_tensor(entry: ShardedTensor) -> LocalTensor:
@@ -114,7 +158,7 @@ def sharded_tensor(entry: ShardedTensor) -> LocalTensor:
             f"of the model"
         )
     if data is None or data.is_meta:
-        raise InputError(f"{key}: it has no memory; give it a tensor on a device")
+        raise InputError(f"{key}: it has no memory; give it a tensor on the CPU or a GPU")
     shape = tuple(entry.global_shape)
     # Axes that stand for the layer or the expert are not part of the local tensor.
     local = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
@@ -179,8 +223,7 @@ def global_tensors(shards: Iterable[Shard]) -> dict[str, TensorSpec]:
     """What the shards of all ranks are parts of, by key.
 
     Raises:
-        InputError: there are none, two ranks differ on a shape, or no dtype holds the values of
-            all parts.
+        InputError: two parts differ on a shape, or no dtype holds the values of all parts.
     """
     found: dict[str, TensorSpec] = {}
     for shard in shards:
@@ -197,8 +240,6 @@ def global_tensors(shards: Iterable[Shard]) -> dict[str, TensorSpec]:
                     f"dtype holds the values of both"
                 )
             found[shard.key] = TensorSpec(shard.key, known.shape, wide)
-    if not found:
-        raise InputError("the sharded state dict holds no tensors; give a model's")
     return found
 
 
@@ -209,7 +250,7 @@ def check_tensors(sides: Sides, plan: ConversionPlan, found: Mapping[str, Tensor
         PlanError: for keys that the plan does not have, and for other shapes.
         InputError: no key is one of the model's.
     """
-    if not found.keys() & plan.megatron.keys():
+    if found and not found.keys() & plan.megatron.keys():
         raise InputError(_of_another_model(sides, plan, found))
     problems = [
         f"{key}: no Hugging Face tensor fills it ({spec.form})"
@@ -240,14 +281,12 @@ def _of_another_model(sides: Sides, plan: ConversionPlan, found: Mapping[str, Te
         root = sides.bridge.part(name, sides.config).root
         if any(root + key in plan.megatron for key in found):
             return f'{message}; it is of the {name} part: give part="{name}"'
-    if any(key.endswith(f".{expected}") for key in found):
-        return f"{message}; take what is before {expected} from the keys, or leave out part="
+    before = [key.removesuffix(expected) for key in found if key.endswith(f".{expected}")]
+    if before and sides.config is not sides.files.hf_config:
+        return f"{message}; they are of the whole model: leave out part="
+    if before:
+        return f"{message}; take {before[0]} from the keys"
     return f"{message}; give the sharded_state_dict() of the model itself"
-
-
-def rows_of_vocabulary(shards: Sequence[Shard]) -> int | None:
-    """The rows that an embedding or an output layer has by these shards, padding included."""
-    return next((shard.key_shape[0] for shard in shards if shard.is_padded), None)
 
 
 def check_common_state(state: Mapping[str, Any]) -> None:
