@@ -58,6 +58,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.paths import PathLike, local_path
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box
 
 _BACKEND, _VERSION = "hugging_face", 1
@@ -110,7 +111,7 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
         """
         self._folder = tempfile.TemporaryDirectory(prefix="hugging-face-")
         folder = Path(self._folder.name)
-        files = torch_dist_files({}, (), max_file_bytes=1 << 20).files
+        files = torch_dist_files({}, (), max_file_bytes=1 << 20)
         write_files(folder, files, lambda *_: None)
         save_config(CheckpointingConfig(_BACKEND, _VERSION), str(folder))
         return str(folder)
@@ -233,7 +234,7 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
 
         plan, folder = self._ranks.together(planned)
 
-        def carry(name: str, box: Box, out: torch.Tensor) -> None:
+        def carry(name: str, box: Box, out: Array) -> None:
             self._sides.files.weights.read_into(name, box, out)
 
         def is_shared(name: str) -> bool:

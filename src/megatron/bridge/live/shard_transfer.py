@@ -3,17 +3,17 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-import torch
-
 from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
 from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.live.local_tensors import LocalTensor
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_hf, fill_megatron, read_megatron
+from megatron.bridge.tensors.arrays import Array, copy
 from megatron.bridge.tensors.box_pairs import hf_part
 from megatron.bridge.tensors.boxes import Box, box_shape, relative, slices
 from megatron.bridge.tensors.source import Source
+from megatron.bridge.tensors.torch_views import as_array, as_torch, numpy_dtype_of
 
 
 def fill_tensor(plan: ConversionPlan, local: LocalTensor, source: Source, casting: Casting) -> None:
@@ -30,12 +30,12 @@ def fill_tensor(plan: ConversionPlan, local: LocalTensor, source: Source, castin
     """
     data = local.data.view(box_shape(local.box))
     if data.device.type == "cpu" and data.dtype == torch_dtype(plan.megatron[local.key].dtype):
-        fill_megatron(plan, local.key, local.box, data, source)
+        fill_megatron(plan, local.key, local.box, as_array(data), source)
         return
-    tensor = read_megatron(plan, local.key, local.box, source)
-    if any(copy.offset for _, copy in plan.copies_to(local.key, local.box)):
-        tensor = casting.cast(tensor, data.dtype, local.key)
-    data.copy_(tensor)
+    array = read_megatron(plan, local.key, local.box, source)
+    if any(pair.offset for _, pair in plan.copies_to(local.key, local.box)):
+        array = casting.cast(array, numpy_dtype_of(data), local.key)
+    data.copy_(as_torch(array))
 
 
 def own_boxes(
@@ -56,13 +56,13 @@ def own_boxes(
         equal[other.name].append(name)
     for local in tensors:
         fill = _filler(plan, _LocalSource(local), casting)
-        for shared, copy in plan.copies_to(local.key, local.box):
-            for name in (copy.hf_name, *equal[copy.hf_name]):
-                yield name, hf_part(copy, shared), fill
+        for shared, pair in plan.copies_to(local.key, local.box):
+            for name in (pair.hf_name, *equal[pair.hf_name]):
+                yield name, hf_part(pair, shared), fill
 
 
 def _filler(plan: ConversionPlan, source: Source, casting: Casting) -> FillTensor:
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
+    def fill(name: str, box: Box, out: Array) -> None:
         copy_of = plan.equal.get(name)
         fill_hf(plan, name if copy_of is None else copy_of.name, box, out, source, casting)
 
@@ -79,6 +79,6 @@ class _LocalSource:
         """That of the memory."""
         return safetensors_dtype(self._data.dtype)
 
-    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+    def read_into(self, name: str, box: Box, out: Array) -> None:
         """Copy a part of the box that the rank holds."""
-        out.copy_(self._data[slices(relative(box, self._local.box))])
+        copy(as_array(self._data[slices(relative(box, self._local.box))].cpu()), out)

@@ -14,10 +14,11 @@ from math import prod
 from pathlib import Path
 
 from megatron.bridge.dtypes import itemsize
-from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, TensorData, as_tensor
+from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, TensorData
 from megatron.bridge.errors import CheckpointError, InputError, TargetExists
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.target.folder_sync import sync, sync_all
+from megatron.bridge.tensors.arrays import array_over
 from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
@@ -92,7 +93,7 @@ class SharedFolder:
         spec = self._tensors[name]
         for block in _blocks(box, itemsize(spec.dtype)):
             content = bytearray(volume(block) * itemsize(spec.dtype))
-            fill(name, block, as_tensor(memoryview(content), box_shape(block), spec.dtype))
+            fill(name, block, array_over(memoryview(content), box_shape(block), spec.dtype))
             position = 0
             for start, length in _runs(spec, block):
                 _write_at(descriptor, memoryview(content)[position:][:length], offset + start)
