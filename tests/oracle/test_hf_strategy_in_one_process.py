@@ -179,6 +179,26 @@ def test_a_vocabulary_padded_otherwise(rows: int, hf: Path, model: Any) -> None:
     assert torch.equal(found[cut[1]], model.get_parameter(cut[1])[:rows])
 
 
+def test_a_vocabulary_that_is_cut_is_refused(hf: Path, model: Any) -> None:
+    state = empty(model)
+    entry = state[EMBEDDING]
+    shape = (300, entry.global_shape[1])
+    entry = replace(entry, data=entry.data[:300], local_shape=shape, global_shape=shape)
+    refuses(lambda: load({"weight": entry}, HuggingFaceStrategy(hf)), "307", "300")
+
+
+def test_the_folder_of_a_strategy_is_gone_with_it(hf: Path) -> None:
+    strategy = HuggingFaceStrategy(hf)
+    folder = Path(strategy.checkpoint_dir)
+    assert {path.name for path in folder.iterdir()} == {
+        ".metadata",
+        "__0_0.distcp",
+        "metadata.json",
+    }
+    del strategy
+    assert not folder.exists()
+
+
 def test_the_language_model_alone_in_a_stock_model(hf: Path, model: Any, tmp_path: Path) -> None:
     stock = stock_gpt_model(hf)
     found = load(state_of(stock), HuggingFaceStrategy(hf, part="language"))

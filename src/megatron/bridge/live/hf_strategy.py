@@ -9,7 +9,9 @@
 Each rank reads and writes only the boxes that it holds: the plan says where in the files they lie.
 """
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -109,12 +111,12 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
 
         It holds the common state of an imported checkpoint, and is gone with the strategy.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="hugging-face-")
-        folder = Path(self._folder.name)
+        folder = tempfile.mkdtemp(prefix="hugging-face-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         files = torch_dist_files({}, (), max_file_bytes=1 << 20)
-        write_files(folder, files, lambda *_: None)
-        save_config(CheckpointingConfig(_BACKEND, _VERSION), str(folder))
-        return str(folder)
+        write_files(Path(folder), files, lambda *_: None)
+        save_config(CheckpointingConfig(_BACKEND, _VERSION), folder)
+        return folder
 
     @torch.no_grad()
     def load(
