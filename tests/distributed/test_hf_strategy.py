@@ -197,25 +197,25 @@ def worker(rank: int, root: str) -> None:
 
     activate_megatron_on_cpu()
     found: dict[Any, Any] = {}
-    for family, layout in CASES:
-        folder = Path(root, family)
-        model = built(folder, family, layout)
-        found[family, layout] = compared(folder, model)
-        saved(folder, model, folder / f"saved-{layout}")
-        if (family, layout) == ("qwen3-vl-moe", "pp2"):
-            found["per layer"] = compared(folder, model, PER_LAYER)
-            saved(folder, model, folder / "saved-per-layer", PER_LAYER)
-        if (family, layout) == ("qwen3-vl-moe", "ep2"):
-            found["shared out"] = compared(folder, model, shared_out=True)
-            saved(folder, model, folder / "saved-shared-out", shared_out=True)
-        if (family, layout) == ("qwen3-moe", "ep2"):
-            found["refusals"] = refusals(folder, model, rank)
-        parallel_state.destroy_model_parallel()
-    for family, layout in STOCK:
-        folder = Path(root, family)
-        model = stock_gpt_model(folder / "hf", **layouts(family)[layout])
-        found["stock", family, layout] = compared(folder, model)
-        saved(folder, model, folder / f"stock-saved-{layout}")
+    for name in ("tp2", "pp2", "ep2"):  # making process groups takes longer than anything else
+        for family in [family for family, layout in CASES if layout == name]:
+            folder = Path(root, family)
+            model = built(folder, family, name)
+            found[family, name] = compared(folder, model)
+            saved(folder, model, folder / f"saved-{name}")
+            if (family, name) == ("qwen3-vl-moe", "pp2"):
+                found["per layer"] = compared(folder, model, PER_LAYER)
+                saved(folder, model, folder / "saved-per-layer", PER_LAYER)
+            if (family, name) == ("qwen3-vl-moe", "ep2"):
+                found["shared out"] = compared(folder, model, shared_out=True)
+                saved(folder, model, folder / "saved-shared-out", shared_out=True)
+            if (family, name) == ("qwen3-moe", "ep2"):
+                found["refusals"] = refusals(folder, model, rank)
+        for family in [family for family, layout in STOCK if layout == name]:
+            folder = Path(root, family)
+            model = stock_gpt_model(folder / "hf", **layouts(family)[name])
+            found["stock", family, name] = compared(folder, model)
+            saved(folder, model, folder / f"stock-saved-{name}")
         parallel_state.destroy_model_parallel()
     torch.save(found, f"{root}/found{rank}.pt")
 
