@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from forked import run_ranks
 from megatron.bridge.models.conversion.layer_keys import SPARSE_NORM, SPARSE_NORM_AS_FUSED
@@ -19,7 +20,7 @@ from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import import_checkpoint
 from megatron.bridge.synthetic import make_model
-from model_folders import same_tensors
+from model_folders import read_tensors, same_tensors
 from oracle.gpt_models import stock_gpt_model
 
 FAMILIES = {
@@ -33,6 +34,9 @@ FAMILIES = {
     "qwen3.5-moe-text": 7,
 }
 """Layers by the name of the small model."""
+
+COPIED = "copied"
+"""A model with a tied embedding, and a copy of it in the files all the same."""
 
 VOCABULARY = 307
 PER_LAYER = {"non_homogeneous_layers": True}
@@ -211,6 +215,9 @@ def worker(rank: int, root: str) -> None:
                 saved(folder, model, folder / "saved-shared-out", shared_out=True)
             if (family, name) == ("qwen3-moe", "ep2"):
                 found["refusals"] = refusals(folder, model, rank)
+        if name == "tp2":
+            folder = Path(root, COPIED)
+            found[COPIED] = compared(folder, built(folder, "qwen3", name))
         for family in [family for family, layout in STOCK if layout == name]:
             folder = Path(root, family)
             model = stock_gpt_model(folder / "hf", **layouts(family)[name])
@@ -290,6 +297,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         import_checkpoint(
             PreTrainedVLM.from_pretrained(root / family / "hf"), root / family / "megatron"
         )
+    hf = make_model("qwen3", root / COPIED / "hf", {"tie_word_embeddings": True}, seed=9)
+    tensors = read_tensors(hf)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(PreTrainedVLM.from_pretrained(hf), root / COPIED / "megatron")
     run_ranks(worker, str(root))
     return root
 
@@ -319,6 +331,14 @@ def test_each_rank_reads_its_own_boxes_alone(
     whole = sum(spec.nbytes for spec in files.values())
     for rank in found:
         assert 0 < rank[case]["asked"] == rank[case]["held"] < whole
+
+
+def test_copies_are_compared_once(found: list[dict[Any, Any]]) -> None:
+    first, second = (rank[COPIED] for rank in found)
+    assert first["wrong"] == second["wrong"] == []
+    assert second["asked"] == second["held"]
+    copies = 2 * VOCABULARY * 160 * 2
+    assert first["asked"] == first["held"] + copies
 
 
 def test_replicas_are_read_once_where_ranks_share_them(found: list[dict[Any, Any]]) -> None:

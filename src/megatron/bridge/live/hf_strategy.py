@@ -265,7 +265,8 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
     def _plan_of(self, state: State, holding: Holding) -> ConversionPlan:
         """The proven plan of the files and what all ranks hold."""
         sides = self._sides
-        plan = plan_of(sides, replace(holding.options(sides.bridge), experts=self._experts))
+        options = replace(holding.options(sides.bridge), experts=self._experts)
+        plan = plan_of(sides, options, compare=self._ranks.is_first)
         check_tensors(sides, plan, global_tensors(holding.shards))
         check_objects(plan, state)
         return plan
@@ -278,7 +279,8 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
             paths = self._sides.bridge.layer_paths
             shared = self._layers_share_keys
             keys = BY_CONFIG if shared is None else KeyForms(dict.fromkeys(paths, shared))
-            return plan_of(self._sides, PlanOptions(experts=self._experts, keys=keys))
+            options = PlanOptions(experts=self._experts, keys=keys)
+            return plan_of(self._sides, options, compare=self._ranks.is_first)
 
         self._gave_metadata = True
         return self._ranks.together(planned)
