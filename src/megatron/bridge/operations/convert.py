@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from megatron.bridge.tensors.arrays import Array
 
 
+type Transposed = Literal["strides", "copy"]
+
 _DEFAULTS = Run()
 _WAYS_OUT = '--dtype float32 (dtype="float32") keeps them, --round (round=True) rounds them'
 _WAYS_OUT_OF_FP8 = "--round (round=True) rounds them before they are quantized"
@@ -123,6 +125,7 @@ def import_checkpoint(
     *,
     experts: str | None = None,
     part: str | None = None,
+    transposed: Transposed = "strides",
     run: Run = _DEFAULTS,
 ) -> Converted:
     """Write `source` as a Megatron checkpoint: target/iter_0000000 and the tracker file.
@@ -137,6 +140,8 @@ def import_checkpoint(
             given.
         part: of the model, to be a model of its own ("language"); the rest of the source is not
             read.
+        transposed: how matrices are stored that lie transposed in the source: as they lie there,
+            with strides that say so ("strides"), or turned ("copy").
         run: how the conversion is carried out.
 
     Raises:
@@ -162,6 +167,8 @@ def import_checkpoint(
             sides.config, main_dtype(plan.hf.values()), source.tensors
         ),
         hf_config=sides.recorded_config,
+        place=weights.place,
+        strides=transposed == "strides",
         piece_bytes=run.budget.piece_bytes,
         max_file_bytes=run.max_shard_bytes,
     )
@@ -174,12 +181,13 @@ def import_checkpoint(
         target,
         Conversion(
             "import",
-            {"experts": experts, "part": part},
+            {"experts": experts, "part": part, "transposed": transposed},
             {"source": hf_fingerprint(source, side_files=False)},
             files,
             fill,
             plan.megatron.values(),
             TorchDistCheckpoint,
+            all_checksums=run.verify,
         ),
     )
     return Converted(
@@ -309,6 +317,7 @@ def export_checkpoint(
             TensorIndex.from_folder,
             rows_multiple,
             keep_manifest=run.keep_manifest,
+            all_checksums=run.keep_manifest,
         ),
     )
     return Converted(

@@ -141,7 +141,7 @@ class Run:
         ) as folder:
             todo = [f for f in files if f.name in own and f.name not in folder.finished]
             done = self._write(folder, conversion, todo, blocks, budget)
-            if self.verify or conversion.all_checksums:
+            if conversion.all_checksums:
                 self._take_checksums(folder, own, budget)
             folder.commit(lambda: self._check(folder.path, conversion))
         return Written(
@@ -170,9 +170,9 @@ class Run:
 
         run_in_threads(todo, share, budget.threads)
         files = [done[file.name] for file in todo]
-        for file in files:
+        for file in (file for file in files if file.ranges):
             self.progress.advance(sum(one.tensor_bytes for one in file.ranges))
-            if file.ranges and not any(file.pieces):
+            if not any(file.pieces):
                 sync(folder.path / file.name)
                 folder.add(blocks.record(file))
 

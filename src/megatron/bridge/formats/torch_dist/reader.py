@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.bridge.dtypes import numpy_dtype
 from megatron.bridge.errors import CheckpointError
@@ -28,6 +28,13 @@ from megatron.bridge.tensors.spec import TensorSpec, check_box
 
 if TYPE_CHECKING:
     import torch
+
+
+class _Place(NamedTuple):
+    """Where the data of a chunk lie: those of a tensor with the axes of the chunk in an order."""
+
+    info: TensorInfo
+    order: tuple[int, ...]
 
 
 class TorchDistCheckpoint:
@@ -72,7 +79,7 @@ class TorchDistCheckpoint:
         for chunk in chunks:
             by_key[chunk.key].append((chunk.box, chunk))
         self._chunks = {key: BoxIndex(items) for key, items in by_key.items()}
-        self._places: dict[StoredChunk, TensorInfo] = {}
+        self._places: dict[StoredChunk, _Place] = {}
         self._reader = SliceReader()
 
     def dtype_of(self, key: str) -> str:
@@ -121,8 +128,10 @@ class TorchDistCheckpoint:
                 f"{key}: box {box} of {spec.dtype} does not fill {out.shape}, {out.dtype}"
             )
         for shared, chunk in self._chunks[key].overlapping(box):
-            part = out[slices(relative(shared, box))]
-            self._reader.read_into(self._place(chunk), relative(shared, chunk.box), part)
+            part, within = out[slices(relative(shared, box))], relative(shared, chunk.box)
+            place, order = self._place(chunk)
+            ordered = tuple(within[axis] for axis in order)
+            self._reader.read_into(place, ordered, part.transpose(order))
 
     def require_torch_dist(self) -> None:
         """Raise CheckpointError for another format, whose keys are not megatron-core's."""
@@ -146,7 +155,7 @@ class TorchDistCheckpoint:
             raise CheckpointError(f"{self.folder}: there is no tensor {key!r}")
         return spec
 
-    def _place(self, chunk: StoredChunk) -> TensorInfo:
+    def _place(self, chunk: StoredChunk) -> _Place:
         """Where the data of a chunk lie; looked up once."""
         place = self._places.get(chunk)
         if place is None:
@@ -154,7 +163,7 @@ class TorchDistCheckpoint:
             place = self._places[chunk] = self._find(chunk)
         return place
 
-    def _find(self, chunk: StoredChunk) -> TensorInfo:
+    def _find(self, chunk: StoredChunk) -> _Place:
         path = self.folder / chunk.file
         shape, dtype = box_shape(chunk.box), self.tensors[chunk.key].dtype
         try:
@@ -178,7 +187,8 @@ class TorchDistCheckpoint:
                 f"holds {found.dtype} of shape {found.shape}"
             )
         offset = chunk.offset + found.offset
-        return TensorInfo(chunk.key, shape, dtype, path, offset)
+        ordered = tuple(shape[axis] for axis in found.order)
+        return _Place(TensorInfo(chunk.key, ordered, dtype, path, offset), found.order)
 
 
 def _index_faults(tensors: dict[str, TensorSpec], chunks: list[StoredChunk]) -> Iterator[str]:
