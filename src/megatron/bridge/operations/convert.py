@@ -23,6 +23,7 @@ from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.iterations import Iteration
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.conversion.transposed import Transposed
 from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
@@ -39,8 +40,6 @@ from megatron.bridge.text.document import UNSTATED, stated
 if TYPE_CHECKING:
     from megatron.bridge.tensors.arrays import Array
 
-
-type Transposed = Literal["strides", "copy"]
 
 _DEFAULTS = Run()
 _WAYS_OUT = '--dtype float32 (dtype="float32") keeps them, --round (round=True) rounds them'

@@ -24,7 +24,8 @@ from megatron.bridge.target.folder_sync import sync
 from megatron.bridge.target.job import Job, layout_digest
 from megatron.bridge.target.processes import Processes
 from megatron.bridge.target.record import read_records
-from megatron.bridge.target.source_blocks import DividedFile, Reflink, SourceBlocks
+from megatron.bridge.target.reflink import Reflink
+from megatron.bridge.target.source_blocks import DividedFile, SourceBlocks
 from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from megatron.bridge.engine.block_sharing import Segment, SharedRange, divided, share
 from megatron.bridge.engine.piece_writer import Checksums
@@ -19,11 +18,7 @@ from megatron.bridge.engine.shared_blocks import why_not_shared
 from megatron.bridge.errors import InputError
 from megatron.bridge.target.fingerprint import Fingerprint
 from megatron.bridge.target.record import CheckedRange, FileRecord, RecordedRange, UnreadRange
-
-type Reflink = Literal["auto", "always", "never"]
-"""Whether blocks are shared: where that can be done, or else it is an error, or not at all."""
-
-REFLINK: tuple[Reflink, ...] = ("auto", "always", "never")
+from megatron.bridge.target.reflink import Reflink
 
 
 @dataclass(frozen=True)
