@@ -156,6 +156,8 @@ def _joined(neighbours: Sequence[Part]) -> FileCopy | None:
     first = neighbours[0]
     if not isinstance(first, FileCopy):
         return None
+    if len(neighbours) == 1:
+        return first
     return replace(first, nbytes=sum(part.nbytes for part in neighbours))
 
 
@@ -174,9 +176,13 @@ def _cut(copy: FileCopy, first: int, last: int) -> tuple[list[Part], FileCopy, l
 
 
 def _part_of(copy: FileCopy, first: int, last: int) -> FileCopy:
-    return replace(copy, offset=copy.offset + first, nbytes=last - first)
+    return type(copy)(copy.path, copy.offset + first, last - first)
 
 
 def _pieces(file_name: str, begin: int, parts: Sequence[Part], piece_bytes: int) -> Iterator[Piece]:
-    for piece in pieces_of(OutputFile(file_name, tuple(parts)), piece_bytes):
-        yield replace(piece, offset=begin + piece.offset)
+    nbytes = sum(part.nbytes for part in parts)
+    if nbytes > piece_bytes:
+        for piece in pieces_of(OutputFile(file_name, tuple(parts)), piece_bytes):
+            yield replace(piece, offset=begin + piece.offset)
+    elif parts:
+        yield Piece(file_name, begin, nbytes, tuple(parts))
