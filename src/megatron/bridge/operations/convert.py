@@ -250,6 +250,7 @@ def export_checkpoint(
     """
     from megatron.bridge.formats.fp8_writer import Requantizer, fp8_reference
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+    from megatron.bridge.formats.unchanged_ranges import as_copy, ranges_of_export, with_ranges
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.conversion.transfer import fill_export
 
@@ -291,16 +292,21 @@ def export_checkpoint(
     rows_multiple = {} if requantizer is None else requantizer.rows_multiple
     hf = plan.hf if quantized is None else _specs(quantized.index)
     side_files = tuple(side_file_copies(reference, quantized=fp8, dtype=wanted))
-    files = (
-        *weight_files(
-            hf,
-            reference,
-            max_shard_bytes=run.max_shard_bytes,
-            piece_bytes=run.budget.piece_bytes,
-            rows_multiple=rows_multiple,
-        ),
-        *side_files,
+    weights = weight_files(
+        hf,
+        reference,
+        max_shard_bytes=run.max_shard_bytes,
+        piece_bytes=run.budget.piece_bytes,
+        rows_multiple=rows_multiple,
     )
+    if requantizer is None:
+
+        def place(name: str) -> TensorInfo | None:
+            return reference.weights.place(name)
+
+        ranges = ranges_of_export(plan, checkpoint, place)
+        weights = (as_copy(with_ranges(file, ranges)) for file in weights)
+    files = (*weights, *side_files)
     written = run.write(
         target,
         Conversion(

@@ -47,6 +47,7 @@ class ExportKeywords(CommonKeywords, total=False):
     fp8: bool
     dtype: DType | None
     round: bool
+    hard_links: bool
     keep_manifest: bool
 
 
@@ -73,6 +74,8 @@ class ConversionOptions:
         fp8: quantize what the reference has quantized.
         dtype: of the tensors ("bfloat16"), where it should not be the reference's.
         round: round values that do not fit their dtype.
+        hard_links: let weights that are a whole file of the reference, bit for bit, become hard
+            links to it.
         keep_manifest: leave the checksums of the files in the target.
     """
 
@@ -89,6 +92,7 @@ class ConversionOptions:
     fp8: bool = False
     dtype: DType | None = None
     round: bool = False
+    hard_links: bool = False
     keep_manifest: bool = False
 
     def __post_init__(self) -> None:
@@ -161,6 +165,7 @@ class ConversionOptions:
                 resume=self.resume,
                 verify=self.verify,
                 reflink=self.reflink,
+                hard_links=self.hard_links,
                 keep_manifest=self.keep_manifest,
                 processes=processes,
                 progress=shown,

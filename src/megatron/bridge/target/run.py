@@ -93,6 +93,7 @@ class Run:
         resume: go on with what an interrupted run left.
         verify: read back what was written, and compare it with what it should be.
         reflink: whether the target shares blocks with its sources.
+        hard_links: whether weights that are a whole file of a source become hard links to it.
         keep_manifest: leave the checksums of its files in a Hugging Face folder, too, where the
             reference has no such file; a Megatron checkpoint always has them.
         processes: that share the work, each running the same conversion.
@@ -105,6 +106,7 @@ class Run:
     resume: bool = False
     verify: bool = False
     reflink: Reflink = "auto"
+    hard_links: bool = False
     keep_manifest: bool = False
     processes: Processes = field(default_factory=Processes)
     progress: Progress = field(default_factory=Silent)
@@ -127,7 +129,7 @@ class Run:
         job = Job(conversion.command, conversion.options, conversion.sources, layout_digest(pieces))
         # Blocks of FP8 are not cut, so a piece may be longer than the budget has it.
         budget = Budget.of(self.memory, max((piece.nbytes for piece in pieces), default=0))
-        blocks = SourceBlocks(self.reflink, target, conversion.sources)
+        blocks = SourceBlocks(self.reflink, target, conversion.sources, hard_links=self.hard_links)
         files = [blocks.divide(file, self.budget.piece_bytes) for file in conversion.files]
         own = set(self.processes.own_files(sizes))
         with ResumableFolder(

@@ -6,6 +6,7 @@ them: nobody has read a shared block, so no checksum is recorded of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from megatron.bridge.engine.block_sharing import Segment, SharedRange, divided, share
 from megatron.bridge.engine.piece_writer import Checksums
-from megatron.bridge.engine.pieces import OutputFile, Piece
+from megatron.bridge.engine.pieces import FileCopy, OutputFile, Piece
 from megatron.bridge.engine.shared_blocks import why_not_shared
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.hf_pretrained.weight_files import is_safetensors
 from megatron.bridge.target.fingerprint import Fingerprint
 from megatron.bridge.target.record import CheckedRange, FileRecord, RecordedRange, UnreadRange
 from megatron.bridge.target.reflink import Reflink
@@ -23,10 +25,17 @@ from megatron.bridge.target.reflink import Reflink
 
 @dataclass(frozen=True)
 class DividedFile:
-    """A file of a target, and what of it is shared."""
+    """A file of a target, and what of it is shared.
+
+    Attributes:
+        file: as it is laid out.
+        segments: all of it, in order.
+        link: the file that it becomes another name of; it is one shared range then.
+    """
 
     file: OutputFile
     segments: tuple[Segment, ...]
+    link: Path | None = None
 
     @property
     def name(self) -> str:
@@ -61,10 +70,19 @@ class SourceBlocks:
         reflink: whether to.
         target: the folder that is to be made.
         sources: the files; others are copied, because nobody would notice that they change.
+        hard_links: whether weights that are a whole file of a source become hard links to it.
     """
 
-    def __init__(self, reflink: Reflink, target: Path, sources: Mapping[str, Fingerprint]) -> None:
+    def __init__(
+        self,
+        reflink: Reflink,
+        target: Path,
+        sources: Mapping[str, Fingerprint],
+        *,
+        hard_links: bool = False,
+    ) -> None:
         self._reflink = reflink
+        self._hard_links = hard_links
         self._beside = target.absolute().parent
         self._names = {
             source.folder / file.name: file.name
@@ -76,10 +94,14 @@ class SourceBlocks:
 
     def divide(self, file: OutputFile, piece_bytes: int) -> DividedFile:
         """See `divided`. Raises InputError where sharing is demanded and cannot be done."""
+        if self._hard_links and (copy := whole_copy(file)) and copy.path in self._names:
+            return DividedFile(file, (SharedRange(file.name, 0, copy),), copy.path)
         return DividedFile(file, tuple(divided(file, piece_bytes, self._shares)))
 
     def share(self, folder: Path, file: DividedFile, piece_bytes: int) -> DividedFile:
         """Make a file and what is shared of it.
+
+        What an earlier run left of it is removed: it may be another name of a file of a source.
 
         Args:
             folder: to make it in.
@@ -93,6 +115,10 @@ class SourceBlocks:
             CheckpointError: see `engine.block_sharing.share`.
             InputError: sharing is demanded and cannot be done.
         """
+        (folder / file.name).unlink(missing_ok=True)
+        if file.link is not None:
+            self._link(file.link, folder / file.name)
+            return file
         failed = set(share(folder, file.file, file.ranges)) if file.ranges else set()
         if not failed:
             return file
@@ -124,6 +150,16 @@ class SourceBlocks:
                 ranges.append(CheckedRange(*next(taken)))
         return FileRecord(file.name, tuple(ranges))
 
+    def _link(self, source: Path, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source.resolve(), path)  # not another name of a link that leads there
+        except OSError as error:
+            raise InputError(
+                f"--hard-links (hard_links): {path} cannot be another name of {source}: "
+                f"{error.strerror}; leave the option out to copy"
+            ) from error
+
     def _shares(self, path: Path) -> bool:
         if self._reflink == "never" or path not in self._names:
             return False
@@ -146,6 +182,20 @@ class SourceBlocks:
             f"{path} ({why}); put both on one file system that shares blocks, such as XFS or "
             f"btrfs, or give auto to copy"
         )
+
+
+def whole_copy(file: OutputFile) -> FileCopy | None:
+    """What a file of weights is a copy of, if it is that of a whole file."""
+    position, last = 0, None
+    for part in file.parts:
+        if not isinstance(part, FileCopy) or part.offset != position:
+            return None
+        if last is not None and part.path != last.path:
+            return None
+        position, last = position + part.nbytes, part
+    if last is None or not is_safetensors(file.name) or last.path.stat().st_size != position:
+        return None
+    return FileCopy(last.path, 0, position)
 
 
 def _nearest(folder: Path) -> Path:

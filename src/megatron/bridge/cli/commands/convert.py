@@ -147,6 +147,14 @@ def export_command(
             help="Round values that do not fit the dtype they get. Without it they are refused.",
         ),
     ] = False,
+    hard_links: Annotated[
+        bool,
+        typer.Option(
+            "--hard-links",
+            help="Let files of weights that are those of REF, bit for bit, be hard links to them: "
+            "a program that writes into one writes into both.",
+        ),
+    ] = False,
     keep_manifest: Annotated[
         bool,
         typer.Option(
@@ -197,6 +205,7 @@ def export_command(
             fp8=fp8,
             dtype=dtype,
             round=round,
+            hard_links=hard_links,
             keep_manifest=keep_manifest,
         )
         with options.run(output.progress) as run:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where the data of a chunk lie: those of a tensor with the axes of the chunk in an order."""
 
     info: TensorInfo
@@ -79,7 +79,7 @@ class TorchDistCheckpoint:
         for chunk in chunks:
             by_key[chunk.key].append((chunk.box, chunk))
         self._chunks = {key: BoxIndex(items) for key, items in by_key.items()}
-        self._places: dict[StoredChunk, _Place] = {}
+        self._places: dict[StoredChunk, Place] = {}
         self._reader = SliceReader()
 
     def dtype_of(self, key: str) -> str:
@@ -133,6 +133,19 @@ class TorchDistCheckpoint:
             ordered = tuple(within[axis] for axis in order)
             self._reader.read_into(place, ordered, part.transpose(order))
 
+    def places(self, key: str, box: Box) -> Iterator[tuple[Box, Box, Place]]:
+        """Where the elements of a box lie.
+
+        Yields:
+            A part of the box, the box of the chunk that holds it, and where that lies.
+
+        Raises:
+            CheckpointError: the key is unknown, or the data are not what the index says.
+        """
+        self._known(key)
+        for shared, chunk in self._chunks[key].overlapping(box):
+            yield shared, chunk.box, self._place(chunk)
+
     def require_torch_dist(self) -> None:
         """Raise CheckpointError for another format, whose keys are not megatron-core's."""
         if self.format.why is not None:
@@ -155,7 +168,7 @@ class TorchDistCheckpoint:
             raise CheckpointError(f"{self.folder}: there is no tensor {key!r}")
         return spec
 
-    def _place(self, chunk: StoredChunk) -> _Place:
+    def _place(self, chunk: StoredChunk) -> Place:
         """Where the data of a chunk lie; looked up once."""
         place = self._places.get(chunk)
         if place is None:
@@ -163,7 +176,7 @@ class TorchDistCheckpoint:
             place = self._places[chunk] = self._find(chunk)
         return place
 
-    def _find(self, chunk: StoredChunk) -> _Place:
+    def _find(self, chunk: StoredChunk) -> Place:
         path = self.folder / chunk.file
         shape, dtype = box_shape(chunk.box), self.tensors[chunk.key].dtype
         try:
@@ -188,7 +201,7 @@ class TorchDistCheckpoint:
             )
         offset = chunk.offset + found.offset
         ordered = tuple(shape[axis] for axis in found.order)
-        return _Place(TensorInfo(chunk.key, ordered, dtype, path, offset), found.order)
+        return Place(TensorInfo(chunk.key, ordered, dtype, path, offset), found.order)
 
 
 def _index_faults(tensors: dict[str, TensorSpec], chunks: list[StoredChunk]) -> Iterator[str]:

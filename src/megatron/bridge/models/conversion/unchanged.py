@@ -8,14 +8,13 @@ of which strides can tell.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy, Parameter
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
-from megatron.bridge.tensors.boxes import Box, box_shape, volume
+from megatron.bridge.tensors.boxes import Box, box_shape, run_start, volume
 
 _WORTH_A_CHUNK = 64 << 10
 """Bytes of data for which a piece of a parameter becomes a chunk of the checkpoint."""
@@ -94,11 +93,7 @@ def _range(info: TensorInfo, copy: Copy) -> DataRange | None:
     shape, box = box_shape(copy.megatron_box), box_shape(copy.hf_box)
     if copy.transpose and shape[-2:] != (box[-1], box[-2]):
         return None
-    offset, width = info.offset, itemsize(info.dtype)
-    whole = True
-    for axis in reversed(range(len(box))):
-        if not whole and box[axis] != 1:
-            return None
-        whole = whole and box[axis] == info.shape[axis]
-        offset += copy.hf_box[axis][0] * prod(info.shape[axis + 1 :]) * width
-    return DataRange(info.file, offset, copy.transpose)
+    start = run_start(info.shape, copy.hf_box)
+    if start is None:
+        return None
+    return DataRange(info.file, info.offset + start * itemsize(info.dtype), copy.transpose)
