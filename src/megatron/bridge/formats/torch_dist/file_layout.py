@@ -47,7 +47,7 @@ _BACKEND = {"sharded_backend": TORCH_DIST, "sharded_backend_version": TORCH_DIST
 
 def torch_dist_files(
     tensors: Mapping[str, TensorSpec],
-    chunks: Iterable[Chunk],
+    chunks: Iterable[Chunk | tuple[str, Box]],
     *,
     max_file_bytes: int,
     piece_bytes: int = PIECE_BYTES,
@@ -116,7 +116,9 @@ class _Stored(NamedTuple):
 
 
 def _saved_tensors(
-    tensors: Mapping[str, TensorSpec], chunks: Iterable[Chunk], piece_bytes: int
+    tensors: Mapping[str, TensorSpec],
+    chunks: Iterable[Chunk | tuple[str, Box]],
+    piece_bytes: int,
 ) -> Iterator[_Stored]:
     room = piece_bytes - MAX_FRAME_BYTES
     if room <= 0:
@@ -124,7 +126,7 @@ def _saved_tensors(
             f"pieces of {piece_bytes} bytes have no room for data; allow more than "
             f"{MAX_FRAME_BYTES}"
         )
-    for key, box, data in chunks:
+    for key, box, data in (Chunk(*chunk) for chunk in chunks):
         dtype = tensors[key].dtype
         if data is not None and room > BLOCK_BYTES:
             yield from _ranges(key, box, data, dtype, room - BLOCK_BYTES)
