@@ -53,8 +53,8 @@ class Budget:
             raise InputError(
                 f"memory (--memory): {memory} bytes are too small; give {least} or more"
             )
-        # While one waits for the disk, the others keep the processors busy.
-        wanted = min(_MOST_THREADS, (os.cpu_count() or 1) + 1)
+        # While those of one half wait for the disk, the others keep the processors busy.
+        wanted = min(_MOST_THREADS, 2 * (os.cpu_count() or 1) + 2)
         piece_bytes = max(PIECE_BYTES, longest_piece)
         threads = min(wanted, max(1, memory // (SCRATCH_BYTES + _BUFFERS * piece_bytes)))
         piece_bytes = min(PIECE_BYTES, (memory // threads - SCRATCH_BYTES) // _BUFFERS)
