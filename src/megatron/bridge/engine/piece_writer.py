@@ -25,10 +25,10 @@ from typing import Self
 
 from isal.isal_zlib import crc32
 
-from megatron.bridge.engine.file_ranges import finish_writing, forget, reserve, start_writing
 from megatron.bridge.engine.pieces import Piece
 from megatron.bridge.engine.write_trial import WriteTrial
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.file_hints import finish_writing, forget, reserve, start_writing
 
 _DIRECT: int | None = getattr(os, "O_DIRECT", None)
 """None where the system has no such flag."""

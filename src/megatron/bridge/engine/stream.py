@@ -17,7 +17,7 @@ from megatron.bridge.engine.piece_writer import Checksums, PieceBuffer, PieceWri
 from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, Piece, pieces_of
 from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import InputError
-from megatron.bridge.models.hf_pretrained.slice_reader import SCRATCH_BYTES
+from megatron.bridge.models.hf_pretrained.slice_reader import SCRATCH_BYTES, read_once
 from megatron.bridge.progress import Progress, Silent
 
 DEFAULT_MEMORY = 1 << 30
@@ -94,6 +94,7 @@ def write_pieces(
     lock = threading.Lock()
 
     def work(own: Iterator[Piece]) -> None:
+        read_once()
         buffer = PieceBuffer(budget.piece_bytes)
         for piece in own:
             check()

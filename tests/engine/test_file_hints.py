@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.engine import file_ranges
+from megatron.bridge import file_hints
 
 LENGTH = 3_000_001
 
@@ -19,7 +19,7 @@ def descriptor(tmp_path: Path) -> int:
 
 def test_blocks_are_reserved(descriptor: int) -> None:
     os.pwrite(descriptor, b"x" * LENGTH, 1000)  # of an earlier run, and longer
-    file_ranges.reserve(descriptor, LENGTH)
+    file_hints.reserve(descriptor, LENGTH)
     found = os.fstat(descriptor)
     assert found.st_size == LENGTH
     assert found.st_blocks * 512 >= LENGTH
@@ -29,41 +29,45 @@ def test_blocks_are_reserved(descriptor: int) -> None:
 def test_a_file_system_that_cannot_reserve(
     code: int, descriptor: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_ranges, "_LIBRARY", Failing([code]))
-    file_ranges.reserve(descriptor, LENGTH)
+    monkeypatch.setattr(file_hints, "_LIBRARY", Failing([code]))
+    file_hints.reserve(descriptor, LENGTH)
     assert os.fstat(descriptor).st_size == LENGTH
-    assert not file_ranges.start_writing(descriptor, 0, LENGTH)
-    assert not file_ranges.finish_writing(descriptor, 0, LENGTH)
+    assert not file_hints.start_writing(descriptor, 0, LENGTH)
+    assert not file_hints.finish_writing(descriptor, 0, LENGTH)
 
 
 def test_a_system_without_these_functions(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_ranges, "_LIBRARY", object())
-    file_ranges.reserve(descriptor, LENGTH)
+    monkeypatch.setattr(file_hints, "_LIBRARY", object())
+    file_hints.reserve(descriptor, LENGTH)
     assert os.fstat(descriptor).st_size == LENGTH
-    assert not file_ranges.start_writing(descriptor, 0, LENGTH)
+    assert not file_hints.start_writing(descriptor, 0, LENGTH)
 
 
 def test_what_the_disk_says_is_raised(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_ranges, "_LIBRARY", Failing([errno.ENOSPC]))
+    monkeypatch.setattr(file_hints, "_LIBRARY", Failing([errno.ENOSPC]))
     with pytest.raises(OSError, match="No space left"):
-        file_ranges.reserve(descriptor, LENGTH)
-    monkeypatch.setattr(file_ranges, "_LIBRARY", Failing([errno.EIO]))
+        file_hints.reserve(descriptor, LENGTH)
+    monkeypatch.setattr(file_hints, "_LIBRARY", Failing([errno.EIO]))
     with pytest.raises(OSError, match="Input/output error"):
-        file_ranges.finish_writing(descriptor, 0, LENGTH)
+        file_hints.finish_writing(descriptor, 0, LENGTH)
 
 
 def test_a_signal_does_not_end_a_call(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     library = Failing([errno.EINTR, errno.EINTR, 0])
-    monkeypatch.setattr(file_ranges, "_LIBRARY", library)
-    assert file_ranges.finish_writing(descriptor, 0, LENGTH)
+    monkeypatch.setattr(file_hints, "_LIBRARY", library)
+    assert file_hints.finish_writing(descriptor, 0, LENGTH)
     assert library.codes == []
 
 
 def test_a_range_is_written_and_forgotten(descriptor: int) -> None:
     os.pwrite(descriptor, b"abc" * 50_000, 0)
-    assert file_ranges.start_writing(descriptor, 0, 150_000)
-    assert file_ranges.finish_writing(descriptor, 0, 150_000)
-    file_ranges.forget(descriptor)
+    assert file_hints.start_writing(descriptor, 0, 150_000)
+    assert file_hints.finish_writing(descriptor, 0, 150_000)
+    if file_hints.cached_bytes(descriptor) is None:
+        pytest.skip("the kernel does not say what is in the cache")
+    assert file_hints.cached_bytes(descriptor) >= 150_000
+    file_hints.forget(descriptor)
+    assert file_hints.cached_bytes(descriptor) == 0
     assert os.pread(descriptor, 6, 149_994) == b"abcabc"
 
 
