@@ -1,7 +1,8 @@
 """Reading a torch_dist checkpoint by box, without a process group and without megatron-core."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import (
     Box,
     BoxIndex,
+    Shape,
     box_shape,
     format_box,
     full_box,
@@ -181,12 +183,19 @@ class TorchDistCheckpoint:
         return TensorInfo(chunk.key, shape, dtype, path, offset)
 
 
-def _index_faults(tensors: dict[str, TensorSpec], chunks: list[StoredChunk]) -> Iterator[str]:
+def _index_faults(
+    tensors: Mapping[str, TensorSpec], chunks: Iterable[StoredChunk]
+) -> Iterator[str]:
     boxes: dict[str, list[Box]] = {key: [] for key in tensors}
     for chunk in chunks:
         boxes[chunk.key].append(chunk.box)
+
+    @cache  # layers are alike
+    def faults(shape: Shape, boxes: tuple[Box, ...]) -> tuple[str, ...]:
+        return tuple(tiling_faults(shape, boxes))
+
     for key, spec in tensors.items():
-        yield from (f"{key}: {fault}" for fault in tiling_faults(spec.shape, boxes[key]))
+        yield from (f"{key}: {fault}" for fault in faults(spec.shape, tuple(boxes[key])))
 
 
 def _file_faults(folder: Path, chunks: list[StoredChunk]) -> Iterator[str]:
