@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,6 +47,8 @@ def slow_disk(folder: Path, gb_per_second: float, nbytes: int) -> Iterator[Path]
             "choose another --folder, or single models with --case"
         )
     with ExitStack() as undo:
+        # A process that is ended with SIGTERM would leave the device behind.
+        undo.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _stop))
         image = folder / f"{_NAME}.disk"
         undo.callback(image.unlink, missing_ok=True)
         with image.open("wb") as file:
@@ -67,6 +70,10 @@ def slow_disk(folder: Path, gb_per_second: float, nbytes: int) -> Iterator[Path]
                 "kernel does not hold it back; leave --slow-disk out"
             )
         yield mounted
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _check() -> None:

@@ -162,9 +162,7 @@ def test_a_slow_disk_without_its_tools(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
-        pytest.raises(
-            BenchmarkError, match=r"needs losetup, mkfs\.ext4, mount, umount"
-        ),
+        pytest.raises(BenchmarkError, match=r"needs losetup, mkfs\.ext4, mount, umount"),
         slow_disk.slow_disk(tmp_path, 0.4, MIB),
     ):
         pass
