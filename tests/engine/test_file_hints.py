@@ -18,7 +18,7 @@ def descriptor(tmp_path: Path) -> int:
 
 
 def test_blocks_are_reserved(descriptor: int) -> None:
-    os.pwrite(descriptor, b"x" * LENGTH, 1000)  # of an earlier run, and longer
+    os.pwrite(descriptor, b"x", LENGTH + 1000)  # of an earlier run: longer, and with a hole
     file_hints.reserve(descriptor, LENGTH)
     found = os.fstat(descriptor)
     assert found.st_size == LENGTH
