@@ -23,7 +23,9 @@ from megatron.bridge.formats.torch_dist.saved_tensor import (
     saved_object,
 )
 from megatron.bridge.formats.torch_dist.saved_tensor_reader import FoundTensor, find_saved_tensor
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import full_box
+from tensors_in_memory import put
 
 SHAPES = [(), (7,), (2, 3), (5, 1, 11), (1, 300, 233), (0, 3), (4, 0), (70000,)]
 
@@ -41,10 +43,10 @@ def torch_saved(value: object) -> bytes:
 
 
 def our_saved(tensor: torch.Tensor, dtype: str) -> bytes:
-    def fill(name: str, box: object, out: torch.Tensor) -> None:
+    def fill(name: str, box: object, out: Array) -> None:
         assert (name, box) == (part.name, part.box)
-        assert out.is_contiguous()
-        out.copy_(tensor)
+        assert out.flags.c_contiguous
+        put(tensor, out)
 
     part = SavedTensor("a.weight", full_box(tensor.shape), dtype)
     out = bytearray(b"\xee" * part.nbytes)

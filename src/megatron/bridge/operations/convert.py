@@ -253,20 +253,9 @@ def export_checkpoint(
     checkpoint = TorchDistCheckpoint(source, iteration)
     sides = sides_of_export(checkpoint, reference, part)
     reference = sides.files
-    if fp8 and experts is not None:
-        raise InputError(
-            "FP8 files are written in the layout of their reference: fp8 and experts exclude each "
-            "other"
-        )
-    if fp8 and sides.config is reference.hf_config and part is not None:
-        raise InputError(
-            "FP8 files have the names of their reference: fp8 and part exclude each other for a "
-            "checkpoint of the whole model"
-        )
-    if fp8 and dtype is not None:
-        raise InputError(
-            "FP8 files have the dtypes of their reference: fp8 and dtype exclude each other"
-        )
+    if fp8:
+        taken_out = part if sides.config is reference.hf_config else None
+        _check_fp8_alone({"experts": experts, "part": taken_out, "dtype": dtype})
     wanted = None if dtype is None else weight_dtype(dtype)
     quantized = fp8_reference(reference) if fp8 else None
     plan, dropped = plan_export(checkpoint, sides, experts)
@@ -327,6 +316,16 @@ def export_checkpoint(
         seconds=time.perf_counter() - begin,
         plan=plan,
     )
+
+
+def _check_fp8_alone(options: Mapping[str, str | None]) -> None:
+    """Raise InputError for an option beside fp8 that asks for what only the reference decides."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(
+                f"FP8 files have names, layout and dtypes of their reference: fp8 and {name} "
+                "exclude each other; leave out one of the two"
+            )
 
 
 def _specs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorSpec]:

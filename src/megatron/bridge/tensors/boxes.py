@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, product
 from math import prod
+from types import EllipsisType
 
 Shape = tuple[int, ...]
 Interval = tuple[int, int]
@@ -49,9 +50,12 @@ def relative(box: Box, origin: Box) -> Box:
     )
 
 
-def slices(box: Box) -> tuple[slice, ...]:
-    """The index that picks a box out of a tensor or a safetensors slice."""
-    return tuple(slice(start, stop) for start, stop in box)
+def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
+    """The index that picks a box out of an array, a tensor or a safetensors slice.
+
+    It ends in "...", for of a scalar numpy would make a copy without.
+    """
+    return (*(slice(start, stop) for start, stop in box), ...)
 
 
 def row_blocks(
