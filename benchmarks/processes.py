@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -65,14 +66,17 @@ def run(command: Sequence[str]) -> tuple[Measurement, dict[str, Any]]:
     """
     with tempfile.TemporaryFile() as errors:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
         samples = _Sampler(process.pid)
         try:
             samples.start()
             output, printed = _read(process)
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # and those that it started
+            process.wait()
             raise
         finally:
             samples.stop()

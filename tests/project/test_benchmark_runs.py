@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import disk_speed, rounds, slow_disk
+from benchmarks import disk_speed, processes, rounds, slow_disk
 from benchmarks.cases import CASES, MEMORY, SPEED, START, Case, reduced
 from benchmarks.cli import main
 from benchmarks.model_files import ModelFiles, RandomWeights
@@ -95,6 +95,22 @@ def test_files_that_are_mapped_are_no_memory_but_children_are(tmp_path: Path) ->
 def test_a_process_that_fails_is_an_error_with_its_message() -> None:
     with pytest.raises(BenchmarkError, match=r"exit status 3: (.|\n)*a bad end"):
         run(program(work="import sys; print('a bad end', file=sys.stderr); sys.exit(3)"))
+
+
+def test_nothing_that_was_started_goes_on_behind_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(process: subprocess.Popen[bytes]) -> tuple[bytes, float]:
+        assert process.stdout is not None
+        process.stdout.readline()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "_read", interrupted)
+    script = 'sleep 60 & echo $! > "$1"; echo begun; wait'
+    with pytest.raises(KeyboardInterrupt):
+        run(["sh", "-c", script, "sh", str(tmp_path / "pid")])
+    status = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
+    assert not status.exists() or status.read_text().rpartition(") ")[2].startswith("Z")
 
 
 def test_rounds_begin_with_different_steps_and_go_both_ways() -> None:
