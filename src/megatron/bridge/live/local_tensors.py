@@ -5,6 +5,7 @@ checkpoint key, the box of the global tensor and a view of the parameter's memor
 spec and any parallel layout. So nothing about sharding is written here.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,8 +55,13 @@ class LocalTensor:
 
 
 def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
-    """Everything that this rank's chunks hold; `data` are views of the parameters."""
-    found = []
+    """Everything that this rank's chunks hold; `data` are views of the parameters.
+
+    Raises:
+        PlanError: the model's `sharded_state_dict()` does not show all of a parameter, so nothing
+            would fill it, nor save it.
+    """
+    found: list[LocalTensor] = []
     for chunk in unwrapped(model):
         with megatron_on_cpu():
             state = chunk.sharded_state_dict()
@@ -71,7 +77,32 @@ def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
             )
             shape = tuple(entry.global_shape)
             found.append(LocalTensor(entry.key, shape, box, entry.data, entry.allow_shape_mismatch))
+    if problems := list(_hidden(model, found)):
+        raise PlanError(problems, heading="the model keeps parameters from its checkpoints")
     return found
+
+
+def _hidden(model: Sequence[torch.nn.Module], tensors: Sequence[LocalTensor]) -> Iterator[str]:
+    """Parameters that the tensors are not all of the memory of, one by one."""
+    # A tied weight has two keys and the same memory.
+    views = {_place(local.data): local.data for local in tensors}
+    starts = sorted((place[0], view.numel()) for place, view in views.items())
+    for name, _, parameter in named_parameters(model):
+        if _place(parameter) in views:
+            continue
+        begin, end = parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
+        first, last = (bisect_left(starts, (address,)) for address in (begin, end))
+        shown = sum(count for _, count in starts[first:last])
+        if shown != parameter.numel():
+            yield (
+                f"{name}: {shown} of its {parameter.numel()} values are in the model's "
+                f"sharded_state_dict()"
+            )
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Equal for views of the same memory."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def named_parameters(
@@ -163,6 +194,13 @@ def mismatches(plan: ConversionPlan, tensors: list[LocalTensor]) -> Iterator[str
             yield f"{local.key}: the files make shape {spec.shape}, the model has {local.key_shape}"
         else:
             held[local.key].append(local.box)
+            filled = sum(volume(shared) for shared, _ in plan.copies_to(local.key, local.box))
+            filled += sum(map(volume, plan.padding_in(local.key, local.box)))
+            if filled != volume(local.box):
+                yield (
+                    f"{local.key}: the files fill {filled} of the {volume(local.box)} values of "
+                    f"{local.box}"
+                )
     if dist.is_initialized() and dist.get_world_size() > 1:
         return  # other ranks hold the rest
     for key, spec in plan.megatron.items():
