@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -85,14 +86,17 @@ def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
 def _hidden(model: Sequence[torch.nn.Module], tensors: Sequence[LocalTensor]) -> Iterator[str]:
     """Parameters that the tensors are not all of the memory of, one by one."""
     # A tied weight has two keys and the same memory.
-    views = {_place(local.data): local.data for local in tensors}
-    starts = sorted((place[0], view.numel()) for place, view in views.items())
+    views = {_Place.of(local.data): local.data.numel() for local in tensors}
+    places = sorted(views, key=_Place.start)
+    starts = [place.start() for place in places]
     for name, _, parameter in named_parameters(model):
-        if _place(parameter) in views:
+        whole = _Place.of(parameter)
+        if whole in views:
             continue
-        begin, end = parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
-        first, last = (bisect_left(starts, (address,)) for address in (begin, end))
-        shown = sum(count for _, count in starts[first:last])
+        storage, offset = whole.start()
+        first = bisect_left(starts, (storage, offset))
+        last = bisect_left(starts, (storage, offset + parameter.numel()))
+        shown = sum(views[place] for place in places[first:last])
         if shown != parameter.numel():
             yield (
                 f"{name}: {shown} of its {parameter.numel()} values are in the model's "
@@ -100,9 +104,22 @@ def _hidden(model: Sequence[torch.nn.Module], tensors: Sequence[LocalTensor]) ->
             )
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Equal for views of the same memory."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+class _Place(NamedTuple):
+    """Where the elements of a tensor are; equal for views of the same ones."""
+
+    storage: int
+    offset: int
+    shape: Shape
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        # Also on the meta device, where nothing has an address.
+        storage = tensor.untyped_storage()._cdata
+        return cls(storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+    def start(self) -> tuple[int, int]:
+        return self.storage, self.offset
 
 
 def named_parameters(
@@ -113,15 +130,18 @@ def named_parameters(
     A layer's number is that in the whole model, not that on this pipeline stage.
     """
     for chunk in unwrapped(model):
-        modules = dict(chunk.named_modules())
-        for local_name, parameter in chunk.named_parameters():
-            module_name, _, own_name = local_name.rpartition(".")
-            name, owner = "", chunk
-            for part in module_name.split("."):
-                owner = owner[int(part)] if part.isdecimal() else getattr(owner, part)
-                number = getattr(owner, "layer_number", None) if part.isdecimal() else None
-                name += f"{part if number is None else number - 1}."
-            yield name + own_name, modules[module_name], parameter
+        seen: set[int] = set()  # a tied weight has the name of its first owner
+        prefixes = {"": ""}
+        for path, module in chunk.named_modules():
+            if path:
+                parent, _, part = path.rpartition(".")
+                number = getattr(module, "layer_number", None) if part.isdecimal() else None
+                part = part if number is None else str(number - 1)
+                prefixes[path] = f"{prefixes[parent]}{part}."
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield prefixes[path] + name, module, parameter
 
 
 class LiveTensors:
