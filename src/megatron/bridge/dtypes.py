@@ -1,16 +1,18 @@
-"""The one table of dtypes: safetensors name, torch name and bytes per element.
+"""The one table of dtypes: safetensors name, name in torch and numpy, and bytes per element.
 
-Names are those of the safetensors format. Torch is imported only where a torch dtype is asked for,
-so that file headers can be read without it. Types of less than one byte are not supported.
+Names are those of the safetensors format. Libraries are imported only where a dtype of theirs is
+asked for, so that file headers can be read without. Types of less than one byte are not supported.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 type DType = str | torch.dtype
@@ -85,6 +87,24 @@ def _row(name: str) -> tuple[str, int]:
 def itemsize(name: str) -> int:
     """Bytes per element of the safetensors dtype `name`; CheckpointError if it is unknown."""
     return _row(name)[1]
+
+
+@cache
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of the safetensors dtype `name`; CheckpointError if it is unknown.
+
+    What numpy itself does not have (bfloat16, FP8) is a dtype of ml_dtypes.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    library_name = _row(name)[0]
+    return np.dtype(getattr(ml_dtypes, library_name, library_name))
+
+
+def dtype_of(dtype: np.dtype[Any]) -> str:
+    """The safetensors name of a numpy dtype that `numpy_dtype` gave."""
+    return TORCH_NAMES[dtype.name]
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -100,8 +100,3 @@ def _silence_progress_bars() -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-
-
-def import_torch() -> None:
-    """Import torch now, so that the seconds it takes are not counted as work."""
-    import torch.distributed.checkpoint.metadata  # noqa: F401

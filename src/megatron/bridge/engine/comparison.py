@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
-
 from megatron.bridge.engine.difference import Difference, difference
-from megatron.bridge.engine.pieces import FillTensor, TensorData, as_tensor, tensor_blocks
+from megatron.bridge.engine.pieces import FillTensor, TensorData, tensor_blocks
 from megatron.bridge.engine.stream import Budget
 from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.progress import Progress
+from megatron.bridge.tensors.arrays import Array, array_over
 from megatron.bridge.tensors.boxes import box_shape
 from megatron.bridge.tensors.spec import TensorSpec
 
@@ -50,7 +49,6 @@ def compare_tensors(
     progress.start("verify", sum(spec.nbytes for spec in specs))
 
     def work(blocks: Iterator[TensorData]) -> None:
-        torch.set_num_threads(1)  # of this thread: the blocks are what runs in parallel
         here, there = _Buffer(), _Buffer()
         for block in blocks:
             apart = difference(here.filled(block, a), there.filled(block, b))
@@ -69,11 +67,11 @@ class _Buffer:
     def __init__(self) -> None:
         self._memory = memoryview(b"")
 
-    def filled(self, block: TensorData, fill: FillTensor) -> torch.Tensor:
+    def filled(self, block: TensorData, fill: FillTensor) -> Array:
         """The block as one side has it; until it is filled again."""
         if block.nbytes > len(self._memory):
             self._memory = memoryview(b"")  # the old one goes first
             self._memory = memoryview(bytearray(block.nbytes))
-        tensor = as_tensor(self._memory[: block.nbytes], box_shape(block.box), block.dtype)
-        fill(block.name, block.box, tensor)
-        return tensor
+        array = array_over(self._memory[: block.nbytes], box_shape(block.box), block.dtype)
+        fill(block.name, block.box, array)
+        return array

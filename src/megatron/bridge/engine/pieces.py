@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from megatron.bridge.dtypes import itemsize, torch_dtype
+from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.tensors.boxes import Box, Shape, box_shape, row_blocks, volume
+from megatron.bridge.tensors.arrays import Array, array_over
+from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
-if TYPE_CHECKING:
-    import torch
-
-type FillTensor = Callable[[str, Box, torch.Tensor], None]
+type FillTensor = Callable[[str, Box, Array], None]
 """``fill(name, box, out)``: one box of an output tensor into contiguous memory of its dtype."""
 
 PIECE_BYTES = 8 << 20
@@ -78,7 +76,7 @@ class TensorData:
         return self.nbytes
 
     def write_to(self, out: memoryview, fill: FillTensor) -> None:
-        fill(self.name, self.box, as_tensor(out, box_shape(self.box), self.dtype))
+        fill(self.name, self.box, array_over(out, box_shape(self.box), self.dtype))
 
 
 def tensor_blocks(
@@ -192,12 +190,3 @@ def pieces_of(file: OutputFile, piece_bytes: int) -> Iterator[Piece]:
         size += nbytes
     if parts:
         yield Piece(file.name, offset, size, tuple(parts))
-
-
-def as_tensor(out: memoryview, shape: Shape, dtype: str) -> torch.Tensor:
-    """A tensor that lies in the memory of `out`, which is just long enough for it."""
-    import torch
-
-    if not len(out):
-        return torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
-    return torch.frombuffer(out, dtype=torch_dtype(dtype)).view(shape)

@@ -94,9 +94,6 @@ def write_pieces(
     lock = threading.Lock()
 
     def work(own: Iterator[Piece]) -> None:
-        import torch
-
-        torch.set_num_threads(1)  # of this thread: the pieces are what runs in parallel
         buffer = PieceBuffer(budget.piece_bytes)
         for piece in own:
             check()

@@ -50,7 +50,7 @@ def megatron_files(
     )
     record = config_record(provider, settings, hf_config)
     return (
-        *data.files,
+        *data,
         OutputFile.of_bytes(f"{folder}/{CONFIG_RECORD}", record),
         OutputFile.of_bytes(TRACKER_FILE, str(_ITERATION).encode()),
     )

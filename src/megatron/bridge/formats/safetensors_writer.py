@@ -165,13 +165,12 @@ def shard_header(
 
 
 def _write_tensor(file: BinaryIO, spec: TensorSpec, tensor: torch.Tensor) -> None:
-    import torch
+    from megatron.bridge.tensors.arrays import memory_of
+    from megatron.bridge.tensors.torch_views import as_array
 
     found = safetensors_dtype(tensor.dtype), tuple(tensor.shape)
     if found != (spec.dtype, tuple(spec.shape)):
         raise CheckpointError(
             f"{spec.name}: expected {spec.form}, found {found[0]} of shape {found[1]}"
         )
-    data = tensor.detach().cpu().contiguous()
-    if data.numel():
-        file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+    file.write(memory_of(as_array(tensor.cpu().contiguous())))

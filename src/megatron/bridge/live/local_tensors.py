@@ -22,6 +22,7 @@ from megatron.bridge.models.conversion.casting import EXACTLY
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.runtime.cpu import megatron_on_cpu
+from megatron.bridge.tensors.arrays import Array, copy
 from megatron.bridge.tensors.boxes import (
     Box,
     BoxIndex,
@@ -33,6 +34,7 @@ from megatron.bridge.tensors.boxes import (
     volume,
 )
 from megatron.bridge.tensors.spec import TensorSpec
+from megatron.bridge.tensors.torch_views import as_array
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class LiveTensors:
         """The dtype of a key. Raises InputError if this rank holds nothing of it."""
         return self._known(name).dtype
 
-    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
+    def read_into(self, name: str, box: Box, out: Array) -> None:
         """Copy one box of a key. Raises InputError if this rank does not hold all of it."""
         self._known(name)
         parts = list(self._indexes[name].overlapping(box))
@@ -177,8 +179,8 @@ class LiveTensors:
             raise self._split(name)
         for shared, local in parts:
             whole = local.data.detach().reshape(box_shape(local.box))
-            part = EXACTLY.cast(whole[slices(relative(shared, local.box))], out.dtype, name)
-            out[slices(relative(shared, box))] = part
+            part = as_array(whole[slices(relative(shared, local.box))].cpu())
+            copy(EXACTLY.cast(part, out.dtype, name), out[slices(relative(shared, box))])
 
     def _known(self, name: str) -> TensorSpec:
         if name not in self.tensors:

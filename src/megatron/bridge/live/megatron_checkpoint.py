@@ -32,7 +32,9 @@ from megatron.bridge.tensors.boxes import (
     relative,
     slices,
 )
+from megatron.bridge.tensors.source import read_box
 from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype
+from megatron.bridge.tensors.torch_views import as_torch, numpy_dtype_of
 
 
 @torch.no_grad()
@@ -160,8 +162,8 @@ def load_checkpoint(
         if found != box:
             data.zero_()
         if found is not None:
-            part = casting.cast(checkpoint.read(key, found), data.dtype, key)
-            data[slices(relative(found, box))] = part
+            part = casting.cast(read_box(checkpoint, key, found), numpy_dtype_of(data), key)
+            data[slices(relative(found, box))] = as_torch(part)
 
 
 def _misfits(

@@ -15,6 +15,7 @@ from megatron.bridge.models.conversion.transfer import fill_export
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.staging import staged_folder
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box
 
 
@@ -50,7 +51,7 @@ def save_folder(
     plan = plan_of_model(reference, model, experts=experts, dtype=dtype)
     source = LiveTensors(model, plan)
 
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
+    def fill(name: str, box: Box, out: Array) -> None:
         fill_export(plan, name, box, out, source, lambda: reference.weights, casting)
 
     files = [*weight_files(plan.hf, reference)]

@@ -20,6 +20,7 @@ from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.tensors.boxes import full_box
 from megatron.bridge.tensors.source import Source
+from megatron.bridge.tensors.torch_views import as_torch, numpy_dtype_of
 
 
 def options_of_model(hf: PreTrainedVLM, model: Sequence[torch.nn.Module]) -> PlanOptions:
@@ -110,10 +111,10 @@ def load_weights(
     shown.start("load", sum(local.data.nbytes for local in tensors))
     shifted = {copy.megatron_key for copy in plan.copies if copy.offset}
     for local in tensors:
-        tensor = read_megatron(plan, local.key, local.box, source)
+        array = read_megatron(plan, local.key, local.box, source)
         if local.key in shifted:  # the file's own values may not survive in a narrower dtype
-            tensor = casting.cast(tensor, local.data.dtype, local.key)
-        local.data.copy_(tensor.view(local.data.shape))
+            array = casting.cast(array, numpy_dtype_of(local.data), local.key)
+        local.data.copy_(as_torch(array).view(local.data.shape))
         shown.advance(local.data.nbytes)
 
 
@@ -140,4 +141,4 @@ def export_weights(
     for name, spec in plan.hf.items():
         if name in plan.carried:
             continue
-        yield name, read_hf(plan, name, full_box(spec.shape), source, casting)
+        yield name, as_torch(read_hf(plan, name, full_box(spec.shape), source, casting))

@@ -37,7 +37,7 @@ from megatron.bridge.tensors.spec import TensorSpec, main_dtype
 from megatron.bridge.text.document import UNSTATED, stated
 
 if TYPE_CHECKING:
-    import torch
+    from megatron.bridge.tensors.arrays import Array
 
 
 _DEFAULTS = Run()
@@ -167,7 +167,7 @@ def import_checkpoint(
     )
     inexact = tuple(Inexact(*one) for one in inexact_offsets(plan, weights))
 
-    def fill(key: str, box: Box, out: "torch.Tensor") -> None:
+    def fill(key: str, box: Box, out: "Array") -> None:
         fill_megatron(plan, key, box, out, weights)
 
     written = run.write(
@@ -277,7 +277,7 @@ def export_checkpoint(
     if fp8 or plan.carried:
         check_scales((given or reference).weights)
 
-    def fill_weight(name: str, box: Box, out: "torch.Tensor") -> None:
+    def fill_weight(name: str, box: Box, out: "Array") -> None:
         fill_export(plan, name, box, out, checkpoint, lambda: reference.weights, casting)
 
     requantizer = None if quantized is None else Requantizer(quantized, fill_weight)

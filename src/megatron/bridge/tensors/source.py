@@ -1,12 +1,13 @@
 """Named tensors that are read by box."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Protocol
 
-from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.tensors.boxes import Box, box_shape
 
 if TYPE_CHECKING:
-    import torch
+    from megatron.bridge.tensors.arrays import Array
 
 
 class Source(Protocol):
@@ -15,16 +16,14 @@ class Source(Protocol):
     def dtype_of(self, name: str) -> str:
         """The dtype ("BF16") in which a tensor is read."""
 
-    def read_into(self, name: str, box: Box, out: "torch.Tensor") -> None:
+    def read_into(self, name: str, box: Box, out: Array) -> None:
         """Fill `out`, a view of any strides of shape ``box_shape(box)`` and the tensor's dtype."""
 
 
-def read_box(
-    source: Source, name: str, box: Box, device: "torch.device | str" = "cpu"
-) -> "torch.Tensor":
+def read_box(source: Source, name: str, box: Box) -> Array:
     """One box of a tensor in new memory, in the dtype in which it is read."""
-    import torch
+    from megatron.bridge.tensors.arrays import empty
 
-    tensor = torch.empty(box_shape(box), dtype=torch_dtype(source.dtype_of(name)), device=device)
-    source.read_into(name, box, tensor)
-    return tensor
+    array = empty(box_shape(box), source.dtype_of(name))
+    source.read_into(name, box, array)
+    return array

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron.bridge.cli.output import Output, import_torch, open_output
+from megatron.bridge.cli.output import Output, open_output
 from megatron.bridge.cli.parameters import (
     Force,
     HFModel,
@@ -67,7 +67,6 @@ def import_command(
 
         check_target(target, [source], force=force)
         hf = hf_model(source, revision)
-        import_torch()
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
@@ -170,7 +169,6 @@ def export_command(
         else:
             check_target(target, [source, reference], force=force)
             hf = hf_model(reference, revision)
-        import_torch()
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,

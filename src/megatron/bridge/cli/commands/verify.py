@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megatron.bridge.cli.output import Output, import_torch, open_output
+from megatron.bridge.cli.output import Output, open_output
 from megatron.bridge.cli.parameters import Iteration, Json, Memory, part_option
 
 _SIDE = "Hugging Face folder, hub id (org/name or org/name@revision), or Megatron checkpoint."
@@ -74,7 +74,6 @@ def _verify(
     from megatron.bridge.errors import MismatchError
     from megatron.bridge.operations.verification.bitwise import verify as compare_tensors
 
-    import_torch()
     with output.progress() as progress:
         report = compare_tensors(a, b, progress, iteration=iteration, part=part, memory=memory)
     output.show(report, render_verify)

@@ -9,24 +9,10 @@ PyTorch reads these files.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
-from megatron.bridge.dtypes import itemsize, torch_dtype
+from megatron.bridge.dtypes import itemsize
 from megatron.bridge.engine.pieces import PIECE_BYTES, Literal, OutputFile, Part
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import METADATA_FILE
@@ -37,6 +23,8 @@ from megatron.bridge.formats.torch_dist.index_format import (
     TORCH_DIST_SUFFIX,
     TORCH_DIST_VERSION,
 )
+from megatron.bridge.formats.torch_dist.metadata import StoredChunk
+from megatron.bridge.formats.torch_dist.metadata_writer import metadata_bytes
 from megatron.bridge.formats.torch_dist.saved_tensor import (
     MAX_FRAME_BYTES,
     SavedTensor,
@@ -50,19 +38,6 @@ COMMON_STATE = "common_state/shard_0_1"
 
 _BACKEND = {"sharded_backend": TORCH_DIST, "sharded_backend_version": TORCH_DIST_VERSION}
 
-_VERSION = "1.0.0"
-"""The version of the index, as PyTorch counts."""
-
-_PICKLE_PROTOCOL = 4
-
-
-@dataclass(frozen=True)
-class TorchDistLayout:
-    """The files of a torch_dist checkpoint, those of its index last; `metadata` is that index."""
-
-    files: tuple[OutputFile, ...]
-    metadata: bytes
-
 
 def torch_dist_files(
     tensors: Mapping[str, TensorSpec],
@@ -73,7 +48,7 @@ def torch_dist_files(
     extra_states: Iterable[str] = (),
     iteration: int = 0,
     folder: str = "",
-) -> TorchDistLayout:
+) -> tuple[OutputFile, ...]:
     """Lay out a torch_dist checkpoint; the same arguments give the same bytes.
 
     Args:
@@ -86,30 +61,31 @@ def torch_dist_files(
         iteration: recorded in the common state, as Megatron's training loop does.
         folder: in which the files lie, with "/" between folders.
 
+    Returns:
+        The files, those of the index last.
+
     Raises:
         InputError: `piece_bytes` has no room for data.
         CheckpointError: a dtype is unknown.
     """
     with without_collection():
-        stored = [*_saved_tensors(tensors, chunks, piece_bytes), *_objects(extra_states, iteration)]
-        files, places = _distributed([item.part for item in stored], max_file_bytes)
-        metadata = pickle.dumps(_index(tensors, stored, places), protocol=_PICKLE_PROTOCOL)
+        objects = list(_objects(extra_states, iteration))
+        stored = [*_saved_tensors(tensors, chunks, piece_bytes), *objects]
+        files, places = _distributed(stored, max_file_bytes)
+        metadata = metadata_bytes(tensors, [item.key for item in objects], places)
     prefix = f"{folder}/" if folder else ""
-    return TorchDistLayout(
-        (
-            *(OutputFile(prefix + name, parts) for name, parts in files.items()),
-            OutputFile.of_bytes(prefix + BACKEND_FILE, json.dumps(_BACKEND).encode(), piece_bytes),
-            OutputFile.of_bytes(prefix + METADATA_FILE, metadata, piece_bytes),
-        ),
-        metadata,
+    return (
+        *(OutputFile(prefix + name, parts) for name, parts in files.items()),
+        OutputFile.of_bytes(prefix + BACKEND_FILE, json.dumps(_BACKEND).encode(), piece_bytes),
+        OutputFile.of_bytes(prefix + METADATA_FILE, metadata, piece_bytes),
     )
 
 
 class _Stored(NamedTuple):
-    """What is stored under a key: a box of a tensor, or an object, whose `box` is None."""
+    """What is stored under a key: a box of a tensor, or an object, whose box is ()."""
 
     key: str
-    box: Box | None
+    box: Box
     part: Part
 
 
@@ -136,61 +112,30 @@ def _objects(extra_states: Iterable[str], iteration: int) -> Iterator[_Stored]:
     """megatron-core stores an object as a list of its shards."""
     empty = Literal(saved_object([None]))
     for name in extra_states:
-        yield _Stored(name, None, empty)
+        yield _Stored(name, (), empty)
     common = {"checkpoint_version": 3.0, "iteration": iteration}
-    yield _Stored(COMMON_STATE, None, Literal(saved_object([common])))
+    yield _Stored(COMMON_STATE, (), Literal(saved_object([common])))
 
 
 def _distributed(
-    parts: Sequence[Part], max_file_bytes: int
-) -> tuple[dict[str, tuple[Part, ...]], list[_StorageInfo]]:
-    """Files that are filled evenly and in order, and where in them each part lies."""
-    sizes = [part.nbytes for part in parts]
+    stored: Sequence[_Stored], max_file_bytes: int
+) -> tuple[dict[str, tuple[Part, ...]], list[StoredChunk]]:
+    """Files that are filled evenly and in order, and where in them everything lies."""
+    sizes = [item.part.nbytes for item in stored]
     total, longest = sum(sizes), max(sizes)
     # A file ends behind the part that fills its share, so it can be longer by almost that part.
     share = total if total <= max_file_bytes else max(max_file_bytes - longest, longest)
     count = -(-total // share)
     files: dict[str, list[Part]] = {}
-    places: list[_StorageInfo] = []
+    places: list[StoredChunk] = []
     position = begin = 0
     turn, name = -1, ""
-    for part, nbytes in zip(parts, sizes, strict=True):
+    for item, nbytes in zip(stored, sizes, strict=True):
         if position * count // total != turn:
             turn, begin = position * count // total, position
             name = f"__0_{len(files)}{TORCH_DIST_SUFFIX}"
             files[name] = []
-        files[name].append(part)
-        places.append(_StorageInfo(name, position - begin, nbytes))
+        files[name].append(item.part)
+        places.append(StoredChunk(item.key, item.box, name, position - begin, nbytes))
         position += nbytes
     return {name: tuple(parts) for name, parts in files.items()}, places
-
-
-def _index(
-    tensors: Mapping[str, TensorSpec], stored: Sequence[_Stored], places: Sequence[_StorageInfo]
-) -> Metadata:
-    """What PyTorch's readers look up.
-
-    A pickle names an object that it holds already by its number. What is the same object here does
-    not depend on the caller's: otherwise its bytes would, too.
-    """
-    names = {key: key for key in tensors}
-    properties = {
-        spec.dtype: TensorProperties(torch_dtype(spec.dtype)) for spec in tensors.values()
-    }
-    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in tensors}
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
-        key: TensorStorageMetadata(properties[spec.dtype], torch.Size(spec.shape), chunks[key])
-        for key, spec in tensors.items()
-    }
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    for (key, box, _), place in zip(stored, places, strict=True):
-        if box is None:
-            entries[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = place
-        else:
-            offsets = torch.Size([start for start, _ in box])
-            chunks[key].append(ChunkStorageMetadata(offsets, torch.Size(box_shape(box))))
-            storage[MetadataIndex(names[key], offsets)] = place
-    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
-    metadata.version = _VERSION
-    return metadata

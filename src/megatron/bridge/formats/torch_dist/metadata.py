@@ -5,18 +5,10 @@ nothing but what an index is made of, and the index is made anew from what it sa
 from a stranger cannot run code, and what is returned has the types that it should.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from typing import NamedTuple
 
 from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import CheckpointError
@@ -30,7 +22,8 @@ from megatron.bridge.formats.torch_dist.plain_pickle import (
     read_plain_pickle,
 )
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
-from megatron.bridge.tensors.boxes import Shape, format_box
+from megatron.bridge.tensors.boxes import Box, Shape, format_box
+from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import is_name, quoted
 
 MAX_METADATA_BYTES = 256 << 20
@@ -41,8 +34,9 @@ MAX_AXES = 12
 
 _MAX_SIZE = (1 << 63) - 1
 
-_CLASSES = "torch.distributed.checkpoint.metadata"
-_FILES = "torch.distributed.checkpoint.filesystem"
+CLASSES = "torch.distributed.checkpoint.metadata"
+FILES = "torch.distributed.checkpoint.filesystem"
+"""Where PyTorch has the classes of an index."""
 
 _NAMES = frozenset(
     (module, name)
@@ -55,17 +49,53 @@ _NAMES = frozenset(
             ("Size", "device", "strided", "contiguous_format", "preserve_format", *TORCH_NAMES)
         ),
         "torch.serialization": "_get_layout",
-        _CLASSES: "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
+        CLASSES: "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
         "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
-        _FILES: "_StorageInfo",
+        FILES: "_StorageInfo",
         "torch.distributed.checkpoint.planner": "SavePlan TensorWriteData WriteItem WriteItemType",
     }.items()
     for name in names.split()
 )
 """What an index of any version names."""
 
-type _Unused = set[tuple[str, Shape]]
-"""Key and offsets of the data that no chunk has claimed."""
+
+class StoredChunk(NamedTuple):
+    """A piece of a tensor as it lies in a file, or an object.
+
+    Attributes:
+        key: of the tensor, or the object's name.
+        box: of the tensor; () for an object.
+        file: its name.
+        offset: where in the file it begins.
+        length: bytes of what torch.save made of it; 0 where none is stored.
+    """
+
+    key: str
+    box: Box
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """The index of a torch_dist checkpoint.
+
+    Attributes:
+        tensors: by key.
+        objects: names of everything else.
+        chunks: of the tensors, those of one after the other.
+        stored_objects: where the objects lie.
+    """
+
+    tensors: dict[str, TensorSpec]
+    objects: list[str]
+    chunks: list[StoredChunk]
+    stored_objects: list[StoredChunk]
+
+
+type _Places = dict[tuple[str, Shape], tuple[str, int, int]]
+"""File, offset and length by key and offsets; those that no chunk has claimed yet."""
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -92,68 +122,68 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _metadata(index: Plain) -> Metadata:
-    if not isinstance(index, Call) or index.callee != Name(_CLASSES, "Metadata"):
+    if not isinstance(index, Call) or index.callee != Name(CLASSES, "Metadata"):
         raise CheckpointError("it is not the index of a torch_dist checkpoint")
     fields = _state(index, "Metadata")
-    storage = _storage(_entries(fields, "storage_data"))
-    unused = {(place.fqn, tuple(place.offset or ())) for place in storage}
-    found: dict[str, BytesStorageMetadata | TensorStorageMetadata] = {}
+    places = _places(_entries(fields, "storage_data"))
+    found = Metadata({}, [], [], [])
     for key, entry in _entries(fields, "state_dict_metadata").items():
         name = _checked_name(key)
-        if isinstance(entry, Call) and entry.callee == Name(_CLASSES, "BytesStorageMetadata"):
-            found[name] = BytesStorageMetadata()
+        if isinstance(entry, Call) and entry.callee == Name(CLASSES, "BytesStorageMetadata"):
+            found.objects.append(name)
+            place = places.pop((name, ()), ("", 0, 0))
+            found.stored_objects.append(StoredChunk(name, (), *place))
         else:
-            found[name] = _tensor(name, _state(entry, "TensorStorageMetadata"), unused)
-    return Metadata(found, storage_data=storage)
+            fields = _state(entry, "TensorStorageMetadata")
+            shape = _shape(name, fields.get("size"))
+            found.tensors[name] = TensorSpec(name, shape, _dtype(name, fields.get("properties")))
+            found.chunks.extend(_chunks(found.tensors[name], fields.get("chunks"), places))
+    return found
 
 
-def _storage(entries: Entries) -> dict[MetadataIndex, _StorageInfo]:
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+def _places(entries: Entries) -> _Places:
+    places: _Places = {}
     for place, info in entries.items():
         fields = _state(place, "MetadataIndex")
         key, offset = _checked_name(fields.get("fqn")), fields.get("offset")
-        index = MetadataIndex(key, None if offset is None else _shape(key, offset))
-        if index in storage:
-            raise CheckpointError(f"{key}: its data at {index.offset} lie in two places")
-        storage[index] = _storage_info(key, _state(info, "_StorageInfo", _FILES))
-    return storage
+        offsets = () if offset is None else _shape(key, offset)
+        if (key, offsets) in places:
+            raise CheckpointError(f"{key}: its data at {offsets} lie in two places")
+        places[key, offsets] = _place(key, _state(info, "_StorageInfo", FILES))
+    return places
 
 
-def _storage_info(key: str, fields: Entries) -> _StorageInfo:
+def _place(key: str, fields: Entries) -> tuple[str, int, int]:
     if fields.get("transform_descriptors"):
         raise CheckpointError(f"{key}: stored compressed or encrypted; save it without")
-    return _StorageInfo(
+    return (
         _checked_name(fields.get("relative_path")),
         _size(key, fields.get("offset")),
         _size(key, fields.get("length")),
     )
 
 
-def _tensor(key: str, fields: Entries, unused: _Unused) -> TensorStorageMetadata:
-    """A tensor; the data of its chunks are taken out of `unused`."""
-    dtype = _dtype(key, fields.get("properties"))
-    shape = _shape(key, fields.get("size"))
-    stated = fields.get("chunks")
+def _chunks(spec: TensorSpec, stated: Plain, places: _Places) -> Iterator[StoredChunk]:
+    """The chunks of a tensor; their data are taken out of `places`."""
+    key = spec.name
     if not isinstance(stated, list):
         raise CheckpointError(f"{key}: its chunks should be a list")
-    chunks = []
     for chunk in stated:
         state = _state(chunk, "ChunkStorageMetadata")
         offsets, sizes = (_shape(key, state.get(field)) for field in ("offsets", "sizes"))
-        if not len(offsets) == len(sizes) == len(shape):
-            raise CheckpointError(f"{key}: a chunk has other axes than shape {tuple(shape)}")
-        if (key, offsets) not in unused:
-            box = format_box(tuple((at, at + n) for at, n in zip(offsets, sizes, strict=True)))
-            raise CheckpointError(f"{key}: no data stored for {box}")
-        unused.remove((key, offsets))
-        chunks.append(ChunkStorageMetadata(offsets, sizes))
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)
+        if not len(offsets) == len(sizes) == len(spec.shape):
+            raise CheckpointError(f"{key}: a chunk has other axes than shape {spec.shape}")
+        box = tuple((at, at + n) for at, n in zip(offsets, sizes, strict=True))
+        place = places.pop((key, offsets), None)
+        if place is None:
+            raise CheckpointError(f"{key}: no data stored for {format_box(box)}")
+        yield StoredChunk(key, box, *place)
 
 
 # --- plain data of the one type that they should have ---
 
 
-def _state(value: Plain, name: str, module: str = _CLASSES) -> Entries:
+def _state(value: Plain, name: str, module: str = CLASSES) -> Entries:
     if not isinstance(value, Call) or value.callee != Name(module, name):
         raise CheckpointError(f"something else where {name} should be")
     if not isinstance(value.state, dict):
@@ -180,21 +210,21 @@ def _size(key: str, value: Plain) -> int:
     return value
 
 
-def _dtype(key: str, value: Plain) -> torch.dtype:
+def _dtype(key: str, value: Plain) -> str:
     """The first of the properties; the others are deprecated."""
     match value:
-        case Call(callee=Name("torch.distributed.checkpoint.metadata", "TensorProperties"),
-                  state=(Name("torch", name), *_)) if name in TORCH_NAMES:  # fmt: skip
-            dtype: torch.dtype = getattr(torch, name)
-            return dtype
+        case Call(callee=Name(module, "TensorProperties"), state=(Name("torch", name), *_)) if (
+            module == CLASSES and name in TORCH_NAMES
+        ):
+            return TORCH_NAMES[name]
     raise CheckpointError(f"{key}: its dtype is none that can be read")
 
 
-def _shape(key: str, value: Plain) -> torch.Size:
+def _shape(key: str, value: Plain) -> Shape:
     """What torch.Size is called with: one tuple."""
     match value:
         case Call(callee=Name("torch", "Size"), arguments=(tuple(sizes),)) if (
             len(sizes) <= MAX_AXES
         ):
-            return torch.Size([_size(key, size) for size in sizes])
+            return tuple(_size(key, size) for size in sizes)
     raise CheckpointError(f"{key}: no shape, or one of more than {MAX_AXES} axes")

@@ -2,24 +2,18 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
-
-from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
+from megatron.bridge.dtypes import numpy_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.iterations import METADATA_FILE, Iteration, iteration_folder
 from megatron.bridge.formats.torch_dist.index_format import index_format
-from megatron.bridge.formats.torch_dist.metadata import read_metadata
+from megatron.bridge.formats.torch_dist.metadata import StoredChunk, read_metadata
 from megatron.bridge.formats.torch_dist.saved_tensor_reader import find_saved_tensor
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 from megatron.bridge.models.hf_pretrained.slice_reader import SliceReader
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import (
     Box,
     BoxIndex,
@@ -32,19 +26,8 @@ from megatron.bridge.tensors.boxes import (
 )
 from megatron.bridge.tensors.spec import TensorSpec, check_box
 
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A piece of a tensor as it lies in a file: its box and the bytes of a saved tensor.
-
-    An object is a piece, too; its box is ().
-    """
-
-    key: str
-    box: Box
-    file: str
-    offset: int
-    length: int
+if TYPE_CHECKING:
+    import torch
 
 
 class TorchDistCheckpoint:
@@ -74,23 +57,22 @@ class TorchDistCheckpoint:
         self.folder = iteration_folder(folder, iteration)
         self.metadata_file = self.folder / METADATA_FILE
         metadata = read_metadata(self.folder)
-        entries = metadata.state_dict_metadata
-        self.objects = [key for key, e in entries.items() if isinstance(e, BytesStorageMetadata)]
-        self.tensors = {
-            key: TensorSpec(key, tuple(entry.size), safetensors_dtype(entry.properties.dtype))
-            for key, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        self.objects = metadata.objects
+        self.tensors = metadata.tensors
         self.format = index_format(self.folder, self.tensors)
-        stored = list(_stored_chunks(metadata))
-        chunks = [chunk for chunk in stored if chunk.key in self.tensors]
-        self._refuse([*_index_faults(self.tensors, chunks), *_file_faults(self.folder, stored)])
+        chunks = metadata.chunks
+        self._refuse(
+            [
+                *_index_faults(self.tensors, chunks),
+                *_file_faults(self.folder, [*chunks, *metadata.stored_objects]),
+            ]
+        )
         self.data_files = tuple(self.folder / name for name in sorted({c.file for c in chunks}))
-        by_key: dict[str, list[tuple[Box, _Chunk]]] = {key: [] for key in self.tensors}
+        by_key: dict[str, list[tuple[Box, StoredChunk]]] = {key: [] for key in self.tensors}
         for chunk in chunks:
             by_key[chunk.key].append((chunk.box, chunk))
         self._chunks = {key: BoxIndex(items) for key, items in by_key.items()}
-        self._places: dict[_Chunk, TensorInfo] = {}
+        self._places: dict[StoredChunk, TensorInfo] = {}
         self._reader = SliceReader()
 
     def dtype_of(self, key: str) -> str:
@@ -116,13 +98,14 @@ class TorchDistCheckpoint:
                     problems.append(str(error))
         self._refuse(problems)
 
-    def read(self, key: str, box: Box) -> torch.Tensor:
-        """One box of a tensor, in new memory, of shape ``box_shape(box)``; see `read_into`."""
-        result = torch.empty(box_shape(box), dtype=torch_dtype(self.dtype_of(key)), device="cpu")
-        self.read_into(key, box, result)
-        return result
+    def read(self, key: str, box: Box) -> "torch.Tensor":
+        """One box of a tensor as a torch tensor in new memory; see `read_into`."""
+        from megatron.bridge.tensors.torch_views import read_tensor
 
-    def read_into(self, key: str, box: Box, out: torch.Tensor) -> None:
+        check_box(self._known(key), box)
+        return read_tensor(self, key, box)
+
+    def read_into(self, key: str, box: Box, out: Array) -> None:
         """Read one box of a tensor into `out`, a view of its shape and dtype and of any strides.
 
         Of each piece that the box overlaps, only what lies in the box is read.
@@ -133,9 +116,9 @@ class TorchDistCheckpoint:
         """
         spec = self._known(key)
         check_box(spec, box)
-        if tuple(out.shape) != box_shape(box) or out.dtype != torch_dtype(spec.dtype):
+        if out.shape != box_shape(box) or out.dtype != numpy_dtype(spec.dtype):
             raise CheckpointError(
-                f"{key}: box {box} of {spec.dtype} does not fill {tuple(out.shape)}, {out.dtype}"
+                f"{key}: box {box} of {spec.dtype} does not fill {out.shape}, {out.dtype}"
             )
         for shared, chunk in self._chunks[key].overlapping(box):
             part = out[slices(relative(shared, box))]
@@ -163,7 +146,7 @@ class TorchDistCheckpoint:
             raise CheckpointError(f"{self.folder}: there is no tensor {key!r}")
         return spec
 
-    def _place(self, chunk: _Chunk) -> TensorInfo:
+    def _place(self, chunk: StoredChunk) -> TensorInfo:
         """Where the data of a chunk lie; looked up once."""
         place = self._places.get(chunk)
         if place is None:
@@ -171,7 +154,7 @@ class TorchDistCheckpoint:
             place = self._places[chunk] = self._find(chunk)
         return place
 
-    def _find(self, chunk: _Chunk) -> TensorInfo:
+    def _find(self, chunk: StoredChunk) -> TensorInfo:
         path = self.folder / chunk.file
         shape, dtype = box_shape(chunk.box), self.tensors[chunk.key].dtype
         try:
@@ -198,30 +181,7 @@ class TorchDistCheckpoint:
         return TensorInfo(chunk.key, shape, dtype, path, offset)
 
 
-def _stored_chunks(metadata: Metadata) -> Iterator[_Chunk]:
-    """Every piece of a tensor, and every object; `length` is 0 where none is stored."""
-    storage = {
-        (index.fqn, tuple(index.offset or ())): info
-        for index, info in metadata.storage_data.items()
-    }
-    for key, entry in metadata.state_dict_metadata.items():
-        for box in _boxes(entry):
-            info = storage.get((key, tuple(start for start, _ in box)))
-            if info is None:
-                yield _Chunk(key, box, "", 0, 0)
-            else:
-                yield _Chunk(key, box, str(info.relative_path), info.offset, info.length)
-
-
-def _boxes(entry: object) -> Iterator[Box]:
-    if not isinstance(entry, TensorStorageMetadata):
-        yield ()
-        return
-    for chunk in entry.chunks:
-        yield tuple((at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))
-
-
-def _index_faults(tensors: dict[str, TensorSpec], chunks: list[_Chunk]) -> Iterator[str]:
+def _index_faults(tensors: dict[str, TensorSpec], chunks: list[StoredChunk]) -> Iterator[str]:
     boxes: dict[str, list[Box]] = {key: [] for key in tensors}
     for chunk in chunks:
         boxes[chunk.key].append(chunk.box)
@@ -229,7 +189,7 @@ def _index_faults(tensors: dict[str, TensorSpec], chunks: list[_Chunk]) -> Itera
         yield from (f"{key}: {fault}" for fault in tiling_faults(spec.shape, boxes[key]))
 
 
-def _file_faults(folder: Path, chunks: list[_Chunk]) -> Iterator[str]:
+def _file_faults(folder: Path, chunks: list[StoredChunk]) -> Iterator[str]:
     sizes: dict[str, int] = {}
     for chunk in chunks:
         if not chunk.length:

@@ -10,20 +10,21 @@ padded by an extra field "FB". Checksums and sizes follow the records, as in a s
 
 from __future__ import annotations
 
-import io
 import pickle
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from math import prod
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from isal.isal_zlib import crc32
 
-from megatron.bridge.dtypes import itemsize, torch_dtype
-from megatron.bridge.engine.pieces import FillTensor, as_tensor
+from megatron.bridge.dtypes import TORCH_NAME_OF, itemsize
+from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.formats.torch_dist.pickle_codes import integer, integers
+from megatron.bridge.tensors.arrays import array_over
 from megatron.bridge.tensors.boxes import Box, Shape, box_shape
 
 MAX_FRAME_BYTES = 4096
@@ -93,7 +94,7 @@ class SavedTensor:
         end = begin + frame.tensor_bytes
         data = out[begin:end]
         if data:
-            fill(self.name, self.box, as_tensor(data, box_shape(self.box), self.dtype))
+            fill(self.name, self.box, array_over(data, box_shape(self.box), self.dtype))
         out[:begin] = frame.head
         out[end:] = frame.tail(crc32(data))
 
@@ -144,37 +145,32 @@ def frame_of(dtype: str, shape: Shape) -> Frame:
             f"{dtype} of shape {shape}: {nbytes} bytes are too many for one saved tensor; "
             "store it in pieces of less than 4 GiB"
         )
-    archive = _Archive()
-    archive.add("data.pkl", _pickled(dtype, shape))
-    archive.add(".format_version", b"1")
-    archive.add(".storage_alignment", str(_ALIGNMENT).encode())
-    archive.add("byteorder", b"little")
-    return archive.framed("data/0", nbytes)
+    return _Archive(_pickled(dtype, shape)).framed("data/0", nbytes)
 
 
 def saved_object(value: object) -> bytes:
-    """What torch.save makes of an object."""
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+    """What torch.save makes of an object without tensors, but for the record that is left out."""
+    return _Archive(pickle.dumps(value, protocol=_PROTOCOL)).without_data()
 
 
 class _Archive:
-    """A zip file that grows record by record."""
+    """A zip file that grows record by record; it begins with a pickle."""
 
-    def __init__(self) -> None:
+    def __init__(self, pickled: bytes) -> None:
         self._records = bytearray()
         self._directory = bytearray()
         self._count = 0
         self._left_out = 0
+        self._add("data.pkl", pickled)
+        self._add(".format_version", b"1")
+        self._add(".storage_alignment", str(_ALIGNMENT).encode())
+        self._add("byteorder", b"little")
 
     @property
     def _position(self) -> int:
         return len(self._records) + self._left_out
 
-    def add(self, name: str, content: bytes) -> None:
+    def _add(self, name: str, content: bytes) -> None:
         self._begin(name, len(content), crc32(content))
         self._records += content
         self._end(len(content), crc32(content))
@@ -186,9 +182,7 @@ class _Archive:
         head = bytes(self._records)
         self._left_out = nbytes
         self._end(nbytes, 0)
-        self.add("version", b"3\n")
-        directory = self._position
-        self._finish()
+        directory = self._finish()
         tail = bytes(self._records[len(head) :])
         places = (_CRC_IN_DESCRIPTOR, directory - len(head) - nbytes + crc_in_entry)
         return Frame(head, nbytes, tail, places if nbytes else ())
@@ -210,58 +204,64 @@ class _Archive:
         if nbytes:
             self._records += _DESCRIPTOR.pack(b"PK\7\10", crc, nbytes, nbytes)
 
-    def _finish(self) -> None:
-        """Append the directory and its ends: of 64 bits, its locator, and of 32 bits."""
-        begin, length, count = self._position, len(self._directory), self._count
+    def without_data(self) -> bytes:
+        """Complete it as it is."""
+        self._finish()
+        return bytes(self._records)
+
+    def _finish(self) -> int:
+        """Append the last record, the directory and its ends: of 64 bits, a locator, of 32 bits.
+
+        Returns where the directory begins.
+        """
+        self._add("version", b"3\n")
+        begin, length, entries = self._position, len(self._directory), self._count
         self._records += self._directory
         end_64 = self._position
         self._records += _END_64.pack(
-            b"PK\6\6", _END_64.size - 12, 0x031E, 45, 0, 0, count, count, length, begin
+            b"PK\6\6", _END_64.size - 12, 0x031E, 45, 0, 0, entries, entries, length, begin
         )
         self._records += _LOCATOR_64.pack(b"PK\6\7", 0, end_64, 1)
-        self._records += _END.pack(b"PK\5\6", 0, 0, count, count, length, begin, 0)
-
-
-class _Storage(NamedTuple):
-    """Stands for the data in the pickle. `length` is in elements of `kind`."""
-
-    kind: type
-    length: int
-
-
-class _Rebuilt:
-    """Pickled as a tensor is: as the call that makes one."""
-
-    def __init__(self, *call: object) -> None:
-        self._call = call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._call
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, value: object) -> tuple[object, ...] | None:
-        if isinstance(value, _Storage):
-            return "storage", value.kind, "0", "cpu", value.length
-        return None
+        self._records += _END.pack(b"PK\5\6", 0, 0, entries, entries, length, begin, 0)
+        return begin
 
 
 def _pickled(dtype: str, shape: Shape) -> bytes:
-    """How torch.save pickles a contiguous tensor of the CPU, without its data."""
-    import torch
-    from torch import _utils
+    """How torch.save pickles a contiguous tensor of the CPU, without its data.
+
+    The pickler notes every object under the next number, for a second mention that there is not.
+    """
+    numbers = count()
+
+    def noted(code: bytes) -> bytes:
+        return code + b"q" + bytes([next(numbers)])
+
+    def name(module: str, name: str) -> bytes:
+        return noted(f"c{module}\n{name}\n".encode())
+
+    def text(word: str) -> bytes:
+        return noted(b"X" + len(word).to_bytes(4, "little") + word.encode())
+
+    def sizes(of: Shape) -> bytes:
+        return noted(integers(of)) if of else integers(of)
 
     strides = tuple(
         prod(max(1, size) for size in shape[axis:]) for axis in range(1, len(shape) + 1)
     )
-    hooks: OrderedDict[str, object] = OrderedDict()
-    rest = 0, shape, strides, False, hooks
-    if dtype in STORAGES:
-        storage = _Storage(getattr(torch, STORAGES[dtype]), prod(shape))
-        tensor = _Rebuilt(_utils._rebuild_tensor_v2, (storage, *rest))
-    else:
-        storage = _Storage(torch.UntypedStorage, prod(shape) * itemsize(dtype))
-        tensor = _Rebuilt(_utils._rebuild_tensor_v3, (storage, *rest, torch_dtype(dtype)))
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=_PROTOCOL).dump(tensor)
-    return buffer.getvalue()
+    storage = STORAGES.get(dtype)
+    version, kind, length = (
+        ("v2", ("torch", storage), prod(shape))
+        if storage
+        else ("v3", ("torch.storage", "UntypedStorage"), prod(shape) * itemsize(dtype))
+    )
+    return b"".join(
+        (
+            b"\x80\x02" + name("torch._utils", f"_rebuild_tensor_{version}"),
+            b"((" + text("storage") + name(*kind) + text("0") + text("cpu"),
+            noted(integer(length) + b"t") + b"Q",
+            integer(0) + sizes(shape) + sizes(strides) + b"\x89",
+            noted(name("collections", "OrderedDict") + b")R"),
+            b"" if storage else name("torch", TORCH_NAME_OF[dtype]),
+            noted(noted(b"t") + b"R") + b".",
+        )
+    )

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import Any
 
-import torch
+import numpy as np
 
+from megatron.bridge.dtypes import dtype_of, holds_all
 from megatron.bridge.errors import InexactCast
+from megatron.bridge.tensors.arrays import Array, words
 
-_MANTISSA_BITS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MANTISSA_BITS = {"F16": 10, "BF16": 7, "F32": 23, "F64": 52}
 
 
 @dataclass(frozen=True)
@@ -24,39 +26,36 @@ class Casting:
     rounds: bool = False
     ways_out: str = "cast them first"
 
-    def cast(self, tensor: torch.Tensor, dtype: torch.dtype, culprit: str) -> torch.Tensor:
-        """`tensor` in `dtype`; bits of a NaN are kept where they fit.
+    def cast(self, array: Array, dtype: np.dtype[Any], culprit: str) -> Array:
+        """`array` in `dtype`; bits of a NaN are kept where they fit.
 
         Args:
-            tensor: the values.
+            array: the values.
             dtype: the new dtype.
             culprit: whose values they are, to begin a message with.
 
         Raises:
             InexactCast: values do not fit and are not to be rounded, or are out of range.
         """
-        if tensor.dtype == dtype:
-            return tensor
-        result = tensor.to(dtype)
-        if _MANTISSA_BITS.keys() >= {tensor.dtype, dtype}:
-            _carry_nans(tensor, result)
-        if torch.promote_types(tensor.dtype, dtype) != dtype:
-            back = result.to(tensor.dtype)
-            self.check(tensor, back, (back == tensor) | tensor.isnan(), dtype, culprit)
+        if array.dtype == dtype:
+            return array
+        here, there = dtype_of(array.dtype), dtype_of(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # the check looks at what comes out
+            result = array.astype(dtype)
+            if _MANTISSA_BITS.keys() >= {here, there}:
+                _carry_nans(array, result)
+            if not holds_all(there, here):
+                back = result.astype(array.dtype)
+                self.check(array, back, (back == array) | np.isnan(array), dtype, culprit)
         return result
 
     def check(
-        self,
-        tensor: torch.Tensor,
-        back: torch.Tensor,
-        exact: torch.Tensor,
-        dtype: torch.dtype,
-        culprit: str,
+        self, array: Array, back: Array, exact: Array, dtype: np.dtype[Any], culprit: str
     ) -> None:
         """Check values whose new dtype is made elsewhere.
 
         Args:
-            tensor: the values.
+            array: the values.
             back: the values after they had `dtype`.
             exact: which of them are as they were.
             dtype: the new dtype.
@@ -65,20 +64,19 @@ class Casting:
         Raises:
             InexactCast: values are not `exact` and not to be rounded, or are out of range.
         """
-        if bool(exact.all()):
+        if exact.all():
             return
-        distance = (back[~exact].double() - tensor[~exact].double()).abs()
-        distance = distance.nan_to_num(inf, posinf=inf)
-        error = float(distance.max())
+        before, after = (values[~exact].astype(np.float64) for values in (array, back))
+        with np.errstate(invalid="ignore"):
+            error = float(np.nan_to_num(np.abs(after - before), nan=inf, posinf=inf).max())
         if not isfinite(error):
-            largest = float(tensor[~exact].double().abs().max())
             raise InexactCast(
-                f"{culprit}: a value of {largest:.3g} is out of the range of {dtype}; choose "
-                f"a dtype with a wider range"
+                f"{culprit}: a value of {np.abs(before).max():.3g} is out of the range of {dtype}; "
+                f"choose a dtype with a wider range"
             )
         if not self.rounds:
             raise InexactCast(
-                f"{culprit}: values in {tensor.dtype} do not fit {dtype} exactly (off by up to "
+                f"{culprit}: values in {array.dtype} do not fit {dtype} exactly (off by up to "
                 f"{error:.3g}); {self.ways_out}"
             )
 
@@ -87,18 +85,18 @@ EXACTLY = Casting()
 ROUNDED = Casting(rounds=True)
 
 
-def _carry_nans(source: torch.Tensor, result: torch.Tensor) -> None:
+def _carry_nans(source: Array, result: Array) -> None:
     """Give NaNs of `result` sign and payload as in `source`: libraries keep them now and then."""
-    nans = source.isnan()
-    if not bool(nans.any()):
+    nans = np.isnan(source)
+    if not nans.any():
         return
-    # As integers throughout: filling in a float may go through a double, which has one NaN.
-    width, out = 8 * result.element_size(), result.view(_INTEGERS[result.element_size()])
-    here, there = _MANTISSA_BITS[source.dtype], _MANTISSA_BITS[result.dtype]
-    bits = source.view(_INTEGERS[source.element_size()])[nans].long()
-    payload = bits & ((1 << here) - 1)
-    moved = payload << (there - here) if there >= here else payload >> (here - there)
-    kept = (moved != 0) & ((moved >> max(there - here, 0)) << max(here - there, 0) == payload)
-    exponent = (1 << (width - 1)) - (1 << there)
-    sign = torch.where(bits < 0, -1 << (width - 1), 0)
-    out[nans] = torch.where(kept, (moved | exponent | sign).to(out.dtype), out[nans])
+    here, there = (_MANTISSA_BITS[dtype_of(array.dtype)] for array in (source, result))
+    bits = words(source)[nans].astype(np.uint64)
+    sign = bits >> np.uint64(8 * source.itemsize - 1) << np.uint64(8 * result.itemsize - 1)
+    payload = bits & np.uint64((1 << here) - 1)
+    wider, narrower = np.uint64(max(there - here, 0)), np.uint64(max(here - there, 0))
+    moved = payload << wider >> narrower
+    kept = (moved != 0) & (moved << narrower >> wider == payload)
+    exponent = np.uint64((1 << (8 * result.itemsize - 1)) - (1 << there))
+    out = words(result)
+    out[nans] = np.where(kept, (moved | exponent | sign).astype(out.dtype), out[nans])

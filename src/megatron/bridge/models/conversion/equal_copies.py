@@ -30,15 +30,18 @@ def check_equal(plan: ConversionPlan, source: Source) -> None:
 
 
 def _equal(plan: ConversionPlan, source: Source, one: str, other: str) -> bool:
-    import torch
+    import numpy as np
+
+    from megatron.bridge.tensors.arrays import same_bits
 
     shape = plan.hf[one].shape
     if shape != plan.hf[other].shape:
         return False
     for box in row_blocks(shape, 1, _BLOCK_ELEMENTS):
         first, second = (read_box(source, name, box) for name in (one, other))
-        wide = torch.promote_types(first.dtype, second.dtype)
-        first, second = first.to(wide), second.to(wide)
-        if not bool(((first == second) | (first.isnan() & second.isnan())).all()):
+        if first.dtype == second.dtype and same_bits(first, second):
+            continue
+        wide, too = (part.astype(np.float64) for part in (first, second))
+        if not np.array_equal(wide, too, equal_nan=True):
             return False
     return True

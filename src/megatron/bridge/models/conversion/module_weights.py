@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -15,7 +16,9 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.layout import HF, Layout, LayoutError
 from megatron.bridge.models.conversion.structure import LayoutFields
 from megatron.bridge.models.conversion.transfer import to_hf, to_megatron
-from megatron.bridge.tensors.boxes import box_shape, slices
+from megatron.bridge.tensors.arrays import copy
+from megatron.bridge.tensors.boxes import slices
+from megatron.bridge.tensors.torch_views import as_array, as_torch
 
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.param_mapping import ParamMapping
@@ -98,12 +101,13 @@ def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tenso
     dtype = first.dtype
     for other in others:
         dtype = torch.promote_types(dtype, other.dtype)
-    result = first.new_zeros(shape, dtype=dtype)
+    result = torch.zeros(shape, dtype=dtype, device="cpu")
+    out = as_array(result)
+    arrays = {role: as_array(tensor.cpu()) for role, tensor in tensors.items()}
     for piece in layout.pieces(shapes):
-        part = tensors[piece.role][slices(piece.hf_box)]
-        target = box_shape(piece.megatron_box)
-        result[slices(piece.megatron_box)] = to_megatron(part, piece, target, result.dtype)
-    return result
+        part, target = arrays[piece.role][slices(piece.hf_box)], out[slices(piece.megatron_box)]
+        copy(to_megatron(part, piece, target.shape, out.dtype), target)
+    return result.to(first.device)
 
 
 def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,12 +117,12 @@ def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]
         LayoutError: the shape does not fit.
     """
     shapes = layout.hf_shapes(tuple(tensor.shape))
-    result = {role: tensor.new_empty(shape) for role, shape in shapes.items()}
+    given = as_array(tensor.cpu())
+    result = {role: np.empty(shape, given.dtype) for role, shape in shapes.items()}
     for piece in layout.pieces(shapes):
-        part = tensor[slices(piece.megatron_box)]
-        target = box_shape(piece.hf_box)
-        result[piece.role][slices(piece.hf_box)] = to_hf(part, piece, target, tensor.dtype)
-    return result
+        target = result[piece.role][slices(piece.hf_box)]
+        copy(to_hf(given[slices(piece.megatron_box)], piece, target.shape, given.dtype), target)
+    return {role: as_torch(array).to(tensor.device) for role, array in result.items()}
 
 
 def _fields(module: torch.nn.Module) -> LayoutFields:

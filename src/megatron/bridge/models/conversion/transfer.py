@@ -5,30 +5,32 @@ one box lies on the other side, and how the elements are arranged there.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
+import numpy as np
 
-from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.dtypes import numpy_dtype
 from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.tensors.arrays import Array, copy, empty
 from megatron.bridge.tensors.box_pairs import BoxPair, hf_part, megatron_part
-from megatron.bridge.tensors.boxes import Box, box_shape, relative, row_blocks, slices
+from megatron.bridge.tensors.boxes import Box, Shape, box_shape, relative, row_blocks, slices
 from megatron.bridge.tensors.source import Source, read_box
 
 _CAST_BYTES = 1 << 20
 
 
 def to_megatron(
-    tensor: torch.Tensor,
+    array: Array,
     pair: BoxPair,
     shape: tuple[int, ...],
-    dtype: torch.dtype,
+    dtype: np.dtype[Any],
     culprit: str = "",
-) -> torch.Tensor:
+) -> Array:
     """Elements of a Hugging Face box, arranged and shifted as Megatron holds them.
 
     Args:
-        tensor: the elements of the whole `pair.hf_box`, or of a part of it.
+        array: the elements of the whole `pair.hf_box`, or of a part of it.
         pair: says how they are arranged and shifted.
         shape: of the result.
         dtype: of the result.
@@ -38,23 +40,23 @@ def to_megatron(
         InexactCast: values do not fit `dtype`.
     """
     if pair.transpose:
-        tensor = tensor.transpose(-1, -2)
-    tensor = EXACTLY.cast(tensor.reshape(shape), dtype, culprit)
-    return tensor + pair.offset if pair.offset else tensor
+        array = array.swapaxes(-1, -2)
+    array = EXACTLY.cast(array.reshape(shape), dtype, culprit)
+    return _shifted(array, pair.offset) if pair.offset else array
 
 
 def to_hf(
-    tensor: torch.Tensor,
+    array: Array,
     pair: BoxPair,
     shape: tuple[int, ...],
-    dtype: torch.dtype,
+    dtype: np.dtype[Any],
     casting: Casting = ROUNDED,
     culprit: str = "",
-) -> torch.Tensor:
+) -> Array:
     """Elements of a Megatron box, arranged and shifted back as Hugging Face holds them.
 
     Args:
-        tensor: the elements of the whole `pair.megatron_box`, or of a part of it.
+        array: the elements of the whole `pair.megatron_box`, or of a part of it.
         pair: says how they are arranged and shifted.
         shape: of the result.
         dtype: of the result.
@@ -65,34 +67,44 @@ def to_hf(
         InexactCast: see `casting`.
     """
     if pair.offset:
-        tensor = _shifted_back(tensor, pair.offset, dtype, casting, culprit)
+        array = _shifted_back(array, pair.offset, dtype, casting, culprit)
     else:
-        tensor = casting.cast(tensor, dtype, culprit)
+        array = casting.cast(array, dtype, culprit)
     if pair.transpose:
-        return tensor.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-    return tensor.reshape(shape)
+        return array.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
+    return array.reshape(shape)
+
+
+def _shifted(array: Array, offset: float) -> Array:
+    """``array + offset``, computed at least in float32 and rounded to the dtype of the array."""
+    wide = array.astype(_at_least_float32(array.dtype), copy=False)
+    return (wide + wide.dtype.type(offset)).astype(array.dtype, copy=False)
+
+
+def _at_least_float32(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 
 def _shifted_back(
-    tensor: torch.Tensor, offset: float, dtype: torch.dtype, casting: Casting, culprit: str
-) -> torch.Tensor:
-    """``tensor - offset`` in `dtype`.
+    array: Array, offset: float, dtype: np.dtype[Any], casting: Casting, culprit: str
+) -> Array:
+    """``array - offset`` in `dtype`.
 
-    A narrow result is exact if it is the difference, or if it makes `tensor` again: the difference
+    A narrow result is exact if it is the difference, or if it makes `array` again: the difference
     itself was rounded, and the narrow value is then as near as anything can be told.
     """
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    difference = wide - offset
-    result = difference.to(dtype)
-    back = result.to(difference.dtype)
-    exact = (back == difference) | (back + offset == wide) | difference.isnan()
+    wide = array.astype(_at_least_float32(array.dtype), copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):  # the check looks at what comes out
+        difference = wide - wide.dtype.type(offset)
+        result = difference.astype(dtype)
+        back = result.astype(difference.dtype)
+        shifted = back + wide.dtype.type(offset)
+    exact = (back == difference) | (shifted == wide) | np.isnan(difference)
     casting.check(difference, back, exact, dtype, culprit)
     return result
 
 
-def fill_megatron(
-    plan: ConversionPlan, key: str, box: Box, out: torch.Tensor, source: Source
-) -> None:
+def fill_megatron(plan: ConversionPlan, key: str, box: Box, out: Array, source: Source) -> None:
     """Fill `out` with one box of a Megatron tensor, from Hugging Face tensors; padding is zero.
 
     Args:
@@ -104,21 +116,21 @@ def fill_megatron(
     """
     for shared in plan.padding_in(key, box):
         out[slices(relative(shared, box))] = 0
-    for shared, copy in plan.copies_to(key, box):
-        part, hf_box = out[slices(relative(shared, box))], hf_part(copy, shared)
-        stored = torch_dtype(source.dtype_of(copy.hf_name))
-        if stored == out.dtype and not copy.offset:
-            source.read_into(copy.hf_name, hf_box, _in_hf_axes(part, copy, hf_box))
+    for shared, pair in plan.copies_to(key, box):
+        part, hf_box = out[slices(relative(shared, box))], hf_part(pair, shared)
+        stored = numpy_dtype(source.dtype_of(pair.hf_name))
+        if stored == out.dtype and not pair.offset:
+            source.read_into(pair.hf_name, hf_box, _in_hf_axes(part, pair, hf_box))
         else:
-            tensor = read_box(source, copy.hf_name, hf_box)
-            part.copy_(to_megatron(tensor, copy, tuple(part.shape), out.dtype, copy.hf_name))
+            array = read_box(source, pair.hf_name, hf_box)
+            copy(to_megatron(array, pair, part.shape, out.dtype, pair.hf_name), part)
 
 
 def fill_hf(
     plan: ConversionPlan,
     name: str,
     box: Box,
-    out: torch.Tensor,
+    out: Array,
     source: Source,
     casting: Casting = EXACTLY,
 ) -> None:
@@ -135,20 +147,20 @@ def fill_hf(
     Raises:
         InexactCast: see `casting`.
     """
-    for whole, copy in plan.copies_from(name, box):
-        stored = torch_dtype(source.dtype_of(copy.megatron_key))
+    for whole, pair in plan.copies_from(name, box):
+        stored = numpy_dtype(source.dtype_of(pair.megatron_key))
         for shared in _cast_at_once(whole, stored, out.dtype):
-            part, megatron_box = out[slices(relative(shared, box))], megatron_part(copy, shared)
-            if stored == out.dtype and not copy.offset:
-                view = _in_megatron_axes(part, copy, megatron_box)
-                source.read_into(copy.megatron_key, megatron_box, view)
+            part, megatron_box = out[slices(relative(shared, box))], megatron_part(pair, shared)
+            if stored == out.dtype and not pair.offset:
+                view = _in_megatron_axes(part, pair, megatron_box)
+                source.read_into(pair.megatron_key, megatron_box, view)
             else:
-                tensor = read_box(source, copy.megatron_key, megatron_box, out.device)
-                culprit = f"{name} from {copy.megatron_key}"
-                part.copy_(to_hf(tensor, copy, tuple(part.shape), out.dtype, casting, culprit))
+                array = read_box(source, pair.megatron_key, megatron_box)
+                culprit = f"{name} from {pair.megatron_key}"
+                copy(to_hf(array, pair, part.shape, out.dtype, casting, culprit), part)
 
 
-def _cast_at_once(box: Box, stored: torch.dtype, dtype: torch.dtype) -> Iterator[Box]:
+def _cast_at_once(box: Box, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Iterator[Box]:
     """A box in parts that are cast one by one: looking for what does not fit takes memory."""
     if stored.itemsize <= dtype.itemsize:
         yield box
@@ -164,7 +176,7 @@ def fill_export(
     plan: ConversionPlan,
     name: str,
     box: Box,
-    out: torch.Tensor,
+    out: Array,
     source: Source,
     reference: Callable[[], Source],
     casting: Casting,
@@ -193,33 +205,39 @@ def fill_export(
         fill_hf(plan, name, box, out, source, casting)
 
 
-def _in_hf_axes(part: torch.Tensor, pair: BoxPair, hf_box: Box) -> torch.Tensor:
+def _in_hf_axes(part: Array, pair: BoxPair, hf_box: Box) -> Array:
     """A part of a Megatron tensor, its axes in the order of the Hugging Face box it stands for."""
     shape = box_shape(hf_box)
     if pair.transpose:
-        return part.view(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-    return part.view(shape)
+        return _viewed(part, (*shape[:-2], shape[-1], shape[-2])).swapaxes(-1, -2)
+    return _viewed(part, shape)
 
 
-def _in_megatron_axes(part: torch.Tensor, pair: BoxPair, megatron_box: Box) -> torch.Tensor:
+def _in_megatron_axes(part: Array, pair: BoxPair, megatron_box: Box) -> Array:
     """A part of a Hugging Face tensor, its axes in the order of the Megatron box it stands for."""
-    return (part.transpose(-1, -2) if pair.transpose else part).view(box_shape(megatron_box))
+    turned = part.swapaxes(-1, -2) if pair.transpose else part
+    return _viewed(turned, box_shape(megatron_box))
 
 
-def read_megatron(plan: ConversionPlan, key: str, box: Box, source: Source) -> torch.Tensor:
+def _viewed(array: Array, shape: Shape) -> Array:
+    """The same memory in another shape. Raises ValueError where that takes a copy."""
+    return array.reshape(shape, copy=False)
+
+
+def read_megatron(plan: ConversionPlan, key: str, box: Box, source: Source) -> Array:
     """One box of a Megatron tensor in new memory; see `fill_megatron`."""
-    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.megatron[key].dtype), device="cpu")
-    fill_megatron(plan, key, box, tensor, source)
-    return tensor
+    array = empty(box_shape(box), plan.megatron[key].dtype)
+    fill_megatron(plan, key, box, array, source)
+    return array
 
 
 def read_hf(
     plan: ConversionPlan, name: str, box: Box, source: Source, casting: Casting = EXACTLY
-) -> torch.Tensor:
+) -> Array:
     """One box of a Hugging Face tensor in new memory, in the plan's dtype; see `fill_hf`."""
-    tensor = torch.empty(box_shape(box), dtype=torch_dtype(plan.hf[name].dtype), device="cpu")
-    fill_hf(plan, name, box, tensor, source, casting)
-    return tensor
+    array = empty(box_shape(box), plan.hf[name].dtype)
+    fill_hf(plan, name, box, array, source, casting)
+    return array
 
 
 def inexact_offsets(plan: ConversionPlan, source: Source) -> Iterator[tuple[str, float]]:
@@ -228,11 +246,12 @@ def inexact_offsets(plan: ConversionPlan, source: Source) -> Iterator[tuple[str,
     Adding a constant rounds where the result needs more bits than it has. `source` is of Hugging
     Face tensors.
     """
-    for copy in plan.copies:
-        if copy.offset:
-            tensor = read_box(source, copy.hf_name, copy.hf_box)
-            dtype = torch_dtype(plan.megatron[copy.megatron_key].dtype)
-            shifted = to_megatron(tensor, copy, box_shape(copy.megatron_box), dtype)
-            back = to_hf(shifted, copy, tuple(tensor.shape), tensor.dtype)
-            if not torch.equal(back, tensor):
-                yield copy.hf_name, float((back.double() - tensor.double()).abs().max())
+    for pair in plan.copies:
+        if pair.offset:
+            array = read_box(source, pair.hf_name, pair.hf_box)
+            dtype = numpy_dtype(plan.megatron[pair.megatron_key].dtype)
+            shifted = to_megatron(array, pair, box_shape(pair.megatron_box), dtype)
+            back = to_hf(shifted, pair, array.shape, array.dtype)
+            if (back != array).any():
+                error = np.abs(back.astype(np.float64) - array.astype(np.float64)).max()
+                yield pair.hf_name, float(error)

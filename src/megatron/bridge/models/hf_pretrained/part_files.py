@@ -14,13 +14,13 @@ from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.fp8 import Weights
-from megatron.bridge.models.hf_pretrained.tensors import TensorInfo
+from megatron.bridge.models.hf_pretrained.tensors import ReadableTensors, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.tensors.boxes import Box
 from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
-    import torch
+    from megatron.bridge.tensors.arrays import Array
 
 _OF_PROCESSORS = frozenset(
     {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"}
@@ -28,7 +28,7 @@ _OF_PROCESSORS = frozenset(
 """Files that say how pictures become inputs: of the whole model, and of no part that has none."""
 
 
-class RenamedTensors(Mapping[str, TensorSpec]):
+class RenamedTensors(ReadableTensors[TensorInfo | TensorSpec]):
     """Some tensors of a model, under other names."""
 
     def __init__(self, tensors: Weights, names: Mapping[str, str]) -> None:
@@ -45,16 +45,12 @@ class RenamedTensors(Mapping[str, TensorSpec]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """Read a tensor, or the part of it inside `box`; see TensorIndex.read."""
-        return self._tensors.read(self._known(name), box)
-
     def dtype_of(self, name: str) -> str:
         """The dtype ("BF16") in which a tensor is read. Raises CheckpointError if unknown."""
         return self._tensors.dtype_of(self._known(name))
 
-    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        """Read the part of a tensor inside `box` into `out`; see TensorIndex.read_into."""
+    def read_into(self, name: str, box: Box, out: Array) -> None:
+        """Read the part of a tensor inside `box` into `out`; see ReadableTensors.read_into."""
         self._tensors.read_into(self._known(name), box, out)
 
     def close(self) -> None:

@@ -14,24 +14,20 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron.bridge.dtypes import itemsize, torch_dtype
+from megatron.bridge.dtypes import itemsize, numpy_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
-from megatron.bridge.tensors.boxes import Box, box_shape, full_box
+from megatron.bridge.tensors.arrays import Array, copy, empty, memory_of
+from megatron.bridge.tensors.boxes import Box, box_shape
 from megatron.bridge.tensors.spec import check_box
-
-if TYPE_CHECKING:
-    import torch
 
 SCRATCH_BYTES = 4 << 20
 """Memory of each thread for elements that cannot be read straight to their place."""
 
 _MOST_OPEN = 64
 """How many files are kept open: a checkpoint may have more than a process may open."""
-
-_ROWS_AT_ONCE = 48
 
 _LONG_RUN = 32 << 10
 """Bytes of a run, above which reading one run after the other costs less than all between them."""
@@ -55,18 +51,8 @@ class SliceReader:
         with self._lock:
             self._files.clear()
 
-    def read(self, info: TensorInfo, box: Box | None) -> torch.Tensor:
-        """See TensorIndex.read."""
-        import torch
-
-        box = full_box(info.shape) if box is None else tuple(box)
-        check_box(info, box)
-        result = torch.empty(box_shape(box), dtype=torch_dtype(info.dtype), device="cpu")
-        self.read_into(info, box, result)
-        return result
-
-    def read_into(self, info: TensorInfo, box: Box, out: torch.Tensor) -> None:
-        """Read one box into `out`, a view of any strides on the CPU, in the dtype of the file.
+    def read_into(self, info: TensorInfo, box: Box, out: Array) -> None:
+        """Read one box into `out`, a view of any strides, in the dtype of the file.
 
         Memory beside `out` is at most SCRATCH_BYTES for each thread that reads.
 
@@ -75,16 +61,16 @@ class SliceReader:
                 the box.
         """
         check_box(info, box)
-        if tuple(out.shape) != box_shape(box):
-            raise CheckpointError(f"{info.name}: box {box} does not fill shape {tuple(out.shape)}")
-        if out.dtype != torch_dtype(info.dtype):
+        if out.shape != box_shape(box):
+            raise CheckpointError(f"{info.name}: box {box} does not fill shape {out.shape}")
+        if out.dtype != numpy_dtype(info.dtype):
             raise CheckpointError(f"{info.name}: it is {info.dtype}, not {out.dtype}")
-        if out.numel() == 0:
+        if out.size == 0:
             return
         file = self._open(info.file)
         runs = _Runs(info, box)
-        if out.is_contiguous() and (runs.length >= _LONG_RUN or runs.count == 1):
-            buffer = _bytes_of(out)
+        if out.flags.c_contiguous and (runs.length >= _LONG_RUN or runs.count == 1):
+            buffer = memory_of(out)
             position = 0
             for offset in runs.offsets():
                 _read_exactly(file, buffer[position : position + runs.length], offset, info)
@@ -144,7 +130,7 @@ class _Runs:
 
 
 def _read_bands(
-    file: _OpenFile, info: TensorInfo, box: Box, out: torch.Tensor, axis: int, offset: int
+    file: _OpenFile, info: TensorInfo, box: Box, out: Array, axis: int, offset: int
 ) -> None:
     """Read bands of whole rows through scratch memory; of each, copy what the box takes to `out`.
 
@@ -164,50 +150,19 @@ def _read_bands(
     for first in range(start, stop, rows):
         last = min(first + rows, stop)
         band = scratch[: (last - first) * stride]
-        _read_exactly(file, _bytes_of(band), offset + first * stride, info)
-        whole = band.view(out.dtype).view(last - first, *rest)
-        _copy(whole[:, *inner], out[first - start : last - start])
-
-
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy to a tensor that may be transposed: then a few rows at a time, which stay in a cache.
-
-    numpy's loops took three quarters of the time of torch's here, and half without the bands.
-    """
-    import numpy as np
-    import torch
-
-    # numpy has no bfloat16.
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.itemsize]
-    given, wanted = source.view(integers).numpy(), target.view(integers).numpy()
-    if wanted.ndim < 2 or wanted.strides[-1] == wanted.itemsize:
-        wanted[...] = given
-        return
-    for matrix in np.ndindex(given.shape[:-2]):
-        rows, columns = given[matrix], wanted[matrix]
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            columns[first : first + _ROWS_AT_ONCE] = rows[first : first + _ROWS_AT_ONCE]
+        _read_exactly(file, memory_of(band), offset + first * stride, info)
+        whole = band.view(out.dtype).reshape(last - first, *rest)
+        copy(whole[:, *inner], out[first - start : last - start])
 
 
 _local = threading.local()
 
 
-def _scratch() -> torch.Tensor:
-    import torch
-
+def _scratch() -> Array:
     if not hasattr(_local, "scratch"):
-        _local.scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
-    scratch: torch.Tensor = _local.scratch
+        _local.scratch = empty((SCRATCH_BYTES,), "U8")
+    scratch: Array = _local.scratch
     return scratch
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview[Any]:
-    """The memory of a contiguous tensor."""
-    import torch
-
-    # Not `view`: the strides of axes of length 1 may be anything.
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _read_exactly(file: _OpenFile, buffer: memoryview[Any], offset: int, info: TensorInfo) -> None:

@@ -10,8 +10,10 @@ Making the index reads headers only and imports no torch; all problems are in on
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,17 +24,20 @@ from megatron.bridge.models.hf_pretrained.safetensors_header import (
     TensorInfo,
     read_header,
 )
-from megatron.bridge.models.hf_pretrained.slice_reader import SliceReader
 from megatron.bridge.models.hf_pretrained.weight_files import SINGLE_FILE, SUFFIX, WeightFiles
-from megatron.bridge.tensors.boxes import Box
+from megatron.bridge.tensors.boxes import Box, full_box
+from megatron.bridge.tensors.spec import TensorSpec, check_box
 from megatron.bridge.text.quoting import printable
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron.bridge.models.hf_pretrained.slice_reader import SliceReader
+    from megatron.bridge.tensors.arrays import Array
+
 _BLOCK_BYTES = 4 << 20
 
-__all__ = ["Shard", "TensorIndex", "TensorInfo"]
+__all__ = ["ReadableTensors", "Shard", "TensorIndex", "TensorInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,51 @@ class Shard:
     names: tuple[str, ...]
 
 
-class TensorIndex(Mapping[str, TensorInfo]):
+class ReadableTensors[Spec: TensorSpec](Mapping[str, Spec], ABC):
+    """Tensors of files by name, that are read by box: a Source."""
+
+    @abstractmethod
+    def dtype_of(self, name: str) -> str:
+        """The dtype ("BF16") in which a tensor is read. Raises CheckpointError if unknown."""
+
+    @abstractmethod
+    def read_into(self, name: str, box: Box, out: Array) -> None:
+        """Read the part of a tensor inside `box` into `out`. Safe to call from several threads.
+
+        Args:
+            name: of the tensor.
+            box: one half-open range (start, stop) per axis.
+            out: of the shape and dtype of the part, with any strides.
+
+        Raises:
+            CheckpointError: the name is unknown, the box sticks out of the tensor, or the file
+                changed since it was indexed.
+        """
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """Read a tensor, or the part of it inside `box`, as a torch tensor.
+
+        Only the bytes of the part are read.
+
+        Args:
+            name: of the tensor.
+            box: one half-open range (start, stop) per axis; None for the whole tensor.
+
+        Returns:
+            A contiguous tensor on the CPU, which shares memory with nothing.
+
+        Raises:
+            CheckpointError: as `read_into`.
+        """
+        from megatron.bridge.tensors.torch_views import read_tensor
+
+        self.dtype_of(name)
+        box = full_box(self[name].shape) if box is None else tuple(box)
+        check_box(self[name], box)
+        return read_tensor(self, name, box)
+
+
+class TensorIndex(ReadableTensors[TensorInfo]):
     """Tensor name -> TensorInfo, over all shards of a folder.
 
     Iterates by file name, and within a file in the order of the data. Can be pickled; the copy
@@ -70,7 +119,6 @@ class TensorIndex(Mapping[str, TensorInfo]):
         self._tensors = {tensor.name: tensor for _, header in ordered for tensor in header.tensors}
         self.total_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
         """Bytes of tensor data, without headers."""
-        self._reader = SliceReader()
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -113,40 +161,19 @@ class TensorIndex(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """Read a tensor, or the part of it inside `box`, into new memory on the CPU.
-
-        Only the bytes of the part are read.
-
-        Args:
-            name: of the tensor.
-            box: one half-open range (start, stop) per axis; None for the whole tensor.
-
-        Returns:
-            A contiguous tensor in the file's dtype, which shares memory with nothing.
-
-        Raises:
-            CheckpointError: the name is unknown, the box sticks out of the tensor, or the file
-                changed since it was indexed.
-        """
-        return self._reader.read(self._known(name), box)
-
     def dtype_of(self, name: str) -> str:
         """The dtype ("BF16") of a tensor. Raises CheckpointError for an unknown name."""
         return self._known(name).dtype
 
-    def read_into(self, name: str, box: Box, out: torch.Tensor) -> None:
-        """Read the part of a tensor inside `box` into `out`. Safe to call from several threads.
-
-        Args:
-            name: of the tensor.
-            box: as of `read`.
-            out: of the shape and dtype of the part, with any strides.
-
-        Raises:
-            CheckpointError: as `read`.
-        """
+    def read_into(self, name: str, box: Box, out: Array) -> None:
+        """See ReadableTensors.read_into."""
         self._reader.read_into(self._known(name), box, out)
+
+    @cached_property
+    def _reader(self) -> SliceReader:
+        from megatron.bridge.models.hf_pretrained.slice_reader import SliceReader  # needs numpy
+
+        return SliceReader()
 
     def _known(self, name: str) -> TensorInfo:
         info = self._tensors.get(name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.dtypes import torch_dtype, widest
+from megatron.bridge.dtypes import numpy_dtype, widest
 from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget
 from megatron.bridge.errors import InexactCast, InputError
 from megatron.bridge.formats.file_plans import (
@@ -41,10 +41,9 @@ from megatron.bridge.tensors.boxes import Box, full_box, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron.bridge.engine.pieces import FillTensor
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+    from megatron.bridge.tensors.arrays import Array
 
 type Checkpoint = PreTrainedVLM | TorchDistCheckpoint
 
@@ -171,10 +170,9 @@ def _across(
     hf_is_a: bool,
 ) -> tuple[_Side, _Side]:
     """A Hugging Face folder, and what `export` would make of a Megatron checkpoint."""
-    import torch
-
     from megatron.bridge.models.conversion.casting import EXACTLY
     from megatron.bridge.models.conversion.transfer import fill_hf
+    from megatron.bridge.tensors.arrays import copy, empty
 
     sides = Sides.of(hf) if part is None else sides_of_export(checkpoint, hf, part)
     weights = _weights(checkpoint, report)
@@ -201,16 +199,16 @@ def _across(
         if name not in absent
     }
 
-    def fill_from_hf(name: str, box: Box, out: torch.Tensor) -> None:
-        stored = torch_dtype(here.tensors[name].dtype)
-        if out.dtype == stored:
+    def fill_from_hf(name: str, box: Box, out: Array) -> None:
+        stored = here.tensors[name].dtype
+        if out.dtype == numpy_dtype(stored):
             here.fill(name, box, out)
         else:
-            tensor = torch.empty(out.shape, dtype=stored, device="cpu")
-            here.fill(name, box, tensor)
-            out.copy_(EXACTLY.cast(tensor, out.dtype, name))
+            array = empty(out.shape, stored)
+            here.fill(name, box, array)
+            copy(EXACTLY.cast(array, out.dtype, name), out)
 
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
+    def fill(name: str, box: Box, out: Array) -> None:
         fill_hf(plan, name, box, out, checkpoint)
 
     return _Side(comparable, fill_from_hf), _Side(comparable, fill)

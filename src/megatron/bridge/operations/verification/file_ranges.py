@@ -60,14 +60,9 @@ class TensorPlaces:
 
 def _torch_dist_places(folder: Path) -> Mapping[str, _Places]:
     """Places by the name of each file. A saved tensor is a little longer than its data."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     from megatron.bridge.formats.torch_dist.metadata import read_metadata
 
-    metadata = read_metadata(folder)
     found: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
-    for index, place in metadata.storage_data.items():
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-            end = place.offset + place.length
-            found[place.relative_path].append((index.fqn, place.offset, end))
+    for chunk in read_metadata(folder).chunks:
+        found[chunk.file].append((chunk.key, chunk.offset, chunk.offset + chunk.length))
     return {name: sorted(places, key=lambda place: place[1]) for name, places in found.items()}
