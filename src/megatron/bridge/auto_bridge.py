@@ -163,7 +163,7 @@ class AutoBridge:
             )
         provider = self.model_bridge.provider_bridge(self.hf_pretrained)
         if load_weights:
-            provider.register_pre_wrap_hook(self.load_hf_weights)
+            provider.register_pre_wrap_hook(self.load_hf_weights, fills=True)
         return provider
 
     def to_megatron_model(
