@@ -332,7 +332,7 @@ def export_checkpoint(
     )
 
 
-def _check_fp8_alone(options: Mapping[str, str | None]) -> None:
+def _check_fp8_alone(options: Mapping[str, object]) -> None:
     """Raise InputError for an option beside fp8 that asks for what only the reference decides."""
     for name, value in options.items():
         if value is not None:
