@@ -308,12 +308,6 @@ def flattened(state: State) -> None:
     object.__setattr__(state[NORM], "flattened_range", slice(0, 3))
 
 
-def with_singletons(state: State) -> None:
-    for entry in [*state.values()]:
-        if isinstance(entry, ShardedTensor) and ".0." in entry.key:
-            entry.key += "_w"
-
-
 OF_STATES: dict[str, tuple[Callable[[State], None], list[str]]] = {
     "an unknown key": (
         changed(NORM, key="language_model.decoder.norm.weight"),
@@ -397,6 +391,18 @@ def test_keys_of_another_model(hf: Path, model: Any, tmp_path: Path) -> None:
         "found such as wrapped.",
         "take wrapped. from the keys",
     )
+
+
+def test_keys_of_single_shards(tmp_path: Path, process_groups: None) -> None:
+    for family in ("qwen3", "qwen3-moe"):
+        folder = make_model(family, tmp_path / family, {}, seed=2)
+        [model] = AutoBridge.from_hf_pretrained(folder).to_megatron_model()
+        state = state_of(model, singleton_local_shards=True)
+        refuses(
+            lambda: load(state, HuggingFaceStrategy(folder)),  # noqa: B023
+            "linear_fc1.weight_w: halves of gated layers have keys of their own",
+            "without singleton_local_shards",
+        )
 
 
 def test_files_that_are_refused(hf: Path, model: Any, tmp_path: Path) -> None:
