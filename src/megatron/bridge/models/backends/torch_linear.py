@@ -14,7 +14,7 @@ type Output = tuple[Tensor, Tensor | None]
 """What a linear gives, and the bias that is still to be added to it."""
 
 
-class TorchColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+class TorchColumnParallelLinear(ColumnParallelLinear):
     """Its output dimension is split over the tensor-parallel ranks."""
 
     def forward(
@@ -30,7 +30,7 @@ class TorchColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
         return F.linear(input_, self.weight, self.bias), None
 
 
-class TorchRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
+class TorchRowParallelLinear(RowParallelLinear):
     """Its input dimension is split over the tensor-parallel ranks."""
 
     def forward(self, input_: Tensor) -> Output:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.bridge.models.backends.torch_linear import is_plain
 
 
-class TorchMLP(MLP):  # type: ignore[misc]
+class TorchMLP(MLP):
     """megatron-core's MLP without the constants that it adds and the casts that change nothing."""
 
     def forward(
@@ -31,7 +31,7 @@ class TorchMLP(MLP):  # type: ignore[misc]
         return result
 
 
-class TorchExperts(SequentialMLP):  # type: ignore[misc]
+class TorchExperts(SequentialMLP):
     """The experts of a rank: each multiplies its own tokens, all else is done to all at once."""
 
     def forward(
