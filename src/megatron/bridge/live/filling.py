@@ -24,7 +24,7 @@ from megatron.bridge.models.conversion.transfer import fill_megatron
 from megatron.bridge.progress import Progress
 from megatron.bridge.tensors.arrays import empty
 from megatron.bridge.tensors.box_pairs import hf_part, megatron_part
-from megatron.bridge.tensors.boxes import Box, box_shape, relative, row_blocks, slices, volume
+from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, relative, slices, volume
 from megatron.bridge.tensors.source import Source
 from megatron.bridge.tensors.torch_views import as_array, as_torch, numpy_dtype_of
 
@@ -135,12 +135,8 @@ def _in_file_order(
         for shared, pair in plan.copies_to(local.key, local.box):
             hf_box = hf_part(pair, shared)
             width = itemsize(source.dtype_of(pair.hf_name))
-            for block in row_blocks(box_shape(hf_box), width, PIECE_BYTES):
-                hf_block = tuple(
-                    (start + first, start + last)
-                    for (start, _), (first, last) in zip(hf_box, block, strict=True)
-                )
-                order = (place[pair.hf_name], *(start for start, _ in hf_block))
-                found.append((order, _Piece(target, megatron_part(pair, hf_block))))
+            for block in blocks_of(hf_box, width, PIECE_BYTES):
+                order = (place[pair.hf_name], *(start for start, _ in block))
+                found.append((order, _Piece(target, megatron_part(pair, block))))
     found.sort(key=lambda one: one[0])
     return [piece for _, piece in found]
