@@ -17,6 +17,7 @@ import pytest
 from cli_documentation import DOCUMENTATION, documented_keys
 from megatron.bridge.cli import main, outcome
 from megatron.bridge.cli.output import WIDTH
+from megatron.bridge.errors import MismatchError
 from megatron.bridge.progress_lines import ProgressLines
 from megatron.bridge.text.sizes import format_bytes
 
@@ -395,7 +396,7 @@ def test_every_command_and_status_is_described() -> None:
     text = DOCUMENTATION.read_text("utf-8")
     assert [command for command in COMMANDS if f"\n## {command}\n" not in text] == []
     statuses = {
-        outcome.DIFFERENT,
+        MismatchError.exit_status,
         outcome.BAD_INPUT,
         outcome.INTERNAL_ERROR,
         outcome.INTERRUPTED,

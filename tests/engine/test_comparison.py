@@ -9,36 +9,37 @@ from math import inf, nan
 import pytest
 import torch
 
-from megatron.bridge.dtypes import safetensors_dtype
 from megatron.bridge.engine.comparison import compare_tensors
 from megatron.bridge.engine.difference import Difference, difference
 from megatron.bridge.engine.stream import Budget
 from megatron.bridge.progress import Silent
-from megatron.bridge.tensors.boxes import Box, slices, tiling_faults
+from megatron.bridge.tensors.arrays import Array
+from megatron.bridge.tensors.boxes import Box, tiling_faults
 from megatron.bridge.tensors.spec import TensorSpec
+from megatron.bridge.tensors.torch_views import as_array
+from tensors_in_memory import InMemory
 
 SMALL = Budget(threads=3, piece_bytes=200)
 
 
-class Memory:
-    """Tensors as a source; remembers what was asked for."""
+class Memory(InMemory):
+    """It remembers what was asked for."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.tensors = tensors
+        super().__init__(tensors)
         self.asked: list[tuple[str, Box]] = []
 
     @property
     def specs(self) -> list[TensorSpec]:
         return [
-            TensorSpec(name, tuple(tensor.shape), safetensors_dtype(tensor.dtype))
+            TensorSpec(name, tuple(tensor.shape), self.dtype_of(name))
             for name, tensor in self.tensors.items()
         ]
 
-    def fill(self, name: str, box: Box, out: torch.Tensor) -> None:
-        assert out.is_contiguous()
-        assert out.dtype == self.tensors[name].dtype
+    def fill(self, name: str, box: Box, out: Array) -> None:
+        assert out.flags.c_contiguous
         self.asked.append((name, box))
-        out.copy_(self.tensors[name][slices(box)])
+        self.read_into(name, box, out)
 
 
 class Counted(Silent):
@@ -93,7 +94,7 @@ def test_differences_add_up_over_blocks(source: Memory) -> None:
     found = compare_tensors(source.specs, source.fill, other.fill, SMALL, Silent())
     assert list(found) == list(source.tensors)
     for name, tensor in source.tensors.items():
-        assert found[name] == difference(tensor, changed[name])
+        assert found[name] == difference(as_array(tensor), as_array(changed[name]))
     assert found["a.matrix"] == Difference(1, inf)
     assert found["b.vector"] == Difference(1, 128.0)
     assert found["z.long"].elements == 3 * 11 * 13 + 1
@@ -109,8 +110,8 @@ def test_blocks_begin_at_the_rows_that_a_side_can_make(source: Memory) -> None:
 def test_memory_does_not_grow_with_a_tensor() -> None:
     spec = TensorSpec("large", (64, 3, 1 << 20), "U8")
 
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
-        out.zero_()
+    def fill(name: str, box: Box, out: Array) -> None:
+        out[...] = 0
 
     budget = Budget(threads=2, piece_bytes=1 << 20)
     tracemalloc.start()
@@ -126,7 +127,7 @@ def test_memory_does_not_grow_with_a_tensor() -> None:
 def test_an_error_of_a_side_ends_all(source: Memory) -> None:
     error = OSError("gone")
 
-    def broken(name: str, box: Box, out: torch.Tensor) -> None:
+    def broken(name: str, box: Box, out: Array) -> None:
         if name == "z.long" and box[0] == (1, 2):
             raise error
         source.fill(name, box, out)

@@ -4,6 +4,7 @@ import random
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,8 +26,11 @@ from megatron.bridge.operations.convert import export_checkpoint, import_checkpo
 from megatron.bridge.progress import Silent
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.target.run import Run
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box, box_shape, full_box, slices
+from megatron.bridge.tensors.torch_views import as_array
 from slow_conversion import Hook
+from tensors_in_memory import put
 
 MIB = 1 << 20
 
@@ -61,9 +65,9 @@ def test_files_of_every_kind_of_part(tmp_path: Path) -> None:
     copied = OutputFile.copy_of("copied", tmp_path / "side", 64)
     empty = OutputFile.of_bytes("nothing", b"")
 
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
+    def fill(name: str, box: Box, out: Array) -> None:
         assert name == "t"
-        out.copy_(tensor[slices(box)])
+        put(tensor[slices(box)], out)
 
     write_files(tmp_path / "out", [data, copied, empty], fill)
     expected = b"head" + tensor.view(torch.uint8).numpy().tobytes() + bytes(range(3, 13))
@@ -83,7 +87,7 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
 def test_an_error_of_one_thread_ends_all(tmp_path: Path) -> None:
     filled = []
 
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
+    def fill(name: str, box: Box, out: Array) -> None:
         filled.append(name)
         if len(filled) == 3:
             raise ValueError("the third")
@@ -185,7 +189,7 @@ def test_any_box_into_any_strides(name: str, index: TensorIndex) -> None:
         # Every second element along each axis, and the axes in another order.
         out = memory[tuple(slice(None, None, 2) for _ in axes)]
         out = out.permute([axes.index(axis) for axis in range(len(axes))])
-        index.read_into(name, box, out)
+        index.read_into(name, box, as_array(out))
         assert torch.equal(out, whole[slices(box)])
         if axes:
             assert (memory[1::2] == 7).all()
@@ -195,8 +199,8 @@ def test_any_box_into_any_strides(name: str, index: TensorIndex) -> None:
 def test_memory_that_does_not_fit(index: TensorIndex) -> None:
     box = full_box((11, 13, 17))
     with pytest.raises(CheckpointError, match="does not fill"):
-        index.read_into("cube", box, torch.empty(11, 17, 13))
+        index.read_into("cube", box, np.empty((11, 17, 13), "float32"))
     with pytest.raises(CheckpointError, match="it is F32"):
-        index.read_into("cube", box, torch.empty(11, 13, 17, dtype=torch.float64))
+        index.read_into("cube", box, np.empty((11, 13, 17), "float64"))
     with pytest.raises(CheckpointError, match="no tensor 'ball'"):
-        index.read_into("ball", box, torch.empty(11, 13, 17))
+        index.read_into("ball", box, np.empty((11, 13, 17), "float32"))

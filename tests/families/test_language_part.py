@@ -199,6 +199,10 @@ def test_forecasts(model: Model, capsys: Capsys) -> None:
     assert home["conversion"]["written_bytes"] == out["conversion"]["read_bytes"]
     assert alone["hf"] == document(capsys, "inspect", model.text)["hf"]
     assert any(name.startswith("vision_model.") for name in alone["dropped"])
+    capsys.readouterr()
+    run("plan", model.whole, *PART, "--hf", model.hf)
+    shown = capsys.readouterr().out
+    assert f"left behind  {len(alone['dropped'])} tensors: vision_model." in shown
 
 
 def test_a_model_that_was_trained_without_its_mtp_layer(tmp_path: Path, capsys: Capsys) -> None:
@@ -357,8 +361,9 @@ def test_refusals(dense: Model, tmp_path: Path, capsys: Capsys) -> None:
     )
     assert "are of one format" in refused(capsys, "verify", dense.hf, dense.text, *PART)
     assert "leave out --part" in refused(capsys, "verify", dense.language, "--fast", *PART)
-    sizes = ("plan", dense.whole, *PART, "--tp", "2")
-    assert "--part with sizes of parallelism" in refused(capsys, *sizes)
+    for words in (("--world-size", "2"), ("--without", "mtp")):
+        message = refused(capsys, "plan", dense.whole, *PART, *words)
+        assert f"--part excludes {words[0]}: leave out" in message
     assert not out.exists()
 
 

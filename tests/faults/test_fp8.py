@@ -231,7 +231,9 @@ def test_references_that_do_not_say_how(
     out = ["export", checkpoint, tmp_path / "out", "--fp8", "--hf"]
     assert "is not quantized, so it does not say how" in refused(capsys, *out, plain)
     assert "holds no weights" in refused(capsys, *out, tmp_path / "config")
-    assert "exclude each other" in refused(capsys, *out, release, "--experts", "fused")
+    for option, value in (("experts", "fused"), ("dtype", "float32")):
+        message = refused(capsys, *out, release, f"--{option}", value)
+        assert f"fp8 and {option} exclude each other" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -12,19 +12,31 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.dtypes import numpy_dtype, torch_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.config_record import read_hf_config
-from megatron.bridge.formats.fp8_writer import Requantizer, block_scales, quantize
-from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, dequantize
+from megatron.bridge.formats.fp8_writer import (
+    Requantizer,
+    block_scales,
+    float_to_e4m3,
+    quantize,
+)
+from megatron.bridge.models.hf_pretrained.fp8 import (
+    DequantizedTensors,
+    dequantize,
+    e4m3_to_float,
+)
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import export_checkpoint, import_checkpoint
 from megatron.bridge.operations.verification.bitwise import verify
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box, slices
 from megatron.bridge.tensors.spec import TensorSpec
+from megatron.bridge.tensors.torch_views import as_array, as_torch
+from tensors_in_memory import numpy_dtype_named, put
 
 BLOCK = BlockFP8(128, 128)
 O_PROJ = "model.language_model.layers.3.self_attn.o_proj.weight"
@@ -54,6 +66,30 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers; the largest of a block is often not a number of e4m3 times a power of 2."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def scales_of(
+    weight: torch.Tensor, dtype: torch.dtype, *, preferred: torch.Tensor | None = None
+) -> torch.Tensor:
+    wanted = None if preferred is None else as_array(preferred)
+    return as_torch(block_scales(as_array(weight), BLOCK, numpy_dtype_named(dtype), wanted))
+
+
+def quantized(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    quantize(as_array(weight), as_array(scales), BLOCK, as_array(out))
+    return out
+
+
+def dequantized(
+    stored: torch.Tensor,
+    scales: torch.Tensor,
+    block: BlockFP8 = BLOCK,
+    first: tuple[int, int] = (0, 0),
+) -> torch.Tensor:
+    out = torch.empty(stored.shape, dtype=torch.bfloat16)
+    dequantize(as_array(stored), as_array(scales), block, as_array(out), first)
+    return out
 
 
 RELEASES = [("qwen3.5", "bfloat16"), ("qwen3-vl-moe", "float32"), ("qwen3.5-moe", "bfloat16")]
@@ -160,10 +196,10 @@ def test_transformers_dequantizes_alike(scale_dtype: torch.dtype) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     weight = values(3, 256, 384)
-    scales = block_scales(weight, BLOCK, scale_dtype)
-    stored = quantize(weight, scales, BLOCK)
+    scales = scales_of(weight, scale_dtype)
+    stored = quantized(weight, scales)
     theirs = Fp8Dequantize(None)._dequantize_one(stored, scales, torch.bfloat16)
-    assert same_bits(dequantize(stored, scales, BLOCK), theirs)
+    assert same_bits(dequantized(stored, scales), theirs)
 
 
 def test_other_blocks() -> None:
@@ -171,9 +207,71 @@ def test_other_blocks() -> None:
     stored = values(7, 11).to(torch.float8_e4m3fn)
     scales = torch.rand(block.scale_shape((7, 11))) + 0.5
     spread = scales.repeat_interleave(3, 0).repeat_interleave(5, 1)[:7, :11]
-    assert same_bits(dequantize(stored, scales, block), (stored.float() * spread).bfloat16())
-    part = dequantize(stored[4:, 6:], scales[1:, 1:], block, (1, 1))
+    assert same_bits(dequantized(stored, scales, block), (stored.float() * spread).bfloat16())
+    part = dequantized(stored[4:, 6:], scales[1:, 1:], block, (1, 1))
     assert same_bits(part, (stored.float() * spread).bfloat16()[4:, 6:])
+
+
+@pytest.mark.parametrize("first", [(0, 0), (3, 2), (127, 127)])
+def test_dequantizing_into_any_memory(first: tuple[int, int]) -> None:
+    """Scales as small and as large as float32 has them, all codes, transposed memory."""
+    codes = torch.arange(256).to(torch.uint8).repeat(2 * 200 * 2)[: 2 * 200 * 300]
+    stored = codes.view(torch.float8_e4m3fn).view(2, 200, 300)
+    scales = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(2)) + 0.5
+    scales[:, 1, 1] *= 2.0**-126
+    scales[:, 1, 2] *= 2.0**126
+    spread = scales.repeat_interleave(128, -2).repeat_interleave(128, -1)
+    spread = spread[:, first[0] : first[0] + 200, first[1] : first[1] + 300]
+    expected = (stored.float() * spread).bfloat16()
+    assert expected.isinf().any()
+    assert ((expected != 0) & (expected.abs() < 2**-126)).any()
+    memory = torch.empty(300, 2, 200, dtype=torch.bfloat16)
+    out = memory.permute(1, 2, 0)
+    dequantize(as_array(stored), as_array(scales), BLOCK, as_array(out), first)
+    numbers = ~expected.isnan()
+    assert torch.equal(out.isnan(), ~numbers)
+    assert same_bits(out[numbers], expected[numbers])
+
+
+# --- numbers of e4m3 ---
+
+
+def test_every_code_is_the_number_that_torch_says() -> None:
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    found = as_torch(e4m3_to_float(as_array(codes)))
+    assert same_bits(found[~codes.isnan()], codes.float()[~codes.isnan()])
+    assert torch.equal(found.isnan(), codes.isnan())
+    assert e4m3_to_float(as_array(codes.view(4, 64).t())).shape == (64, 4)
+
+
+def every_rounding() -> torch.Tensor:
+    """Float32 numbers of up to 448, those around a change of the nearest e4m3 number among them."""
+    codes = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (codes[:-1] + codes[1:]) / 2
+    above, below = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    edges = [codes, middle, middle.nextafter(above), middle.nextafter(below)]
+    edges += [codes[1:].nextafter(below), codes[:-1].nextafter(above)]
+    halves = torch.arange(1 << 15).to(torch.int16).view(torch.bfloat16).float()
+    drawn = torch.randint(0, 1 << 31, (300_000,), generator=torch.Generator().manual_seed(11))
+    tiny = torch.arange(0, 1 << 31, 9_999_991)
+    found = torch.cat([*edges, halves, drawn.to(torch.int32).view(torch.float32),
+                       tiny.to(torch.int32).view(torch.float32)])  # fmt: skip
+    found = found[found.abs() <= 448]
+    return torch.cat([found, -found])
+
+
+def test_floats_are_rounded_to_e4m3_as_torch_and_ml_dtypes_round_them() -> None:
+    values = every_rounding()
+    assert len(values) > 300_000
+    found = float_to_e4m3(as_array(values))
+    assert found.dtype == numpy_dtype("F8_E4M3")
+    expected = values.to(torch.float8_e4m3fn)
+    assert same_bits(as_torch(found), expected)
+    assert found.tobytes() == as_array(values).astype(found.dtype).tobytes()
+    assert len(as_torch(found).view(torch.uint8).unique()) == 254  # every number of both signs
+    cube = values[: 6 * 10 * 1000].view(6, 10, 1000).permute(2, 0, 1)[::3]
+    assert same_bits(as_torch(float_to_e4m3(as_array(cube))), cube.to(torch.float8_e4m3fn))
+    assert float_to_e4m3(as_array(values[:0].view(0, 3))).shape == (0, 3)
 
 
 # --- writing ---
@@ -184,8 +282,8 @@ def test_other_blocks() -> None:
 def test_quantizing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = values(*shape)
     weight[..., :127, :1] *= 1000
-    scales = block_scales(weight, BLOCK, dtype)
-    stored = quantize(weight, scales, BLOCK)
+    scales = scales_of(weight, dtype)
+    stored = quantized(weight, scales)
     assert scales.shape == BLOCK.scale_shape(shape)
     assert same_bits(scales, scales.to(dtype).float())
     matrices = weight.reshape(-1, *shape[-2:])
@@ -207,17 +305,17 @@ def test_a_block_of_zeros_has_a_scale() -> None:
     weight = values(256, 128)
     weight[128:] = 0
     weight[128, 3] = -0.0
-    scales = block_scales(weight, BLOCK, torch.float32)
+    scales = scales_of(weight, torch.float32)
     assert scales[1, 0] == 1
-    assert same_bits(dequantize(quantize(weight, scales, BLOCK), scales, BLOCK)[128:], weight[128:])
+    assert same_bits(dequantized(quantized(weight, scales), scales)[128:], weight[128:])
 
 
 def test_a_scale_that_was_rounded_down_makes_no_nan() -> None:
     """Among the smallest numbers of bfloat16, rounding to the next costs a fifth."""
     weight = torch.full((4, 5), 1.02e-37).bfloat16()
-    scales = block_scales(weight, BLOCK, torch.bfloat16)
+    scales = scales_of(weight, torch.bfloat16)
     assert float(weight[0, 0]) / float(scales) > 480
-    assert quantize(weight, scales, BLOCK).float().unique().tolist() == [448]
+    assert quantized(weight, scales).float().unique().tolist() == [448]
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
@@ -225,7 +323,7 @@ def test_what_is_not_finite_is_not_quantized(number: float) -> None:
     weight = values(130, 140)
     weight[129, 139] = number
     with pytest.raises(ValueError, match="not finite"):
-        block_scales(weight, BLOCK, torch.float32)
+        scales_of(weight, torch.float32)
 
 
 class _Release(dict[str, Any]):
@@ -241,19 +339,19 @@ class _Release(dict[str, Any]):
     def scale_box(self, box: Box) -> Box:
         return DequantizedTensors.scale_box(self, box)  # type: ignore[arg-type]
 
-    def read_scales(self, name: str, box: Box) -> torch.Tensor:
-        return self.scales[slices(box)]
+    def read_scales(self, name: str, box: Box) -> Array:
+        return as_array(self.scales[slices(box)])
 
 
 def requantized(
     release: _Release, change: Callable[[torch.Tensor], object]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight and its scales, each made of two boxes."""
-    weight = dequantize(release.stored, release.scales, BLOCK)
+    weight = dequantized(release.stored, release.scales)
     change(weight)
 
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
-        out.copy_(weight[slices(box)])
+    def fill(name: str, box: Box, out: Array) -> None:
+        put(weight[slices(box)], out)
 
     again = Requantizer(release, fill)  # type: ignore[arg-type]
     assert again.rows_multiple == {"w": BLOCK.rows}
@@ -265,7 +363,7 @@ def requantized(
     for name, result, cut in results:
         rows, columns = result.shape
         for box in (((0, cut), (0, columns)), ((cut, rows), (0, columns))):
-            again.fill(name, box, result[slices(box)])
+            again.fill(name, box, as_array(result[slices(box)]))
     return results[0][1], results[1][1]
 
 
@@ -296,21 +394,21 @@ def test_quantizing_again_changes_only_what_was_changed(dtype: str) -> None:
 def test_quantizing_again_without_knowing_the_scales(dtype: torch.dtype) -> None:
     """Exact for scales that are as ours: the largest value of a BF16 model / 448."""
     weight = values(512, 384)
-    scales = block_scales(weight, BLOCK, dtype)
-    stored = quantize(weight, scales, BLOCK)
-    read = dequantize(stored, scales, BLOCK)
-    assert same_bits(block_scales(read, BLOCK, dtype), scales)
-    assert same_bits(quantize(read, scales, BLOCK), stored)
+    scales = scales_of(weight, dtype)
+    stored = quantized(weight, scales)
+    read = dequantized(stored, scales)
+    assert same_bits(scales_of(read, dtype), scales)
+    assert same_bits(quantized(read, scales), stored)
 
 
 def test_why_the_scales_of_the_reference_are_looked_at() -> None:
     """Others do not come back from the values alone: here those of a model in float32."""
     scales = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)) + 1e-3
-    stored = quantize(values(512, 384) * 300, torch.ones(4, 3), BLOCK)
-    read = dequantize(stored, scales, BLOCK)
-    again = block_scales(read, BLOCK, torch.float32)
+    stored = quantized(values(512, 384) * 300, torch.ones(4, 3))
+    read = dequantized(stored, scales)
+    again = scales_of(read, torch.float32)
     assert not torch.equal(again, scales)
-    assert same_bits(block_scales(read, BLOCK, torch.float32, scales), scales)
+    assert same_bits(scales_of(read, torch.float32, preferred=scales), scales)
 
 
 # --- comparing ---

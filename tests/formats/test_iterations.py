@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 
 from megatron.bridge.auto_bridge import AutoBridge
 from megatron.bridge.cli import main
+from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.formats.config_record import CONFIG_RECORD
 from megatron.bridge.formats.iterations import TRACKER_FILE, folder_name
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box
 from providers import one_process
 from refusals import NOWHERE, refused
+from tensors_in_memory import put
 from torch_dist_folders import write_torch_dist
 
 OTHER_RECORD = """\
@@ -295,8 +298,8 @@ def test_dtypes_are_those_of_the_checkpoint(
     tensors = dict(stored.tensors)
     tensors[key] = type(tensors[key])(key, tensors[key].shape, "F32")
 
-    def fill(name: str, box: Box, out: torch.Tensor) -> None:
-        out.copy_(stored.read(name, box))
+    def fill(name: str, box: Box, out: Array) -> None:
+        put(stored.read(name, box).to(torch_dtype(tensors[name].dtype)), out)
 
     write_torch_dist(tmp_path / "checkpoint", tensors, fill)
     shutil.copy(stored.folder / CONFIG_RECORD, tmp_path / "checkpoint")

@@ -23,7 +23,9 @@ from megatron.bridge.formats.torch_dist.saved_tensor import (
     saved_object,
 )
 from megatron.bridge.formats.torch_dist.saved_tensor_reader import FoundTensor, find_saved_tensor
+from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import full_box
+from tensors_in_memory import put
 
 SHAPES = [(), (7,), (2, 3), (5, 1, 11), (1, 300, 233), (0, 3), (4, 0), (70000,)]
 
@@ -41,10 +43,10 @@ def torch_saved(value: object) -> bytes:
 
 
 def our_saved(tensor: torch.Tensor, dtype: str) -> bytes:
-    def fill(name: str, box: object, out: torch.Tensor) -> None:
+    def fill(name: str, box: object, out: Array) -> None:
         assert (name, box) == (part.name, part.box)
-        assert out.is_contiguous()
-        out.copy_(tensor)
+        assert out.flags.c_contiguous
+        put(tensor, out)
 
     part = SavedTensor("a.weight", full_box(tensor.shape), dtype)
     out = bytearray(b"\xee" * part.nbytes)
@@ -113,9 +115,46 @@ def test_what_cannot_be_saved() -> None:
         SavedTensor("a", ((0, 3),), "F4")
 
 
-def test_an_object() -> None:
-    value = [{"iteration": 3}]
-    assert torch.load(io.BytesIO(saved_object(value)), weights_only=True) == value
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (255, 257),
+        (256, 256),
+        (1, 2, 3, 4, 5),
+        (0, 1 << 16),
+        (1 << 33, 0, 7),
+        (0, 1 << 40, 3),
+        (0,) * 9,
+    ],
+    ids=str,
+)
+def test_the_pickle_is_that_of_torch_save(shape: tuple[int, ...]) -> None:
+    """Sizes and strides of every length, and lengths of up to 2**18."""
+    for dtype in DTYPE_NAMES:
+        tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+        ours, stock = frame_of(dtype, shape), zipfile.ZipFile(io.BytesIO(torch_saved(tensor)))
+        assert stock.read("archive/data.pkl") in ours.head + ours.tail_without_crc, dtype
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"iteration": 3}],
+        [None],
+        [{"checkpoint_version": 3.0, "iteration": 1 << 40}],
+        [{"größe": [-7, 2.5, True, "x" * 300], "empty": [{}, (), "", None]}],
+        ["again", "again", ("again", ["again"])],
+    ],
+    ids=str,
+)
+def test_an_object(value: object) -> None:
+    ours, stock = saved_object(value), torch_saved(value)
+    assert torch.load(io.BytesIO(ours), weights_only=True) == value
+    with zipfile.ZipFile(io.BytesIO(ours)) as archive:
+        assert archive.testzip() is None
+    left_out = stock.index(b"archive/.data/serialization_id")
+    begin_of_record = stock.rindex(b"PK\3\4", 0, left_out)
+    assert ours[:begin_of_record] == stock[:begin_of_record]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -330,14 +369,15 @@ def test_another_object(value: object) -> None:
 @pytest.mark.parametrize(
     "tensor",
     [
-        torch.zeros(3, 4).t(),
         torch.zeros(3, 4)[:, 1:3],
+        torch.zeros(3, 4)[:, 1:3].t(),
         torch.zeros(4).expand(3, 4),
-        torch.zeros(3, 4, dtype=torch.uint16).t(),
+        torch.zeros(3, 4, dtype=torch.uint16)[::2],
+        torch.zeros(12).as_strided((3, 4), (1, 1)),
     ],
 )
 def test_strided(tensor: torch.Tensor) -> None:
-    assert "only contiguous tensors are read" in refusal(torch_saved(tensor))
+    assert "whose elements lie one after the other" in refusal(torch_saved(tensor))
 
 
 @pytest.mark.parametrize(
@@ -394,8 +434,12 @@ def test_arguments_that_are_right() -> None:
         {"shape": (2.0, 3)},
         {"shape": 6},
         {"shape": (1 << 60, 3)},
-        {"strides": (1, 2)},
+        {"strides": (1, 3)},
+        {"strides": (1, 1)},
+        {"strides": (2, 1)},
         {"strides": (0, 0)},
+        {"strides": (1,)},
+        {"strides": (3, 1, 1)},
         {"count": 7},
         {"count": "6"},
         {"count": -6},

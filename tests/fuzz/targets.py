@@ -110,9 +110,6 @@ def _example() -> Path:
 
 def checkpoint_metadata(data: bytes) -> None:
     """The `.metadata` of a torch_dist checkpoint whose data are not there."""
-    import torch
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
     from megatron.bridge.formats.torch_dist.metadata import read_metadata
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 
@@ -123,19 +120,20 @@ def checkpoint_metadata(data: bytes) -> None:
     except CheckpointError as error:
         assert "refused to read it" in str(error)  # noqa: PT017
         return
-    for index, info in metadata.storage_data.items():
-        assert is_name(index.fqn)
-        assert is_name(info.relative_path)
-        assert all(type(n) is int and 0 <= n < LARGEST for n in (info.offset, info.length))
-    places = {(index.fqn, index.offset) for index in metadata.storage_data}
-    for key, entry in metadata.state_dict_metadata.items():
+    for key, spec in metadata.tensors.items():
         assert is_name(key)
-        if isinstance(entry, BytesStorageMetadata):
-            continue
-        assert isinstance(entry.properties.dtype, torch.dtype)
-        for chunk in entry.chunks:
-            assert len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
-            assert (key, chunk.offsets) in places or (not chunk.offsets and (key, None) in places)
+        assert key == spec.name
+        assert spec.dtype in DTYPE_NAMES
+        assert all(type(size) is int and 0 <= size < LARGEST for size in spec.shape)
+    assert all(map(is_name, metadata.objects))
+    assert [chunk.key for chunk in metadata.stored_objects] == metadata.objects
+    for chunk in metadata.chunks:
+        assert len(chunk.box) == len(metadata.tensors[chunk.key].shape)
+        assert all(type(end) is int for ends in chunk.box for end in ends)
+        assert all(0 <= start <= stop for start, stop in chunk.box)
+    for chunk in (*metadata.chunks, *metadata.stored_objects):
+        assert is_name(chunk.file) or (not chunk.file and not chunk.length)
+        assert all(type(n) is int and 0 <= n < LARGEST for n in (chunk.offset, chunk.length))
     try:
         checkpoint = TorchDistCheckpoint(folder)
     except CheckpointError:
@@ -156,6 +154,7 @@ def saved_tensor(data: bytes) -> None:
     except CheckpointError:
         return
     assert all(type(size) is int and 0 <= size < LARGEST for size in found.shape)
+    assert sorted(found.order) == list(range(len(found.shape)))
     end = found.offset + prod(found.shape) * itemsize(found.dtype)
     assert 0 <= found.offset <= end <= len(data)
 
@@ -259,6 +258,7 @@ def _saved_seeds() -> list[bytes]:
     seeds = []
     for tensor in (
         torch.ones(5, 3, dtype=torch.bfloat16),
+        torch.ones(3, 5, dtype=torch.bfloat16).t(),
         torch.ones(5, 6).to(torch.float8_e4m3fn),
     ):
         torch.save(tensor, buffer := io.BytesIO())

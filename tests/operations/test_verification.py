@@ -12,11 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.bridge.dtypes import DTYPE_NAMES, torch_dtype
-from megatron.bridge.engine.difference import Difference, difference
+from megatron.bridge.engine.difference import Difference
+from megatron.bridge.engine.difference import difference as difference_of_arrays
 from megatron.bridge.operations.verification.bitwise import verify
 from megatron.bridge.operations.verification.distance import distance, logits_distance
+from megatron.bridge.tensors.torch_views import as_array
 
 # --- two tensors ---
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
+    return difference_of_arrays(as_array(a), as_array(b))
 
 
 def test_bits_and_not_values_are_compared() -> None:

@@ -99,18 +99,15 @@ def test_the_source_is_not_read(copied: Path) -> None:
 
 def test_a_changed_byte_of_torch_dist_is_found_with_its_tensor(copied: Path) -> None:
     folder = copied / "imported" / "iter_0000000"
-    places = [
-        place for index, place in read_metadata(folder).storage_data.items() if index.fqn == KEY
-    ]
-    place = places[-1]
+    place = [chunk for chunk in read_metadata(folder).chunks if chunk.key == KEY][-1]
     offset = place.offset + place.length // 2
-    flip(folder / place.relative_path, offset)
+    flip(folder / place.file, offset)
     report = verify_fast(copied / "imported")
     assert not report.identical
     (found,) = report.different
-    assert found.file == f"iter_0000000/{place.relative_path}"
+    assert found.file == f"iter_0000000/{place.file}"
     assert found.offset <= offset < found.offset + found.bytes
-    assert found.bytes < (folder / place.relative_path).stat().st_size / 4
+    assert found.bytes < (folder / place.file).stat().st_size / 4
     assert "CRC-32" in found.problem
     assert KEY in found.tensors
     assert len(found.tensors) < 10

@@ -115,7 +115,7 @@ def test_a_checkpoint_in_another_dtype_is_exported_exactly_or_not_at_all(
     message = refused(
         capsys, "export", trained / "megatron", tmp_path / "out", "--hf", trained / "hf"
     )
-    assert "do not fit torch.bfloat16 exactly (off by up to " in message
+    assert "do not fit bfloat16 exactly (off by up to " in message
     assert '--dtype float32 (dtype="float32") keeps them, --round (round=True) rounds' in message
     assert len(message.splitlines()) <= 6
     assert paths_of(tmp_path) == []

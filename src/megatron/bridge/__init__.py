@@ -1,19 +1,24 @@
 """Models between Hugging Face and Megatron-Core, both ways, exactly."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import megatron.bridge.runtime  # noqa: F401  (before megatron-core is imported: silences it)
 
 if TYPE_CHECKING:
     from megatron.bridge.auto_bridge import AutoBridge
+    from megatron.bridge.live.hf_strategy import HuggingFaceStrategy
 
-__all__ = ["AutoBridge"]
+__all__ = ["AutoBridge", "HuggingFaceStrategy"]
+
+_MODULES = {
+    "AutoBridge": "megatron.bridge.auto_bridge",
+    "HuggingFaceStrategy": "megatron.bridge.live.hf_strategy",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import AutoBridge when it is asked for: the command line must answer at once."""
-    if name == "AutoBridge":
-        from megatron.bridge.auto_bridge import AutoBridge
-
-        return AutoBridge
+    """Import a class when it is asked for: the command line must answer at once."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

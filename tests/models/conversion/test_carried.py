@@ -36,6 +36,7 @@ from plans_of import (
     plan,
     tensors_of,
 )
+from tensors_in_memory import InMemory
 
 OUTPUT = "language_model.output_layer.weight"
 
@@ -84,19 +85,6 @@ def test_nothing_is_carried_beside_a_model_that_is_not_whole() -> None:
 # --- an output layer that is the embedding ---
 
 
-class Values:
-    """Tensors in memory, as a source of Hugging Face tensors."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def dtype_of(self, name: str) -> str:
-        return {torch.bfloat16: "BF16", torch.float32: "F32"}[self.tensors[name].dtype]
-
-    def read_into(self, name: str, box: Any, out: torch.Tensor) -> None:
-        out.copy_(self.tensors[name][tuple(slice(*axis) for axis in box)])
-
-
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_a_copy_of_the_tied_embedding_has_to_be_equal(dtype: str) -> None:
     tensors = tensors_of(TIED)
@@ -106,7 +94,7 @@ def test_a_copy_of_the_tied_embedding_has_to_be_equal(dtype: str) -> None:
     assert "a copy of" in found.carried[HEAD]
     embedding = torch.randn(300, 40).bfloat16()
     copy = embedding.float() if dtype == "F32" else embedding.clone()
-    values = Values({EMBEDDING: embedding, HEAD: copy})
+    values = InMemory({EMBEDDING: embedding, HEAD: copy})
     check_equal(found, values)
     copy[299, 39] += 1
     with pytest.raises(PlanError, match=rf"{HEAD} and {EMBEDDING} differ") as error:
@@ -117,7 +105,7 @@ def test_a_copy_of_the_tied_embedding_has_to_be_equal(dtype: str) -> None:
 def test_a_copy_of_another_shape_differs_without_a_look_at_data() -> None:
     found = plan(TIED, tensors_of(TIED) | spec(HEAD, 301, 40))
     with pytest.raises(PlanError, match="differ"):
-        check_equal(found, Values({}))
+        check_equal(found, InMemory({}))
 
 
 def test_a_copy_is_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,11 +113,11 @@ def test_a_copy_is_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(TIED, tensors_of(TIED) | spec(HEAD, 300, 40))
     embedding = torch.randn(300, 40).bfloat16()
     embedding[3, 3] = float("nan")
-    check_equal(found, Values({EMBEDDING: embedding, HEAD: embedding.clone()}))
+    check_equal(found, InMemory({EMBEDDING: embedding, HEAD: embedding.clone()}))
     other = embedding.clone()
     other[299, 0] += 1
     with pytest.raises(PlanError, match="differ"):
-        check_equal(found, Values({EMBEDDING: embedding, HEAD: other}))
+        check_equal(found, InMemory({EMBEDDING: embedding, HEAD: other}))
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,6 @@ from megatron.bridge.cli.output import say
 from megatron.bridge.cli.streams import print_nothing_more
 from megatron.bridge.errors import BridgeError, InputError
 
-DIFFERENT = 1
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
 INTERRUPTED = 130

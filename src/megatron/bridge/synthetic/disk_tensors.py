@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.conversion.expert_layout import ExpertLayout
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.small_model import SmallModel
 from megatron.bridge.synthetic import quantize
@@ -145,10 +146,10 @@ def _in_layout(
     )
     further = (o for start, o in family.expert_options.items() if name.startswith(start))
     layout = options[next(further, "experts")]
-    if layout == "per-expert":
+    if layout == ExpertLayout.PER_EXPERT:
         yield from (stored(part) for expert in experts for part in expert)
         return
-    transposed = layout == "fused-transposed"
+    transposed = layout == ExpertLayout.FUSED_TRANSPOSED
     yield DiskTensor(
         name,
         (count, columns, rows) if transposed else shape,

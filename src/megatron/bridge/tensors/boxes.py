@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, product
 from math import prod
+from types import EllipsisType
 
 Shape = tuple[int, ...]
 Interval = tuple[int, int]
@@ -49,9 +50,12 @@ def relative(box: Box, origin: Box) -> Box:
     )
 
 
-def slices(box: Box) -> tuple[slice, ...]:
-    """The index that picks a box out of a tensor or a safetensors slice."""
-    return tuple(slice(start, stop) for start, stop in box)
+def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
+    """The index that picks a box out of an array, a tensor or a safetensors slice.
+
+    It ends in "...", for of a scalar numpy would make a copy without.
+    """
+    return (*(slice(start, stop) for start, stop in box), ...)
 
 
 def row_blocks(
@@ -88,6 +92,26 @@ def row_blocks(
         fixed = tuple((index, index + 1) for index in leading)
         for start in range(0, shape[axis], step):
             yield (*fixed, (start, min(start + step, shape[axis])), *rest)
+
+
+def run_start(shape: Sequence[int], box: Box) -> int | None:
+    """The first element of a box, if in row-major order no other lies between those of the box.
+
+    Args:
+        shape: of the tensor.
+        box: not empty.
+
+    Returns:
+        How many elements lie before it; None if there are others between.
+    """
+    start, stride, whole = 0, 1, True
+    for size, (first, stop) in zip(reversed(shape), reversed(box), strict=True):
+        if not whole and stop - first != 1:
+            return None
+        whole = whole and (first, stop) == (0, size)
+        start += first * stride
+        stride *= size
+    return start
 
 
 def format_box(box: Box) -> str:

@@ -26,9 +26,9 @@ def as_array(tensor: torch.Tensor) -> Array:
     Raises:
         CheckpointError: files have no such dtype.
     """
-    integers = tensor.detach().view(_INTEGERS[tensor.element_size()])
-    array: Array = integers.numpy()
-    return array.view(numpy_dtype_of(tensor))
+    dtype = numpy_dtype_of(tensor)
+    array: Array = tensor.detach().view(_INTEGERS[dtype.itemsize]).numpy()
+    return array.view(dtype)
 
 
 def as_torch(array: Array) -> torch.Tensor:

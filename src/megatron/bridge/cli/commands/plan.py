@@ -90,8 +90,10 @@ def plan(
         report = _forecast(source, reference, revision, iteration, experts, part)
         if given or without:
             if part is not None and report.format == "megatron":
+                asked = [f"--{name.replace('_', '-')}" for name in given]
+                asked += ["--without"] if without else []
                 raise InputError(
-                    "--part with sizes of parallelism is for an import: leave out one of the two"
+                    f"for a checkpoint, --part excludes {' and '.join(asked)}: leave out one side"
                 )
             report = _laid_out(report, given, without or [], output)
         output.show(report, render_forecast)

@@ -84,7 +84,7 @@ def _left_behind(report: Forecast) -> str:
     if report.format == "megatron":
         if not report.dropped:
             return "nothing"
-        return f"{count(len(report.dropped), 'tensor')} without weights: {_some(report.dropped)}"
+        return f"{count(len(report.dropped), 'tensor')}: {_some(report.dropped)}"
     files = report.side_files
     if not files:
         return "nothing"

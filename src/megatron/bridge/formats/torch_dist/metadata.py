@@ -14,6 +14,18 @@ from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.iterations import METADATA_FILE
 from megatron.bridge.formats.torch_dist.collection import without_collection
+from megatron.bridge.formats.torch_dist.metadata_classes import (
+    CHUNK,
+    CLASSES,
+    FILES,
+    INDEX,
+    METADATA,
+    OBJECT,
+    PLACE,
+    PROPERTIES,
+    TENSOR,
+)
+from megatron.bridge.formats.torch_dist.metadata_runs import MetadataRuns
 from megatron.bridge.formats.torch_dist.plain_pickle import (
     Call,
     Entries,
@@ -33,10 +45,6 @@ MAX_AXES = 12
 """A tensor of a model has up to 5 axes, and one each for the layer and the expert."""
 
 _MAX_SIZE = (1 << 63) - 1
-
-CLASSES = "torch.distributed.checkpoint.metadata"
-FILES = "torch.distributed.checkpoint.filesystem"
-"""Where PyTorch has the classes of an index."""
 
 _NAMES = frozenset(
     (module, name)
@@ -94,10 +102,6 @@ class Metadata:
     stored_objects: list[StoredChunk]
 
 
-type _Places = dict[tuple[str, Shape], tuple[str, int, int]]
-"""File, offset and length by key and offsets; those that no chunk has claimed yet."""
-
-
 def read_metadata(folder: Path) -> Metadata:
     """The index of a torch_dist checkpoint: its tensors and objects, and where their data lie.
 
@@ -112,7 +116,9 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         data = read_regular(path, MAX_METADATA_BYTES)
         with without_collection():
-            return _metadata(read_plain_pickle(data, _NAMES, "index"))
+            return _Reading().metadata(
+                read_plain_pickle(data, _NAMES, "index", runs=MetadataRuns(data))
+            )
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: not a torch_dist checkpoint: no {METADATA_FILE}"
@@ -121,73 +127,87 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{path}: damaged or unsafe, refused to read it: {error}") from error
 
 
-def _metadata(index: Plain) -> Metadata:
-    if not isinstance(index, Call) or index.callee != Name(CLASSES, "Metadata"):
-        raise CheckpointError("it is not the index of a torch_dist checkpoint")
-    fields = _state(index, "Metadata")
-    places = _places(_entries(fields, "storage_data"))
-    found = Metadata({}, [], [], [])
-    for key, entry in _entries(fields, "state_dict_metadata").items():
-        name = _checked_name(key)
-        if isinstance(entry, Call) and entry.callee == Name(CLASSES, "BytesStorageMetadata"):
-            found.objects.append(name)
-            place = places.pop((name, ()), ("", 0, 0))
-            found.stored_objects.append(StoredChunk(name, (), *place))
-        else:
-            fields = _state(entry, "TensorStorageMetadata")
-            shape = _shape(name, fields.get("size"))
-            found.tensors[name] = TensorSpec(name, shape, _dtype(name, fields.get("properties")))
-            found.chunks.extend(_chunks(found.tensors[name], fields.get("chunks"), places))
-    return found
+class _Reading:
+    """One index. The same sizes come again and again, and are looked at once."""
 
+    def __init__(self) -> None:
+        self._shapes: dict[Call, Shape] = {}
+        self._boxes: dict[tuple[Shape, Shape], Box] = {}
+        self._places: dict[tuple[str, Shape], tuple[str, int, int]] = {}
 
-def _places(entries: Entries) -> _Places:
-    places: _Places = {}
-    for place, info in entries.items():
-        fields = _state(place, "MetadataIndex")
-        key, offset = _checked_name(fields.get("fqn")), fields.get("offset")
-        offsets = () if offset is None else _shape(key, offset)
-        if (key, offsets) in places:
-            raise CheckpointError(f"{key}: its data at {offsets} lie in two places")
-        places[key, offsets] = _place(key, _state(info, "_StorageInfo", FILES))
-    return places
+    def metadata(self, index: Plain) -> Metadata:
+        if not isinstance(index, Call) or index.callee != METADATA:
+            raise CheckpointError("it is not the index of a torch_dist checkpoint")
+        fields = _state(index, METADATA)
+        for where, info in _entries(fields, "storage_data").items():
+            self._add_place(_state(where, INDEX), _state(info, PLACE))
+        found = Metadata({}, [], [], [])
+        for key, entry in _entries(fields, "state_dict_metadata").items():
+            name = _checked_name(key)
+            if isinstance(entry, Call) and entry.callee == OBJECT:
+                found.objects.append(name)
+                place = self._places.pop((name, ()), ("", 0, 0))
+                found.stored_objects.append(StoredChunk(name, (), *place))
+            else:
+                state = _state(entry, TENSOR)
+                shape = self._shape(name, state.get("size"))
+                spec = TensorSpec(name, shape, _dtype(name, state.get("properties")))
+                found.tensors[name] = spec
+                found.chunks.extend(self._chunks(spec, state.get("chunks")))
+        return found
 
+    def _add_place(self, index: Entries, info: Entries) -> None:
+        key, offset = _checked_name(index.get("fqn")), index.get("offset")
+        where = key, () if offset is None else self._shape(key, offset)
+        if where in self._places:
+            raise CheckpointError(f"{key}: its data at {where[1]} lie in two places")
+        if info.get("transform_descriptors"):
+            raise CheckpointError(f"{key}: stored compressed or encrypted; save it without")
+        file = _checked_name(info.get("relative_path"))
+        self._places[where] = file, _size(key, info.get("offset")), _size(key, info.get("length"))
 
-def _place(key: str, fields: Entries) -> tuple[str, int, int]:
-    if fields.get("transform_descriptors"):
-        raise CheckpointError(f"{key}: stored compressed or encrypted; save it without")
-    return (
-        _checked_name(fields.get("relative_path")),
-        _size(key, fields.get("offset")),
-        _size(key, fields.get("length")),
-    )
+    def _chunks(self, spec: TensorSpec, stated: Plain) -> Iterator[StoredChunk]:
+        """The chunks of a tensor; their places are taken out of those that are known."""
+        key, axes = spec.name, len(spec.shape)
+        if not isinstance(stated, list):
+            raise CheckpointError(f"{key}: its chunks should be a list")
+        for chunk in stated:
+            state = _state(chunk, CHUNK)
+            offsets = self._shape(key, state.get("offsets"))
+            sizes = self._shape(key, state.get("sizes"))
+            if not len(offsets) == len(sizes) == axes:
+                raise CheckpointError(f"{key}: a chunk has other axes than shape {spec.shape}")
+            box = self._boxes.get((offsets, sizes))
+            if box is None:
+                box = tuple((at, at + n) for at, n in zip(offsets, sizes, strict=True))
+                self._boxes[offsets, sizes] = box
+            place = self._places.pop((key, offsets), None)
+            if place is None:
+                raise CheckpointError(f"{key}: no data stored for {format_box(box)}")
+            yield StoredChunk(key, box, *place)
 
-
-def _chunks(spec: TensorSpec, stated: Plain, places: _Places) -> Iterator[StoredChunk]:
-    """The chunks of a tensor; their data are taken out of `places`."""
-    key = spec.name
-    if not isinstance(stated, list):
-        raise CheckpointError(f"{key}: its chunks should be a list")
-    for chunk in stated:
-        state = _state(chunk, "ChunkStorageMetadata")
-        offsets, sizes = (_shape(key, state.get(field)) for field in ("offsets", "sizes"))
-        if not len(offsets) == len(sizes) == len(spec.shape):
-            raise CheckpointError(f"{key}: a chunk has other axes than shape {spec.shape}")
-        box = tuple((at, at + n) for at, n in zip(offsets, sizes, strict=True))
-        place = places.pop((key, offsets), None)
-        if place is None:
-            raise CheckpointError(f"{key}: no data stored for {format_box(box)}")
-        yield StoredChunk(key, box, *place)
+    def _shape(self, key: str, value: Plain) -> Shape:
+        """What torch.Size is called with: one tuple."""
+        shape = self._shapes.get(value) if isinstance(value, Call) else None
+        if shape is not None:
+            return shape
+        match value:
+            case Call(callee=Name("torch", "Size"), arguments=(tuple(sizes),)) if (
+                len(sizes) <= MAX_AXES
+            ):
+                shape = self._shapes[value] = tuple(_size(key, size) for size in sizes)
+                return shape
+        raise CheckpointError(f"{key}: no shape, or one of more than {MAX_AXES} axes")
 
 
 # --- plain data of the one type that they should have ---
 
 
-def _state(value: Plain, name: str, module: str = CLASSES) -> Entries:
-    if not isinstance(value, Call) or value.callee != Name(module, name):
-        raise CheckpointError(f"something else where {name} should be")
+def _state(value: Plain, of: Name) -> Entries:
+    if not isinstance(value, Call) or (value.callee is not of and value.callee != of):
+        raise CheckpointError(f"something else where {of.name} should be")
     if not isinstance(value.state, dict):
-        raise CheckpointError(f"{name} without fields")
+        raise CheckpointError(f"{of.name} without fields")
     return value.state
 
 
@@ -213,18 +233,8 @@ def _size(key: str, value: Plain) -> int:
 def _dtype(key: str, value: Plain) -> str:
     """The first of the properties; the others are deprecated."""
     match value:
-        case Call(callee=Name(module, "TensorProperties"), state=(Name("torch", name), *_)) if (
-            module == CLASSES and name in TORCH_NAMES
+        case Call(callee=callee, state=(Name("torch", name), *_)) if (
+            callee == PROPERTIES and name in TORCH_NAMES
         ):
             return TORCH_NAMES[name]
     raise CheckpointError(f"{key}: its dtype is none that can be read")
-
-
-def _shape(key: str, value: Plain) -> Shape:
-    """What torch.Size is called with: one tuple."""
-    match value:
-        case Call(callee=Name("torch", "Size"), arguments=(tuple(sizes),)) if (
-            len(sizes) <= MAX_AXES
-        ):
-            return tuple(_size(key, size) for size in sizes)
-    raise CheckpointError(f"{key}: no shape, or one of more than {MAX_AXES} axes")

@@ -11,20 +11,27 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron.bridge.dtypes import TORCH_NAME_OF
-from megatron.bridge.formats.torch_dist.metadata import CLASSES, FILES, StoredChunk
+from megatron.bridge.formats.torch_dist.metadata import StoredChunk
+from megatron.bridge.formats.torch_dist.metadata_classes import (
+    CHUNK,
+    CLASSES,
+    INDEX,
+    METADATA,
+    OBJECT,
+    PLACE,
+    PROPERTIES,
+    SIZE,
+    TENSOR,
+)
 from megatron.bridge.formats.torch_dist.pickle_codes import integer, integers
 from megatron.bridge.formats.torch_dist.plain_pickle import Name
-from megatron.bridge.tensors.boxes import box_shape
+from megatron.bridge.tensors.boxes import Shape, box_shape
 from megatron.bridge.tensors.spec import TensorSpec
 
 _VERSION = "1.0.0"
 """The version of the index, as PyTorch counts."""
 
 _NONE = b"N"
-_SIZE = Name("torch", "Size")
-_CHUNK = Name(CLASSES, "ChunkStorageMetadata")
-_INDEX = Name(CLASSES, "MetadataIndex")
-_PLACE = Name(FILES, "_StorageInfo")
 
 
 def metadata_bytes(
@@ -42,13 +49,13 @@ def metadata_bytes(
     for chunk in stored:
         chunks[chunk.key].append(chunk)
     out = _Pickle()
-    out.begin(Name(CLASSES, "Metadata"))
+    out.begin(METADATA)
     out.shared("state_dict_metadata").code(b"}(")
     for key, spec in tensors.items():
         out.shared(key)
         _tensor(out, spec, chunks[key])
     for key in objects:
-        out.shared(key).shared(Name(CLASSES, "BytesStorageMetadata")).code(b")\x81")
+        out.shared(key).shared(OBJECT).code(b")\x81")
     out.code(b"u").field("planner_data", _NONE)
     out.shared("storage_data").code(b"}(")
     for chunk in stored:
@@ -62,8 +69,8 @@ def metadata_bytes(
 
 
 def _tensor(out: _Pickle, spec: TensorSpec, chunks: Sequence[StoredChunk]) -> None:
-    out.begin(Name(CLASSES, "TensorStorageMetadata"))
-    out.shared("properties").shared(Name(CLASSES, "TensorProperties")).code(b")\x81(")
+    out.begin(TENSOR)
+    out.shared("properties").shared(PROPERTIES).code(b")\x81(")
     out.shared(Name("torch", TORCH_NAME_OF[spec.dtype]))
     out.shared(Name("torch.serialization", "_get_layout")).shared("torch.strided").code(b"\x85R")
     # Neither requires a gradient nor is pinned, and no format of memory is stated.
@@ -71,18 +78,18 @@ def _tensor(out: _Pickle, spec: TensorSpec, chunks: Sequence[StoredChunk]) -> No
     out.shared("size").size(spec.shape)
     out.shared("chunks").code(b"](")
     for chunk in chunks:
-        out.begin(_CHUNK).shared("offsets").size([start for start, _ in chunk.box])
+        out.begin(CHUNK).shared("offsets").size(tuple(start for start, _ in chunk.box))
         out.shared("sizes").size(box_shape(chunk.box)).end()
     out.code(b"e").end()
 
 
 def _place(out: _Pickle, chunk: StoredChunk, *, is_tensor: bool) -> None:
-    out.begin(_INDEX).shared("fqn").shared(chunk.key).field("index", _NONE).shared("offset")
+    out.begin(INDEX).shared("fqn").shared(chunk.key).field("index", _NONE).shared("offset")
     if is_tensor:
-        out.size([start for start, _ in chunk.box]).end()
+        out.size(tuple(start for start, _ in chunk.box)).end()
     else:
         out.code(_NONE).end()
-    out.begin(_PLACE).shared("relative_path").shared(chunk.file)
+    out.begin(PLACE).shared("relative_path").shared(chunk.file)
     out.field("offset", integer(chunk.offset)).field("length", integer(chunk.length)).end()
 
 
@@ -116,8 +123,8 @@ class _Pickle:
         self._known[value] = _short_or_long(b"h", b"j", len(self._known))
         return self
 
-    def size(self, sizes: Sequence[int]) -> _Pickle:
-        return self.shared(_SIZE).code(integers(sizes) + b"\x85R")
+    def size(self, sizes: Shape) -> _Pickle:
+        return self.shared(SIZE).code(integers(sizes) + b"\x85R")
 
     def begin(self, name: Name) -> _Pickle:
         """A new object, whose fields follow."""

@@ -3,7 +3,7 @@
 Python's own pickler imports every class and function that it names. These are named without.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 _SHORT_TUPLES = b"\x85", b"\x86", b"\x87"
 """Of one, two and three elements."""
@@ -21,7 +21,8 @@ def integer(number: int) -> bytes:
     return b"\x8a" + bytes([length]) + number.to_bytes(length, "little", signed=True)
 
 
-def integers(numbers: Sequence[int]) -> bytes:
+@lru_cache(maxsize=1 << 14)
+def integers(numbers: tuple[int, ...]) -> bytes:
     """The operations that put a tuple of numbers on the stack."""
     each = b"".join(map(integer, numbers))
     if len(numbers) > len(_SHORT_TUPLES):

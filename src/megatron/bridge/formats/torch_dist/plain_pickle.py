@@ -14,7 +14,7 @@ import io
 import pickle
 import pickletools
 import struct
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ type Plain = (
     bool | int | str | Name | Call | Reference | tuple[Plain, ...] | list[Plain] | Entries | None
 )
 type Entries = dict[str | Call, Plain]
+type Runs = Callable[[int, Mapping[int, Plain], list[Plain]], int]
+"""``runs(position, noted, stack)``: puts objects on the stack and returns where they end."""
 
 MAX_OPERATIONS = 100_000_000
 """Each makes one object at most; the index of a million pieces takes 67 million."""
@@ -74,7 +76,12 @@ class Call:
 
 
 def read_plain_pickle(
-    data: bytes, names: Container[tuple[str, str]], what: str, *, references: bool = False
+    data: bytes,
+    names: Container[tuple[str, str]],
+    what: str,
+    *,
+    references: bool = False,
+    runs: Runs | None = None,
 ) -> Plain:
     """What a pickle holds; a set is read as a list.
 
@@ -83,11 +90,12 @@ def read_plain_pickle(
         names: the (module, name) that it may name.
         what: what it should be, in messages.
         references: whether it may refer to objects outside of it.
+        runs: takes objects of known form at once where a container begins; of the same result.
 
     Raises:
         CheckpointError: it is damaged, too long, or uses or names anything else.
     """
-    machine = _Machine(file := io.BytesIO(data), names, what, references)
+    machine = _Machine(file := io.BytesIO(data), names, what, references, runs)
     try:
         for _ in range(MAX_OPERATIONS):
             machine.dispatch[machine.read(1)[0]](machine)
@@ -121,7 +129,12 @@ def _operations(**replaced: Callable[[Any], None]) -> _Operations:
 
 class _Machine(_PurePython):
     def __init__(
-        self, file: io.BytesIO, names: Container[tuple[str, str]], what: str, references: bool
+        self,
+        file: io.BytesIO,
+        names: Container[tuple[str, str]],
+        what: str,
+        references: bool,
+        runs: Runs | None,
     ) -> None:
         super().__init__(file)
         # As `load` begins, but for frames, which say nothing of what is in memory anyway.
@@ -132,6 +145,7 @@ class _Machine(_PurePython):
         self._names = names
         self._what = what
         self._references = references
+        self._file, self._runs = file, runs
 
     def refuse(self, does: str) -> None:
         raise CheckpointError(f"its pickle {does}, which no {self._what} needs")
@@ -157,6 +171,11 @@ class _Machine(_PurePython):
         if len(self.metastack) == _MAX_MARKS:
             raise CheckpointError("its pickle is nested too deeply")
         self.load_mark()
+        self.take_run()
+
+    def take_run(self) -> None:
+        if self._runs is not None:
+            self._file.seek(self._runs(self._file.tell(), self.memo, self.stack))
 
     def call(self) -> None:
         arguments, callee = self.stack.pop(), self.stack.pop()
@@ -169,6 +188,7 @@ class _Machine(_PurePython):
         if not isinstance(target, Call) or target.state is not None:
             raise CheckpointError("its pickle sets the state of what is no new object")
         target.state = state
+        self.take_run()
 
     def set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()

@@ -46,7 +46,7 @@ class Casting:
                 _carry_nans(array, result)
             if not holds_all(there, here):
                 back = result.astype(array.dtype)
-                self.check(array, back, (back == array) | np.isnan(array), dtype, culprit)
+                self.check(array, result, (back == array) | np.isnan(array), dtype, culprit)
         return result
 
     def check(
@@ -56,7 +56,7 @@ class Casting:
 
         Args:
             array: the values.
-            back: the values after they had `dtype`.
+            back: the values after they had `dtype`, in that or a wider one.
             exact: which of them are as they were.
             dtype: the new dtype.
             culprit: whose values they are, to begin a message with.

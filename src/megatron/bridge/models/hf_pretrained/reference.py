@@ -60,6 +60,11 @@ def local_folder(reference: str | os.PathLike[str]) -> Path | None:
     return local_path(reference).absolute() if is_given_folder(reference) else None
 
 
+def repository_of(reference: str | os.PathLike[str]) -> str:
+    """The repository that a hub id names, without a revision behind it."""
+    return os.fspath(reference).partition("@")[0]
+
+
 def repository_files(repository: str, revision: str) -> list[str]:
     """The paths of all files of a repository on the hub; none if it does not answer."""
     from huggingface_hub import HfApi

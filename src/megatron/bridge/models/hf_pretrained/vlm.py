@@ -34,6 +34,7 @@ from megatron.bridge.models.hf_pretrained.quantization import (
 from megatron.bridge.models.hf_pretrained.reference import (
     local_folder,
     repository_files,
+    repository_of,
     resolve_reference,
 )
 from megatron.bridge.models.hf_pretrained.safetensors_header import read_header
@@ -147,11 +148,11 @@ class PreTrainedVLM:
         if local_folder(reference) is not None:
             return self.folder
         # The snapshot is named after its commit: the weights have to be of the same one.
-        repository = os.fspath(reference).partition("@")[0]
+        repository = repository_of(reference)
         folder = resolve_reference(repository, self.folder.name)
         if not any(folder.glob("*.safetensors")):
             files = repository_files(repository, self.folder.name)
-            if (other := other_files(repository, files)) is not None:
+            if (other := other_files(repository, files, self.folder)) is not None:
                 raise CheckpointError(other)
         return folder
 

@@ -20,13 +20,16 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.text.quoting import quoted
 
+MTP_LAYERS = "mtp_num_hidden_layers"
+"""The key that counts MTP layers."""
+
 type Read = Callable[[HFConfig, str], Any]
 
-MOE = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_5_moe_text"})
+MOE_TYPES = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_5_moe_text"})
 """Model types with routed experts."""
-HYBRID = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"})
+HYBRID_TYPES = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"})
 """Model types with Gated DeltaNet layers."""
-PARTIAL_ROTARY = HYBRID
+PARTIAL_ROTARY_TYPES = HYBRID_TYPES
 """Model types that rotate a part of each head."""
 MROPE_SECTION: Mapping[str, tuple[int, int, int]] = {
     "qwen3_vl": (24, 20, 20),
@@ -75,16 +78,8 @@ class Only:
 type Use = Field | Derived | Ignored | Only
 
 
-def _count(config: HFConfig, key: str) -> int:
-    return config.count(key)
-
-
 def _token(config: HFConfig, key: str) -> int:
     return config.count(key, least=0)
-
-
-def _positive(config: HFConfig, key: str) -> float:
-    return config.positive(key)
 
 
 def _of_kind(kind: type) -> Read:
@@ -102,11 +97,11 @@ def head_dim(config: HFConfig, key: str = "head_dim") -> int:
 
 
 def _counts(**fields: str) -> dict[str, Use]:
-    return {key: Field((name,), _count) for key, name in fields.items()}
+    return {key: Field((name,), HFConfig.count) for key, name in fields.items()}
 
 
 def _same(*keys: str) -> dict[str, Use]:
-    return {key: Field((key,), _count) for key in keys}
+    return {key: Field((key,), HFConfig.count) for key in keys}
 
 
 def _ignored(why: str, *keys: str) -> dict[str, Use]:
@@ -170,7 +165,7 @@ _TEXT: dict[str, Use] = {
     "hidden_act": Field(("hidden_act",), _word),
     "attention_dropout": Field(("attention_dropout",), _number),
     "initializer_range": Field(("init_method_std",), _number),
-    "rms_norm_eps": Field(("layernorm_epsilon",), _positive),
+    "rms_norm_eps": Field(("layernorm_epsilon",), HFConfig.positive),
     "attention_bias": Field(("add_qkv_bias", "add_attention_output_bias"), _flag),
     "rope_parameters": Derived("the rotation"),
     "rope_scaling": Derived("the rotation"),
@@ -180,7 +175,7 @@ _TEXT: dict[str, Use] = {
 _EXPERTS: dict[str, Use] = {
     "num_experts": Derived("num_moe_experts"),
     "num_experts_per_tok": Derived("moe_router_topk"),
-    "moe_intermediate_size": Field(("moe_ffn_hidden_size",), _count),
+    "moe_intermediate_size": Field(("moe_ffn_hidden_size",), HFConfig.count),
     "output_router_logits": Derived("the auxiliary loss"),
     "router_aux_loss_coef": Derived("the auxiliary loss"),
     "norm_topk_prob": Ignored("the weights of the chosen experts are always normalized"),
@@ -208,7 +203,7 @@ _HYBRID: dict[str, Use] = {
     "partial_rotary_factor": Derived("the rotation"),
     "attn_output_gate": Ignored("attention always has an output gate"),
     "mamba_ssm_dtype": Derived("dtypes of files that are not at hand"),
-    "mtp_num_hidden_layers": Derived("the MTP layer"),
+    MTP_LAYERS: Derived("the MTP layer"),
     "mtp_use_dedicated_embeddings": Derived("the MTP layer"),
 }
 _HYBRID_EXPERTS: dict[str, Use] = {

@@ -2,7 +2,7 @@
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import HYBRID, MOE, is_read
+from megatron.bridge.models.qwen_vl.config_keys import HYBRID_TYPES, MOE_TYPES, is_read
 from megatron.bridge.models.qwen_vl.disk_layout import ExpertSizes
 from megatron.bridge.models.qwen_vl.parts import (
     DENSE_MLP,
@@ -23,12 +23,12 @@ def is_tied(config: HFConfig) -> bool:
 
 def has_experts(text: HFConfig) -> bool:
     """Whether a text config describes a mixture of experts."""
-    return text.root.model_type in MOE
+    return text.root.model_type in MOE_TYPES
 
 
 def has_delta_net(text: HFConfig) -> bool:
     """Whether a text config describes Gated DeltaNet layers."""
-    return text.root.model_type in HYBRID
+    return text.root.model_type in HYBRID_TYPES
 
 
 def expert_sizes(text: HFConfig) -> ExpertSizes:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ExpertFields(LayoutFields, Protocol):
+class ExpertLayoutFields(LayoutFields, Protocol):
     """The fields of a model with routed experts."""
 
     @property
@@ -74,7 +74,7 @@ class _FusedExpertMapping(AutoMapping):
     def layout(self, fields: LayoutFields) -> Layout:
         if self.expert is None:
             raise InputError(f"{self.megatron_param}: resolve the row to one expert first")
-        experts = cast(ExpertFields, fields).num_moe_experts
+        experts = cast(ExpertLayoutFields, fields).num_moe_experts
         return PickExpert(self._of_one(), self.expert, experts)
 
     def _of_one(self) -> Layout:

@@ -17,7 +17,7 @@ else:
     # adds fields must not inherit those of the provider.
     _Mixin = object
 
-TEXT: Fixed = {
+COMMON: Fixed = {
     "position_embedding_type": "mrope",
     "scatter_embedding_sequence_parallel": False,
     "apply_rope_fusion": False,

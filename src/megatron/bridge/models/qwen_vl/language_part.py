@@ -8,7 +8,7 @@ from megatron.bridge.errors import ConfigError, UnsupportedModel
 from megatron.bridge.models.conversion.model_bridge import Tensors
 from megatron.bridge.models.conversion.part import ModelPart
 from megatron.bridge.models.conversion.spelling import Spelling
-from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.config import DTYPE_KEYS, HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import (
     CONFIG_KEYS,
     MROPE_SECTION,
@@ -37,9 +37,8 @@ from megatron.bridge.models.qwen_vl.rope_config import read_rope
 
 LANGUAGE = "language"
 
-_DTYPES = ("dtype", "torch_dtype")
 _ROTATION = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-_OF_THE_FILE = ("architectures", "model_type", "quantization_config", *_DTYPES)
+_OF_THE_FILE = ("architectures", "model_type", "quantization_config", *DTYPE_KEYS)
 _AT_THE_TOP = ("pad_token_id", "bos_token_id", "eos_token_id", "transformers_version")
 """Keys that the whole config may state in the place of its section."""
 
@@ -97,7 +96,7 @@ def _placed(
         "roots": roots,
         "layer_paths": (prefixes.layers,),
         "parts": language_parts(prefixes),
-        "embedding_key": f"{prefixes.megatron}embedding.word_embeddings.weight",
+        "embedding_key": prefixes.embedding,
         "others_are": "it is no part of the language model",
         **of_files,
     }
@@ -127,7 +126,7 @@ def _config_alone(config: HFConfig, alone: type[QwenTextBridge]) -> HFConfig:
     }
     if "norm_topk_prob" in read:
         data["norm_topk_prob"] = True  # which the class beside a vision tower always does
-    for keys in (_DTYPES, *((key,) for key in _AT_THE_TOP)):
+    for keys in (DTYPE_KEYS, *((key,) for key in _AT_THE_TOP)):
         if not any(map(text.has, keys)):
             data |= {key: config.require_any(key) for key in keys if config.has(key)}
     origin = f"{config.origin} ({text.path})"

@@ -11,7 +11,7 @@ from megatron.bridge.models.conversion.param_mapping import ParamMapping
 from megatron.bridge.models.conversion.plan_builder import expected_tensors
 from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.hf_pretrained.config import HFConfig
-from megatron.bridge.models.qwen_vl.config_keys import language_of
+from megatron.bridge.models.qwen_vl.config_keys import MTP_LAYERS, language_of
 from megatron.bridge.models.qwen_vl.config_layers import expert_sizes, has_experts
 from megatron.bridge.models.qwen_vl.disk_layout import (
     DiskLayout,
@@ -23,7 +23,6 @@ from megatron.bridge.models.qwen_vl.text_structure import language_structure
 from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import quoted
 
-_KEY = "mtp_num_hidden_layers"
 _DEDICATED = "mtp_use_dedicated_embeddings"
 
 
@@ -48,10 +47,10 @@ def _config_obstacle(config: HFConfig) -> str:
         ConfigError: the number of layers is negative.
     """
     text = language_of(config)
-    layers = text.get(_KEY, 0)
+    layers = text.get(MTP_LAYERS, 0)
     if layers < 0:
         raise ConfigError(
-            f"{config.origin}: {text.dotted(_KEY)} is {quoted(layers)}; expected 0 or more"
+            f"{config.origin}: {text.dotted(MTP_LAYERS)} is {quoted(layers)}; expected 0 or more"
         )
     if layers > 1:
         return f"{layers} MTP layers, of which the Megatron model has one"
@@ -63,7 +62,7 @@ def _config_obstacle(config: HFConfig) -> str:
 def stated_mtp(config: HFConfig) -> MTPInFiles:
     """The MTP layer that files of a config would have."""
     obstacle = _config_obstacle(config)
-    return MTPInFiles(bool(language_of(config).get(_KEY, 0)) and not obstacle)
+    return MTPInFiles(bool(language_of(config).get(MTP_LAYERS, 0)) and not obstacle)
 
 
 def find_mtp(

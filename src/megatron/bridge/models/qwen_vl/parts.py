@@ -101,6 +101,11 @@ class Prefixes:
         return f"{self.hf}layers."
 
     @property
+    def embedding(self) -> str:
+        """The name of the word embedding in Megatron."""
+        return f"{self.megatron}embedding.word_embeddings.weight"
+
+    @property
     def hf_embedding(self) -> str:
         """What the names of the word embedding in files begin with."""
         return f"{self.hf}embed_tokens."

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from megatron.bridge.models.qwen_vl.family_fields import (
+    COMMON,
     DENSE,
     EXPERTS,
     HYBRID,
     NORMALIZED,
     SHARED_EXPERT,
-    TEXT,
     ExpertFields,
     HybridFields,
     SharedExpertFields,
@@ -20,7 +20,7 @@ from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvide
 class Qwen35VLModelProvider(HybridFields, Qwen3VLModelProvider):
     """Config and builder of dense Qwen3.5 models."""
 
-    fixed = TEXT | HYBRID | DENSE
+    fixed = COMMON | HYBRID | DENSE
 
     image_token_id: int = 248056
     video_token_id: int = 248057
@@ -32,4 +32,4 @@ class Qwen35VLModelProvider(HybridFields, Qwen3VLModelProvider):
 class Qwen35VLMoEModelProvider(SharedExpertFields, ExpertFields, Qwen35VLModelProvider):
     """Config and builder of Qwen3.5 models with a mixture of experts."""
 
-    fixed = TEXT | HYBRID | EXPERTS | NORMALIZED | SHARED_EXPERT
+    fixed = COMMON | HYBRID | EXPERTS | NORMALIZED | SHARED_EXPERT

@@ -9,9 +9,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.qwen_vl.family_fields import (
     ATTENTION,
+    COMMON,
     EXPERTS,
     NORMALIZED,
-    TEXT,
     ExpertFields,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
@@ -64,9 +64,10 @@ class Qwen3VLModelProvider(QwenModelProvider):
             for name in ("image_token_id", "video_token_id")
             if not 0 <= getattr(self, name) < self.vocab_size
         ]
-        if missing := [name for name in ("vision",) if getattr(self, name) is None]:
-            return [*problems, f"{missing[0]} is None: it must be set"]
-        return problems + self.vision.problems(
+        vision: VisionConfig | None = self.vision
+        if vision is None:
+            return [*problems, "vision is None: it must be set"]
+        return problems + vision.problems(
             hidden_size=self.hidden_size,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
         )
@@ -123,4 +124,4 @@ class Qwen3VLModelProvider(QwenModelProvider):
 class Qwen3VLMoEModelProvider(ExpertFields, Qwen3VLModelProvider):
     """Config and builder of Qwen3-VL models with a mixture of experts."""
 
-    fixed = TEXT | ATTENTION | EXPERTS | NORMALIZED
+    fixed = COMMON | ATTENTION | EXPERTS | NORMALIZED

@@ -21,6 +21,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import dequantized_view
 from megatron.bridge.models.hf_pretrained.quantization import quantization_of
+from megatron.bridge.models.qwen_vl.config_keys import MTP_LAYERS
 from megatron.bridge.models.qwen_vl.disk_layout import DiskLayout
 from megatron.bridge.models.qwen_vl.names import has_mtp_tensors
 from megatron.bridge.models.qwen_vl.parts import BESIDE_VISION, VISION, WITH_MTP, Prefixes
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from megatron.bridge.models.model_provider import ModelProvider
 
-_MTP_LAYERS = "mtp_num_hidden_layers"
 _TEXT_SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -40,7 +40,7 @@ _TEXT_SIZES = (
     *("shared_expert_intermediate_size", "mlp_only_layers"),
     *("linear_num_key_heads", "linear_num_value_heads"),
     *("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"),
-    *(_MTP_LAYERS, "vocab_size", "max_position_embeddings", "attention_bias"),
+    *(MTP_LAYERS, "vocab_size", "max_position_embeddings", "attention_bias"),
 )
 _VISION_SIZES = (
     *("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size"),
@@ -126,7 +126,7 @@ class DescribedVision(DescribedQwen):
     """What other modules ask of a family with a vision tower."""
 
     auto_model = "AutoModelForImageTextToText"
-    embedding_key = f"{BESIDE_VISION.megatron}embedding.word_embeddings.weight"
+    embedding_key = BESIDE_VISION.embedding
     parts: ClassVar[Mapping[str, str]] = {VISION: "vision", **language_parts(BESIDE_VISION)}
 
     def language(self, config: HFConfig) -> HFConfig:
@@ -200,7 +200,7 @@ def _experts_fact(disk: DiskLayout) -> Fact:
 
 def _mtp_fact(text: HFConfig | None, tensors: Tensors | None) -> Fact:
     """What config and files say of it: transformers drops the tensors and keeps the config."""
-    in_config = text is not None and bool(text.data.get(_MTP_LAYERS))
+    in_config = text is not None and bool(text.data.get(MTP_LAYERS))
     present = None if tensors is None else has_mtp_tensors(tensors)
     shown = None
     if present:

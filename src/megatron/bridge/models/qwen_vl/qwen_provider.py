@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.bridge.models.backends.activations import activation_problem
 from megatron.bridge.models.model_provider import ModelProvider
-from megatron.bridge.models.qwen_vl.family_fields import ATTENTION, DENSE, TEXT, Fixed
+from megatron.bridge.models.qwen_vl.family_fields import ATTENTION, COMMON, DENSE, Fixed
 from megatron.bridge.models.qwen_vl.heads import Scores
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     DecoderSpec,
@@ -54,7 +54,7 @@ class QwenModelProvider(ModelProvider):
 
     model_class: ClassVar[Callable[..., MegatronModule]] = QwenModel
     """The class of the model that is built."""
-    fixed: ClassVar[Fixed] = TEXT | ATTENTION | DENSE
+    fixed: ClassVar[Fixed] = COMMON | ATTENTION | DENSE
     """Fields that have one value in all models of the family, and that value."""
 
     normalization: str = "RMSNorm"

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from megatron.bridge.models.qwen_vl.family_fields import (
     ATTENTION,
+    COMMON,
     DENSE,
     EXPERTS,
     HYBRID,
     NORMALIZED,
     SHARED_EXPERT,
-    TEXT,
     ExpertFields,
     HybridFields,
     SharedExpertFields,
@@ -30,18 +30,18 @@ class Qwen3MoEModelProvider(ExpertFields, QwenModelProvider):
     is `norm_topk_prob` false in transformers.
     """
 
-    fixed = TEXT | ATTENTION | EXPERTS
+    fixed = COMMON | ATTENTION | EXPERTS
 
 
 @dataclass
 class Qwen35ModelProvider(HybridFields, QwenModelProvider):
     """Config and builder of dense Qwen3.5 models of text."""
 
-    fixed = TEXT | HYBRID | DENSE
+    fixed = COMMON | HYBRID | DENSE
 
 
 @dataclass
 class Qwen35MoEModelProvider(SharedExpertFields, ExpertFields, HybridFields, QwenModelProvider):
     """Config and builder of Qwen3.5 models of text with a mixture of experts."""
 
-    fixed = TEXT | HYBRID | EXPERTS | NORMALIZED | SHARED_EXPERT
+    fixed = COMMON | HYBRID | EXPERTS | NORMALIZED | SHARED_EXPERT

@@ -10,7 +10,7 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.qwen_vl.config_keys import (
     MROPE_SECTION,
-    PARTIAL_ROTARY,
+    PARTIAL_ROTARY_TYPES,
     language_of,
 )
 from megatron.bridge.text.quoting import quoted
@@ -57,7 +57,7 @@ def read_rope(config: HFConfig) -> Rope:
     rotated, places = 1.0, _places("partial_rotary_factor", anywhere=True)
     # Where heads are rotated as a whole, transformers reads it for scaled types all the same.
     scaled = kind != "default" and any(map(text.has, places))
-    if config.model_type in PARTIAL_ROTARY or scaled:
+    if config.model_type in PARTIAL_ROTARY_TYPES or scaled:
         rotated = text.agreed(places, partial(text.positive, limit=1.0))
     return Rope(theta, section, rotated, kind, _scaling(text, kind))
 

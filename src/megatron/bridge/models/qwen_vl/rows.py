@@ -44,10 +44,10 @@ from megatron.bridge.models.qwen_vl.parts import (
 def embedding_rows(prefixes: Prefixes) -> list[ParamMapping]:
     """Word embedding, final norm and the output layer, which is absent where it is tied."""
     megatron, hf = prefixes.megatron, prefixes.hf
-    embedding = f"{megatron}embedding.word_embeddings.weight"
+    embedding, hf_embedding = prefixes.embedding, f"{prefixes.hf_embedding}weight"
     output, hf_output = f"{megatron}output_layer.weight", f"{HF_HEAD}weight"
     return [
-        ColumnParallelMapping(embedding, f"{prefixes.hf_embedding}weight", "V H", vocabulary=True),
+        ColumnParallelMapping(embedding, hf_embedding, "V H", vocabulary=True),
         ColumnParallelMapping(output, hf_output, "V H", vocabulary=True, only=UNTIED_OUTPUT),
         NormMapping(f"{megatron}decoder.final_layernorm.weight", f"{hf}norm.weight", "H"),
     ]

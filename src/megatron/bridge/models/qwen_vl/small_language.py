@@ -68,7 +68,7 @@ _CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
-TEXT = {
+TEXT_CONFIG = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "dtype": "bfloat16",
@@ -81,14 +81,14 @@ TEXT = {
     "use_cache": True,
     "vocab_size": 307,
 }
-MOE = {
+MOE_CONFIG = {
     "moe_intermediate_size": 48,
     "num_experts": 6,
     "num_experts_per_tok": 3,
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
-HYBRID_ATTENTION = {
+HYBRID_ATTENTION_CONFIG = {
     "attn_output_gate": True,
     "full_attention_interval": 4,
     "head_dim": 64,
@@ -114,8 +114,16 @@ HYBRID_ATTENTION = {
 
 
 # What a family's dense or sparse variant adds.
-DENSE = {"intermediate_size": 352}
-SHARED_EXPERT = {"mlp_only_layers": [], "shared_expert_intermediate_size": 72}
+DENSE_CONFIG = {"intermediate_size": 352}
+QWEN3_MOE_CONFIG = {
+    **MOE_CONFIG,
+    **DENSE_CONFIG,  # of dense layers, which released models do not have
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_hidden_layers": 7,
+}
+SHARED_EXPERT_CONFIG = {"mlp_only_layers": [], "shared_expert_intermediate_size": 72}
 
 
 def small_model(

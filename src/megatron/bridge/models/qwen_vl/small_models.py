@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.bridge.models.qwen_vl.small_language import (
-    DENSE,
-    HYBRID_ATTENTION,
-    MOE,
-    SHARED_EXPERT,
-    TEXT,
+    DENSE_CONFIG,
+    HYBRID_ATTENTION_CONFIG,
+    MOE_CONFIG,
+    QWEN3_MOE_CONFIG,
+    SHARED_EXPERT_CONFIG,
+    TEXT_CONFIG,
     small_model,
 )
 from megatron.bridge.models.small_model import SmallModel, Values, register_small_models
@@ -38,7 +39,7 @@ def _config(
     architecture: str, model_type: str, deepstack: list[int], *text: Mapping[str, Any]
 ) -> dict[str, Any]:
     text_config: dict[str, Any] = {"model_type": f"{model_type}_text"}
-    for part in (TEXT, *text):
+    for part in (TEXT_CONFIG, *text):
         text_config |= part
     return {
         "architectures": [architecture],
@@ -129,7 +130,7 @@ register_small_models(
         "qwen3_vl",
         [0, 2],
         _VL_ATTENTION,
-        DENSE,
+        DENSE_CONFIG,
         {"num_hidden_layers": 5, "tie_word_embeddings": False},
     ),
     _family(
@@ -138,14 +139,7 @@ register_small_models(
         "qwen3_vl_moe",
         [0, 2],
         _VL_ATTENTION,
-        MOE,
-        DENSE,  # of dense layers, which released models do not have
-        {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "num_hidden_layers": 7,
-        },
+        QWEN3_MOE_CONFIG,
         fixed=("norm_topk_prob",),
         options={"experts": "fused-transposed"},
     ),
@@ -154,8 +148,8 @@ register_small_models(
         "Qwen3_5ForConditionalGeneration",
         "qwen3_5",
         [],
-        HYBRID_ATTENTION,
-        DENSE,
+        HYBRID_ATTENTION_CONFIG,
+        DENSE_CONFIG,
         {"num_hidden_layers": 6},
         hybrid=True,
         fixed_elsewhere=_NO_DEEPSTACK,
@@ -165,9 +159,9 @@ register_small_models(
         "Qwen3_5MoeForConditionalGeneration",
         "qwen3_5_moe",
         [],
-        HYBRID_ATTENTION,
-        MOE,
-        SHARED_EXPERT,
+        HYBRID_ATTENTION_CONFIG,
+        MOE_CONFIG,
+        SHARED_EXPERT_CONFIG,
         {"num_hidden_layers": 7},
         hybrid=True,
         fixed=("mlp_only_layers",),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.bridge.models.qwen_vl.small_language import (
-    DENSE,
-    HYBRID_ATTENTION,
-    MOE,
-    SHARED_EXPERT,
-    TEXT,
+    DENSE_CONFIG,
+    HYBRID_ATTENTION_CONFIG,
+    MOE_CONFIG,
+    QWEN3_MOE_CONFIG,
+    SHARED_EXPERT_CONFIG,
+    TEXT_CONFIG,
     small_model,
 )
 from megatron.bridge.models.small_model import SmallModel, register_small_models
@@ -33,7 +34,7 @@ def _family(
         "tie_word_embeddings": False,
         "transformers_version": "4.57.0.dev0",
     }
-    for part in (TEXT, *parts):
+    for part in (TEXT_CONFIG, *parts):
         config |= part
     return small_model(name, config, "", "model", **fields)
 
@@ -46,7 +47,7 @@ register_small_models(
         "Qwen3ForCausalLM",
         "qwen3",
         _ATTENTION,
-        DENSE,
+        DENSE_CONFIG,
         {"max_window_layers": 5, "num_hidden_layers": 5},
         fixed=_NO_WINDOW,
     ),
@@ -55,14 +56,7 @@ register_small_models(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
         _ATTENTION,
-        MOE,
-        DENSE,  # of dense layers, which released models do not have
-        {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "num_hidden_layers": 7,
-        },
+        QWEN3_MOE_CONFIG,
         fixed=_NO_WINDOW,
         options={"experts": "per-expert"},
     ),
@@ -70,8 +64,8 @@ register_small_models(
         "qwen3.5-text",
         "Qwen3_5ForCausalLM",
         "qwen3_5_text",
-        HYBRID_ATTENTION,
-        DENSE,
+        HYBRID_ATTENTION_CONFIG,
+        DENSE_CONFIG,
         {"num_hidden_layers": 6},
         hybrid=True,
     ),
@@ -79,9 +73,9 @@ register_small_models(
         "qwen3.5-moe-text",
         "Qwen3_5MoeForCausalLM",
         "qwen3_5_moe_text",
-        HYBRID_ATTENTION,
-        MOE,
-        SHARED_EXPERT,
+        HYBRID_ATTENTION_CONFIG,
+        MOE_CONFIG,
+        SHARED_EXPERT_CONFIG,
         {"num_hidden_layers": 7},
         hybrid=True,
         fixed=("mlp_only_layers",),

@@ -20,7 +20,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.fp8 import Weights, dequantized_view
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8, quantization_of
-from megatron.bridge.models.hf_pretrained.reference import local_folder
+from megatron.bridge.models.hf_pretrained.reference import local_folder, repository_of
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.hf_pretrained.weight_files import INDEX_FILE
@@ -208,7 +208,7 @@ def headers_only(hf: PreTrainedVLM) -> PreTrainedVLM:
     """The same model to plan with: the weights of a hub id are not fetched."""
     if not hf.has_files or local_folder(hf.name_or_path) is not None:
         return hf
-    repository = hf.name_or_path.partition("@")[0]
+    repository = repository_of(hf.name_or_path)
     return _HeadersOnly.from_pretrained(repository, hf.folder.name)
 
 

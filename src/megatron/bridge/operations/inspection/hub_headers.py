@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from megatron.bridge.errors import CheckpointError, ReferenceNotFound
 from megatron.bridge.models.hf_pretrained.other_formats import other_files
-from megatron.bridge.models.hf_pretrained.reference import repository_files
+from megatron.bridge.models.hf_pretrained.reference import repository_files, repository_of
 from megatron.bridge.models.hf_pretrained.safetensors_header import check_tensor
 from megatron.bridge.tensors.spec import TensorSpec
 
@@ -41,7 +41,7 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    repository = reference.partition("@")[0]
+    repository = repository_of(reference)
     if HF_HUB_OFFLINE:
         raise ReferenceNotFound(
             f"{repository}: its weights are not in the hub's cache, and HF_HUB_OFFLINE forbids "

@@ -1,0 +1,184 @@
+"""A Hugging Face folder that several ranks write at once, each of them its own boxes.
+
+Every place in every file is known before a byte is written, so ranks need not wait for one another.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron.bridge.dtypes import itemsize
+from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, TensorData
+from megatron.bridge.engine.stream import Budget
+from megatron.bridge.engine.worker_threads import run_in_threads
+from megatron.bridge.errors import CheckpointError, InputError, TargetExists
+from megatron.bridge.live.shard_transfer import blocks_of
+from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
+from megatron.bridge.target.folder_sync import sync, sync_all
+from megatron.bridge.tensors.arrays import array_over
+from megatron.bridge.tensors.boxes import Box, box_shape, volume
+from megatron.bridge.tensors.spec import TensorSpec
+
+_STAGED = ".hugging-face.partial"
+
+
+class _Block(NamedTuple):
+    """A part of a tensor, what makes it, and the file in which the tensor begins at `offset`."""
+
+    descriptor: int
+    offset: int
+    spec: TensorSpec
+    box: Box
+    fill: FillTensor
+
+
+class SharedFolder:
+    """One folder, as each rank sees it."""
+
+    def __init__(
+        self, target: Path, files: Sequence[OutputFile], tensors: Mapping[str, TensorSpec]
+    ) -> None:
+        """`files` are all of the folder; `tensors` those in them, by name."""
+        self._target, self._staged = target, target / _STAGED
+        self._files, self._tensors = files, tensors
+        self._places = dict(_places(files))
+
+    def make(self, fill: FillTensor, is_shared: Callable[[str], bool]) -> None:
+        """Make all files as long as they will be, and write what one rank is to write.
+
+        Args:
+            fill: makes the tensors that are not shared.
+            is_shared: whether a tensor, by its name, is left to `write`.
+
+        Raises:
+            TargetExists: the folder is not empty.
+            CheckpointError: a file cannot be written.
+        """
+        _check_empty(self._target)
+        with _writing(self._staged):
+            self._staged.mkdir()
+            for file in self._files:
+                path = self._staged / file.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb", buffering=0) as stream:
+                    stream.truncate(file.nbytes)
+                    offset = 0
+                    for part in file.parts:
+                        if not (isinstance(part, TensorData) and is_shared(part.name)):
+                            content = bytearray(part.nbytes)
+                            part.write_to(memoryview(content), fill)
+                            _write_at(stream.fileno(), content, offset)
+                        offset += part.nbytes
+
+    def write(self, boxes: Iterable[tuple[str, Box, FillTensor]]) -> None:
+        """Write boxes of tensors, and bring them to the disk.
+
+        Args:
+            boxes: (name, box, what makes a part of it); no two of them overlap on any rank.
+
+        Raises:
+            InputError: this process does not see the folder.
+            CheckpointError: a file cannot be written.
+        """
+        if not self._staged.is_dir():
+            raise InputError(f"{self._target}: not every rank sees it; choose a shared folder")
+        descriptors: dict[str, int] = {}
+
+        def blocks() -> Iterator[_Block]:
+            for name, box, fill in boxes:
+                (file, offset), spec = self._places[name], self._tensors[name]
+                if file not in descriptors:
+                    path = self._staged / file
+                    descriptors[file] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, descriptors[file])
+                for block in blocks_of(box, itemsize(spec.dtype)):
+                    yield _Block(descriptors[file], offset, spec, block, fill)
+
+        def work(own: Iterator[_Block]) -> None:
+            memory = memoryview(bytearray(PIECE_BYTES))
+            for block in own:
+                content = memory[: volume(block.box) * itemsize(block.spec.dtype)]
+                array = array_over(content, box_shape(block.box), block.spec.dtype)
+                block.fill(block.spec.name, block.box, array)
+                for start, length in _runs(block.spec, block.box):
+                    _write_at(block.descriptor, content[:length], block.offset + start)
+                    content = content[length:]
+
+        with ExitStack() as opened, _writing(self._target):
+            run_in_threads(blocks(), work, Budget.of().threads)
+            for descriptor in descriptors.values():
+                os.fsync(descriptor)
+
+    def publish(self) -> None:
+        """Put every file in its place, config.json last. Raises CheckpointError."""
+        with _writing(self._target):
+            tree = [(Path(folder), names) for folder, _, names in os.walk(self._staged)]
+            sync_all(path for at, names in tree for path in (at, *map(at.joinpath, names)))
+            for path in sorted(self._staged.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+                path.rename(self._target / path.name)
+            self._staged.rmdir()
+            sync(self._target)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self._staged, ignore_errors=True)
+
+
+def _check_empty(target: Path) -> None:
+    """Refuse a folder with anything in it but what a killed process left of this."""
+    if not target.is_dir():
+        raise InputError(f"{target}: there is no such folder; make it first")
+    names = sorted(path.name for path in target.iterdir())
+    if names == [_STAGED]:
+        shutil.rmtree(target / _STAGED)
+    elif names:
+        raise TargetExists(f"{target} is not empty: it holds {names[0]}; give an empty folder")
+
+
+def _places(files: Sequence[OutputFile]) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Of each tensor its file, and where in it the first byte lies."""
+    for file in files:
+        offset, known = 0, ""
+        for part in file.parts:
+            if isinstance(part, TensorData) and part.name != known:
+                known = part.name
+                yield known, (file.name, offset)
+            offset += part.nbytes
+
+
+def _runs(spec: TensorSpec, box: Box) -> Iterator[tuple[int, int]]:
+    """(begin, length) of the contiguous bytes of a box within its tensor, in row-major order."""
+    strides = [prod(spec.shape[axis + 1 :]) * itemsize(spec.dtype) for axis in range(len(box))]
+    cut = [axis for axis, size in enumerate(spec.shape) if box[axis] != (0, size)]
+    if not cut:
+        yield 0, spec.nbytes
+        return
+    # Behind the last axis that is cut everything is taken, so a run spans that axis's range.
+    last = cut[-1]
+    start, stop = box[last]
+    for place in product(*(range(*box[axis]) for axis in range(last))):
+        begin = sum(index * stride for index, stride in zip(place, strides, strict=False))
+        yield begin + start * strides[last], (stop - start) * strides[last]
+
+
+def _write_at(descriptor: int, content: bytes | bytearray | memoryview, offset: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        count = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        culprit = error.filename or path
+        raise CheckpointError(f"{culprit}: cannot be written ({error.strerror})") from error
