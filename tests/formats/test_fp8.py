@@ -12,11 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.dtypes import numpy_dtype, torch_dtype
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.formats.config_record import read_hf_config
-from megatron.bridge.formats.fp8_writer import Requantizer, block_scales, quantize
-from megatron.bridge.models.hf_pretrained.fp8 import DequantizedTensors, dequantize
+from megatron.bridge.formats.fp8_writer import (
+    Requantizer,
+    block_scales,
+    float_to_e4m3,
+    quantize,
+)
+from megatron.bridge.models.hf_pretrained.fp8 import (
+    DequantizedTensors,
+    dequantize,
+    e4m3_to_float,
+)
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -201,6 +210,68 @@ def test_other_blocks() -> None:
     assert same_bits(dequantized(stored, scales, block), (stored.float() * spread).bfloat16())
     part = dequantized(stored[4:, 6:], scales[1:, 1:], block, (1, 1))
     assert same_bits(part, (stored.float() * spread).bfloat16()[4:, 6:])
+
+
+@pytest.mark.parametrize("first", [(0, 0), (3, 2), (127, 127)])
+def test_dequantizing_into_any_memory(first: tuple[int, int]) -> None:
+    """Scales as small and as large as float32 has them, all codes, transposed memory."""
+    codes = torch.arange(256).to(torch.uint8).repeat(2 * 200 * 2)[: 2 * 200 * 300]
+    stored = codes.view(torch.float8_e4m3fn).view(2, 200, 300)
+    scales = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(2)) + 0.5
+    scales[:, 1, 1] *= 2.0**-126
+    scales[:, 1, 2] *= 2.0**126
+    spread = scales.repeat_interleave(128, -2).repeat_interleave(128, -1)
+    spread = spread[:, first[0] : first[0] + 200, first[1] : first[1] + 300]
+    expected = (stored.float() * spread).bfloat16()
+    assert expected.isinf().any()
+    assert ((expected != 0) & (expected.abs() < 2**-126)).any()
+    memory = torch.empty(300, 2, 200, dtype=torch.bfloat16)
+    out = memory.permute(1, 2, 0)
+    dequantize(as_array(stored), as_array(scales), BLOCK, as_array(out), first)
+    numbers = ~expected.isnan()
+    assert torch.equal(out.isnan(), ~numbers)
+    assert same_bits(out[numbers], expected[numbers])
+
+
+# --- numbers of e4m3 ---
+
+
+def test_every_code_is_the_number_that_torch_says() -> None:
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    found = as_torch(e4m3_to_float(as_array(codes)))
+    assert same_bits(found[~codes.isnan()], codes.float()[~codes.isnan()])
+    assert torch.equal(found.isnan(), codes.isnan())
+    assert e4m3_to_float(as_array(codes.view(4, 64).t())).shape == (64, 4)
+
+
+def every_rounding() -> torch.Tensor:
+    """Float32 numbers of up to 448, those around a change of the nearest e4m3 number among them."""
+    codes = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (codes[:-1] + codes[1:]) / 2
+    above, below = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    edges = [codes, middle, middle.nextafter(above), middle.nextafter(below)]
+    edges += [codes[1:].nextafter(below), codes[:-1].nextafter(above)]
+    halves = torch.arange(1 << 15).to(torch.int16).view(torch.bfloat16).float()
+    drawn = torch.randint(0, 1 << 31, (300_000,), generator=torch.Generator().manual_seed(11))
+    tiny = torch.arange(0, 1 << 31, 9_999_991)
+    found = torch.cat([*edges, halves, drawn.to(torch.int32).view(torch.float32),
+                       tiny.to(torch.int32).view(torch.float32)])  # fmt: skip
+    found = found[found.abs() <= 448]
+    return torch.cat([found, -found])
+
+
+def test_floats_are_rounded_to_e4m3_as_torch_and_ml_dtypes_round_them() -> None:
+    values = every_rounding()
+    assert len(values) > 300_000
+    found = float_to_e4m3(as_array(values))
+    assert found.dtype == numpy_dtype("F8_E4M3")
+    expected = values.to(torch.float8_e4m3fn)
+    assert same_bits(as_torch(found), expected)
+    assert found.tobytes() == as_array(values).astype(found.dtype).tobytes()
+    assert len(as_torch(found).view(torch.uint8).unique()) == 254  # every number of both signs
+    cube = values[: 6 * 10 * 1000].view(6, 10, 1000).permute(2, 0, 1)[::3]
+    assert same_bits(as_torch(float_to_e4m3(as_array(cube))), cube.to(torch.float8_e4m3fn))
+    assert float_to_e4m3(as_array(values[:0].view(0, 3))).shape == (0, 3)
 
 
 # --- writing ---

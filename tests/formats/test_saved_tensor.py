@@ -115,9 +115,46 @@ def test_what_cannot_be_saved() -> None:
         SavedTensor("a", ((0, 3),), "F4")
 
 
-def test_an_object() -> None:
-    value = [{"iteration": 3}]
-    assert torch.load(io.BytesIO(saved_object(value)), weights_only=True) == value
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (255, 257),
+        (256, 256),
+        (1, 2, 3, 4, 5),
+        (0, 1 << 16),
+        (1 << 33, 0, 7),
+        (0, 1 << 40, 3),
+        (0,) * 9,
+    ],
+    ids=str,
+)
+def test_the_pickle_is_that_of_torch_save(shape: tuple[int, ...]) -> None:
+    """Sizes and strides of every length, and lengths of up to 2**18."""
+    for dtype in DTYPE_NAMES:
+        tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+        ours, stock = frame_of(dtype, shape), zipfile.ZipFile(io.BytesIO(torch_saved(tensor)))
+        assert stock.read("archive/data.pkl") in ours.head + ours.tail_without_crc, dtype
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"iteration": 3}],
+        [None],
+        [{"checkpoint_version": 3.0, "iteration": 1 << 40}],
+        [{"größe": [-7, 2.5, True, "x" * 300], "empty": [{}, (), "", None]}],
+        ["again", "again", ("again", ["again"])],
+    ],
+    ids=str,
+)
+def test_an_object(value: object) -> None:
+    ours, stock = saved_object(value), torch_saved(value)
+    assert torch.load(io.BytesIO(ours), weights_only=True) == value
+    with zipfile.ZipFile(io.BytesIO(ours)) as archive:
+        assert archive.testzip() is None
+    left_out = stock.index(b"archive/.data/serialization_id")
+    begin_of_record = stock.rindex(b"PK\3\4", 0, left_out)
+    assert ours[:begin_of_record] == stock[:begin_of_record]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -332,14 +369,15 @@ def test_another_object(value: object) -> None:
 @pytest.mark.parametrize(
     "tensor",
     [
-        torch.zeros(3, 4).t(),
         torch.zeros(3, 4)[:, 1:3],
+        torch.zeros(3, 4)[:, 1:3].t(),
         torch.zeros(4).expand(3, 4),
-        torch.zeros(3, 4, dtype=torch.uint16).t(),
+        torch.zeros(3, 4, dtype=torch.uint16)[::2],
+        torch.zeros(12).as_strided((3, 4), (1, 1)),
     ],
 )
 def test_strided(tensor: torch.Tensor) -> None:
-    assert "only contiguous tensors are read" in refusal(torch_saved(tensor))
+    assert "whose elements lie one after the other" in refusal(torch_saved(tensor))
 
 
 @pytest.mark.parametrize(
@@ -396,8 +434,12 @@ def test_arguments_that_are_right() -> None:
         {"shape": (2.0, 3)},
         {"shape": 6},
         {"shape": (1 << 60, 3)},
-        {"strides": (1, 2)},
+        {"strides": (1, 3)},
+        {"strides": (1, 1)},
+        {"strides": (2, 1)},
         {"strides": (0, 0)},
+        {"strides": (1,)},
+        {"strides": (3, 1, 1)},
         {"count": 7},
         {"count": "6"},
         {"count": -6},

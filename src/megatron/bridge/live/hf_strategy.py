@@ -39,7 +39,7 @@ from megatron.bridge.formats.file_plans import Sides, plan_of
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.live.local_tensors import LocalTensor
-from megatron.bridge.live.shard_transfer import fill_tensor, own_boxes
+from megatron.bridge.live.shard_transfer import fill_tensors, own_boxes
 from megatron.bridge.live.sharded_state import (
     Holding,
     Ranks,
@@ -165,8 +165,8 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
         plan = self._ranks.together(planned)
 
         def fill() -> None:
-            for entry in sharded_tensors(sharded_state_dict):
-                fill_tensor(plan, sharded_tensor(entry), self._sides.files.weights, self._casting)
+            tensors = [*map(sharded_tensor, sharded_tensors(sharded_state_dict))]
+            fill_tensors(plan, tensors, self._sides.files.weights, self._casting)
 
         self._ranks.together(fill)
         return dict(dict_list_map_outplace(_loaded, sharded_state_dict))
