@@ -81,7 +81,8 @@ class _OpenFile:
     """One output file, of its full length, until its last piece is written.
 
     Its blocks are reserved: a direct write into a file that has none where it goes waits for those
-    beside it, and a disk that is too small is known before it is full.
+    beside it, and a disk that is too small is known before it is full. Not so of a file of which a
+    part is there already, in blocks of other files: the system would ask for room for all of it.
 
     Attributes:
         cached: descriptor for writing through the cache.
@@ -92,7 +93,8 @@ class _OpenFile:
             wait there burn time.
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, *, whole: bool) -> None:
+        """whole: whether all of its bytes will be written."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.nbytes = nbytes
         self.lock = threading.Lock()
@@ -101,7 +103,10 @@ class _OpenFile:
         self.cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.direct: int | None = None
         try:
-            reserve(self.cached, nbytes)
+            if whole:
+                reserve(self.cached, nbytes)
+            else:
+                os.ftruncate(self.cached, nbytes)
             self.direct = _open_direct(path)
         except BaseException:
             self.close()
@@ -134,6 +139,9 @@ class PieceWriter:
         self._sizes = sizes
         pieces = list(pieces)
         self._pieces = Counter(piece.file for piece in pieces)
+        self._bytes: Counter[str] = Counter()
+        for piece in pieces:
+            self._bytes[piece.file] += piece.nbytes
         self._trial = WriteTrial(sum(piece.nbytes for piece in pieces))
         self._files: dict[str, _OpenFile] = {}
         self._lock = threading.Lock()
@@ -164,7 +172,8 @@ class PieceWriter:
     def _open(self, name: str, path: Path) -> _OpenFile:
         with self._lock:
             if name not in self._files:
-                self._files[name] = _OpenFile(path, self._sizes[name])
+                whole = self._bytes[name] == self._sizes[name]
+                self._files[name] = _OpenFile(path, self._sizes[name], whole=whole)
                 if self._files[name].direct is None:
                     self._trial.decide(direct=False)
             return self._files[name]
