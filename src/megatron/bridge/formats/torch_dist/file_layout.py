@@ -146,7 +146,7 @@ def _ranges(key: str, box: Box, data: DataRange, dtype: str, room: int) -> Itera
         yield _Stored(
             key,
             moved,
-            TensorRange(data.path, offset, nbytes),
+            TensorRange(data.path, offset, nbytes, key, moved, dtype, data.transposed),
             (SavedHead(0, *form), SavedTail(*form)),
         )
         offset += nbytes
