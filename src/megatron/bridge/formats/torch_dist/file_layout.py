@@ -145,7 +145,7 @@ def _ranges(key: str, box: Box, data: DataRange, dtype: str, room: int) -> Itera
         yield _Stored(
             key,
             block,
-            TensorRange(data.path, offset, nbytes),
+            TensorRange(data.path, offset, nbytes, key, block, dtype, data.transposed),
             (SavedHead(0, *form), SavedTail(*form)),
         )
         offset += nbytes
