@@ -10,15 +10,20 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cases import CASES, MEMORY, reduced
+from benchmarks.cases import CASES, MEMORY, SPEED, Case, reduced
+from benchmarks.disk_speed import Speeds, joined, measure
 from benchmarks.figures import CaseResult, Results, join_runs
 from benchmarks.host import describe
 from benchmarks.model_files import ModelFiles
 from benchmarks.page import read_results, tables, write_documents
 from benchmarks.processes import BenchmarkError
 from benchmarks.rounds import Bench
+from benchmarks.slow_disk import slow_disk
 
 _ROUNDS = 5
+_DISK_BYTES, _LEAST_DISK_BYTES = 1 << 30, 1 << 26
+"""With how many the disk is measured: no more than a model has; if none is measured for speed."""
+
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -27,12 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out: Path | None = options.out
     if options.render:
-        write_documents(out or _DOCS, read_results(out or _DOCS))
+        for slow in (False, True):
+            write_documents(out or _DOCS, read_results(out or _DOCS, slow=slow))
         return 0
     whole = options.layers is None and not options.tiny and options.case is None
     try:
         with tempfile.TemporaryDirectory(prefix="megatron-bridge-bench-") as temporary:
-            results = _measure(options, options.folder or Path(temporary))
+            folder = (options.folder or Path(temporary)).resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            results = _measure(options, folder)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -55,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--case", action="append", choices=names, help="only this model; may be repeated")
     add("--folder", type=Path, help="where the files go; a temporary folder if not given")
     add(
+        "--slow-disk",
+        type=float,
+        metavar="GB/S",
+        help="on a disk that the kernel holds back to so many GB/s, of 10**9 bytes, instead of the "
+        "disk itself; needs root. Models that are measured for their memory are left out",
+    )
+    add(
         "--keep",
         action="store_true",
         help="leave models measured for speed in --folder for next time",
@@ -76,22 +91,38 @@ def _measure(options: argparse.Namespace, folder: Path) -> Results:
         raise BenchmarkError("--rounds must be at least 1")
     if options.keep and options.folder is None:
         raise BenchmarkError("--keep needs a --folder")
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    cases = [
+    if options.slow_disk is None:
+        return _measure_cases(options, folder)
+    if options.keep:
+        raise BenchmarkError("--keep: a slow disk is gone in the end; leave one of the two out")
+    if options.slow_disk <= 0:
+        raise BenchmarkError("--slow-disk must be more than 0")
+    needed = _space([ModelFiles(case, folder) for case in _cases(options)], keep=False)
+    with slow_disk(folder, options.slow_disk, needed) as mounted:
+        return _measure_cases(options, mounted)
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    return [
         reduced(case, options.layers, tiny=options.tiny)
         for case in CASES
-        if options.case is None or case.name in options.case
+        if (options.case is None or case.name in options.case)
+        and (options.slow_disk is None or case.role != MEMORY)
     ]
-    files = [ModelFiles(case, folder) for case in cases]
+
+
+def _measure_cases(options: argparse.Namespace, folder: Path) -> Results:
+    files = [ModelFiles(case, folder) for case in _cases(options)]
     _check_space(folder, files, keep=options.keep)
-    measured = [_measure_case(one, options.rounds, keep=options.keep) for one in files]
+    speeds: list[Speeds] = []
     return Results(
         command=_command(options),
         measured=datetime.datetime.now(datetime.UTC).date().isoformat(),
         rounds=options.rounds,
         host=describe(folder),
-        cases=measured,
+        cases=[_measure_case(one, options.rounds, speeds, keep=options.keep) for one in files],
+        disk=joined(speeds or [measure(folder, _LEAST_DISK_BYTES)]),
+        slow_disk=options.slow_disk,
     )
 
 
@@ -101,15 +132,19 @@ def _command(options: argparse.Namespace) -> str:
     arguments += [f"--case={name}" for name in options.case or ()]
     arguments += [] if options.layers is None else [f"--layers={options.layers}"]
     arguments += ["--tiny"] * options.tiny
+    arguments += [] if options.slow_disk is None else [f"--slow-disk={options.slow_disk:g}"]
     return f'make bench ARGS="{" ".join(arguments)}"' if arguments else "make bench"
 
 
-def _check_space(folder: Path, files: Sequence[ModelFiles], *, keep: bool) -> None:
-    """Three times the largest model, and what lies there besides."""
+def _space(files: Sequence[ModelFiles], *, keep: bool) -> int:
+    """Bytes: three times the largest model, and what lies there besides."""
     left_over = sum(one.nbytes for one in files if keep and one.case.role != MEMORY)
-    largest = max(one.nbytes for one in files)
-    there = sum(one.nbytes for one in files if one.ready())
-    needed = int(1.05 * (3 * largest + left_over)) - there
+    largest = max((one.nbytes for one in files), default=0)
+    return int(1.05 * (3 * largest + left_over))
+
+
+def _check_space(folder: Path, files: Sequence[ModelFiles], *, keep: bool) -> None:
+    needed = _space(files, keep=keep) - sum(one.nbytes for one in files if one.ready())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BenchmarkError(
@@ -118,7 +153,10 @@ def _check_space(folder: Path, files: Sequence[ModelFiles], *, keep: bool) -> No
         )
 
 
-def _measure_case(files: ModelFiles, rounds: int, *, keep: bool) -> CaseResult:
+def _measure_case(
+    files: ModelFiles, rounds: int, speeds: list[Speeds], *, keep: bool
+) -> CaseResult:
+    """Measure one model; between the rounds of one that is measured for speed, the disk, too."""
     case = files.case
     bench = Bench(files, lambda line: print(f"{case.title}: {line}", file=sys.stderr, flush=True))
     try:
@@ -127,7 +165,13 @@ def _measure_case(files: ModelFiles, rounds: int, *, keep: bool) -> CaseResult:
         if case.role == MEMORY:
             runs = warm_up
         else:
-            runs = join_runs([bench.round(number) for number in range(rounds)])
+            each = []
+            for number in range(rounds):
+                if case.role == SPEED:
+                    nbytes = min(files.nbytes, _DISK_BYTES)
+                    speeds.append(measure(files.root, nbytes))
+                each.append(bench.round(number))
+            runs = join_runs(each)
         return CaseResult(
             name=case.name,
             title=case.title,

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.disk_speed import Speeds
 from benchmarks.processes import Measurement
-from benchmarks.rounds import COPY_HF, COPY_MEGATRON, COPY_OF, EXPORT, Runs
+from benchmarks.rounds import COPY_HF, COPY_MEGATRON, COPY_OF, EXPORT, TORCH, Runs, beside
 
 type Document = dict[str, Any]
 
@@ -36,8 +37,9 @@ class StepFigures:
     """One step over all rounds.
 
     nbytes: of the files that the copy beside it copies; so gb_per_second (10**9 bytes) is of these,
-    read once and, but for verify, written once. ratio: the copy's seconds of the same round divided
-    by this step's; None where no copy was made. wall_seconds: from start to end of the process;
+    read once and, but for verify, written once, by the whole process. ratio: the seconds of the
+    whole process divided by those of what it is compared with, of the same round; None where
+    nothing stands beside it. wall_seconds: from start to end of the process;
     seconds: of its work; start_seconds: of the interpreter and its imports before.
     end_seconds: after the work, until the process is gone. cpu_seconds: of all threads, without
     the start. Memory is anonymous: peak_bytes the most of all
@@ -74,7 +76,7 @@ class CaseResult:
     def figures(self, step: str) -> StepFigures:
         """What the measurements of a step come to."""
         runs = self.runs[step]
-        copies = self.runs.get(COPY_OF.get(step, ""))
+        others = self.runs.get(beside(self.role, step) or "")
 
         def spread(value: Callable[[Measurement], float]) -> Spread:
             return Spread.of([value(run) for run in runs])
@@ -82,13 +84,14 @@ class CaseResult:
         seconds = spread(lambda run: run.seconds)
         nbytes = self.megatron_bytes if step in (EXPORT, COPY_MEGATRON) else self.hf_bytes
         ratios = [
-            copy.seconds / run.seconds for copy, run in zip(copies or runs, runs, strict=True)
+            run.wall_seconds / other.wall_seconds
+            for other, run in zip(others or runs, runs, strict=True)
         ]
         return StepFigures(
             nbytes=nbytes,
             seconds=seconds,
-            gb_per_second=nbytes / seconds.median / 1e9,
-            ratio=None if copies is None else Spread.of(ratios),
+            gb_per_second=nbytes / spread(lambda run: run.wall_seconds).median / 1e9,
+            ratio=None if others is None else Spread.of(ratios),
             wall_seconds=spread(lambda run: run.wall_seconds),
             start_seconds=spread(lambda run: run.start_seconds).median,
             end_seconds=spread(
@@ -104,12 +107,18 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Results:
-    """One run of the benchmarks. host: see `host.describe`. measured: a date."""
+    """One run of the benchmarks.
+
+    host: see `host.describe`. measured: a date. disk: GB/s that were measured between the rounds,
+    see `disk_speed`. slow_disk: the GB/s that the disk was held back to, None for the disk itself.
+    """
 
     command: str
     measured: str
     rounds: int
     host: Mapping[str, str]
+    disk: Speeds
+    slow_disk: float | None
     cases: Sequence[CaseResult]
 
     def case(self, name: str) -> CaseResult | None:
@@ -123,6 +132,8 @@ class Results:
             "measured": self.measured,
             "rounds": self.rounds,
             "host": dict(self.host),
+            "disk": dict(self.disk),
+            "slow_disk": self.slow_disk,
             "cases": [
                 asdict(case) | {"figures": {step: asdict(case.figures(step)) for step in case.runs}}
                 for case in self.cases
@@ -147,6 +158,6 @@ class Results:
 
 def join_runs(rounds: Sequence[Runs]) -> Runs:
     """The measurements of several rounds, by step; copies last."""
-    order = [*COPY_OF, COPY_HF, COPY_MEGATRON]
+    order = [*COPY_OF, COPY_HF, COPY_MEGATRON, TORCH]
     steps = [step for step in order if step in rounds[0]]
     return {step: [run for one in rounds for run in one[step]] for step in steps}

@@ -6,42 +6,55 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.cases import SPEED
+from benchmarks.cases import MEMORY, SPEED, START
 from benchmarks.figures import CaseResult, Results, Spread, StepFigures
 from benchmarks.goals import goals
 from benchmarks.plot import plot
+from benchmarks.rounds import TORCH
 
-BEGIN = "<!-- made from benchmarks.json by `python -m benchmarks --render` -->"
-END = "<!-- end of what is made from benchmarks.json -->"
+BEGIN = "<!-- made from {}.json by `python -m benchmarks --render` -->"
+END = "<!-- end of what is made from {}.json -->"
 _MIB = 2**20
 
 
+def stem(slow: bool) -> str:
+    """The name of the documents, without its suffix."""
+    return "benchmarks-slow-disk" if slow else "benchmarks"
+
+
 def write_documents(folder: Path, results: Results) -> None:
-    """Write benchmarks.json, benchmarks.svg, and the tables into benchmarks.md.
+    """Write benchmarks.json and .svg, or those of a slow disk, and the tables into benchmarks.md.
 
     The page is made if there is none; the text around the tables of an existing one stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    name = stem(results.slow_disk is not None)
     text = json.dumps(results.document(), indent=1) + "\n"
-    (folder / "benchmarks.json").write_text(text, "utf-8")
-    (folder / "benchmarks.svg").write_text(plot(results), "utf-8")
+    (folder / f"{name}.json").write_text(text, "utf-8")
+    (folder / f"{name}.svg").write_text(plot(results), "utf-8")
     page = folder / "benchmarks.md"
-    before = page.read_text("utf-8") if page.exists() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
+    before = page.read_text("utf-8") if page.exists() else _EMPTY
     page.write_text(with_tables(before, results), "utf-8")
 
 
-def read_results(folder: Path) -> Results:
-    """The results in benchmarks.json."""
-    return Results.from_document(json.loads((folder / "benchmarks.json").read_text("utf-8")))
+_EMPTY = "# Benchmarks\n" + "".join(
+    f"\n{BEGIN.format(stem(slow))}\n{END.format(stem(slow))}\n" for slow in (False, True)
+)
+
+
+def read_results(folder: Path, *, slow: bool = False) -> Results:
+    """The results in benchmarks.json, or those of a slow disk."""
+    return Results.from_document(json.loads((folder / f"{stem(slow)}.json").read_text("utf-8")))
 
 
 def with_tables(page: str, results: Results) -> str:
     """The page with its tables made anew; ValueError if their place is not marked."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    first, last = (mark.format(stem(results.slow_disk is not None)) for mark in (BEGIN, END))
+    head, begin, rest = page.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"no place for the tables: {BEGIN} and {END} are not both there")
-    return f"{head}{BEGIN}\n\n{tables(results)}\n{END}{tail}"
+        raise ValueError(f"no place for the tables: {first} and {last} are not both there")
+    return f"{head}{first}\n\n{tables(results)}\n{last}{tail}"
 
 
 def tables(results: Results) -> str:
@@ -50,6 +63,8 @@ def tables(results: Results) -> str:
     rounds = f"{results.rounds} round{'s' * (results.rounds > 1)}"
     parts = [
         f"Measured {results.measured} by `{results.command}`, medians of {rounds}.\n{host}.\n",
+        "### The disk\n",
+        _disk_table(results),
         "### Goals\n",
         _table(
             ["", "goal", "found", "reached"],
@@ -73,31 +88,43 @@ def _heading(case: CaseResult) -> str:
 
 
 def _case_table(case: CaseResult) -> str:
-    """The work of one model; GB/s say nothing of one that is measured for something else."""
-    fast = case.role == SPEED
+    """One model; what stands beside what is not said of one that is measured for memory."""
+    columns = {SPEED: ["GB/s", "beside the copy"], START: [f"beside `{TORCH}`"], MEMORY: []}
     return _table(
         [
             "step",
-            *(["GB/s", "of the copy"] if fast else []),
-            "seconds",
-            "CPU seconds",
+            *columns[case.role],
+            "whole process, s",
+            "its work, s",
+            "CPU s of the work",
             "peak MiB",
             "the interpreter's own",
             "above it",
         ],
-        (_row(step, case.figures(step), fast=fast) for step in case.runs),
+        (_row(step, case.figures(step), case.role) for step in case.runs),
     )
 
 
-def _row(step: str, one: StepFigures, *, fast: bool) -> Iterator[str]:
+def _row(step: str, one: StepFigures, role: str) -> Iterator[str]:
     yield step
-    if fast:
+    if role == SPEED:
         yield f"{one.gb_per_second:.2f}"
+    if role != MEMORY:
         yield "" if one.ratio is None else _spread(one.ratio)
-    yield _spread(one.seconds)
+    yield _spread(one.wall_seconds)
+    yield f"{one.seconds.median:.2f}"
     yield f"{one.cpu_seconds:.2f}"
     for nbytes in (one.peak_bytes, one.own_bytes, one.above_bytes):
         yield f"{nbytes / _MIB:.0f}"
+
+
+def _disk_table(results: Results) -> str:
+    """What it takes without a program around it, between the rounds."""
+    held = "the disk itself" if results.slow_disk is None else f"held to {results.slow_disk:g} GB/s"
+    return _table(
+        [f"written, {held}", "GB/s"],
+        ((way, _spread(Spread.of(speeds))) for way, speeds in results.disk.items()),
+    )
 
 
 def _process_table(cases: Sequence[CaseResult]) -> str:

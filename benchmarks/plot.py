@@ -92,22 +92,23 @@ class _Scale:
 
 
 def plot(results: Results) -> str:
-    """Speed beside the copy, then memory; what was not measured is left out."""
+    """Time beside the copy, then memory; what was not measured is left out."""
     drawing = _Drawing()
     if fast := [case for case in results.cases if case.role == SPEED]:
-        _draw_speed(drawing, fast)
+        _draw_time(drawing, fast)
         drawing.y += _ROW
     if held := [case for case in results.cases if case.role in (SPEED, MEMORY)]:
         # Behind each model the larger one that it is compared with.
         held.sort(key=lambda case: (case.base or case.name, case.hf_bytes))
         _draw_memory(drawing, held)
-    return drawing.svg("Speed and memory of import, export and verify beside a plain copy")
+    return drawing.svg("Time and memory of import, export and verify beside cp and sync")
 
 
-def _draw_speed(drawing: _Drawing, cases: Sequence[CaseResult]) -> None:
+def _draw_time(drawing: _Drawing, cases: Sequence[CaseResult]) -> None:
     figures = [case.figures(step) for case in cases for step in _STEPS]
-    scale = _Scale(1.05 * max(1.0, *(f.ratio.max for f in figures if f.ratio is not None)))
-    _heading(drawing, "Speed as a part of the plain copy's")
+    longest = max(f.ratio.max for f in figures if f.ratio is not None)
+    scale = _Scale(1.05 * max(1.0, longest, *(case.goal or 0 for case in cases)))
+    _heading(drawing, "Time of the whole process beside that of cp and sync: less is better")
     x = float(_MARGIN)
     for style, label, width in (
         ("copy", "the copy", 76),
@@ -136,7 +137,7 @@ def _draw_speed(drawing: _Drawing, cases: Sequence[CaseResult]) -> None:
             if case.goal is not None and step != VERIFY:
                 place = scale(case.goal)
                 drawing.line("goal", place, drawing.y - 3, place, drawing.y + _BAR + 3)
-            value = max(scale(one.ratio.max), scale(1)) + 8
+            value = max(scale(one.ratio.max), scale(1), scale(case.goal or 0)) + 8
             drawing.text(value, f"{one.ratio.median:.2f}")
             drawing.text(value + 38, f"{one.gb_per_second:.2f} GB/s", "quiet")
             drawing.y += _ROW

@@ -2,13 +2,15 @@
 
 The process prints one JSON document that says how many `seconds` its work took by its own clock.
 The document arrives when the work is over, so the work began so many seconds before: what lies
-ahead is the start of the interpreter, with its imports, what lies behind is its end.
+ahead is the start of the interpreter, with its imports, what lies behind is its end. Of a process
+whose document says nothing of seconds, all is work.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -64,14 +66,17 @@ def run(command: Sequence[str]) -> tuple[Measurement, dict[str, Any]]:
     """
     with tempfile.TemporaryFile() as errors:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
         samples = _Sampler(process.pid)
         try:
             samples.start()
             output, printed = _read(process)
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # and those that it started
+            process.wait()
             raise
         finally:
             samples.stop()
@@ -84,11 +89,13 @@ def run(command: Sequence[str]) -> tuple[Measurement, dict[str, Any]]:
                 f"exit status {process.returncode}: {' '.join(command)}\n{message}"
             )
     document = json.loads(output)
-    at_work = samples.at(printed - document["seconds"])
+    seconds = document.get("seconds", ended - began)
+    started = printed - seconds if "seconds" in document else began
+    at_work = samples.at(started)
     return Measurement(
         wall_seconds=ended - began,
-        start_seconds=printed - document["seconds"] - began,
-        seconds=document["seconds"],
+        start_seconds=started - began,
+        seconds=seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         start_cpu_seconds=at_work.cpu_seconds,
         peak_bytes=samples.peak_bytes,

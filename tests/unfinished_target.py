@@ -13,7 +13,7 @@ import pytest
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.target.folder import ResumableFolder
 from megatron.bridge.target.job import Job
-from megatron.bridge.target.record import FileRecord
+from megatron.bridge.target.record import CheckedRange, FileRecord
 
 SIZES = {"config.json": 11, "iter_1/a.bin": 70, "iter_1/b.bin": 64, "empty": 0}
 FILES = [name for name, size in SIZES.items() if size]
@@ -28,7 +28,7 @@ def content(name: str) -> bytes:
 def record(name: str) -> FileRecord:
     """With pieces of 32 bytes."""
     parts = [content(name)[at : at + 32] for at in range(0, SIZES[name], 32)]
-    return FileRecord(name, tuple((len(part), zlib.crc32(part)) for part in parts))
+    return FileRecord(name, tuple(CheckedRange(len(part), zlib.crc32(part)) for part in parts))
 
 
 def write(folder: ResumableFolder, count: int | None = None) -> list[str]:

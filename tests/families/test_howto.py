@@ -14,7 +14,10 @@ import pytest
 import forked
 from megatron.bridge.cli import main
 from megatron.bridge.models import catalog
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.model_bridge import REGISTERED_BRIDGES, MegatronModelBridge
 from megatron.bridge.runtime.parallel import destroy_process_groups
+from megatron.bridge.synthetic import make_model
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parents[1] / "docs" / "howto" / "add-a-family.md").read_text("utf-8")
@@ -83,6 +86,35 @@ def test_a_family_that_cannot_be_imported_is_refused(tmp_path: Path) -> None:
         "error: the family llama of my-family cannot be imported from fifth_family: "
         "RuntimeError: too old\\n for this; mend that package, or uninstall it\n"
     )
+
+
+def test_a_bridge_that_lacks_a_method_is_not_registered() -> None:
+    """By the time that a command asks for it, nobody knows whose fault it is."""
+
+    class Lacking(MegatronModelBridge):
+        def mapping_registry(self) -> MegatronMappingRegistry:
+            return MegatronMappingRegistry()
+
+    register = MegatronModelBridge.register_bridge(source="X", target="y.Z")
+    with pytest.raises(TypeError, match=r"^Lacking does not define provider_settings, structure$"):
+        register(Lacking)
+    assert "X" not in REGISTERED_BRIDGES
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("provider", ["fifth_provider.Nope", "nowhere.LlamaProvider"])
+def test_a_provider_that_cannot_be_imported(
+    provider: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = make_model("llama", tmp_path / "small", {})
+    monkeypatch.setattr(REGISTERED_BRIDGES["LlamaForCausalLM"], "provider", provider)
+    assert main(["plan", str(model), "--tp", "1"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: the provider {provider} of LlamaBridge cannot be imported: ")
+    assert ("'Nope'" if "Nope" in provider else "'nowhere'") in message
 
 
 def _installed(folder: Path, code: str | None = None) -> Path:

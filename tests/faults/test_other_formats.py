@@ -12,6 +12,7 @@ import pytest
 from megatron.bridge.auto_bridge import AutoBridge
 from megatron.bridge.cli import main
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.synthetic import make_model
 from refusals import NOWHERE, refused
 
 ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some one/base"})
@@ -145,24 +146,42 @@ def test_what_lies_beside_safetensors_does_not_matter(
     assert "proven" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("family", "model_class"),
+    [("qwen3-vl", "Qwen3VLForConditionalGeneration"), ("qwen3", "Qwen3ForCausalLM")],
+)
 def test_bin_is_converted_as_the_message_says(
-    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, model_class: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """By the class of the model: another one loads a part of it, or nothing."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
     from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 
     folder, new = tmp_path / "bin", tmp_path / "new"
     folder.mkdir()
-    shutil.copy(small_model / "config.json", folder)
-    index = TensorIndex.from_folder(small_model)
+    model = make_model(family, tmp_path / "model", {})
+    shutil.copy(model / "config.json", folder)
+    index = TensorIndex.from_folder(model)
     torch.save({name: index.read(name) for name in index}, folder / "pytorch_model.bin")
     message = refused(capsys, "import", folder, NOWHERE)
     advice = message.partition("transformers: ")[2].strip().replace("NEW_FOLDER", repr(str(new)))
-    eval(advice, {"AutoModelForImageTextToText": AutoModelForImageTextToText})
+    eval(advice, {model_class: getattr(transformers, model_class)})
     capsys.readouterr()
-    assert main(["verify", str(new), str(small_model)]) == 0
+    assert main(["verify", str(new), str(model)]) == 0
+
+
+def test_bin_without_a_class_in_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, said in enumerate(("[]", '["a b"]', '"X"', "[3]", "{")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "pytorch_model.bin").write_text("")
+        (folder / "config.json").write_text(f'{{"architectures": {said}}}')
+        message = refused(capsys, "import", folder, NOWHERE)
+        assert "with CLASS_IN_ITS_CONFIG of transformers" in message
 
 
 # --- where a Megatron checkpoint is read ---

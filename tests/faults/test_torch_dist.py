@@ -176,8 +176,12 @@ def test_data_of_another_kind(folder: Path) -> None:
 
 
 def test_strided_data(folder: Path) -> None:
-    put(folder, saved(first_piece(folder).transpose(-1, -2).contiguous().transpose(-1, -2)))
-    assert "only contiguous tensors are read" in refusal_of_data(folder)
+    """Elements in another order are found; not those of which some lie in two places."""
+    tensor = first_piece(folder) + 1
+    put(folder, saved(tensor.transpose(-1, -2).contiguous().transpose(-1, -2)))
+    assert torch.equal(first_piece(folder), tensor)
+    put(folder, saved(tensor[..., :1].clone().expand(tensor.shape)))
+    assert "whose elements lie one after the other" in refusal_of_data(folder)
 
 
 def test_compressed_data(folder: Path) -> None:

@@ -154,6 +154,7 @@ def saved_tensor(data: bytes) -> None:
     except CheckpointError:
         return
     assert all(type(size) is int and 0 <= size < LARGEST for size in found.shape)
+    assert sorted(found.order) == list(range(len(found.shape)))
     end = found.offset + prod(found.shape) * itemsize(found.dtype)
     assert 0 <= found.offset <= end <= len(data)
 
@@ -257,6 +258,7 @@ def _saved_seeds() -> list[bytes]:
     seeds = []
     for tensor in (
         torch.ones(5, 3, dtype=torch.bfloat16),
+        torch.ones(3, 5, dtype=torch.bfloat16).t(),
         torch.ones(5, 6).to(torch.float8_e4m3fn),
     ):
         torch.save(tensor, buffer := io.BytesIO())

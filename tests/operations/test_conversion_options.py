@@ -22,7 +22,7 @@ from unfinished_target import names, tree
 def test_one_list_of_options() -> None:
     """What one way takes, the other takes, and each name means the same."""
     known = {field.name for field in fields(ConversionOptions)}
-    assert set(get_type_hints(ExportKeywords)) == known
+    assert set(get_type_hints(ImportKeywords)) | set(get_type_hints(ExportKeywords)) == known
     for command, keywords in (
         (import_command, ImportKeywords),
         (export_command, ExportKeywords),

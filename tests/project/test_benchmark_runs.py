@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import plain_copy, rounds
-from benchmarks.cases import CASES, MEMORY, Case, reduced
+from benchmarks import disk_speed, processes, rounds, slow_disk
+from benchmarks.cases import CASES, MEMORY, SPEED, START, Case, reduced
 from benchmarks.cli import main
 from benchmarks.model_files import ModelFiles, RandomWeights
 from benchmarks.processes import BenchmarkError, Measurement, run
-from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, VERIFY, check_same, in_order
+from benchmarks.rounds import (
+    COPY_HF,
+    COPY_MEGATRON,
+    EXPORT,
+    IMPORT,
+    TORCH,
+    VERIFY,
+    check_same,
+    in_order,
+)
 
 import forked
 from megatron.bridge.cli import main as bridge
@@ -88,6 +97,22 @@ def test_a_process_that_fails_is_an_error_with_its_message() -> None:
         run(program(work="import sys; print('a bad end', file=sys.stderr); sys.exit(3)"))
 
 
+def test_nothing_that_was_started_goes_on_behind_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(process: subprocess.Popen[bytes]) -> tuple[bytes, float]:
+        assert process.stdout is not None
+        process.stdout.readline()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "_read", interrupted)
+    script = 'sleep 60 & echo $! > "$1"; echo begun; wait'
+    with pytest.raises(KeyboardInterrupt):
+        run(["sh", "-c", script, "sh", str(tmp_path / "pid")])
+    status = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
+    assert not status.exists() or status.read_text().rpartition(") ")[2].startswith("Z")
+
+
 def test_rounds_begin_with_different_steps_and_go_both_ways() -> None:
     steps = "abcde"
     orders = ["".join(in_order(steps, number)) for number in range(5)]
@@ -95,16 +120,132 @@ def test_rounds_begin_with_different_steps_and_go_both_ways() -> None:
     assert all(sorted(order) == list(steps) for order in orders)
 
 
-def test_the_copy_copies(tmp_path: Path) -> None:
-    source, target = tmp_path / "a", tmp_path / "b"
-    (source / "inner").mkdir(parents=True)
-    (source / "one").write_bytes(b"12345")
-    (source / "inner" / "two").write_bytes(b"678")
-    command = [sys.executable, "-P", plain_copy.__file__, str(source), str(target)]
-    _, document = run([*command, "one", "inner/two"])
-    assert document["bytes"] == 8
-    assert (target / "one").read_bytes() == b"12345"
-    assert (target / "inner" / "two").read_bytes() == b"678"
+def test_the_copy_copies_and_all_of_it_is_work(tmp_path: Path) -> None:
+    files = ModelFiles(tiny("dense"), tmp_path)
+    (files.folder / "inner").mkdir(parents=True)
+    (files.folder / "one").write_bytes(b"12345")
+    (files.folder / "inner" / "two").write_bytes(b"678")
+    (step,) = (s for s in rounds.Bench(files, print)._steps() if s.name == COPY_HF)
+    done, _ = run(step.command)
+    assert step.made is not None
+    assert (step.made / "one").read_bytes() == b"12345"
+    assert (step.made / "inner" / "two").read_bytes() == b"678"
+    assert done.wall_seconds == done.seconds > 0
+    assert (done.start_seconds, done.start_cpu_seconds, done.start_bytes) == (0, 0, 0)
+
+
+def test_what_stands_beside_what() -> None:
+    assert rounds.beside(SPEED, EXPORT) == COPY_MEGATRON
+    assert rounds.beside(START, EXPORT) == TORCH
+    assert rounds.beside(MEMORY, EXPORT) is None
+    assert rounds.beside(SPEED, COPY_HF) is None
+
+
+# --- Disks ---------------------------------------------------------------------------------------
+
+
+def test_the_speed_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way writes all its bytes, and leaves none."""
+    written: list[tuple[str, int]] = []
+    pwrite = os.pwrite
+
+    def noted(descriptor: int, data: memoryview, offset: int) -> int:
+        written.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, len(data)))
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", noted)
+    found = disk_speed.measure(tmp_path, 64 * MIB)
+    assert list(found) == list(disk_speed.WAYS)
+    assert all(speed > 0 for (speed,) in found.values())
+    assert sum(length for _, length in written) == 3 * 64 * MIB
+    assert {name for name, _ in written} == {f"speed-{number}" for number in range(4)}
+    assert list(tmp_path.iterdir()) == []
+    joined = disk_speed.joined([found, found])
+    assert all(joined[way] == 2 * speeds for way, speeds in found.items())
+
+
+def test_a_slow_disk_is_for_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with (
+        pytest.raises(BenchmarkError, match="--slow-disk makes a block device: run it as root"),
+        slow_disk.slow_disk(tmp_path, 0.4, MIB),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_disk_without_its_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(BenchmarkError, match=r"needs losetup, mkfs\.ext4, mount, umount"),
+        slow_disk.slow_disk(tmp_path, 0.4, MIB),
+    ):
+        pass
+
+
+class Tools:
+    """Stands for the commands: notes them, and makes nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, groups: Path) -> None:
+        self.called: list[str] = []
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        monkeypatch.setattr(shutil, "which", lambda tool: f"/sbin/{tool}")
+        monkeypatch.setattr(slow_disk, "_run", self._run)
+        monkeypatch.setattr(slow_disk, "_GROUPS", groups)
+        monkeypatch.setattr(slow_disk, "write", lambda *_: self.speed)
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: None)
+        self.speed = 0.41
+
+    def _run(self, *command: str) -> str:
+        self.called.append(command[0])
+        return "/dev/null"  # number 1:3
+
+
+def test_a_slow_disk_is_held_back_and_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = tmp_path / "groups"
+    (groups / "blkio").mkdir(parents=True)
+    limits = [groups / "blkio" / f"blkio.throttle.{way}_bps_device" for way in ("read", "write")]
+    tools = Tools(monkeypatch, groups)
+    with slow_disk.slow_disk(tmp_path, 0.4, MIB) as mounted:
+        assert mounted.is_dir()
+        assert [file.read_text() for file in limits] == ["1:3 400000000\n"] * 2
+    assert [file.read_text() for file in limits] == ["1:3 0\n"] * 2
+    assert tools.called == ["losetup", "mkfs.ext4", "mount", "umount", "losetup"]
+    assert list(tmp_path.iterdir()) == [groups]
+
+
+def test_a_kernel_that_does_not_hold_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blkio").mkdir()
+    tools = Tools(monkeypatch, tmp_path)
+    tools.speed = 1.3
+    with (
+        pytest.raises(BenchmarkError, match=r"writes 1\.30 GB/s, not 0\.4: this kernel does not"),
+        slow_disk.slow_disk(tmp_path, 0.4, MIB),
+    ):
+        pass
+    assert tools.called[-2:] == ["umount", "losetup"]
+
+
+def test_control_groups_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = Tools(monkeypatch, tmp_path / "none")
+    with (
+        pytest.raises(BenchmarkError, match="needs the block I/O controller of the control groups"),
+        slow_disk.slow_disk(tmp_path, 0.4, MIB),
+    ):
+        pass
+    assert tools.called[-2:] == ["umount", "losetup"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [["--slow-disk=0"], ["--slow-disk=0.4", "--keep"]])
+def test_a_slow_disk_that_cannot_be(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*given, f"--folder={tmp_path}"]) == 1
+    assert given[-1].partition("=")[0] in capsys.readouterr().err
 
 
 # --- Models --------------------------------------------------------------------------------------
@@ -227,6 +368,7 @@ def test_commands_are_measured_from_end_to_end(
         return Measurement(3.0, 1.0, document["seconds"], 2.5, 0.5, 7 * MIB, 4 * MIB), document
 
     monkeypatch.setattr(rounds, "run", forked_run)
+    monkeypatch.setattr(rounds, "_SETTLE_SECONDS", 0)
     folder, out = tmp_path / "files", tmp_path / "out"
     given = [*TINY, "--case=moe-large", f"--folder={folder}", f"--out={out}"]
     assert main(given) == 0
@@ -257,5 +399,5 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert list(steps) == [IMPORT, EXPORT, VERIFY, COPY_HF, COPY_MEGATRON]
     assert all(steps[step]["ratio"]["median"] > 0 for step in (IMPORT, EXPORT, VERIFY))
     page = (out / "benchmarks.md").read_text("utf-8")
-    assert page.count("### ") == 2 + len(CASES)
+    assert page.count("### ") == 3 + len(CASES)
     ET.fromstring((out / "benchmarks.svg").read_text("utf-8"))

@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 
 from megatron.bridge.engine.pieces import FileCopy, Literal, OutputFile, TensorData, pieces_of
 from megatron.bridge.errors import CheckpointError
-from megatron.bridge.target.checksums import check_files
+from megatron.bridge.target.checksums import check_files, with_checksums
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.target.job import Job, layout_digest
 from megatron.bridge.target.record import (
     MANIFEST_FILE,
+    CheckedRange,
     FileRecord,
     Record,
     RecordWriter,
+    UnreadRange,
     read_manifest,
     read_records,
     write_new_record,
@@ -38,7 +40,7 @@ CUTS = {"a.bin": (0, 32, 64, 100), "sub/b.bin": (0, 37), "empty": (0,)}
 
 def record(name: str) -> FileRecord:
     parts = [CONTENT[name][begin:end] for begin, end in pairwise(CUTS[name])]
-    return FileRecord(name, tuple((len(part), zlib.crc32(part)) for part in parts))
+    return FileRecord(name, tuple(CheckedRange(len(part), zlib.crc32(part)) for part in parts))
 
 
 MANIFEST = Record(JOB, tuple(map(record, sorted(CONTENT))), complete=True)
@@ -201,10 +203,50 @@ def test_missing_and_short_files_are_found(folder: Path) -> None:
 def test_pieces_longer_than_a_block(tmp_path: Path) -> None:
     content = bytes(range(251)) * 20_011  # 5 MB: several blocks and a rest
     (tmp_path / "long").write_bytes(content)
-    manifest = Record(JOB, (FileRecord("long", ((len(content), zlib.crc32(content)),)),), True)
+    whole = CheckedRange(len(content), zlib.crc32(content))
+    manifest = Record(JOB, (FileRecord("long", (whole,)),), True)
     assert check_files(tmp_path, manifest) == []
     (tmp_path / "long").write_bytes(content[:-1] + b"\0")
     assert [fault.file for fault in check_files(tmp_path, manifest)] == ["long"]
+
+
+def test_blocks_of_the_source_are_compared_with_it(tmp_path: Path) -> None:
+    """Their bytes were never read, so they have no checksum until it is taken."""
+    shared, own = bytes(range(1, 252)) * 40_021, b"own"
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, content in ((source, b"head" + shared), (target, own + shared)):
+        folder.mkdir()
+        (folder / "file").write_bytes(content)
+    pieces = (CheckedRange(3, zlib.crc32(own)), UnreadRange(len(shared), 4, "file"))
+    record = FileRecord("file", pieces)
+    assert (record.nbytes, record.unread_bytes) == (3 + len(shared), len(shared))
+    assert FileRecord.from_line(record.to_line()) == record
+    manifest = Record(JOB, (record,), complete=True)
+    assert check_files(target, manifest) == check_files(target, manifest, source=source) == []
+
+    [checked] = with_checksums(target, [record])
+    assert checked.unread_bytes == 0
+    assert [piece.nbytes for piece in checked.pieces] == [3, 8 << 20, len(shared) - (8 << 20)]
+    assert check_files(target, Record(JOB, (checked,), complete=True)) == []
+    assert with_checksums(target, [checked]) == [checked]
+
+    (target / "file").write_bytes(own + shared[:-1] + b"!")
+    assert check_files(target, manifest) == []
+    [fault] = check_files(target, manifest, source=source)
+    assert fault[:3] == ("file", 3, len(shared))
+    assert "not the bytes of file" in fault.problem
+    [fault] = check_files(target, Record(JOB, (checked,), complete=True))
+    assert fault.offset == 3 + (8 << 20)
+    for problem, change in (
+        ("ends at byte", lambda: (source / "file").write_bytes(b"head")),
+        ("No such file", (source / "file").unlink),
+    ):
+        change()
+        [fault] = check_files(target, manifest, source=source)
+        assert problem in fault.problem
+    (target / "file").unlink()
+    with pytest.raises(CheckpointError, match="No such file"):
+        with_checksums(target, [record])
 
 
 def test_progress_counts_every_byte(folder: Path) -> None:
@@ -260,8 +302,26 @@ def test_a_record_cut_anywhere_loses_at_most_the_torn_line(path: Path) -> None:
         b'{"name":"../a","nbytes":1,"pieces":[[1,1]]}',
         b'{"name":"a.bin","nbytes":-1,"pieces":[[-1,1]]}',
         b'{"name":"a.bin","nbytes":1,"pieces":[[1,4294967296]]}',
+        b'{"name":"a.bin","nbytes":1,"pieces":[[1,true]]}',
+        b'{"name":"a.bin","nbytes":1,"pieces":[[1,0,"../b"]]}',
+        b'{"name":"a.bin","nbytes":1,"pieces":[[1,-1,"b"]]}',
+        b'{"name":"a.bin","nbytes":1,"pieces":[[1,0,"b",2]]}',
+        b'{"name":"a.bin","nbytes":1,"pieces":[[1]]}',
+        b'{"name":"a.bin","nbytes":1,"pieces":[7]}',
     ],
-    ids=["zeros", "no checksum", "a file outside", "a negative size", "a checksum of 33 bits"],
+    ids=[
+        "zeros",
+        "no checksum",
+        "a file outside",
+        "a negative size",
+        "a checksum of 33 bits",
+        "a checksum that is no number",
+        "blocks of a file outside",
+        "blocks before a file",
+        "four numbers",
+        "one number",
+        "no range",
+    ],
 )
 def test_nothing_behind_a_damaged_line_is_believed(path: Path, line: bytes) -> None:
     lines = path.read_bytes().splitlines()
@@ -287,7 +347,7 @@ def test_threads_do_not_tear_each_others_lines(path: Path) -> None:
 
     def write(thread: int) -> None:
         for number in range(200):
-            writer.add(FileRecord(f"file-{thread}-{number}", ((1, number),)))
+            writer.add(FileRecord(f"file-{thread}-{number}", (CheckedRange(1, number),)))
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -163,7 +163,7 @@ class AutoBridge:
             )
         provider = self.model_bridge.provider_bridge(self.hf_pretrained)
         if load_weights:
-            provider.register_pre_wrap_hook(self.load_hf_weights)
+            provider.register_pre_wrap_hook(self.load_hf_weights, fills=True)
         return provider
 
     def to_megatron_model(
@@ -384,7 +384,7 @@ class AutoBridge:
         ).hf_pretrained
         _check_dtype(torch_dtype, source)
         with chosen.run(shown(progress, as_lines=show_progress)) as run:
-            import_checkpoint(source, target, experts=chosen.experts, part=chosen.part, run=run)
+            import_checkpoint(source, target, **chosen.of_import, run=run)
 
     @done_means_done()
     def export_ckpt(

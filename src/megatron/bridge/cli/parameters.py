@@ -12,6 +12,7 @@ import typer
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.expert_layout import ExpertLayout
 from megatron.bridge.paths import local_path
+from megatron.bridge.target.reflink import REFLINK
 
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -118,6 +119,16 @@ def choice_option(names: Sequence[str], description: str) -> Any:
 
     listed = f"{', '.join(names[:-1])} or {names[-1]}"
     return typer.Option(parser=parse, metavar="NAME", help=f"{listed}: {description}.")
+
+
+Reflink = Annotated[
+    Any,
+    choice_option(
+        REFLINK,
+        "share blocks with the files that are read, where their bytes do not change: where the "
+        "file system can (XFS, btrfs and others), or else it is an error, or not at all",
+    ),
+]
 
 
 def experts_option(description: str) -> Any:

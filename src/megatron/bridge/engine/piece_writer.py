@@ -1,9 +1,13 @@
-"""Writing pieces to their places in output files, past the page cache where the system lets it.
+"""Writing pieces to their places in output files: past the page cache, or through it if that wins.
 
 Whoever writes through the cache pays for memory that nobody asked for: the kernel finds and clears
 new pages, copies into them, and throws out what others had there. A direct write takes the bytes
 from the buffer to the disk. It has to begin and end with a page, in the file and in memory; the
 ends of a piece, each shorter than a page, go through the cache.
+
+There are disks and file systems to which the cache is the faster way all the same; a trial finds
+out (`write_trial.py`). What goes through the cache is then sent to the disk at once and dropped
+when it is there, so that its pages are used again.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import errno
 import mmap
 import os
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +26,9 @@ from typing import Self
 from isal.isal_zlib import crc32
 
 from megatron.bridge.engine.pieces import Piece
+from megatron.bridge.engine.write_trial import WriteTrial
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.file_hints import finish_writing, forget, reserve, start_writing
 
 _DIRECT: int | None = getattr(os, "O_DIRECT", None)
 """None where the system has no such flag."""
@@ -31,6 +38,9 @@ _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 _LEAST_DIRECT = 64 << 10
 """Bytes below which a disk is waited for longer than the cache takes."""
+
+_BEHIND = 64 << 20
+"""Bytes of a file that may be on their way from the cache to the disk."""
 
 
 type Checksums = tuple[tuple[int, int], ...]
@@ -58,33 +68,51 @@ class PieceBuffer:
             nbytes = max(piece.nbytes, self._nbytes) + mmap.PAGESIZE
             # Not bytearray: it begins anywhere in a page.
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._memory = memoryview(mmap.mmap(-1, nbytes, flags=flags))
+            memory = mmap.mmap(-1, nbytes, flags=flags)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                # Requests to the disk become longer; half the kernel's time for them is saved.
+                with suppress(OSError):
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = memoryview(memory)
         return self._memory[begin : begin + piece.nbytes]
 
 
 class _OpenFile:
     """One output file, of its full length, until its last piece is written.
 
+    Its blocks are reserved: a direct write into a file that has none where it goes waits for those
+    beside it, and a disk that is too small is known before it is full.
+
     Attributes:
         cached: descriptor for writing through the cache.
         direct: descriptor for direct writes; None where the file system has none.
         written: (offset, bytes, CRC-32) of the pieces so far.
+        behind: (offset, bytes) of what is on its way from the cache to the disk, oldest first.
         lock: one thread at a time writes through the cache. The kernel lets no two, and those that
             wait there burn time.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.nbytes = nbytes
         self.lock = threading.Lock()
+        self.behind: deque[tuple[int, int]] = deque()
         self.written: list[tuple[int, int, int]] = []
         self.cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.direct: int | None = None
         try:
-            os.ftruncate(self.cached, nbytes)
+            reserve(self.cached, nbytes)
             self.direct = _open_direct(path)
         except BaseException:
             self.close()
             raise
+
+    def finish(self) -> None:
+        """Have all of it on the disk; of a long file that went through the cache, nothing there."""
+        # With this descriptor: another one may not be told of a write that failed.
+        os.fsync(self.cached)
+        if self.behind and self.nbytes > _BEHIND:
+            forget(self.cached)
 
     def close(self) -> None:
         if self.direct is not None:
@@ -104,7 +132,9 @@ class PieceWriter:
     def __init__(self, folder: Path, sizes: Mapping[str, int], pieces: Iterable[Piece]) -> None:
         self._folder = folder
         self._sizes = sizes
+        pieces = list(pieces)
         self._pieces = Counter(piece.file for piece in pieces)
+        self._trial = WriteTrial(sum(piece.nbytes for piece in pieces))
         self._files: dict[str, _OpenFile] = {}
         self._lock = threading.Lock()
 
@@ -122,19 +152,10 @@ class PieceWriter:
         path = self._folder / piece.file
         try:
             file = self._open(piece.file, path)
-            begin = min(-piece.offset % mmap.PAGESIZE, len(data))
-            end = begin + (len(data) - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-            if end - begin >= _LEAST_DIRECT:
-                end = begin + _write_direct(file, data[begin:end], piece.offset + begin)
-            else:
-                end = begin
-            with file.lock:
-                _write_all(file.cached, data[:begin], piece.offset)
-                _write_all(file.cached, data[end:], piece.offset + end)
+            self._put(file, data, piece.offset)
             if not self._is_last(file, piece, crc32(data)):
                 return None
-            # With this descriptor: another one may not be told of a write that failed.
-            os.fsync(file.cached)
+            file.finish()
             self._files.pop(piece.file).close()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
@@ -144,7 +165,24 @@ class PieceWriter:
         with self._lock:
             if name not in self._files:
                 self._files[name] = _OpenFile(path, self._sizes[name])
+                if self._files[name].direct is None:
+                    self._trial.decide(direct=False)
             return self._files[name]
+
+    def _put(self, file: _OpenFile, data: memoryview, offset: int) -> None:
+        if len(data) < _LEAST_DIRECT:
+            _write_short(file, data, offset)
+            return
+        direct, on_trial = self._trial.way(len(data))
+        began = time.perf_counter()
+        if direct:
+            done = _write_past(file, data, offset)
+        else:
+            done = _write_through(file, data, offset, wait=on_trial)
+        if on_trial and done:
+            self._trial.note(direct, len(data), time.perf_counter() - began)
+        elif on_trial:
+            self._trial.decide(not direct)
 
     def _is_last(self, file: _OpenFile, piece: Piece, crc: int) -> bool:
         """Note a written piece of a file; whether all of them are."""
@@ -173,18 +211,51 @@ def _open_direct(path: Path) -> int | None:
         raise
 
 
-def _write_direct(file: _OpenFile, data: memoryview, offset: int) -> int:
-    """Write whole pages past the cache; returns how many of the bytes could be written so."""
-    done = 0
-    while file.direct is not None and done < len(data):
+def _write_short(file: _OpenFile, data: memoryview, offset: int) -> None:
+    with file.lock:
+        _write_all(file.cached, data, offset)
+
+
+def _write_past(file: _OpenFile, data: memoryview, offset: int) -> bool:
+    """Write whole pages past the cache, the ends through it; False if the pages went there, too."""
+    begin = min(-offset % mmap.PAGESIZE, len(data))
+    whole = begin + (len(data) - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = begin
+    while file.direct is not None and end < whole:
         try:
-            done += _write_some(file.direct, data[done:], offset + done)
+            end += _write_some(file.direct, data[end:whole], offset + end)
         except OSError as error:
             # The disk's blocks are longer than pages, or the write before ended inside of one.
             if error.errno in _UNSUPPORTED:
                 break
             raise
-    return done
+    with file.lock:
+        _write_all(file.cached, data[:begin], offset)
+        _write_all(file.cached, data[end:], offset + end)
+    return end == whole
+
+
+def _write_through(file: _OpenFile, data: memoryview, offset: int, *, wait: bool) -> bool:
+    """Write through the cache, and let the disk begin; False if the kernel will not begin yet.
+
+    Args:
+        file: to write to.
+        data: to write.
+        offset: where.
+        wait: until these bytes are on the disk, not only until not too many are on their way.
+    """
+    most = 0 if wait else _BEHIND
+    late: list[tuple[int, int]] = []
+    with file.lock:
+        _write_all(file.cached, data, offset)
+        file.behind.append((offset, len(data)))
+        while sum(nbytes for _, nbytes in file.behind) > most:
+            late.append(file.behind.popleft())
+    begun = start_writing(file.cached, offset, len(data))
+    for range_ in late:
+        finish_writing(file.cached, *range_)
+        forget(file.cached, *range_)
+    return begun
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

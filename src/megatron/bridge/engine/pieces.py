@@ -7,6 +7,7 @@ not depend on how many there are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,13 +116,16 @@ class FileCopy:
             CheckpointError: the file cannot be read or has become shorter.
         """
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                offset = self.offset
                 while out:
-                    count = file.readinto(out)
+                    count = os.preadv(descriptor, [out], offset)
                     if not count:
                         raise CheckpointError(f"{self.path}: it was cut while it was copied")
-                    out = out[count:]
+                    out, offset = out[count:], offset + count
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
 

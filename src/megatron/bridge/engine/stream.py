@@ -17,7 +17,7 @@ from megatron.bridge.engine.piece_writer import Checksums, PieceBuffer, PieceWri
 from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, Piece, pieces_of
 from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import InputError
-from megatron.bridge.models.hf_pretrained.slice_reader import SCRATCH_BYTES
+from megatron.bridge.models.hf_pretrained.slice_reader import SCRATCH_BYTES, read_once
 from megatron.bridge.progress import Progress, Silent
 
 DEFAULT_MEMORY = 1 << 30
@@ -53,8 +53,8 @@ class Budget:
             raise InputError(
                 f"memory (--memory): {memory} bytes are too small; give {least} or more"
             )
-        # While one waits for the disk, the others keep the processors busy.
-        wanted = min(_MOST_THREADS, (os.cpu_count() or 1) + 1)
+        # While those of one half wait for the disk, the others keep the processors busy.
+        wanted = min(_MOST_THREADS, 2 * (os.cpu_count() or 1) + 2)
         piece_bytes = max(PIECE_BYTES, longest_piece)
         threads = min(wanted, max(1, memory // (SCRATCH_BYTES + _BUFFERS * piece_bytes)))
         piece_bytes = min(PIECE_BYTES, (memory // threads - SCRATCH_BYTES) // _BUFFERS)
@@ -94,6 +94,7 @@ def write_pieces(
     lock = threading.Lock()
 
     def work(own: Iterator[Piece]) -> None:
+        read_once()
         buffer = PieceBuffer(budget.piece_bytes)
         for piece in own:
             check()

@@ -1,6 +1,6 @@
 """A Megatron checkpoint of one iteration: tracker file, torch_dist files, config record."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.bridge.engine.pieces import PIECE_BYTES, OutputFile
@@ -8,7 +8,9 @@ from megatron.bridge.formats.config_record import CONFIG_RECORD, config_record
 from megatron.bridge.formats.iterations import TRACKER_FILE, folder_name
 from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.conversion.unchanged import chunks_of
 from megatron.bridge.models.hf_pretrained.config import HFConfig
+from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 from megatron.bridge.tensors.spec import TensorSpec
 
 MAX_FILE_BYTES = 1 << 29
@@ -24,6 +26,8 @@ def megatron_files(
     settings: Mapping[str, Any],
     hf_config: HFConfig,
     tensors: Mapping[str, TensorSpec] | None = None,
+    place: Callable[[str], TensorInfo | None] = lambda _: None,
+    strides: bool = True,
     piece_bytes: int = PIECE_BYTES,
     max_file_bytes: int | None = None,
 ) -> tuple[OutputFile, ...]:
@@ -35,13 +39,15 @@ def megatron_files(
         settings: fields of the provider, for the config record.
         hf_config: of the model, for the config record.
         tensors: those of the plan, where their dtypes differ.
+        place: see `chunks_of`; where it says None, elements are put together.
+        strides: see `chunks_of`.
         piece_bytes: of a part of a file.
         max_file_bytes: of one torch_dist file; None for MAX_FILE_BYTES.
     """
     folder = folder_name(_ITERATION)
     data = torch_dist_files(
         plan.megatron if tensors is None else tensors,
-        ((parameter.key, parameter.box) for parameter in plan.parameters),
+        chunks_of(plan, place, strides=strides),
         extra_states=plan.extra_states,
         iteration=_ITERATION,
         piece_bytes=piece_bytes,

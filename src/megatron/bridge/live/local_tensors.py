@@ -5,9 +5,11 @@ checkpoint key, the box of the global tensor and a view of the parameter's memor
 spec and any parallel layout. So nothing about sharding is written here.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -56,8 +58,13 @@ class LocalTensor:
 
 
 def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
-    """Everything that this rank's chunks hold; `data` are views of the parameters."""
-    found = []
+    """Everything that this rank's chunks hold; `data` are views of the parameters.
+
+    Raises:
+        PlanError: the model's `sharded_state_dict()` does not show all of a parameter, so nothing
+            would fill it, nor save it.
+    """
+    found: list[LocalTensor] = []
     for chunk in unwrapped(model):
         with megatron_on_cpu():
             state = chunk.sharded_state_dict()
@@ -73,7 +80,48 @@ def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
             )
             shape = tuple(entry.global_shape)
             found.append(LocalTensor(entry.key, shape, box, entry.data, entry.allow_shape_mismatch))
+    if problems := list(_hidden(model, found)):
+        raise PlanError(problems, heading="the model keeps parameters from its checkpoints")
     return found
+
+
+def _hidden(model: Sequence[torch.nn.Module], tensors: Sequence[LocalTensor]) -> Iterator[str]:
+    """Parameters that the tensors are not all of the memory of, one by one."""
+    # A tied weight has two keys and the same memory.
+    views = {_Place.of(local.data): local.data.numel() for local in tensors}
+    places = sorted(views, key=_Place.start)
+    starts = [place.start() for place in places]
+    for name, _, parameter in named_parameters(model):
+        whole = _Place.of(parameter)
+        if whole in views:
+            continue
+        storage, offset = whole.start()
+        first = bisect_left(starts, (storage, offset))
+        last = bisect_left(starts, (storage, offset + parameter.numel()))
+        shown = sum(views[place] for place in places[first:last])
+        if shown != parameter.numel():
+            yield (
+                f"{name}: {shown} of its {parameter.numel()} values are in the model's "
+                f"sharded_state_dict()"
+            )
+
+
+class _Place(NamedTuple):
+    """Where the elements of a tensor are; equal for views of the same ones."""
+
+    storage: int
+    offset: int
+    shape: Shape
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        # Also on the meta device, where nothing has an address.
+        storage = tensor.untyped_storage()._cdata
+        return cls(storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+    def start(self) -> tuple[int, int]:
+        return self.storage, self.offset
 
 
 def named_parameters(
@@ -84,15 +132,18 @@ def named_parameters(
     A layer's number is that in the whole model, not that on this pipeline stage.
     """
     for chunk in unwrapped(model):
-        modules = dict(chunk.named_modules())
-        for local_name, parameter in chunk.named_parameters():
-            module_name, _, own_name = local_name.rpartition(".")
-            name, owner = "", chunk
-            for part in module_name.split("."):
-                owner = owner[int(part)] if part.isdecimal() else getattr(owner, part)
-                number = getattr(owner, "layer_number", None) if part.isdecimal() else None
-                name += f"{part if number is None else number - 1}."
-            yield name + own_name, modules[module_name], parameter
+        seen: set[int] = set()  # a tied weight has the name of its first owner
+        prefixes = {"": ""}
+        for path, module in chunk.named_modules():
+            if path:
+                parent, _, part = path.rpartition(".")
+                number = getattr(module, "layer_number", None) if part.isdecimal() else None
+                part = part if number is None else str(number - 1)
+                prefixes[path] = f"{prefixes[parent]}{part}."
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield prefixes[path] + name, module, parameter
 
 
 class LiveTensors:
@@ -165,6 +216,13 @@ def mismatches(plan: ConversionPlan, tensors: list[LocalTensor]) -> Iterator[str
             yield f"{local.key}: the files make shape {spec.shape}, the model has {local.key_shape}"
         else:
             held[local.key].append(local.box)
+            filled = sum(volume(shared) for shared, _ in plan.copies_to(local.key, local.box))
+            filled += sum(map(volume, plan.padding_in(local.key, local.box)))
+            if filled != volume(local.box):
+                yield (
+                    f"{local.key}: the files fill {filled} of the {volume(local.box)} values of "
+                    f"{local.box}"
+                )
     if dist.is_initialized() and dist.get_world_size() > 1:
         return  # other ranks hold the rest
     for key, spec in plan.megatron.items():

@@ -98,7 +98,8 @@ def provider_of_checkpoint(
     provider = bridge.provider_of(_provider_settings(hf, plan, found, dtype))
     paths = bridge.layer_paths
     provider.register_pre_wrap_hook(
-        lambda model: load_checkpoint(model, checkpoint, layer_paths=paths, casting=casting)
+        lambda model: load_checkpoint(model, checkpoint, layer_paths=paths, casting=casting),
+        fills=True,
     )
     return provider
 

@@ -3,39 +3,17 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
+from megatron.bridge.dtypes import safetensors_dtype
 from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.live.local_tensors import LocalTensor
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.conversion.transfer import fill_hf, fill_megatron, read_megatron
+from megatron.bridge.models.conversion.transfer import fill_hf
 from megatron.bridge.tensors.arrays import Array, copy
 from megatron.bridge.tensors.box_pairs import hf_part
 from megatron.bridge.tensors.boxes import Box, box_shape, relative, slices
 from megatron.bridge.tensors.source import Source
-from megatron.bridge.tensors.torch_views import as_array, as_torch, numpy_dtype_of
-
-
-def fill_tensor(plan: ConversionPlan, local: LocalTensor, source: Source, casting: Casting) -> None:
-    """Fill what a rank holds of a tensor, straight into its memory where that is possible.
-
-    Args:
-        plan: of the model and the files.
-        local: what is filled.
-        source: of Hugging Face tensors.
-        casting: of a norm's w - 1; every other value is cast to the dtype of its tensor.
-
-    Raises:
-        InexactCast: see `casting`.
-    """
-    data = local.data.view(box_shape(local.box))
-    if data.device.type == "cpu" and data.dtype == torch_dtype(plan.megatron[local.key].dtype):
-        fill_megatron(plan, local.key, local.box, as_array(data), source)
-        return
-    array = read_megatron(plan, local.key, local.box, source)
-    if any(pair.offset for _, pair in plan.copies_to(local.key, local.box)):
-        array = casting.cast(array, numpy_dtype_of(data), local.key)
-    data.copy_(as_torch(array))
+from megatron.bridge.tensors.torch_views import as_array
 
 
 def own_boxes(

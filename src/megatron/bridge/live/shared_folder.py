@@ -12,17 +12,30 @@ from contextlib import ExitStack, contextmanager
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, TensorData
+from megatron.bridge.engine.stream import Budget
+from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import CheckpointError, InputError, TargetExists
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.target.folder_sync import sync, sync_all
 from megatron.bridge.tensors.arrays import array_over
-from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks, volume
+from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
 _STAGED = ".hugging-face.partial"
+
+
+class _Block(NamedTuple):
+    """A part of a tensor, what makes it, and the file in which the tensor begins at `offset`."""
+
+    descriptor: int
+    offset: int
+    spec: TensorSpec
+    box: Box
+    fill: FillTensor
 
 
 class SharedFolder:
@@ -75,29 +88,32 @@ class SharedFolder:
         """
         if not self._staged.is_dir():
             raise InputError(f"{self._target}: not every rank sees it; choose a shared folder")
-        with ExitStack() as opened, _writing(self._target):
-            descriptors: dict[str, int] = {}
+        descriptors: dict[str, int] = {}
+
+        def blocks() -> Iterator[_Block]:
             for name, box, fill in boxes:
-                file, offset = self._places[name]
+                (file, offset), spec = self._places[name], self._tensors[name]
                 if file not in descriptors:
                     path = self._staged / file
                     descriptors[file] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
                     opened.callback(os.close, descriptors[file])
-                self._write_box(descriptors[file], offset, name, box, fill)
+                for block in blocks_of(box, itemsize(spec.dtype), PIECE_BYTES):
+                    yield _Block(descriptors[file], offset, spec, block, fill)
+
+        def work(own: Iterator[_Block]) -> None:
+            memory = memoryview(bytearray(PIECE_BYTES))
+            for block in own:
+                content = memory[: volume(block.box) * itemsize(block.spec.dtype)]
+                array = array_over(content, box_shape(block.box), block.spec.dtype)
+                block.fill(block.spec.name, block.box, array)
+                for start, length in _runs(block.spec, block.box):
+                    _write_at(block.descriptor, content[:length], block.offset + start)
+                    content = content[length:]
+
+        with ExitStack() as opened, _writing(self._target):
+            run_in_threads(blocks(), work, Budget.of().threads)
             for descriptor in descriptors.values():
                 os.fsync(descriptor)
-
-    def _write_box(
-        self, descriptor: int, offset: int, name: str, box: Box, fill: FillTensor
-    ) -> None:
-        spec = self._tensors[name]
-        for block in _blocks(box, itemsize(spec.dtype)):
-            content = bytearray(volume(block) * itemsize(spec.dtype))
-            fill(name, block, array_over(memoryview(content), box_shape(block), spec.dtype))
-            position = 0
-            for start, length in _runs(spec, block):
-                _write_at(descriptor, memoryview(content)[position:][:length], offset + start)
-                position += length
 
     def publish(self) -> None:
         """Put every file in its place, config.json last. Raises CheckpointError."""
@@ -134,14 +150,6 @@ def _places(files: Sequence[OutputFile]) -> Iterator[tuple[str, tuple[str, int]]
                 known = part.name
                 yield known, (file.name, offset)
             offset += part.nbytes
-
-
-def _blocks(box: Box, element_bytes: int) -> Iterator[Box]:
-    """Parts of a box that are made at once."""
-    for block in row_blocks(box_shape(box), element_bytes, PIECE_BYTES):
-        yield tuple(
-            (zero + start, zero + stop) for (start, stop), (zero, _) in zip(block, box, strict=True)
-        )
 
 
 def _runs(spec: TensorSpec, box: Box) -> Iterator[tuple[int, int]]:

@@ -25,6 +25,7 @@ from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.backends.activations import activation
 from megatron.bridge.models.backends.selection import uses_transformer_engine
+from megatron.bridge.models.without_values import build_without_values
 from megatron.bridge.models.wrapping import Chunks, PreWrapHook, chunks_after
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
 from megatron.bridge.runtime.parallel import initialize_process_groups
@@ -75,6 +76,7 @@ class ModelProvider(TransformerConfig, ABC):
     def __post_init__(self) -> None:
         """Deferred to `finalize()`."""
         self._pre_wrap_hooks: list[PreWrapHook] = []
+        self._is_filled = False
         self._derived: dict[str, Any] = {}
         self._set_by_megatron_core: set[str] = set()
 
@@ -284,15 +286,20 @@ class ModelProvider(TransformerConfig, ABC):
             post_process = is_vp_last_stage(vp_stage, stages) and is_pp_last_stage(pp_group)
         return pre_process, post_process
 
-    def register_pre_wrap_hook(self, hook: PreWrapHook, prepend: bool = False) -> None:
+    def register_pre_wrap_hook(
+        self, hook: PreWrapHook, prepend: bool = False, *, fills: bool = False
+    ) -> None:
         """Call `hook` with the list of built chunks, on their device, before DDP wraps them.
 
         Args:
             hook: may change the chunks in place and return None, or return those to use from there
                 on, as many as it got.
             prepend: call it before all hooks that are registered already.
+            fills: the hook sets every parameter, or raises. Hooks before it find no values then:
+                `provide_distributed_model` draws none.
         """
         self._pre_wrap_hooks.insert(0 if prepend else len(self._pre_wrap_hooks), hook)
+        self._is_filled |= fills
 
     def provide_distributed_model(
         self,
@@ -324,7 +331,13 @@ class ModelProvider(TransformerConfig, ABC):
         stages = self.virtual_pipeline_model_parallel_size
         vp_stages = [None] if stages is None else list(range(stages))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        chunks: Chunks = [self.provide(vp_stage=vp_stage).to(device) for vp_stage in vp_stages]
+
+        def build() -> Chunks:
+            return [self.provide(vp_stage=vp_stage).to(device) for vp_stage in vp_stages]
+
+        # Quantized parameters keep statistics of all values that they ever had.
+        drawn = not self._is_filled or self.fp8 or self.fp4
+        chunks = build() if drawn else build_without_values(self, build)
         for hook in self._pre_wrap_hooks:
             chunks = chunks_after(hook, chunks)
         if not wrap_with_ddp:

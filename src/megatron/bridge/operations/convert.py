@@ -23,6 +23,7 @@ from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.iterations import Iteration
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.conversion.transposed import Transposed
 from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex, TensorInfo
@@ -123,6 +124,7 @@ def import_checkpoint(
     *,
     experts: str | None = None,
     part: str | None = None,
+    transposed: Transposed = "strides",
     run: Run = _DEFAULTS,
 ) -> Converted:
     """Write `source` as a Megatron checkpoint: target/iter_0000000 and the tracker file.
@@ -137,6 +139,8 @@ def import_checkpoint(
             given.
         part: of the model, to be a model of its own ("language"); the rest of the source is not
             read.
+        transposed: how matrices are stored that lie transposed in the source: as they lie there,
+            with strides that say so ("strides"), or turned ("copy").
         run: how the conversion is carried out.
 
     Raises:
@@ -162,6 +166,8 @@ def import_checkpoint(
             sides.config, main_dtype(plan.hf.values()), source.tensors
         ),
         hf_config=sides.recorded_config,
+        place=weights.place,
+        strides=transposed == "strides",
         piece_bytes=run.budget.piece_bytes,
         max_file_bytes=run.max_shard_bytes,
     )
@@ -174,12 +180,13 @@ def import_checkpoint(
         target,
         Conversion(
             "import",
-            {"experts": experts, "part": part},
+            {"experts": experts, "part": part, "transposed": transposed},
             {"source": hf_fingerprint(source, side_files=False)},
             files,
             fill,
             plan.megatron.values(),
             TorchDistCheckpoint,
+            all_checksums=run.verify,
         ),
     )
     return Converted(
@@ -243,6 +250,7 @@ def export_checkpoint(
     """
     from megatron.bridge.formats.fp8_writer import Requantizer, fp8_reference
     from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
+    from megatron.bridge.formats.unchanged_ranges import as_copy, ranges_of_export, with_ranges
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.conversion.transfer import fill_export
 
@@ -273,16 +281,21 @@ def export_checkpoint(
     rows_multiple = {} if requantizer is None else requantizer.rows_multiple
     hf = plan.hf if quantized is None else _specs(quantized.index)
     side_files = tuple(side_file_copies(reference, quantized=fp8, dtype=wanted))
-    files = (
-        *weight_files(
-            hf,
-            reference,
-            max_shard_bytes=run.max_shard_bytes,
-            piece_bytes=run.budget.piece_bytes,
-            rows_multiple=rows_multiple,
-        ),
-        *side_files,
+    weights = weight_files(
+        hf,
+        reference,
+        max_shard_bytes=run.max_shard_bytes,
+        piece_bytes=run.budget.piece_bytes,
+        rows_multiple=rows_multiple,
     )
+    if requantizer is None:
+
+        def place(name: str) -> TensorInfo | None:
+            return reference.weights.place(name)
+
+        ranges = ranges_of_export(plan, checkpoint, place)
+        weights = (as_copy(with_ranges(file, ranges)) for file in weights)
+    files = (*weights, *side_files)
     written = run.write(
         target,
         Conversion(
@@ -298,6 +311,7 @@ def export_checkpoint(
             TensorIndex.from_folder,
             rows_multiple,
             keep_manifest=run.keep_manifest,
+            all_checksums=run.keep_manifest,
         ),
     )
     return Converted(
@@ -318,7 +332,7 @@ def export_checkpoint(
     )
 
 
-def _check_fp8_alone(options: Mapping[str, str | None]) -> None:
+def _check_fp8_alone(options: Mapping[str, object]) -> None:
     """Raise InputError for an option beside fp8 that asks for what only the reference decides."""
     for name, value in options.items():
         if value is not None:

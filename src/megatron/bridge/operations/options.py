@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict
 from megatron.bridge.dtypes import DType
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import Iteration
+from megatron.bridge.models.conversion.transposed import TRANSPOSED, Transposed
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.target.processes import Processes
+from megatron.bridge.target.reflink import REFLINK, Reflink
 from megatron.bridge.text.quoting import quoted
 from megatron.bridge.text.sizes import Size, size_of
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     from megatron.bridge.target.run import Run
 
 
-class ImportKeywords(TypedDict, total=False):
-    """The options of an import, see ConversionOptions."""
+class CommonKeywords(TypedDict, total=False):
+    """The options of both directions, see ConversionOptions."""
 
     experts: str | None
     part: str | None
@@ -29,15 +31,23 @@ class ImportKeywords(TypedDict, total=False):
     verify: bool
     resume: bool
     force: bool
+    reflink: Reflink
 
 
-class ExportKeywords(ImportKeywords, total=False):
+class ImportKeywords(CommonKeywords, total=False):
+    """The options of an import, see ConversionOptions."""
+
+    transposed: Transposed
+
+
+class ExportKeywords(CommonKeywords, total=False):
     """The options of an export, see ConversionOptions."""
 
     iteration: Iteration | None
     fp8: bool
     dtype: DType | None
     round: bool
+    hard_links: bool
     keep_manifest: bool
 
 
@@ -56,10 +66,16 @@ class ConversionOptions:
             target appears.
         resume: go on with what an interrupted run left.
         force: replace a target.
+        reflink: share blocks with the files that are read, where the file system can ("auto"), or
+            refuse where it cannot ("always"), or "never".
+        transposed: how an import stores matrices that lie transposed in the source, see
+            `import_checkpoint`.
         iteration: another one than the tracker file names; of exports only, as all that follows.
         fp8: quantize what the reference has quantized.
         dtype: of the tensors ("bfloat16"), where it should not be the reference's.
         round: round values that do not fit their dtype.
+        hard_links: let weights that are a whole file of the reference, bit for bit, become hard
+            links to it.
         keep_manifest: leave the checksums of the files in the target.
     """
 
@@ -70,14 +86,24 @@ class ConversionOptions:
     verify: bool = False
     resume: bool = False
     force: bool = False
+    reflink: Reflink = "auto"
+    transposed: Transposed = "strides"
     iteration: Iteration | None = None
     fp8: bool = False
     dtype: DType | None = None
     round: bool = False
+    hard_links: bool = False
     keep_manifest: bool = False
 
+    def __post_init__(self) -> None:
+        for name, known in (("reflink", REFLINK), ("transposed", TRANSPOSED)):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(
+                    f"{name} (--{name}): {quoted(value)} is none of {', '.join(known)}"
+                )
+
     @classmethod
-    def of(cls, command: str, taken: type[ImportKeywords], given: Mapping[str, Any]) -> Self:
+    def of(cls, command: str, taken: type[CommonKeywords], given: Mapping[str, Any]) -> Self:
         """The options that were given by name.
 
         Args:
@@ -95,6 +121,11 @@ class ConversionOptions:
                     f"{command} takes no option {quoted(name)}; its options: {', '.join(known)}"
                 )
         return cls(**given)
+
+    @property
+    def of_import(self) -> dict[str, Any]:
+        """What decides what an import writes, by the names of `import_checkpoint`."""
+        return {name: getattr(self, name) for name in ("experts", "part", "transposed")}
 
     @property
     def of_export(self) -> dict[str, Any]:
@@ -133,6 +164,8 @@ class ConversionOptions:
                 force=self.force,
                 resume=self.resume,
                 verify=self.verify,
+                reflink=self.reflink,
+                hard_links=self.hard_links,
                 keep_manifest=self.keep_manifest,
                 processes=processes,
                 progress=shown,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron.bridge.runtime.as_written import compile_nothing
 from megatron.bridge.runtime.quiet import DropMessage
 
 _RANDOM_LOGGER = "megatron.core.tensor_parallel.random"
@@ -114,8 +115,7 @@ class _Runtime:
             logger = logging.getLogger(_RANDOM_LOGGER)
             logger.addFilter(same_generator)
             self.undo.callback(logger.removeFilter, same_generator)
-            # megatron-core compiles small functions, which takes a C++ compiler and its time.
-            self.undo.enter_context(torch.compiler.set_stance("force_eager"))
+            compile_nothing(self.undo)
         self.depth += 1
 
     def leave(self) -> None:

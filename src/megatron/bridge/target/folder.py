@@ -69,6 +69,7 @@ class ResumableFolder:
         target: where it is to appear.
         job: what makes it.
         sizes: bytes of every file by its name, with "/" between folders.
+        shared: how many of these take no room on the disk.
         processes: those that share the work.
         resume: go on with what a run of the same job left, if there is any.
         force: replace the target at the end; without `resume` also what a run left.
@@ -81,6 +82,7 @@ class ResumableFolder:
         job: Job,
         sizes: Mapping[str, int],
         *,
+        shared: Mapping[str, int] | None = None,
         processes: Processes | None = None,
         resume: bool = False,
         force: bool = False,
@@ -93,6 +95,7 @@ class ResumableFolder:
         """Files that earlier runs finished; the same in all processes."""
         self._job = job
         self._sizes = sizes
+        self._shared = shared or {}
         self._processes = processes or Processes()
         self._resume = resume
         self._force = force
@@ -213,7 +216,7 @@ class ResumableFolder:
 
     def _check_room(self, finished: Collection[str]) -> None:
         needed = sum(
-            max(0, nbytes - _allocated(self.path / name))
+            max(0, nbytes - max(self._shared.get(name, 0), _allocated(self.path / name)))
             for name, nbytes in self._sizes.items()
             if name not in finished
         )

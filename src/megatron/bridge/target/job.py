@@ -13,7 +13,7 @@ from megatron.bridge.engine.pieces import FileCopy, Literal, Part, Piece
 from megatron.bridge.target.fingerprint import Fingerprint
 from megatron.bridge.target.json_fields import fields
 
-FORMAT = 2
+FORMAT = 3
 """The format of records. Another one is not read."""
 
 

@@ -3,10 +3,12 @@
     {"complete":false,"job":{...}}
     {"name":"iter_0000000/__0_0.distcp","nbytes":31,"pieces":[[16,907060870],[15,1442]]}
 
-`pieces` are the lengths and CRC-32 of consecutive ranges of the file. A line is written when its
-file is on the disk, so it can be believed after whatever ended the run. The record of a target that
-is complete names all files in order, and is its manifest: it does not depend on how many processes
-or runs made the target. It is a hidden file, so it does not count as a side file of a model.
+`pieces` are the lengths and CRC-32 of consecutive ranges of the file. A range whose blocks are
+those of a file that was converted has none, for nobody has read it; [length, offset, file] says
+which range of which file of the source it is. A line is written when its file is on the disk, so it
+can be believed after whatever ended the run. The record of a target that is complete names all
+files in order, and is its manifest: it does not depend on how many processes or runs made the
+target. It is a hidden file, so it does not count as a side file of a model.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.strict_json import check_marks, parse_object
 from megatron.bridge.target.folder_sync import sync
 from megatron.bridge.target.job import Job
-from megatron.bridge.target.json_fields import fields, is_file_name
+from megatron.bridge.target.json_fields import MAX_INTEGER, fields, is_file_name
 
 MANIFEST_FILE = ".megatron-bridge.jsonl"
 """In an unfinished target, the record and the lock of the run, or of its first process."""
@@ -38,9 +40,32 @@ MAX_RECORD_BYTES = 256 << 20
 """Ten times what 100 TB of pieces need."""
 
 _MAX_MARKS = 16_000_000
-"""Marks in the JSON, 3 a piece. Pieces are of 8 MiB, or of 64 KiB in a very small memory."""
+"""Marks in the JSON, 3 or 4 a piece. Pieces are of 8 MiB, or of 64 KiB in a very small memory."""
 
 _MAX_CRC = (1 << 32) - 1
+
+
+class CheckedRange(NamedTuple):
+    """A range of a file, by its checksum."""
+
+    nbytes: int
+    crc: int
+
+
+class UnreadRange(NamedTuple):
+    """A range of a file whose blocks are those of a file of the source.
+
+    Attributes:
+        offset: where it begins in that file.
+        file: of the source, relative to its folder.
+    """
+
+    nbytes: int
+    offset: int
+    file: str
+
+
+type RecordedRange = CheckedRange | UnreadRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +74,21 @@ class FileRecord:
 
     Attributes:
         name: relative to the target, with "/" between folders.
-        pieces: (bytes, CRC-32) of the ranges that it consists of, in order.
+        pieces: the ranges that it consists of, in order.
     """
 
     name: str
-    pieces: tuple[tuple[int, int], ...]
+    pieces: tuple[RecordedRange, ...]
 
     @property
     def nbytes(self) -> int:
         """The length of the file."""
-        return sum(nbytes for nbytes, _ in self.pieces)
+        return sum(piece[0] for piece in self.pieces)
+
+    @property
+    def unread_bytes(self) -> int:
+        """How many of its bytes have no checksum."""
+        return sum(piece.nbytes for piece in self.pieces if isinstance(piece, UnreadRange))
 
     def to_line(self) -> bytes:
         """A line of the record."""
@@ -71,9 +101,7 @@ class FileRecord:
         name, nbytes, pieces = fields(parse_object(_whole(line)), kinds)
         if not is_output_name(name):
             raise ValueError(f"{name[:200]!r} is not the name of a file inside the folder")
-        if not all(map(_is_piece, pieces)):
-            raise ValueError(f"{name}: expected pieces [bytes, CRC-32]")
-        record = cls(name, tuple((nbytes, crc) for nbytes, crc in pieces))
+        record = cls(name, tuple(map(_recorded, pieces)))
         if record.nbytes != nbytes:
             raise ValueError(f"{name}: pieces of {record.nbytes} bytes, the file has {nbytes}")
         return record
@@ -239,11 +267,16 @@ def _whole(line: bytes) -> bytes:
     return line
 
 
-def _is_piece(value: Any) -> bool:
-    if type(value) is not list or len(value) != 2 or any(type(n) is not int for n in value):
-        return False
-    nbytes, crc = value
-    return nbytes > 0 and 0 <= crc <= _MAX_CRC
+def _recorded(value: Any) -> RecordedRange:
+    if type(value) is list and value and type(value[0]) is int and 0 < value[0] <= MAX_INTEGER:
+        match value[1:]:
+            case [int(crc)] if type(crc) is int and 0 <= crc <= _MAX_CRC:
+                return CheckedRange(value[0], crc)
+            case [int(offset), str(file)] if (
+                type(offset) is int and 0 <= offset <= MAX_INTEGER and is_file_name(file)
+            ):
+                return UnreadRange(value[0], offset, file)
+    raise ValueError("expected pieces [bytes, CRC-32] or [bytes, offset, file]")
 
 
 def _line(value: object) -> bytes:

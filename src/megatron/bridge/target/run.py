@@ -5,22 +5,27 @@ Only the split into files does, by `max_shard_bytes`, and into pieces, by a very
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.bridge.engine.piece_writer import Checksums
-from megatron.bridge.engine.pieces import FillTensor, OutputFile, Piece, pieces_of
+from megatron.bridge.engine.pieces import FillTensor, OutputFile, pieces_of
 from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget, write_pieces
+from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import MismatchError
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.target.checksums import with_checksums
 from megatron.bridge.target.fingerprint import Fingerprint, check_unchanged
 from megatron.bridge.target.folder import ResumableFolder
+from megatron.bridge.target.folder_sync import sync
 from megatron.bridge.target.job import Job, layout_digest
 from megatron.bridge.target.processes import Processes
-from megatron.bridge.target.record import FileRecord
+from megatron.bridge.target.record import read_records
+from megatron.bridge.target.reflink import Reflink
+from megatron.bridge.target.source_blocks import DividedFile, SourceBlocks
 from megatron.bridge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -44,6 +49,8 @@ class Conversion:
         rows_multiple: tensors that `fill` only makes from such a multiple of rows on (see
             `row_blocks`).
         keep_manifest: whether the target keeps the checksums of its files.
+        all_checksums: whether it then keeps those of blocks that it shares with a source, too,
+            which have to be read for that.
     """
 
     command: str
@@ -55,6 +62,7 @@ class Conversion:
     reopen: Callable[[Path], Source]
     rows_multiple: Mapping[str, int] = field(default_factory=dict)
     keep_manifest: bool = True
+    all_checksums: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +70,14 @@ class Written:
     """What a run wrote.
 
     Attributes:
-        bytes: written by this process.
+        bytes: of files that this process made.
+        shared_bytes: how many of these lie in blocks that are those of a source.
         resumed_bytes: taken over from an earlier run, by all processes.
         verified: whether it was read back and found right.
     """
 
     bytes: int
+    shared_bytes: int
     resumed_bytes: int
     verified: bool
 
@@ -82,6 +92,8 @@ class Run:
         force: replace a target.
         resume: go on with what an interrupted run left.
         verify: read back what was written, and compare it with what it should be.
+        reflink: whether the target shares blocks with its sources.
+        hard_links: whether weights that are a whole file of a source become hard links to it.
         keep_manifest: leave the checksums of its files in a Hugging Face folder, too, where the
             reference has no such file; a Megatron checkpoint always has them.
         processes: that share the work, each running the same conversion.
@@ -93,6 +105,8 @@ class Run:
     force: bool = False
     resume: bool = False
     verify: bool = False
+    reflink: Reflink = "auto"
+    hard_links: bool = False
     keep_manifest: bool = False
     processes: Processes = field(default_factory=Processes)
     progress: Progress = field(default_factory=Silent)
@@ -115,43 +129,79 @@ class Run:
         job = Job(conversion.command, conversion.options, conversion.sources, layout_digest(pieces))
         # Blocks of FP8 are not cut, so a piece may be longer than the budget has it.
         budget = Budget.of(self.memory, max((piece.nbytes for piece in pieces), default=0))
+        blocks = SourceBlocks(self.reflink, target, conversion.sources, hard_links=self.hard_links)
+        files = [blocks.divide(file, self.budget.piece_bytes) for file in conversion.files]
         own = set(self.processes.own_files(sizes))
         with ResumableFolder(
             target,
             job,
             sizes,
+            shared={file.name: file.shared_bytes for file in files},
             processes=self.processes,
             resume=self.resume,
             force=self.force,
             keep_manifest=conversion.keep_manifest,
         ) as folder:
-            todo = [p for p in pieces if p.file in own and p.file not in folder.finished]
-            self._write(folder, conversion, todo, budget)
+            todo = [f for f in files if f.name in own and f.name not in folder.finished]
+            done = self._write(folder, conversion, todo, blocks, budget)
+            if conversion.all_checksums:
+                self._take_checksums(folder, own, budget)
             folder.commit(lambda: self._check(folder.path, conversion))
-        written = sum(piece.nbytes for piece in todo)
-        return Written(written, folder.resumed_bytes, self.verify)
+        return Written(
+            sum(file.file.nbytes for file in done),
+            sum(file.shared_bytes for file in done),
+            folder.resumed_bytes,
+            self.verify,
+        )
 
     def _write(
         self,
         folder: ResumableFolder,
         conversion: Conversion,
-        todo: Sequence[Piece],
+        todo: Sequence[DividedFile],
+        blocks: SourceBlocks,
         budget: Budget,
-    ) -> None:
-        def on_file(name: str, checksums: Checksums) -> None:
-            folder.add(FileRecord(name, checksums))
+    ) -> list[DividedFile]:
+        """Write files; returns them as they were written, some shared less than they could be."""
+        self.progress.start(conversion.command, sum(file.tensor_bytes for file in todo))
+        done: dict[str, DividedFile] = {}
 
-        self.progress.start(conversion.command, sum(piece.tensor_bytes for piece in todo))
+        def share(own: Iterator[DividedFile]) -> None:
+            for file in own:
+                self.processes.check()
+                done[file.name] = blocks.share(folder.path, file, self.budget.piece_bytes)
+
+        run_in_threads(todo, share, budget.threads)
+        files = [done[file.name] for file in todo]
+        for file in (file for file in files if file.ranges):
+            self.progress.advance(sum(one.tensor_bytes for one in file.ranges))
+            if not any(file.pieces):
+                sync(folder.path / file.name)
+                folder.add(blocks.record(file))
+
+        def on_file(name: str, checksums: Checksums) -> None:
+            folder.add(blocks.record(done[name], checksums))
+
         write_pieces(
             folder.path,
             conversion.files,
-            todo,
+            [piece for file in files for piece in file.pieces],
             conversion.fill,
             budget,
             on_file=on_file,
             progress=self.progress,
             check=self.processes.check,
         )
+        return files
+
+    def _take_checksums(
+        self, folder: ResumableFolder, own: Collection[str], budget: Budget
+    ) -> None:
+        """Of all own files, those of earlier runs included."""
+        recorded = {file.name: file for one in read_records(folder.path) for file in one.files}
+        unread = [file for file in recorded.values() if file.name in own and file.unread_bytes]
+        for file in with_checksums(folder.path, unread, self.progress, budget.threads):
+            folder.add(file)
 
     def _check(self, folder: Path, conversion: Conversion) -> None:
         if self.verify:

@@ -29,6 +29,12 @@ def megatron_part(pair: BoxPair, hf_part: Box) -> Box:
     return _carry_over(pair.hf_box, pair.megatron_box, hf_part, hf_axes, megatron_axes)
 
 
+def axes_in_hf_order(pair: BoxPair) -> list[int]:
+    """The axes of extent above 1 of the Megatron box, as those of the Hugging Face box follow."""
+    megatron_axes, hf_axes = _axes(pair)
+    return [axis for _, axis in sorted(zip(hf_axes, megatron_axes, strict=True))]
+
+
 def _axes(pair: BoxPair) -> tuple[list[int], list[int]]:
     """The axes of extent above 1 on either side, in the order in which they correspond."""
     hf_axes = list(range(len(pair.hf_box)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from megatron.bridge.cli.parameters import (
     Json,
     MaxShardSize,
     Memory,
+    Reflink,
     Resume,
     Revision,
     Target,
@@ -26,6 +27,7 @@ from megatron.bridge.cli.parameters import (
     no_revision,
     part_option,
 )
+from megatron.bridge.models.conversion.transposed import TRANSPOSED
 
 if TYPE_CHECKING:
     from megatron.bridge.operations.convert import Converted
@@ -47,8 +49,17 @@ def import_command(
             "language: the language model of a vision-language SRC alone, as a model of text"
         ),
     ] = None,
+    transposed: Annotated[
+        Any,
+        choice_option(
+            TRANSPOSED,
+            "how DST holds matrices that lie transposed in SRC (experts of some releases): as they "
+            "lie there, with strides that say so, or turned, so that programs load them faster",
+        ),
+    ] = "strides",
     memory: Memory = None,
     max_shard_size: MaxShardSize = None,
+    reflink: Reflink = "auto",
     verify: VerifyWritten = False,
     resume: Resume = False,
     force: Force = False,
@@ -76,9 +87,11 @@ def import_command(
             verify=verify,
             resume=resume,
             force=force,
+            reflink=reflink,
+            transposed=transposed,
         )
         with options.run(output.progress) as run:
-            done = import_checkpoint(hf, target, experts=experts, part=part, run=run)
+            done = import_checkpoint(hf, target, **options.of_import, run=run)
         _show(output, run, done)
 
 
@@ -134,6 +147,14 @@ def export_command(
             help="Round values that do not fit the dtype they get. Without it they are refused.",
         ),
     ] = False,
+    hard_links: Annotated[
+        bool,
+        typer.Option(
+            "--hard-links",
+            help="Let files of weights that are those of REF, bit for bit, be hard links to them: "
+            "a program that writes into one writes into both.",
+        ),
+    ] = False,
     keep_manifest: Annotated[
         bool,
         typer.Option(
@@ -144,6 +165,7 @@ def export_command(
     ] = False,
     memory: Memory = None,
     max_shard_size: MaxShardSize = None,
+    reflink: Reflink = "auto",
     verify: VerifyWritten = False,
     resume: Resume = False,
     force: Force = False,
@@ -178,10 +200,12 @@ def export_command(
             verify=verify,
             resume=resume,
             force=force,
+            reflink=reflink,
             iteration=iteration,
             fp8=fp8,
             dtype=dtype,
             round=round,
+            hard_links=hard_links,
             keep_manifest=keep_manifest,
         )
         with options.run(output.progress) as run:

@@ -33,6 +33,7 @@ def render_conversion(done: Converted) -> RenderableType:
                 ("left behind", _left_behind(done.dropped)),
                 ("left out", left_out(done.left_out)),
                 ("side files", _side_files(done)),
+                ("shared", _shared(done)),
                 ("resumed", format_bytes(resumed) if resumed else None),
                 ("verified", "read back, bit by bit" if done.written.verified else None),
                 ("seconds", f"{done.seconds:.2f}"),
@@ -87,6 +88,15 @@ def _side_files(done: Converted) -> str | None:
         return None
     names = ", ".join(done.side_files)
     return f"{names}, and no others (tokenizer, processor): --hf takes them from a reference"
+
+
+def _shared(done: Converted) -> str | None:
+    """What lies in blocks of files that were read; None if nothing does."""
+    shared = done.written.shared_bytes
+    if not shared:
+        return None
+    copied = done.written.bytes - shared
+    return f"{format_bytes(shared)} in blocks of what was read, {format_bytes(copied)} written"
 
 
 def _quantization(done: Converted) -> str | None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
+from megatron.bridge.engine.block_sharing import TensorRange
 from megatron.bridge.engine.pieces import PIECE_BYTES, Literal, OutputFile, Part
+from megatron.bridge.engine.shared_blocks import BLOCK_BYTES
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import METADATA_FILE
 from megatron.bridge.formats.torch_dist.collection import without_collection
@@ -27,10 +30,13 @@ from megatron.bridge.formats.torch_dist.metadata import StoredChunk
 from megatron.bridge.formats.torch_dist.metadata_writer import metadata_bytes
 from megatron.bridge.formats.torch_dist.saved_tensor import (
     MAX_FRAME_BYTES,
+    SavedHead,
+    SavedTail,
     SavedTensor,
     saved_object,
 )
-from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks
+from megatron.bridge.models.conversion.unchanged import Chunk, DataRange
+from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
 COMMON_STATE = "common_state/shard_0_1"
@@ -41,7 +47,7 @@ _BACKEND = {"sharded_backend": TORCH_DIST, "sharded_backend_version": TORCH_DIST
 
 def torch_dist_files(
     tensors: Mapping[str, TensorSpec],
-    chunks: Iterable[tuple[str, Box]],
+    chunks: Iterable[Chunk | tuple[str, Box]],
     *,
     max_file_bytes: int,
     piece_bytes: int = PIECE_BYTES,
@@ -53,8 +59,9 @@ def torch_dist_files(
 
     Args:
         tensors: global tensors by key.
-        chunks: keys and boxes, which tile the tensors; each is stored in as many pieces as it takes
-            for none to be longer than `piece_bytes`.
+        chunks: boxes that tile the tensors; each is stored in as many pieces as it takes for none
+            to be longer than `piece_bytes`. Data that are a range of another file lie in a block
+            of the file as they lie in one there, so that blocks can be shared.
         max_file_bytes: files of data are longer only where this is less than two pieces.
         piece_bytes: of a stored piece, what lies around its data included.
         extra_states: names of objects without content.
@@ -82,15 +89,36 @@ def torch_dist_files(
 
 
 class _Stored(NamedTuple):
-    """What is stored under a key: a box of a tensor, or an object, whose box is ()."""
+    """What is stored under a key: a box of a tensor, or an object, whose box is ().
+
+    Attributes:
+        part: all of it, or its data where these are a range of another file.
+        frame: of such data.
+    """
 
     key: str
     box: Box
     part: Part
+    frame: tuple[SavedHead, SavedTail] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        return self.part.nbytes + sum(part.nbytes for part in self.frame or ())
+
+    def parts_at(self, position: int) -> tuple[int, tuple[Part, ...]]:
+        """Where it begins in a file that is filled up to a position; the parts from there on."""
+        if self.frame is None or not isinstance(self.part, TensorRange):
+            return position, (self.part,)
+        head, tail = self.frame
+        gap = (self.part.offset - position - head.nbytes) % BLOCK_BYTES
+        return position + gap, (replace(head, gap=gap), self.part, tail)
 
 
 def _saved_tensors(
-    tensors: Mapping[str, TensorSpec], chunks: Iterable[tuple[str, Box]], piece_bytes: int
+    tensors: Mapping[str, TensorSpec],
+    chunks: Iterable[Chunk | tuple[str, Box]],
+    piece_bytes: int,
 ) -> Iterator[_Stored]:
     room = piece_bytes - MAX_FRAME_BYTES
     if room <= 0:
@@ -98,14 +126,34 @@ def _saved_tensors(
             f"pieces of {piece_bytes} bytes have no room for data; allow more than "
             f"{MAX_FRAME_BYTES}"
         )
-    for key, box in chunks:
+    for key, box, data in (Chunk(*chunk) for chunk in chunks):
         dtype = tensors[key].dtype
-        for block in row_blocks(box_shape(box), itemsize(dtype), room):
-            moved = tuple(
-                (zero + start, zero + stop)
-                for (start, stop), (zero, _) in zip(block, box, strict=True)
-            )
-            yield _Stored(key, moved, SavedTensor(key, moved, dtype))
+        if data is not None and room > BLOCK_BYTES:
+            yield from _ranges(key, box, data, dtype, room - BLOCK_BYTES)
+            continue
+        for block in blocks_of(box, itemsize(dtype), room):
+            yield _Stored(key, block, SavedTensor(key, block, dtype))
+
+
+def _ranges(key: str, box: Box, data: DataRange, dtype: str, room: int) -> Iterator[_Stored]:
+    """Pieces of a box whose data are a range of another file, in the order of that range."""
+    offset = data.offset
+    for turned in blocks_of(_turned(box, data), itemsize(dtype), room):
+        block = _turned(turned, data)
+        nbytes = volume(block) * itemsize(dtype)
+        form = dtype, box_shape(block), data.transposed
+        yield _Stored(
+            key,
+            block,
+            TensorRange(data.path, offset, nbytes),
+            (SavedHead(0, *form), SavedTail(*form)),
+        )
+        offset += nbytes
+
+
+def _turned(box: Box, data: DataRange) -> Box:
+    """A box with its axes in the order of the data, or back."""
+    return (*box[:-2], box[-1], box[-2]) if data.transposed else box
 
 
 def _objects(extra_states: Iterable[str], iteration: int) -> Iterator[_Stored]:
@@ -121,21 +169,23 @@ def _distributed(
     stored: Sequence[_Stored], max_file_bytes: int
 ) -> tuple[dict[str, tuple[Part, ...]], list[StoredChunk]]:
     """Files that are filled evenly and in order, and where in them everything lies."""
-    sizes = [item.part.nbytes for item in stored]
+    # Gaps depend on where a file begins; here all are as long as they can be.
+    sizes = [item.nbytes + (BLOCK_BYTES if item.frame else 0) for item in stored]
     total, longest = sum(sizes), max(sizes)
     # A file ends behind the part that fills its share, so it can be longer by almost that part.
     share = total if total <= max_file_bytes else max(max_file_bytes - longest, longest)
     count = -(-total // share)
     files: dict[str, list[Part]] = {}
     places: list[StoredChunk] = []
-    position = begin = 0
+    position = filled = 0
     turn, name = -1, ""
-    for item, nbytes in zip(stored, sizes, strict=True):
+    for item, size in zip(stored, sizes, strict=True):
         if position * count // total != turn:
-            turn, begin = position * count // total, position
+            turn, filled = position * count // total, 0
             name = f"__0_{len(files)}{TORCH_DIST_SUFFIX}"
             files[name] = []
-        files[name].append(item.part)
-        places.append(StoredChunk(item.key, item.box, name, position - begin, nbytes))
-        position += nbytes
+        begin, parts = item.parts_at(filled)
+        files[name] += parts
+        places.append(StoredChunk(item.key, item.box, name, begin, item.nbytes))
+        position, filled = position + size, begin + item.nbytes
     return {name: tuple(parts) for name, parts in files.items()}, places

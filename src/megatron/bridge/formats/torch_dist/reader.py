@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.bridge.dtypes import numpy_dtype
 from megatron.bridge.errors import CheckpointError
@@ -30,6 +30,13 @@ from megatron.bridge.tensors.spec import TensorSpec, check_box
 
 if TYPE_CHECKING:
     import torch
+
+
+class Place(NamedTuple):
+    """Where the data of a chunk lie: those of a tensor with the axes of the chunk in an order."""
+
+    info: TensorInfo
+    order: tuple[int, ...]
 
 
 class TorchDistCheckpoint:
@@ -74,7 +81,7 @@ class TorchDistCheckpoint:
         for chunk in chunks:
             by_key[chunk.key].append((chunk.box, chunk))
         self._chunks = {key: BoxIndex(items) for key, items in by_key.items()}
-        self._places: dict[StoredChunk, TensorInfo] = {}
+        self._places: dict[StoredChunk, Place] = {}
         self._reader = SliceReader()
 
     def dtype_of(self, key: str) -> str:
@@ -123,8 +130,23 @@ class TorchDistCheckpoint:
                 f"{key}: box {box} of {spec.dtype} does not fill {out.shape}, {out.dtype}"
             )
         for shared, chunk in self._chunks[key].overlapping(box):
-            part = out[slices(relative(shared, box))]
-            self._reader.read_into(self._place(chunk), relative(shared, chunk.box), part)
+            part, within = out[slices(relative(shared, box))], relative(shared, chunk.box)
+            place, order = self._place(chunk)
+            ordered = tuple(within[axis] for axis in order)
+            self._reader.read_into(place, ordered, part.transpose(order))
+
+    def places(self, key: str, box: Box) -> Iterator[tuple[Box, Box, Place]]:
+        """Where the elements of a box lie.
+
+        Yields:
+            A part of the box, the box of the chunk that holds it, and where that lies.
+
+        Raises:
+            CheckpointError: the key is unknown, or the data are not what the index says.
+        """
+        self._known(key)
+        for shared, chunk in self._chunks[key].overlapping(box):
+            yield shared, chunk.box, self._place(chunk)
 
     def require_torch_dist(self) -> None:
         """Raise CheckpointError for another format, whose keys are not megatron-core's."""
@@ -148,7 +170,7 @@ class TorchDistCheckpoint:
             raise CheckpointError(f"{self.folder}: there is no tensor {key!r}")
         return spec
 
-    def _place(self, chunk: StoredChunk) -> TensorInfo:
+    def _place(self, chunk: StoredChunk) -> Place:
         """Where the data of a chunk lie; looked up once."""
         place = self._places.get(chunk)
         if place is None:
@@ -156,7 +178,7 @@ class TorchDistCheckpoint:
             place = self._places[chunk] = self._find(chunk)
         return place
 
-    def _find(self, chunk: StoredChunk) -> TensorInfo:
+    def _find(self, chunk: StoredChunk) -> Place:
         path = self.folder / chunk.file
         shape, dtype = box_shape(chunk.box), self.tensors[chunk.key].dtype
         try:
@@ -180,7 +202,8 @@ class TorchDistCheckpoint:
                 f"holds {found.dtype} of shape {found.shape}"
             )
         offset = chunk.offset + found.offset
-        return TensorInfo(chunk.key, shape, dtype, path, offset)
+        ordered = tuple(shape[axis] for axis in found.order)
+        return Place(TensorInfo(chunk.key, ordered, dtype, path, offset), found.order)
 
 
 def _index_faults(

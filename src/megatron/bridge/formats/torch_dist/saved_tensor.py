@@ -6,6 +6,10 @@ is left out because no reader needs it: `.data/serialization_id`, a hash of the 
 
 Records are stored, not compressed. Each begins at a multiple of 64 bytes: its local header is
 padded by an extra field "FB". Checksums and sizes follow the records, as in a stream.
+
+Data that are a range of another file, byte for byte, are not looked at: their CRC-32 is left 0, as
+torch.save leaves it where it is told to (`torch.serialization.set_crc32_options`). torch.load looks
+at none. Such data may lie transposed, which the strides in the pickle say.
 """
 
 from __future__ import annotations
@@ -134,9 +138,66 @@ class Frame(NamedTuple):
         return found == self.tail(crc)
 
 
+@dataclass(frozen=True, slots=True)
+class SavedHead:
+    """A Part: what lies before the data of a saved tensor, and a gap before that.
+
+    Attributes:
+        gap: bytes between this saved tensor and what lies before it in the file, so that the data
+            begin where they should; all are 0.
+        dtype: see `frame_of`; and so for the others.
+    """
+
+    gap: int
+    dtype: str
+    shape: Shape
+    transposed: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.gap + len(frame_of(self.dtype, self.shape, self.transposed).head)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return 0
+
+    def write_to(self, out: memoryview, fill: FillTensor) -> None:
+        out[: self.gap] = bytes(self.gap)
+        out[self.gap :] = frame_of(self.dtype, self.shape, self.transposed).head
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTail:
+    """A Part: what lies behind the data of a saved tensor, whose checksum is not taken."""
+
+    dtype: str
+    shape: Shape
+    transposed: bool
+
+    @property
+    def nbytes(self) -> int:
+        return len(frame_of(self.dtype, self.shape, self.transposed).tail_without_crc)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return 0
+
+    def write_to(self, out: memoryview, fill: FillTensor) -> None:
+        out[:] = frame_of(self.dtype, self.shape, self.transposed).tail_without_crc
+
+
 @lru_cache(maxsize=4096)
-def frame_of(dtype: str, shape: Shape) -> Frame:
-    """The frame of a tensor. Raises CheckpointError for an unknown dtype or 4 GiB of data."""
+def frame_of(dtype: str, shape: Shape, transposed: bool = False) -> Frame:
+    """The frame of a tensor.
+
+    Args:
+        dtype: of the tensor.
+        shape: of the tensor.
+        transposed: whether the data are in the order of the tensor with its last two axes swapped.
+
+    Raises:
+        CheckpointError: the dtype is unknown, or the data have 4 GiB.
+    """
     if len(shape) > _MAX_AXES:
         raise CheckpointError(f"a tensor of {len(shape)} axes cannot be saved")
     nbytes = prod(shape) * itemsize(dtype)
@@ -145,7 +206,7 @@ def frame_of(dtype: str, shape: Shape) -> Frame:
             f"{dtype} of shape {shape}: {nbytes} bytes are too many for one saved tensor; "
             "store it in pieces of less than 4 GiB"
         )
-    return _Archive(_pickled(dtype, shape)).framed("data/0", nbytes)
+    return _Archive(_pickled(dtype, shape, _strides(shape, transposed))).framed("data/0", nbytes)
 
 
 def saved_object(value: object) -> bytes:
@@ -226,8 +287,15 @@ class _Archive:
         return begin
 
 
-def _pickled(dtype: str, shape: Shape) -> bytes:
-    """How torch.save pickles a contiguous tensor of the CPU, without its data.
+def _strides(shape: Shape, transposed: bool) -> tuple[int, ...]:
+    if transposed:
+        *outer, inner, last = _strides((*shape[:-2], shape[-1], shape[-2]), False)
+        return (*outer, last, inner)
+    return tuple(prod(max(1, size) for size in shape[axis:]) for axis in range(1, len(shape) + 1))
+
+
+def _pickled(dtype: str, shape: Shape, strides: tuple[int, ...]) -> bytes:
+    """How torch.save pickles a tensor of the CPU, without its data.
 
     The pickler notes every object under the next number, for a second mention that there is not.
     """
@@ -245,9 +313,6 @@ def _pickled(dtype: str, shape: Shape) -> bytes:
     def sizes(of: Shape) -> bytes:
         return noted(integers(of)) if of else integers(of)
 
-    strides = tuple(
-        prod(max(1, size) for size in shape[axis:]) for axis in range(1, len(shape) + 1)
-    )
     storage = STORAGES.get(dtype)
     version, kind, length = (
         ("v2", ("torch", storage), prod(shape))

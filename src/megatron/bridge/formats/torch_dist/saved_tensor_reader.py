@@ -53,15 +53,17 @@ _NAMES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class FoundTensor:
-    """A contiguous tensor.
+    """A dense tensor.
 
     Attributes:
         offset: where its data begin, in bytes from the beginning of the saved tensor.
+        order: its axes as the data are ordered; in row-major order, from the first to the last.
     """
 
     offset: int
     shape: Shape
     dtype: str
+    order: tuple[int, ...]
 
 
 def find_saved_tensor(read_at: ReadAt, length: int, dtype: str, shape: Shape) -> FoundTensor:
@@ -74,10 +76,10 @@ def find_saved_tensor(read_at: ReadAt, length: int, dtype: str, shape: Shape) ->
         shape: the expected one, likewise.
 
     Raises:
-        CheckpointError: it is anything but a plain, contiguous, little-endian, uncompressed tensor.
+        CheckpointError: it is anything but a plain, dense, little-endian, uncompressed tensor.
     """
-    if (begin := _begin_if_ours(read_at, length, dtype, shape)) is not None:
-        return FoundTensor(begin, shape, dtype)
+    if (found := _ours(read_at, length, dtype, shape)) is not None:
+        return found
     try:
         return _find(_Blob(read_at, length))
     except CheckpointError:
@@ -86,17 +88,23 @@ def find_saved_tensor(read_at: ReadAt, length: int, dtype: str, shape: Shape) ->
         raise CheckpointError(f"it is no saved tensor: {error}") from error
 
 
-def _begin_if_ours(read_at: ReadAt, length: int, dtype: str, shape: Shape) -> int | None:
-    """Where the data begin, if all bytes around them are those that `SavedTensor` writes."""
+def _ours(read_at: ReadAt, length: int, dtype: str, shape: Shape) -> FoundTensor | None:
+    """A tensor, if all bytes around its data are those that this package writes."""
     if not prod(shape) * itemsize(dtype) < length <= MAX_BLOB_BYTES:
         return None
-    frame = frame_of(dtype, shape)
-    if frame.nbytes != length:
-        return None
-    begin = len(frame.head)
-    end = begin + frame.tensor_bytes
-    ours = read_at(0, begin) == frame.head and frame.is_tail(read_at(end, length - end))
-    return begin if ours else None
+    axes = tuple(range(len(shape)))
+    for transposed in (False, True) if len(shape) > 1 else (False,):
+        frame = frame_of(dtype, shape, transposed)
+        begin = len(frame.head)
+        end = begin + frame.tensor_bytes
+        if (
+            frame.nbytes == length
+            and read_at(0, begin) == frame.head
+            and frame.is_tail(read_at(end, length - end))
+        ):
+            order = (*axes[:-2], axes[-1], axes[-2]) if transposed else axes
+            return FoundTensor(begin, shape, dtype, order)
+    return None
 
 
 class _Blob(io.RawIOBase):
@@ -155,7 +163,7 @@ def _find(blob: _Blob) -> FoundTensor:
             f"its data should be {tensor.nbytes} bytes, the record has {entry.file_size}"
         )
     begin = _begin_of(blob, entry) + tensor.offset * itemsize(tensor.dtype)
-    return FoundTensor(begin, tensor.shape, tensor.dtype)
+    return FoundTensor(begin, tensor.shape, tensor.dtype, tensor.order)
 
 
 def _stored(entries: dict[str, zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:
@@ -189,6 +197,7 @@ class _Tensor(NamedTuple):
         key: its elements lie in the record data/`key`.
         nbytes: length of that record.
         offset: where they begin in it, in elements.
+        order: see FoundTensor.
     """
 
     key: str
@@ -196,6 +205,7 @@ class _Tensor(NamedTuple):
     offset: int
     shape: Shape
     dtype: str
+    order: tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
@@ -224,15 +234,15 @@ def _described(data: bytes) -> _Tensor:
     if dtype is None:
         raise CheckpointError("its pickle calls torch with wrong arguments")
     begin, *sizes = map(_whole_number, (offset, *shape))
-    steps = tuple(map(_whole_number, strides))
-    if not _is_contiguous(sizes, steps):
+    order = _order(sizes, tuple(map(_whole_number, strides)))
+    if order is None:
         raise CheckpointError(
-            f"shape {quoted(shape)} with strides {quoted(strides)}: only contiguous tensors are "
-            "read; save it as a contiguous one"
+            f"shape {quoted(shape)} with strides {quoted(strides)}: only tensors are read whose "
+            "elements lie one after the other; save it as a contiguous one"
         )
     if (begin + prod(sizes)) * itemsize(dtype) > nbytes:
         raise CheckpointError(f"shape {quoted(shape)} does not fit into {nbytes} bytes of data")
-    return _Tensor(key, nbytes, begin, tuple(sizes), dtype)
+    return _Tensor(key, nbytes, begin, tuple(sizes), dtype, order)
 
 
 def _whole_number(value: Plain) -> int:
@@ -241,8 +251,24 @@ def _whole_number(value: Plain) -> int:
     return value
 
 
-def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements lie in row-major order; the stride of an axis of length 1 is free."""
+def _order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """The order of axes in which the elements lie one after the other; None if in none.
+
+    The stride of an axis of length 1 is free. No element lies in two places: strides that say so
+    belong to no order.
+    """
+    if len(strides) != len(shape):
+        return None
+    axes = range(len(shape))
+    by_stride = sorted(axes, key=lambda axis: (-strides[axis], axis))
+    long = [axis for axis in by_stride if shape[axis] != 1]
+    for order in (axes, [*(axis for axis in axes if shape[axis] == 1), *long]):
+        if _is_row_major([shape[axis] for axis in order], [strides[axis] for axis in order]):
+            return tuple(order)
+    return None
+
+
+def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:

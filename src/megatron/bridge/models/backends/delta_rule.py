@@ -30,6 +30,9 @@ def causal_conv(x: Tensor, weight: Tensor, lengths: Sequence[int]) -> Tensor:
         [t, channels], without an activation.
     """
     gap = weight.shape[-1] - 1
+    if len(lengths) == 1:
+        convolved = F.conv1d(x.t().unsqueeze(0), weight, padding=gap, groups=x.shape[1])
+        return convolved.squeeze(0)[:, : x.shape[0]].t()
     # In front of every sequence `gap` zeros, so that one convolution does them all.
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     result_at = (torch.arange(x.shape[0]) + gap * sequence).to(x.device)
@@ -77,12 +80,17 @@ def gated_delta_rule(
     """
     slots, active = _chunk_slots(lengths, chunk_size)
     slots = slots.to(value.device)
+    padding = sum(active) * chunk_size - value.shape[0]
+    in_order = len(lengths) == 1  # the chunks of one sequence are as it is
     key_heads, repeats = key.shape[1], value.shape[1] // key.shape[1]
 
     def chunked(x: Tensor) -> Tensor:
         """[t, heads, d] -> fp32 [chunks, n, 1 or r, chunk_size, d], zeros behind a sequence."""
-        empty = x.new_zeros(sum(active) * chunk_size, *x.shape[1:], dtype=torch.float32)
-        filled = empty.index_copy(0, slots, x.float())
+        if in_order:
+            filled = F.pad(x.float(), (0, 0, 0, 0, 0, padding))
+        else:
+            empty = x.new_zeros(sum(active) * chunk_size, *x.shape[1:], dtype=torch.float32)
+            filled = empty.index_copy(0, slots, x.float())
         return filled.view(-1, chunk_size, key_heads, x.shape[1] // key_heads, x.shape[2]).permute(
             0, 2, 3, 1, 4
         )
@@ -124,6 +132,8 @@ def gated_delta_rule(
         memory = memory * keep + store @ change
 
     output = torch.cat(outputs).permute(0, 3, 1, 2, 4).reshape(-1, *value.shape[1:])
+    if in_order:
+        return output[: value.shape[0]].to(value.dtype)
     return output.index_select(0, slots).to(value.dtype)
 
 

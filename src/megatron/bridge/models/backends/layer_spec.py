@@ -8,7 +8,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.router import TopKRouter
@@ -26,6 +26,9 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron.bridge.models.backends.gated_delta_net import gated_delta_net_spec
 from megatron.bridge.models.backends.scaled_rotary import ScaledRotarySelfAttention
+from megatron.bridge.models.backends.torch_backend import TorchSpecProvider
+from megatron.bridge.models.backends.torch_mlp import TorchMLP
+from megatron.bridge.models.backends.torch_self_attention import TorchSelfAttention
 
 # Checkpoints carry the names of a backend that fuses norms and linears, so that one written by a
 # backend loads in another. No backend fuses the norm in front of a mixture of experts.
@@ -75,9 +78,7 @@ def layer_spec(
             else _attention(config, backend, attn_mask_type, attention_output_bias, rotary_scaling),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused and not mixture_of_experts else norm,
-            mlp=_experts(config, backend, router)
-            if mixture_of_experts
-            else get_mlp_module_spec_for_backend(backend),
+            mlp=_experts(config, backend, router) if mixture_of_experts else _dense_mlp(backend),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={} if fused else keys,
         ),
@@ -109,10 +110,10 @@ def _attention(
     linear_proj: Any = backend.row_parallel_linear()
     if output_bias is not None:
         linear_proj = partial(_build_with_bias, linear_proj, output_bias)
-    scaling = {} if rotary_scaling == 1.0 else {"rotary_scaling": rotary_scaling}
+    in_torch = isinstance(backend, TorchSpecProvider)
     return ModuleSpec(
-        module=ScaledRotarySelfAttention if scaling else SelfAttention,
-        params={"attn_mask_type": attn_mask_type, **scaling},
+        module=TorchSelfAttention if in_torch else ScaledRotarySelfAttention,
+        params={"attn_mask_type": attn_mask_type, "rotary_scaling": rotary_scaling},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_linear_after_norm(backend),
             core_attention=backend.core_attention(),
@@ -121,6 +122,13 @@ def _attention(
             k_layernorm=qk_norm,
         ),
     )
+
+
+def _dense_mlp(backend: BackendSpecProvider) -> Any:
+    spec: Any = get_mlp_module_spec_for_backend(backend)
+    if isinstance(backend, TorchSpecProvider):
+        return partial(TorchMLP.as_mlp_submodule, **spec.keywords)
+    return spec
 
 
 def _experts(

@@ -20,6 +20,9 @@ class ScaledRotarySelfAttention(SelfAttention):
 
     def __init__(self, *args: Any, rotary_scaling: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.rotary_scaling = rotary_scaling
+        if rotary_scaling == 1.0:
+            return
         if not hasattr(self, _SCALE_OF_COS_AND_SIN):
             raise ConfigError(
                 f"the attention of this megatron-core has no {_SCALE_OF_COS_AND_SIN}: a rope type "

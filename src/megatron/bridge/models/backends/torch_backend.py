@@ -3,13 +3,16 @@
 from functools import partial
 
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 
 from megatron.bridge.models.backends.torch_attention import TorchCoreAttention
+from megatron.bridge.models.backends.torch_linear import (
+    TorchColumnParallelLinear,
+    TorchRowParallelLinear,
+)
+from megatron.bridge.models.backends.torch_mlp import TorchExperts
 from megatron.bridge.models.backends.torch_norm import build_norm
 
 
@@ -18,11 +21,11 @@ class TorchSpecProvider(BackendSpecProvider):
 
     def column_parallel_linear(self) -> type:
         """Linear layer with its output dimension split over the tensor-parallel ranks."""
-        return ColumnParallelLinear
+        return TorchColumnParallelLinear
 
-    def row_parallel_linear(self) -> type[RowParallelLinear]:
+    def row_parallel_linear(self) -> type[TorchRowParallelLinear]:
         """Linear layer with its input dimension split over the tensor-parallel ranks."""
-        return RowParallelLinear
+        return TorchRowParallelLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
         """Norms are modules of their own."""
@@ -42,10 +45,12 @@ class TorchSpecProvider(BackendSpecProvider):
         return TorchCoreAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
-        """Experts one after the other."""
+        """Experts that multiply one after the other."""
         return partial(
-            SequentialMLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            TorchExperts,
+            submodules=MLPSubmodules(
+                linear_fc1=TorchColumnParallelLinear, linear_fc2=TorchRowParallelLinear
+            ),
         )
 
     def activation_func(self) -> None:

@@ -29,7 +29,7 @@ from megatron.bridge.models.conversion.spelling import Spelling
 from megatron.bridge.models.conversion.structure import ModelStructure
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.tensors.spec import TensorSpec
-from megatron.bridge.text.quoting import quoted
+from megatron.bridge.text.quoting import printable, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -136,11 +136,16 @@ class MegatronModelBridge(ABC):
             provider: of the models, a class or its dotted path; None for that of the bridge class.
             model_type: that config.json states; None for that of the bridge class.
             override: take the place of a bridge that an architecture has already.
+
+        Raises:
+            TypeError: the class lacks what every bridge has to say.
         """
         given = [source] if isinstance(source, str | type) else source
         names = tuple(one if isinstance(one, str) else one.__name__ for one in given)
 
         def register(bridge: type[Bridge]) -> type[Bridge]:
+            if lacking := sorted(bridge.__abstractmethods__):
+                raise TypeError(f"{bridge.__name__} does not define {', '.join(lacking)}")
             bridge.sources = names
             bridge.target = _dotted(target)
             if provider is not None:
@@ -276,10 +281,20 @@ class MegatronModelBridge(ABC):
         """
 
     def provider_of(self, settings: Mapping[str, Any]) -> "ModelProvider":
-        """The family's model provider with these fields, as `provider_settings` gives them."""
+        """The family's model provider with these fields, as `provider_settings` gives them.
+
+        Raises:
+            UnsupportedModel: the class of the provider cannot be imported.
+        """
         module, _, name = self.provider.rpartition(".")
-        provider: ModelProvider = getattr(import_module(module), name).from_settings(settings)
-        return provider
+        try:
+            kind: type[ModelProvider] = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedModel(
+                f"the provider {self.provider} of {type(self).__name__} cannot be imported: "
+                f"{printable(str(error))}; install what it needs, or mend the bridge's package"
+            ) from error
+        return kind.from_settings(settings)
 
     def provider_bridge(self, hf_pretrained: "PreTrainedVLM | HasConfig") -> "ModelProvider":
         """The family's model provider, configured like a Hugging Face model.

@@ -119,7 +119,8 @@ class ConversionPlan:
 
     def copies_to(self, key: str, box: Box) -> Iterator[tuple[Box, Copy]]:
         """(shared Megatron box, copy) for every copy that fills part of a box of a key."""
-        return self._by_key[key].overlapping(box)
+        if key in self._by_key:
+            yield from self._by_key[key].overlapping(box)
 
     def copies_from(self, name: str, box: Box) -> Iterator[tuple[Box, Copy]]:
         """(shared Hugging Face box, copy) for every copy that reads part of a box of a tensor."""

@@ -94,6 +94,10 @@ class DequantizedTensors(ReadableTensors[TensorSpec]):
         """The dtype ("BF16") in which a tensor is read. Raises CheckpointError if unknown."""
         return DEQUANTIZED_DTYPE if name in self.quantized else self.index.dtype_of(name)
 
+    def place(self, name: str) -> TensorInfo | None:
+        """Where the bytes of a tensor that is not quantized lie; see ReadableTensors.place."""
+        return None if name in self.quantized else self.index.place(name)
+
     def read_into(self, name: str, box: Box, out: Array) -> None:
         """Read the part of a tensor inside `box` into `out`; see ReadableTensors.read_into.
 

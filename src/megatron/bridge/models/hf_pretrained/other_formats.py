@@ -1,24 +1,28 @@
 """Folders of other programs: what each is, by the names of its files, and the way out.
 
 Only names are looked at, in the folder and one level below, and nothing is opened but the small
-adapter_config.json. What an index of tensors tells is in `formats.torch_dist.index_format`.
+config.json and adapter_config.json. What an index of tensors tells is in
+`formats.torch_dist.index_format`.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
 from megatron.bridge.text.quoting import is_name, printable
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_MAX_ADAPTER_BYTES = 1 << 20
+_CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 1 << 20
+_CLASS = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
 _MOST_PATHS = 20_000
 
 _SAVE_AS_TORCH_DIST = (
@@ -36,7 +40,8 @@ class _Format:
     Attributes:
         what: the format, as a noun.
         paths: those of its files, relative to the folder.
-        way_out: what to do instead; {folder} stands for the folder.
+        way_out: what to do instead; {folder} stands for the folder, {model_class} for the class of
+            transformers.
     """
 
     what: str
@@ -89,7 +94,7 @@ _HUGGINGFACE = (
     _format(
         "weights that torch.save pickled (.bin)",
         r"[^/]+\.bin",
-        "convert them to safetensors with transformers: AutoModelForImageTextToText."
+        "convert them to safetensors with {model_class} of transformers: {model_class}."
         "from_pretrained({folder}, dtype='auto').save_pretrained(NEW_FOLDER)",
     ),
     _format(
@@ -116,11 +121,17 @@ def other_weights(folder: Path) -> str | None:
     paths = _paths(folder)
     if _ADAPTER_CONFIG in paths and not _holds_a_model(paths):
         return _adapter(folder)
-    return other_files(str(folder), paths)
+    return other_files(str(folder), paths, folder)
 
 
-def other_files(name: str, paths: Sequence[str]) -> str | None:
-    """As `other_weights`, by the `paths` of all files of the folder or repository `name`."""
+def other_files(name: str, paths: Sequence[str], folder: Path | None = None) -> str | None:
+    """As `other_weights`, by the names of files.
+
+    Args:
+        name: of the folder or repository.
+        paths: of all files in it.
+        folder: where its config.json lies, if that is at hand.
+    """
     files = [path for path in paths if path.endswith(".safetensors") and "/" not in path]
     if any(not path.startswith("consolidated") for path in files):
         return None
@@ -128,7 +139,7 @@ def other_files(name: str, paths: Sequence[str]) -> str | None:
         return None  # the shards that it names are missing, and their reader says so
     if not files and (mark := _first(MEGATRON_MARKS, paths)) is not None:
         return f"{printable(name)} is a Megatron checkpoint ({mark}), {EXPORT_IT}"
-    return _described(name, paths, _HUGGINGFACE, "safetensors weights")
+    return _described(name, paths, _HUGGINGFACE, "safetensors weights", folder)
 
 
 def bare_adapter(folder: Path) -> str | None:
@@ -151,20 +162,37 @@ def is_older_checkpoint(folder: Path) -> bool:
 
 
 def _described(
-    name: str, paths: Sequence[str], forms: Sequence[_Format], readable: str
+    name: str,
+    paths: Sequence[str],
+    forms: Sequence[_Format],
+    readable: str,
+    folder: Path | None = None,
 ) -> str | None:
     for form in forms:
         if (found := _first(form.paths, paths)) is not None:
             way_out = form.way_out.replace("{folder}", repr(name))
+            way_out = way_out.replace("{model_class}", _model_class(folder))
             return f"{printable(name)}: no {readable}: it holds {form.what}, {found}; {way_out}"
     return None
 
 
-def _adapter(folder: Path) -> str:
+def _model_class(folder: Path | None) -> str:
+    """The class of transformers that config.json names; in words where it is not at hand."""
+    found = _config_in(folder, _CONFIG).get("architectures") if folder is not None else None
+    named = str(found[0]) if isinstance(found, list) and found else ""
+    return named if _CLASS.fullmatch(named) else "CLASS_IN_ITS_CONFIG"
+
+
+def _config_in(folder: Path, name: str) -> Mapping[str, Any]:
+    """What a small JSON file says; nothing where it cannot be read."""
     try:
-        config = parse_object(read_regular(folder / _ADAPTER_CONFIG, _MAX_ADAPTER_BYTES))
+        return parse_object(read_regular(folder / name, _MAX_CONFIG_BYTES))
     except (OSError, ValueError):
-        config = {}
+        return {}
+
+
+def _adapter(folder: Path) -> str:
+    config = _config_in(folder, _ADAPTER_CONFIG)
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     shown_kind = f" ({kind})" if kind and is_name(kind) else ""
     shown_base = shlex.quote(base) if base and is_name(base) else "its base model"

@@ -49,6 +49,11 @@ class RenamedTensors(ReadableTensors[TensorInfo | TensorSpec]):
         """The dtype ("BF16") in which a tensor is read. Raises CheckpointError if unknown."""
         return self._tensors.dtype_of(self._known(name))
 
+    def place(self, name: str) -> TensorInfo | None:
+        """Where the bytes of a tensor lie; see ReadableTensors.place."""
+        found = self._tensors.place(self._known(name))
+        return None if found is None else replace(found, name=name)
+
     def read_into(self, name: str, box: Box, out: Array) -> None:
         """Read the part of a tensor inside `box` into `out`; see ReadableTensors.read_into."""
         self._tensors.read_into(self._known(name), box, out)

@@ -3,6 +3,11 @@
 Reads with `pread` and not through a memory map: tensors of a map share its pages, so a change made
 to one would show in the next read, and a file truncated meanwhile would kill the process instead
 of raising an error.
+
+Whoever reads a file that is not in the page cache fills the cache with it. New pages are dear: that
+may take longer than the disk does, and other programs lose theirs. A thread that reads every byte
+once (`read_once`) gives back each range of such a file as soon as it has it, and the kernel takes
+the same pages again. Reading with O_DIRECT was slower, since nothing is read ahead then.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -18,6 +24,7 @@ from typing import Any
 
 from megatron.bridge.dtypes import itemsize, numpy_dtype
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.file_hints import cached_bytes, forget
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 from megatron.bridge.tensors.arrays import Array, copy, empty, memory_of
 from megatron.bridge.tensors.boxes import Box, box_shape
@@ -31,6 +38,14 @@ _MOST_OPEN = 64
 
 _LONG_RUN = 32 << 10
 """Bytes of a run, above which reading one run after the other costs less than all between them."""
+
+
+_local = threading.local()
+
+
+def read_once() -> None:
+    """Let the thread that calls this leave files out of the page cache that were not there."""
+    _local.once = True
 
 
 class SliceReader:
@@ -73,7 +88,8 @@ class SliceReader:
             buffer = memory_of(out)
             position = 0
             for offset in runs.offsets():
-                _read_exactly(file, buffer[position : position + runs.length], offset, info)
+                run = buffer[position : position + runs.length]
+                _read_exactly(file, run, offset, info, once=True)
                 position += runs.length
         else:
             _read_bands(file, info, box, out, 0, info.offset)
@@ -102,6 +118,12 @@ class _OpenFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         weakref.finalize(self, os.close, self.descriptor)
+
+    @cached_property
+    def cold(self) -> bool:
+        """Whether most of the file was not in the page cache when this was asked first."""
+        cached = cached_bytes(self.descriptor)
+        return cached is not None and cached < os.fstat(self.descriptor).st_size // 2
 
 
 class _Runs:
@@ -150,12 +172,11 @@ def _read_bands(
     for first in range(start, stop, rows):
         last = min(first + rows, stop)
         band = scratch[: (last - first) * stride]
-        _read_exactly(file, memory_of(band), offset + first * stride, info)
+        # Of a part of its rows, the rest is wanted for another box.
+        once = inner == tuple(slice(0, size) for size in rest)
+        _read_exactly(file, memory_of(band), offset + first * stride, info, once=once)
         whole = band.view(out.dtype).reshape(last - first, *rest)
         copy(whole[:, *inner], out[first - start : last - start])
-
-
-_local = threading.local()
 
 
 def _scratch() -> Array:
@@ -165,7 +186,10 @@ def _scratch() -> Array:
     return scratch
 
 
-def _read_exactly(file: _OpenFile, buffer: memoryview[Any], offset: int, info: TensorInfo) -> None:
+def _read_exactly(
+    file: _OpenFile, buffer: memoryview[Any], offset: int, info: TensorInfo, *, once: bool
+) -> None:
+    forgotten = once and getattr(_local, "once", False) and file.cold
     # The kernel returns at most 2 GiB per call.
     while buffer:
         try:
@@ -180,5 +204,7 @@ def _read_exactly(file: _OpenFile, buffer: memoryview[Any], offset: int, info: T
                 "the file was changed after its header was read; run it again when nothing "
                 "writes to it"
             )
+        if forgotten:
+            forget(file.descriptor, offset, count)
         buffer = buffer[count:]
         offset += count

@@ -57,6 +57,14 @@ class ReadableTensors[Spec: TensorSpec](Mapping[str, Spec], ABC):
         """The dtype ("BF16") in which a tensor is read. Raises CheckpointError if unknown."""
 
     @abstractmethod
+    def place(self, name: str) -> TensorInfo | None:
+        """Where the bytes lie that are read of a tensor; None if they are computed.
+
+        Raises:
+            CheckpointError: the name is unknown.
+        """
+
+    @abstractmethod
     def read_into(self, name: str, box: Box, out: Array) -> None:
         """Read the part of a tensor inside `box` into `out`. Safe to call from several threads.
 
@@ -164,6 +172,10 @@ class TensorIndex(ReadableTensors[TensorInfo]):
     def dtype_of(self, name: str) -> str:
         """The dtype ("BF16") of a tensor. Raises CheckpointError for an unknown name."""
         return self._known(name).dtype
+
+    def place(self, name: str) -> TensorInfo:
+        """Where a tensor lies. Raises CheckpointError for an unknown name."""
+        return self._known(name)
 
     def read_into(self, name: str, box: Box, out: Array) -> None:
         """See ReadableTensors.read_into."""

@@ -152,7 +152,7 @@ class PreTrainedVLM:
         folder = resolve_reference(repository, self.folder.name)
         if not any(folder.glob("*.safetensors")):
             files = repository_files(repository, self.folder.name)
-            if (other := other_files(repository, files)) is not None:
+            if (other := other_files(repository, files, self.folder)) is not None:
                 raise CheckpointError(other)
         return folder
 

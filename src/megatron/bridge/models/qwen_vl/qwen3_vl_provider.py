@@ -64,9 +64,10 @@ class Qwen3VLModelProvider(QwenModelProvider):
             for name in ("image_token_id", "video_token_id")
             if not 0 <= getattr(self, name) < self.vocab_size
         ]
-        if self.vision is None:
+        vision: VisionConfig | None = self.vision
+        if vision is None:
             return [*problems, "vision is None: it must be set"]
-        return problems + self.vision.problems(
+        return problems + vision.problems(
             hidden_size=self.hidden_size,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
         )

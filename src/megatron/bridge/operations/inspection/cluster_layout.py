@@ -4,7 +4,7 @@ The real model is built on the meta device, as a rank of torch's fake process gr
 splits tensors into equal parts only, so ranks of one pipeline stage hold tensors of the same
 shapes. Stages in the middle of a pipeline have decoder layers and nothing else, and two of them
 whose layers are of the same kinds, chunk by chunk, hold the same but for the numbers of their
-layers. So one rank of each kind of stage is built.
+layers. So one rank of each kind of stage is built, and of it one layer of each kind.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.models.without_values import build_without_values
 from megatron.bridge.operations.inspection.rank_grid import RankPosition, rank_positions
 from megatron.bridge.operations.inspection.rank_share import RankShare, layer_of, share_of
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.parallel import fake_cluster
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
+from megatron.bridge.runtime.repeated_layers import repeated_layers
 
 type Layers = tuple[tuple[int, ...], ...]
 """Numbers of the layers in the whole model, of each chunk of a stage."""
@@ -103,9 +105,11 @@ def without_advice() -> Iterator[None]:
 def build_rank(model: Blueprint, sizes: ParallelSizes, rank: int) -> RankShare:
     """Build the model of one rank and measure it."""
     provider = configured(model, sizes)
-    with on_rank(rank, sizes):
+    with on_rank(rank, sizes), repeated_layers():
         stages = [None] if sizes.vpp is None else list(range(sizes.vpp))
-        chunks = [provider.provide(vp_stage=stage) for stage in stages]
+        chunks = build_without_values(
+            provider, lambda: [provider.provide(vp_stage=stage) for stage in stages]
+        )
         return share_of(chunks, model.bridge)
 
 

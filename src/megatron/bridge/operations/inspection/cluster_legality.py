@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron.bridge.errors import ConfigError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.models.without_values import build_without_values
 from megatron.bridge.operations.inspection.cluster_layout import (
     Blueprint,
     ParallelLayout,
@@ -197,7 +198,8 @@ def _refusals(model: Blueprint, sizes: ParallelSizes) -> list[str]:
 def _refusals_of_layers(model: Blueprint, sizes: ParallelSizes) -> list[str]:
     try:
         with on_rank(0, sizes):
-            model.bridge.small(configured(model, sizes)).provide()
+            small = model.bridge.small(configured(model, sizes))
+            build_without_values(small, lambda: [small.provide()])
     except REFUSED as error:
         return [_reason(error)]
     return []

@@ -1,7 +1,8 @@
 """A target of `import` or `export` against its manifest: what was written is there, unchanged.
 
 Only the target is read, and of the source no more than tells that it is the one that the manifest
-records. That what was written is what should have been is not looked at again.
+records, and what the target shares blocks with. That what was written is what should have been is
+not looked at again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from megatron.bridge.target.checksums import check_files
 from megatron.bridge.target.fingerprint import Fingerprint, SourceFile
 from megatron.bridge.target.record import MANIFEST_FILE, Record, read_manifest
 from megatron.bridge.text.quoting import quoted
+from megatron.bridge.text.sizes import format_bytes
 
 _KINDS: dict[str, tuple[Format, Format]] = {
     "import": ("huggingface", "megatron"),
@@ -67,14 +69,24 @@ def verify_fast(
         memory: as in `verify`.
 
     Raises:
-        InputError: no side is a target with a manifest, or a source cannot be found.
+        InputError: no side is a target with a manifest, or a source cannot be found, or is needed
+            and not given.
         CheckpointError: a manifest cannot be read.
     """
     begin = time.perf_counter()
     budget = Budget.of(memory)
     target, source, changes = _assigned(a, b, iteration)
     reads, writes = _KINDS[target.manifest.job.command]
-    faults = check_files(target.folder, target.manifest, progress, budget.threads)
+    unread = sum(file.unread_bytes for file in target.manifest.files)
+    if unread and source is None:
+        raise InputError(
+            f"{target.name}: {format_bytes(unread)} of it are blocks of the files that it was "
+            "converted from, which nobody has read: they have no checksums; name the source, too, "
+            "or verify without --fast"
+        )
+    # What differs from files that changed says nothing of the target.
+    beside = None if source is None or changes else _source_folder(target, source, iteration)
+    faults = check_files(target.folder, target.manifest, progress, budget.threads, beside)
     seconds = time.perf_counter() - begin
     places = TensorPlaces(target.folder)
     return FastReport(
@@ -163,12 +175,19 @@ def _changes(
     target: _Target, source: str | os.PathLike[str], iteration: Iteration | None
 ) -> list[str]:
     """How a source differs from the one that is recorded, file by file."""
-    megatron = target.source_kind == "megatron"
     if not target.reads(source):
+        megatron = target.source_kind == "megatron"
         return [f"it is a {'Hugging Face model' if megatron else 'Megatron checkpoint'}"]
-    if megatron:
-        return _differences(target.recorded, iteration_folder(local_path(source), iteration))
-    return _differences(target.recorded, PreTrainedVLM.from_pretrained(source).weights_folder)
+    return _differences(target.recorded, _source_folder(target, source, iteration))
+
+
+def _source_folder(
+    target: _Target, source: str | os.PathLike[str], iteration: Iteration | None
+) -> Path:
+    """Where the files of a source lie that is of the right kind."""
+    if target.source_kind == "megatron":
+        return iteration_folder(local_path(source), iteration)
+    return PreTrainedVLM.from_pretrained(source).weights_folder
 
 
 def _differences(recorded: Fingerprint, folder: Path) -> list[str]:
