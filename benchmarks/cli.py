@@ -15,7 +15,7 @@ from benchmarks.disk_speed import Speeds, joined, measure
 from benchmarks.figures import CaseResult, Results, join_runs
 from benchmarks.host import describe
 from benchmarks.model_files import ModelFiles
-from benchmarks.page import read_results, tables, write_documents
+from benchmarks.page import read_results, stem, tables, write_documents
 from benchmarks.processes import BenchmarkError
 from benchmarks.rounds import Bench
 from benchmarks.slow_disk import slow_disk
@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out: Path | None = options.out
     if options.render:
+        folder = out or _DOCS
         for slow in (False, True):
-            write_documents(out or _DOCS, read_results(out or _DOCS, slow=slow))
+            if (folder / f"{stem(slow)}.json").exists():
+                write_documents(folder, read_results(folder, slow=slow))
         return 0
     whole = options.layers is None and not options.tiny and options.case is None
     try:

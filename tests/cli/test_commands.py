@@ -93,28 +93,25 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 # --- imports ---
 
 
-def test_commands_on_folders_need_neither_megatron_core_nor_transformers(
+def test_commands_on_folders_need_neither_torch_nor_megatron_core_nor_transformers(
     small_model: Path, tmp_path: Path
 ) -> None:
-    """And `inspect` and `plan` not even torch. megatron-core, when it is imported, says nothing."""
+    """And megatron-core, when it is imported, says nothing."""
     program = """if True:
         import json, sys
         from megatron.bridge.cli import main, outcome
         model, out = sys.argv[1:]
-        def heavy():
-            return sorted({"torch", "transformers", "megatron.core"} & set(sys.modules))
         assert main(["inspect", model]) == 0
         assert main(["plan", model]) == 0
         assert main(["plan", model + "/config.json", "--json"]) == 0
-        seen = {"inspect and plan": heavy()}
         assert main(["import", model, out + "/megatron"]) == 0
         assert main(["inspect", out + "/megatron"]) == 0
         assert main(["plan", out + "/megatron"]) == 0
         assert main(["export", out + "/megatron", out + "/hf", "--hf", model]) == 0
         assert main(["verify", model, out + "/hf"]) == 0
         assert main(["verify", out + "/megatron", out + "/hf"]) == 0
-        seen["all"] = heavy()
-        print(json.dumps(seen), file=sys.stderr)
+        heavy = {"torch", "transformers", "megatron.core"} & set(sys.modules)
+        print(json.dumps(sorted(heavy)), file=sys.stderr)
         import megatron.bridge.runtime, megatron.core.models.gpt.gpt_model
     """
     done = subprocess.run(
@@ -123,10 +120,7 @@ def test_commands_on_folders_need_neither_megatron_core_nor_transformers(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stderr.splitlines()[-1]) == {
-        "inspect and plan": [],
-        "all": ["torch"],
-    }
+    assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
 # --- make-model ---

@@ -244,6 +244,8 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
         else:
             target.mkdir()
         torch.distributed.barrier()
+        if rank == 1 and act is elsewhere:
+            target = target.with_name("elsewhere")
         try:
             if save:
                 dist_checkpointing.save(
@@ -281,10 +283,14 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
             expert.data = expert.data.float() + 1e-6
             expert.dtype = torch.float32
 
+    def elsewhere(state: Any) -> None:
+        """Saves it to a folder that the other rank does not see."""
+
     attempt("load unknown", unknown, save=False)
     attempt("load optimizer", optimizer, save=False)
     attempt("save lost", lost, save=True)
     attempt("save fine", fine, save=True)
+    attempt("save elsewhere", elsewhere, save=True)
     attempt("save rounded", fine, save=True, round=True)
     return found
 
@@ -369,6 +375,7 @@ REFUSALS = {
     "load optimizer": "optimizer.state.exp_avg.decoder.layers",
     "save lost": "mlp.experts.experts.linear_fc2.weight: [0:1, 4:5, 0:160,",
     "save fine": "do not fit",
+    "save elsewhere": "elsewhere: not every rank sees it",
 }
 
 

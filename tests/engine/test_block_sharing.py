@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.engine import shared_blocks
-from megatron.bridge.engine.block_sharing import SharedRange, TensorRange, divided, share
+from megatron.bridge.engine.block_sharing import SharedRange, TensorBytes, divided, share
 from megatron.bridge.engine.pieces import FileCopy, Literal, OutputFile, Part, Piece
 from megatron.bridge.engine.shared_blocks import (
     BLOCK_BYTES,
@@ -49,7 +49,7 @@ def file_of_ranges(source: Path, chance: random.Random) -> OutputFile:
         offset = chance.randrange(SOURCE_BYTES // 2)
         nbytes = chance.choice([1, 5000, 70_000, 200_001])
         gap = (offset - position) % BLOCK_BYTES if number % 3 else chance.randrange(9000)
-        kind = chance.choice([TensorRange, FileCopy])
+        kind = chance.choice([TensorBytes, FileCopy])
         parts += [Literal(chance.randbytes(gap)), kind(source, offset, nbytes)]
         if number % 4 == 0:
             parts.append(kind(source, offset + nbytes, 3 * BLOCK_BYTES))
@@ -121,8 +121,8 @@ def test_what_is_shared_is_as_long_as_it_can_be(tmp_path: Path) -> None:
     """Neighbours are one range, and only less than a block at either end is copied."""
     source = source_file(tmp_path)
     begin, nbytes = BLOCK_BYTES + 100, 9 * BLOCK_BYTES
-    parts = (Literal(b"x" * 100), TensorRange(source, begin, nbytes),
-             TensorRange(source, begin + nbytes, nbytes + 7))  # fmt: skip
+    parts = (Literal(b"x" * 100), TensorBytes(source, begin, nbytes),
+             TensorBytes(source, begin + nbytes, nbytes + 7))  # fmt: skip
     segments = list(divided(OutputFile("file", parts), PIECE, lambda _: True))
     assert [type(one) for one in segments] == [Piece, SharedRange, Piece]
     assert [one.nbytes for one in segments] == [

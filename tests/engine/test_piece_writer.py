@@ -271,3 +271,22 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="cannot be written"),
     ):
         writer.write(piece, PieceBuffer(1).room_for(piece))
+
+
+def test_blocks_are_reserved_for_whole_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranges may be blocks of other files already; an earlier run's file may be longer."""
+    reserved: list[int] = []
+    monkeypatch.setattr(piece_writer, "reserve", lambda _, nbytes: reserved.append(nbytes))
+    pieces = [Piece("whole", 0, LONG, ()), Piece("whole", LONG, 7, ()), Piece("part", LONG, 9, ())]
+    (tmp_path / "whole").write_bytes(bytes(3 * LONG))
+    (tmp_path / "part").write_bytes(b"x" * LONG)
+    buffer = PieceBuffer(LONG)
+    with PieceWriter(tmp_path, {"whole": LONG + 7, "part": LONG + 9}, pieces) as writer:
+        for piece in pieces:
+            writer.write(piece, buffer.room_for(piece))
+    assert reserved == [LONG + 7]
+    assert (tmp_path / "whole").stat().st_size == LONG + 7
+    part = (tmp_path / "part").read_bytes()
+    assert (part[:LONG], len(part)) == (b"x" * LONG, LONG + 9)

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from megatron.bridge.dtypes import itemsize
-from megatron.bridge.engine.block_sharing import TensorRange
+from megatron.bridge.engine.block_sharing import TensorBytes, TensorRange
 from megatron.bridge.engine.pieces import OutputFile, Part, pieces_of
 from megatron.bridge.engine.shared_blocks import BLOCK_BYTES
 from megatron.bridge.formats.torch_dist import saved_tensor_reader
@@ -185,7 +185,10 @@ def test_stock_torch_and_we_read_it(source: Path, tmp_path: Path, max_file_bytes
         content = bytearray(file.nbytes)
         position = 0
         for part in file.parts:
-            part.write_to(memoryview(content)[position : position + part.nbytes], fill)
+            out = memoryview(content)[position : position + part.nbytes]
+            part.write_to(out, fill)
+            if isinstance(part, TensorRange):  # filled or shared, it holds the same bytes
+                assert out == written((TensorBytes(part.path, part.offset, part.nbytes),))
             position += part.nbytes
         (folder / file.name).write_bytes(content)
     state = {key: torch.zeros(shape, dtype=torch.int16) for key, shape in SHAPES.items()}

@@ -51,7 +51,7 @@ def stock_gpt_model(folder: Path, **fields: Any) -> Any:
             gated_linear_unit=True,
             activation_func=F.silu,
             add_bias_linear=False,
-            use_cpu_initialization=True,
+            use_cpu_initialization=not torch.cuda.is_available(),
             params_dtype=torch.bfloat16,
             pipeline_dtype=torch.bfloat16,
             **fields,

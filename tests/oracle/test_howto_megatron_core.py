@@ -38,13 +38,14 @@ def test_the_blocks_run(
     # And it computes what transformers does.
     import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained("trained", dtype=torch.float32)
     ours = names["model"].float().eval()
-    ids = torch.randint(0, 300, (1, 13), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(1, 1, 13, 13).triu(1).bool()
+    device = next(ours.parameters()).device
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("trained", dtype=torch.float32)
+    ids = torch.arange(39, device=device).mul(7).view(1, 39)
+    mask = torch.ones(1, 1, 39, 39, device=device).triu(1).bool()
     with megatron_on_cpu(), torch.no_grad():
-        found = ours(ids, torch.arange(13)[None], mask)[..., :307]
-        expected = theirs(ids).logits
+        found = ours(ids, torch.arange(39, device=device)[None], mask)[..., :307]
+        expected = theirs.to(device)(ids).logits
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 

@@ -120,7 +120,7 @@ def _function(path: str, name: str) -> str:
 
 
 def test_each_step_exists_and_is_called_by_one_before() -> None:
-    assert [number for number, _, _ in STEPS] == [*"1234567", *"1234567", *"12345"]
+    assert [number for number, _, _ in STEPS] == [*"1234567", *"1234567", *"123456"]
     for place, (number, path, name) in enumerate(STEPS):
         _function(path, name)
         if number == "1":

@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.bridge.tensors.boxes import (
@@ -48,6 +48,7 @@ def cells(box: Box) -> set[tuple[int, ...]]:
 
 
 @given(tilings())
+@settings(deadline=None)
 def test_a_tiling_has_no_faults(tiling: tuple[Shape, list[Box]]) -> None:
     shape, boxes = tiling
     assert list(tiling_faults(shape, boxes)) == []
@@ -55,6 +56,7 @@ def test_a_tiling_has_no_faults(tiling: tuple[Shape, list[Box]]) -> None:
 
 
 @given(tilings(), st.data())
+@settings(deadline=None)
 def test_a_missing_box_is_a_gap(tiling: tuple[Shape, list[Box]], data: st.DataObject) -> None:
     shape, boxes = tiling
     boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
@@ -62,6 +64,7 @@ def test_a_missing_box_is_a_gap(tiling: tuple[Shape, list[Box]], data: st.DataOb
 
 
 @given(tilings(), st.data())
+@settings(deadline=None)
 def test_a_box_twice_is_an_overlap(tiling: tuple[Shape, list[Box]], data: st.DataObject) -> None:
     shape, boxes = tiling
     boxes.append(data.draw(st.sampled_from(boxes)))
@@ -84,6 +87,7 @@ def test_faults_name_the_place(boxes: list[Box], fault: str) -> None:
 
 
 @given(tilings(), st.data())
+@settings(deadline=None)
 def test_the_index_finds_what_overlaps(
     tiling: tuple[Shape, list[Box]], data: st.DataObject
 ) -> None:
@@ -113,6 +117,7 @@ def shapes_and_boxes(draw: st.DrawFn) -> tuple[Shape, list[Box]]:
 
 
 @given(shapes_and_boxes(), st.data())
+@settings(deadline=None)
 def test_the_index_finds_boxes_that_overlap_each_other(
     drawn: tuple[Shape, list[Box]], data: st.DataObject
 ) -> None:
@@ -132,6 +137,7 @@ def test_relative() -> None:
 
 
 @given(st.lists(st.integers(0, 9), max_size=4).map(tuple), st.integers(1, 200))
+@settings(deadline=None)
 def test_row_blocks_tile_a_tensor_in_the_order_of_its_data(shape: Shape, max_bytes: int) -> None:
     found = list(row_blocks(shape, 2, max_bytes))
     if 0 in shape:
@@ -169,6 +175,7 @@ def test_row_blocks_are_as_long_as_they_may_be() -> None:
     st.integers(1, 300),
     st.integers(2, 8),
 )
+@settings(deadline=None)
 def test_row_blocks_begin_at_multiples_of_rows(shape: Shape, max_bytes: int, multiple: int) -> None:
     found = list(row_blocks(shape, 1, max_bytes, multiple))
     assert list(tiling_faults(shape, found)) == []

@@ -23,14 +23,13 @@ _LIBRARY = ctypes.CDLL(None, use_errno=True)
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Give a file its length, and its blocks on the disk where the file system can do that at once.
+    """Give a file its blocks on the disk, if the file system can do that without writing them.
 
     Not `os.posix_fallocate`: where the file system cannot, that writes into every block.
 
     Raises:
         OSError: the disk is too small.
     """
-    os.ftruncate(descriptor, nbytes)
     if nbytes:
         _call("fallocate", descriptor, ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes))
 

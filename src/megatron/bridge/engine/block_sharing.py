@@ -12,22 +12,55 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from megatron.bridge.engine.pieces import FileCopy, OutputFile, Part, Piece, pieces_of
+from megatron.bridge.engine.pieces import (
+    FileCopy,
+    FillTensor,
+    OutputFile,
+    Part,
+    Piece,
+    pieces_of,
+)
 from megatron.bridge.engine.shared_blocks import BLOCK_BYTES, CannotShare, share_range
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.models.hf_pretrained.regular_file import open_regular
+from megatron.bridge.tensors.arrays import array_over
+from megatron.bridge.tensors.boxes import Box, box_shape
 
 _LEAST_SHARED = 4 * BLOCK_BYTES
 """Bytes below which one more entry in the lists of blocks costs more than a copy."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRange(FileCopy):
-    """A Part that is a range of another file: data of a tensor that do not change."""
+class TensorBytes(FileCopy):
+    """A Part that is a range of another file: data of tensors that do not change."""
 
     @property
     def tensor_bytes(self) -> int:
         return self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRange(TensorBytes):
+    """Such a Part that is a box of a tensor. Where it is not shared, it is filled like others.
+
+    Attributes:
+        name: of the tensor.
+        box: of the tensor.
+        dtype: of the tensor.
+        transposed: whether the data are in the order of the box with its last two axes swapped.
+    """
+
+    name: str
+    box: Box
+    dtype: str
+    transposed: bool = False
+
+    def write_to(self, out: memoryview, fill: FillTensor) -> None:
+        shape = box_shape(self.box)
+        if self.transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        array = array_over(out, shape, self.dtype)
+        fill(self.name, self.box, array.swapaxes(-1, -2) if self.transposed else array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +178,7 @@ def _follows(part: Part, before: Part) -> bool:
     return (
         isinstance(part, FileCopy)
         and isinstance(before, FileCopy)
-        and type(part) is type(before)
+        and isinstance(part, TensorBytes) == isinstance(before, TensorBytes)
         and part.path == before.path
         and part.offset == before.offset + before.nbytes
     )
@@ -156,9 +189,8 @@ def _joined(neighbours: Sequence[Part]) -> FileCopy | None:
     first = neighbours[0]
     if not isinstance(first, FileCopy):
         return None
-    if len(neighbours) == 1:
-        return first
-    return replace(first, nbytes=sum(part.nbytes for part in neighbours))
+    kind = TensorBytes if isinstance(first, TensorBytes) else FileCopy
+    return kind(first.path, first.offset, sum(part.nbytes for part in neighbours))
 
 
 def _whole_blocks(part: FileCopy, position: int) -> tuple[int, int]:

@@ -80,8 +80,8 @@ class PieceBuffer:
 class _OpenFile:
     """One output file, of its full length, until its last piece is written.
 
-    Its blocks are reserved: a direct write into a file that has none where it goes waits for those
-    beside it, and a disk that is too small is known before it is full.
+    Its blocks are reserved, if all of it will be written: a direct write to where a file has none
+    waits for those beside it, and a disk that is too small is known before it is full.
 
     Attributes:
         cached: descriptor for writing through the cache.
@@ -92,7 +92,7 @@ class _OpenFile:
             wait there burn time.
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, *, whole: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.nbytes = nbytes
         self.lock = threading.Lock()
@@ -101,7 +101,9 @@ class _OpenFile:
         self.cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.direct: int | None = None
         try:
-            reserve(self.cached, nbytes)
+            os.ftruncate(self.cached, nbytes)
+            if whole:
+                reserve(self.cached, nbytes)
             self.direct = _open_direct(path)
         except BaseException:
             self.close()
@@ -132,9 +134,12 @@ class PieceWriter:
     def __init__(self, folder: Path, sizes: Mapping[str, int], pieces: Iterable[Piece]) -> None:
         self._folder = folder
         self._sizes = sizes
-        pieces = list(pieces)
-        self._pieces = Counter(piece.file for piece in pieces)
-        self._trial = WriteTrial(sum(piece.nbytes for piece in pieces))
+        self._pieces: Counter[str] = Counter()
+        self._nbytes: Counter[str] = Counter()
+        for piece in pieces:
+            self._pieces[piece.file] += 1
+            self._nbytes[piece.file] += piece.nbytes
+        self._trial = WriteTrial(self._nbytes.total())
         self._files: dict[str, _OpenFile] = {}
         self._lock = threading.Lock()
 
@@ -164,7 +169,8 @@ class PieceWriter:
     def _open(self, name: str, path: Path) -> _OpenFile:
         with self._lock:
             if name not in self._files:
-                self._files[name] = _OpenFile(path, self._sizes[name])
+                size = self._sizes[name]
+                self._files[name] = _OpenFile(path, size, whole=self._nbytes[name] == size)
                 if self._files[name].direct is None:
                     self._trial.decide(direct=False)
             return self._files[name]

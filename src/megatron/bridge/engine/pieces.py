@@ -21,7 +21,10 @@ from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
 type FillTensor = Callable[[str, Box, Array], None]
-"""``fill(name, box, out)``: one box of an output tensor into contiguous memory of its dtype."""
+"""``fill(name, box, out)``: one box of an output tensor into memory of its dtype.
+
+The memory is contiguous, in the order of the box or with its last two axes swapped.
+"""
 
 PIECE_BYTES = 8 << 20
 """Long enough to keep a disk busy, short enough to stay in a processor's cache."""

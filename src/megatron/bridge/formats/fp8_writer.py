@@ -24,7 +24,7 @@ from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.tensors.arrays import Array, copy, empty, words
-from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks, slices
+from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, relative, slices
 
 LARGEST = 448.0
 """The largest number of e4m3."""
@@ -83,13 +83,9 @@ class Requantizer:
             weight, scales = self._with_scales(name, box)
             quantize(weight, scales, self._reference.quantization, out)
         elif owner != name and owner in quantized:
-            for part in row_blocks(box_shape(box), 1, _SCALES_AT_ONCE):
-                blocks = tuple(
-                    (start + first, start + last)
-                    for (start, _), (first, last) in zip(box, part, strict=True)
-                )
+            for blocks in blocks_of(box, 1, _SCALES_AT_ONCE):
                 _, scales = self._with_scales(owner, self._weight_box(owner, blocks))
-                copy(scales.astype(out.dtype), out[slices(part)])
+                copy(scales.astype(out.dtype), out[slices(relative(blocks, box))])
         else:
             self._weight(name, box, out)
 

@@ -60,7 +60,8 @@ def _in_tensor(info: TensorInfo | None, data: TensorData) -> Sequence[TensorRang
     start = run_start(info.shape, data.box)
     if start is None or not data.nbytes:
         return ()
-    return [TensorRange(info.file, info.offset + start * itemsize(info.dtype), data.nbytes)]
+    offset = info.offset + start * itemsize(info.dtype)
+    return [TensorRange(info.file, offset, data.nbytes, data.name, data.box, data.dtype)]
 
 
 def _in_checkpoint(
@@ -88,17 +89,18 @@ def _range(
     None where its elements do not follow each other on both sides, in the same order.
     """
     info, order = place
-    width, box = itemsize(data.dtype), relative(hf_part(copy, shared), data.box)
+    width, box = itemsize(data.dtype), hf_part(copy, shared)
     within = relative(shared, chunk)
     wanted = [axis for axis in axes_in_hf_order(copy) if shared[axis][1] - shared[axis][0] > 1]
     if wanted != [axis for axis in order if shared[axis][1] - shared[axis][0] > 1]:
         return None
-    here = run_start(box_shape(data.box), box)
+    here = run_start(box_shape(data.box), relative(box, data.box))
     there = run_start(info.shape, tuple(within[axis] for axis in order))
     if here is None or there is None:
         return None
     nbytes = volume(shared) * width
-    return here * width, TensorRange(info.file, info.offset + there * width, nbytes)
+    offset = info.offset + there * width
+    return here * width, TensorRange(info.file, offset, nbytes, data.name, box, data.dtype)
 
 
 def as_copy(file: OutputFile) -> OutputFile:

@@ -38,8 +38,9 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.formats.file_plans import Sides, plan_of
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
+from megatron.bridge.live.filling import fill_all
 from megatron.bridge.live.local_tensors import LocalTensor
-from megatron.bridge.live.shard_transfer import fill_tensors, own_boxes
+from megatron.bridge.live.shard_transfer import own_boxes
 from megatron.bridge.live.sharded_state import (
     Holding,
     Ranks,
@@ -60,6 +61,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.paths import PathLike, local_path
+from megatron.bridge.progress import Silent
 from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box
 
@@ -166,7 +168,7 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
 
         def fill() -> None:
             tensors = [*map(sharded_tensor, sharded_tensors(sharded_state_dict))]
-            fill_tensors(plan, tensors, self._sides.files.weights, self._casting)
+            fill_all(plan, tensors, self._sides.files.weights, self._casting, Silent())
 
         self._ranks.together(fill)
         return dict(dict_list_map_outplace(_loaded, sharded_state_dict))

@@ -248,10 +248,16 @@ def check_tensors(sides: Sides, plan: ConversionPlan, found: Mapping[str, Tensor
 
     Raises:
         PlanError: for keys that the plan does not have, and for other shapes.
-        InputError: no key is one of the model's.
+        InputError: no key is one of the model's, or keys are formed as no checkpoint here has them.
     """
     if found and not found.keys() & plan.megatron.keys():
         raise InputError(_of_another_model(sides, plan, found))
+    for key in found:
+        if key not in plan.megatron and key.endswith("_w") and f"{key[:-2]}_v" in found:
+            raise InputError(
+                f"{key}: halves of gated layers have keys of their own; make the sharded state "
+                f"dict without singleton_local_shards in its metadata"
+            )
     problems = [
         f"{key}: no Hugging Face tensor fills it ({spec.form})"
         if (planned := plan.megatron.get(key)) is None

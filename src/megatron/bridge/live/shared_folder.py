@@ -19,11 +19,10 @@ from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, T
 from megatron.bridge.engine.stream import Budget
 from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import CheckpointError, InputError, TargetExists
-from megatron.bridge.live.shard_transfer import blocks_of
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.target.folder_sync import sync, sync_all
 from megatron.bridge.tensors.arrays import array_over
-from megatron.bridge.tensors.boxes import Box, box_shape, volume
+from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
 _STAGED = ".hugging-face.partial"
@@ -98,7 +97,7 @@ class SharedFolder:
                     path = self._staged / file
                     descriptors[file] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
                     opened.callback(os.close, descriptors[file])
-                for block in blocks_of(box, itemsize(spec.dtype)):
+                for block in blocks_of(box, itemsize(spec.dtype), PIECE_BYTES):
                     yield _Block(descriptors[file], offset, spec, block, fill)
 
         def work(own: Iterator[_Block]) -> None:

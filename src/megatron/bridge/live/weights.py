@@ -8,19 +8,20 @@ import torch
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.formats.file_plans import plan_of
+from megatron.bridge.live.filling import fill_all
 from megatron.bridge.live.local_tensors import LiveTensors, local_tensors, mismatches
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import KeyForms
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.conversion.transfer import read_hf, read_megatron
+from megatron.bridge.models.conversion.transfer import read_hf
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.tensors.boxes import full_box
 from megatron.bridge.tensors.source import Source
-from megatron.bridge.tensors.torch_views import as_torch, numpy_dtype_of
+from megatron.bridge.tensors.torch_views import as_torch
 
 
 def options_of_model(hf: PreTrainedVLM, model: Sequence[torch.nn.Module]) -> PlanOptions:
@@ -80,7 +81,6 @@ def fill_from_files(
     load_weights(model, plan, hf.weights, progress, casting)
 
 
-@torch.no_grad()
 def load_weights(
     model: Sequence[torch.nn.Module],
     plan: ConversionPlan,
@@ -109,13 +109,7 @@ def load_weights(
         raise PlanError(problems, heading="the model is not the one that the files hold")
     shown = progress or Silent()
     shown.start("load", sum(local.data.nbytes for local in tensors))
-    shifted = {copy.megatron_key for copy in plan.copies if copy.offset}
-    for local in tensors:
-        array = read_megatron(plan, local.key, local.box, source)
-        if local.key in shifted:  # the file's own values may not survive in a narrower dtype
-            array = casting.cast(array, numpy_dtype_of(local.data), local.key)
-        local.data.copy_(as_torch(array).view(local.data.shape))
-        shown.advance(local.data.nbytes)
+    fill_all(plan, tensors, source, casting, shown)
 
 
 @torch.no_grad()

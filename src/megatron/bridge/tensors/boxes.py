@@ -50,6 +50,13 @@ def relative(box: Box, origin: Box) -> Box:
     )
 
 
+def absolute(box: Box, origin: Box) -> Box:
+    """The `box` that is in coordinates whose zero is the lower corner of `origin`, in origin's."""
+    return tuple(
+        (zero + start, zero + stop) for (start, stop), (zero, _) in zip(box, origin, strict=True)
+    )
+
+
 def slices(box: Box) -> tuple[slice | EllipsisType, ...]:
     """The index that picks a box out of an array, a tensor or a safetensors slice.
 
@@ -92,6 +99,11 @@ def row_blocks(
         fixed = tuple((index, index + 1) for index in leading)
         for start in range(0, shape[axis], step):
             yield (*fixed, (start, min(start + step, shape[axis])), *rest)
+
+
+def blocks_of(box: Box, itemsize: int, max_bytes: int) -> Iterator[Box]:
+    """Boxes that tile a box in row-major order, each at most `max_bytes` long; see `row_blocks`."""
+    return (absolute(block, box) for block in row_blocks(box_shape(box), itemsize, max_bytes))
 
 
 def run_start(shape: Sequence[int], box: Box) -> int | None:

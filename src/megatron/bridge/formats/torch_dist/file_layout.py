@@ -36,7 +36,7 @@ from megatron.bridge.formats.torch_dist.saved_tensor import (
     saved_object,
 )
 from megatron.bridge.models.conversion.unchanged import Chunk, DataRange
-from megatron.bridge.tensors.boxes import Box, box_shape, row_blocks, volume
+from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, volume
 from megatron.bridge.tensors.spec import TensorSpec
 
 COMMON_STATE = "common_state/shard_0_1"
@@ -131,22 +131,21 @@ def _saved_tensors(
         if data is not None and room > BLOCK_BYTES:
             yield from _ranges(key, box, data, dtype, room - BLOCK_BYTES)
             continue
-        for block in row_blocks(box_shape(box), itemsize(dtype), room):
-            moved = _moved(block, box)
-            yield _Stored(key, moved, SavedTensor(key, moved, dtype))
+        for block in blocks_of(box, itemsize(dtype), room):
+            yield _Stored(key, block, SavedTensor(key, block, dtype))
 
 
 def _ranges(key: str, box: Box, data: DataRange, dtype: str, room: int) -> Iterator[_Stored]:
     """Pieces of a box whose data are a range of another file, in the order of that range."""
     offset = data.offset
-    for block in row_blocks(box_shape(_turned(box, data)), itemsize(dtype), room):
-        moved = _moved(_turned(block, data), box)
-        nbytes = volume(moved) * itemsize(dtype)
-        form = dtype, box_shape(moved), data.transposed
+    for turned in blocks_of(_turned(box, data), itemsize(dtype), room):
+        block = _turned(turned, data)
+        nbytes = volume(block) * itemsize(dtype)
+        form = dtype, box_shape(block), data.transposed
         yield _Stored(
             key,
-            moved,
-            TensorRange(data.path, offset, nbytes),
+            block,
+            TensorRange(data.path, offset, nbytes, key, block, dtype, data.transposed),
             (SavedHead(0, *form), SavedTail(*form)),
         )
         offset += nbytes
@@ -155,13 +154,6 @@ def _ranges(key: str, box: Box, data: DataRange, dtype: str, room: int) -> Itera
 def _turned(box: Box, data: DataRange) -> Box:
     """A box with its axes in the order of the data, or back."""
     return (*box[:-2], box[-1], box[-2]) if data.transposed else box
-
-
-def _moved(block: Box, box: Box) -> Box:
-    """A part of a box, in the coordinates of the tensor."""
-    return tuple(
-        (zero + start, zero + stop) for (start, stop), (zero, _) in zip(block, box, strict=True)
-    )
 
 
 def _objects(extra_states: Iterable[str], iteration: int) -> Iterator[_Stored]:

@@ -14,7 +14,7 @@ from megatron.bridge.models.conversion.casting import EXACTLY, ROUNDED, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.arrays import Array, copy, empty
 from megatron.bridge.tensors.box_pairs import BoxPair, hf_part, megatron_part
-from megatron.bridge.tensors.boxes import Box, Shape, box_shape, relative, row_blocks, slices
+from megatron.bridge.tensors.boxes import Box, Shape, blocks_of, box_shape, relative, slices
 from megatron.bridge.tensors.source import Source, read_box
 
 _CAST_BYTES = 1 << 20
@@ -163,13 +163,8 @@ def fill_hf(
 def _cast_at_once(box: Box, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Iterator[Box]:
     """A box in parts that are cast one by one: looking for what does not fit takes memory."""
     if stored.itemsize <= dtype.itemsize:
-        yield box
-        return
-    for part in row_blocks(box_shape(box), stored.itemsize, _CAST_BYTES):
-        yield tuple(
-            (start + first, start + last)
-            for (start, _), (first, last) in zip(box, part, strict=True)
-        )
+        return iter([box])
+    return blocks_of(box, stored.itemsize, _CAST_BYTES)
 
 
 def fill_export(

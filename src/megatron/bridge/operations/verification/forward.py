@@ -142,6 +142,7 @@ def run_megatron(
     # megatron-core knows no float64; every dtype of a checkpoint fits into float32.
     provider.params_dtype = torch.float32 if dtype is torch.float64 else dtype
     provider.bf16, provider.fp16 = dtype is torch.bfloat16, dtype is torch.float16
+    provider.register_pre_wrap_hook(lambda _: None, fills=True)  # below, in its own arithmetic
     with _process_groups():
         with _arithmetic(dtype):  # buffers of frequencies are made with the model
             chunks = list(provider.provide_distributed_model(wrap_with_ddp=False))
