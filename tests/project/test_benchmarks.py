@@ -54,7 +54,8 @@ def test_a_changed_figure_is_seen(tmp_path: Path) -> None:
     results = read_results(DOCS)
     write_documents(tmp_path, results)
     page = (tmp_path / "benchmarks.md").read_text("utf-8")
-    dense = results.cases[1]
+    dense = results.case("dense")
+    assert dense is not None
     slower = [replace(run, seconds=2 * run.seconds) for run in dense.runs[IMPORT]]
     changed = replace(dense, runs={**dense.runs, IMPORT: slower})
     cases = [changed if case is dense else case for case in results.cases]
