@@ -368,7 +368,7 @@ def test_what_makes_a_job_another_one() -> None:
     cases = {
         "command: was import, now export": replace(JOB, command="export"),
         "megatron-bridge: was 1.2, now 1.3": replace(JOB, package="1.3"),
-        'option experts: was not given, now "fused"': replace(
+        "option experts: was not given, now 'fused'": replace(
             JOB, options={"experts": "fused", "shards": (3, 5)}
         ),
         "option shards: was [3, 5], now [3]": replace(JOB, options={"shards": [3]}),

@@ -253,7 +253,7 @@ def test_without_resume_it_is_refused_and_with_force_done_again(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("job", "difference"),
     [
-        (replace(JOB, options={"experts": "fused"}), 'option experts: was not given, now "fused"'),
+        (replace(JOB, options={"experts": "fused"}), "option experts: was not given, now 'fused'"),
         (replace(JOB, package="9.9"), "now 9.9"),
         (replace(JOB, layout="01"), "the layout of the output files"),
         (
@@ -291,6 +291,19 @@ def test_a_file_that_was_cut_is_done_again(tmp_path: Path, expected: dict[str, b
     os.truncate(tmp_path / "out.partial/iter_1/a.bin", 63)
     assert convert(target, resume=True) == 11 + 64
     assert tree(target) == expected
+
+
+def test_a_link_is_a_file_to_be_done(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """It is replaced, and what it leads to stays as it is."""
+    target, path = tmp_path / "out", tmp_path / "out.partial/iter_1/a.bin"
+    killed(target, 3)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    assert convert(target, resume=True) == 11 + 64
+    assert tree(target) == expected
+    assert not (target / "iter_1/a.bin").is_symlink()
+    assert (tmp_path / "elsewhere").read_bytes() == before
 
 
 def test_a_record_without_a_first_line_is_refused(tmp_path: Path) -> None:

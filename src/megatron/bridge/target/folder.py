@@ -197,6 +197,9 @@ class ResumableFolder:
                 "again with --force (force=True)",
                 dict.fromkeys(differences),
             )
+        for name in self._sizes:
+            if (self.path / name).is_symlink():  # what it leads to is not the target's
+                (self.path / name).unlink()
         return {
             file.name: file
             for record in records

@@ -12,6 +12,7 @@ from typing import Any, Self
 from megatron.bridge.engine.pieces import FileCopy, Literal, Part, Piece
 from megatron.bridge.target.fingerprint import Fingerprint
 from megatron.bridge.target.json_fields import fields
+from megatron.bridge.text.quoting import is_name, quoted
 
 FORMAT = 3
 """The format of records. Another one is not read."""
@@ -57,6 +58,8 @@ class Job:
         number, package, command, options, sources, layout = fields(value, kinds)
         if number != FORMAT:
             raise ValueError(f"format {number}, this version reads {FORMAT}")
+        if not all(map(is_name, (package, command, *options))):
+            raise ValueError("a version, command or option that is no name")
         prints = {role: Fingerprint.from_json(source) for role, source in sources.items()}
         return cls(command, options, prints, layout, package)
 
@@ -86,7 +89,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(options: Mapping[str, Any], name: str) -> str:
-    return json.dumps(options[name]) if options.get(name) is not None else "not given"
+    return quoted(options[name]) if options.get(name) is not None else "not given"
 
 
 def layout_digest(pieces: Iterable[Piece]) -> str:
