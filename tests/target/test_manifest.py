@@ -106,6 +106,8 @@ LIES: dict[str, tuple[list[Any], Any]] = {
     "an unknown key": ([0, "job", "more"], 1),
     "no sources": ([0, "job", "sources"], None),
     "a source that is no fingerprint": ([0, "job", "sources", "source"], {"files": [1]}),
+    "a command that forges a line": ([0, "job", "command"], "import\nerror: forged"),
+    "a version of 5000 characters": ([0, "job", "package"], "9" * 5000),
     "no job": ([0, "job"], []),
 }
 
