@@ -367,6 +367,18 @@ def test_refusals(dense: Model, tmp_path: Path, capsys: Capsys) -> None:
     assert not out.exists()
 
 
+def test_what_is_missing_is_all_that_is_said(dense: Model, tmp_path: Path, capsys: Capsys) -> None:
+    """The tower is no part of the language model, and so no problem of it."""
+    hf = shutil.copytree(dense.hf, tmp_path / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.language_model.norm.weight"
+    del tensors[name]
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    assert main(["import", str(hf), str(tmp_path / "out"), *PART, "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["problems"] == [f"{name}: missing, needed for decoder.final_layernorm.weight"]
+
+
 def test_a_checkpoint_without_a_record_goes_by_its_keys(dense: Model, tmp_path: Path) -> None:
     """As another trainer saves it."""
     for source, target in ((dense.language, "home"), (dense.whole, "alone")):

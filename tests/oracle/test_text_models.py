@@ -244,4 +244,8 @@ def test_labels_that_the_head_has_not(tmp_path: Path, capsys: pytest.CaptureFixt
     folder = text_models.save(text_models.build("Qwen3ForTokenClassification"), tmp_path / "hf")
     names = {str(number): f"label {number}" for number in range(4)}
     said = refusal(folder, {"id2label": names, "label2id": None}, capsys)
-    assert "num_labels is 4, the files have 3" in said
+    assert "num_labels is 4, the files have 3: set it" in said
+    config = json.loads((folder / "config.json").read_text()) | {"num_labels": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert transformers.AutoConfig.from_pretrained(folder).num_labels == 3
+    assert main(["import", str(folder), str(tmp_path / "megatron")]) == 0

@@ -201,6 +201,8 @@ def test_a_reward_head_in_place_of_the_output_layer() -> None:
     [
         ("Sequence", {}, {"score.weight": (2, 40)}),
         ("Sequence", {"num_labels": 1}, {"score.weight": (1, 40)}),
+        ("Sequence", {"num_labels": 5, "id2label": {"0": "a", "1": "b"}},
+         {"score.weight": (5, 40)}),
         ("Token", {"id2label": {"0": "a", "1": "b", "2": "c"}},
          {"score.weight": (3, 40), "score.bias": (3,)}),
         ("Token", {"num_labels": 5, "token_classification_bias": False},

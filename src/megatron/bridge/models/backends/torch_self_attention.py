@@ -80,8 +80,15 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """x * cosine + (-second half, first half of x) * sine, of the channels that have an angle."""
     half = cosine.shape[-1] // 2
     first, second, unturned = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    turned = [
-        first * cosine[..., :half] - second * sine[..., :half],
-        second * cosine[..., half:] + first * sine[..., half:],
-    ]
-    return torch.cat([*turned, unturned] if unturned.shape[-1] else turned, dim=-1)
+    if torch.is_grad_enabled():
+        turned = [
+            first * cosine[..., :half] - second * sine[..., :half],
+            second * cosine[..., half:] + first * sine[..., half:],
+        ]
+    else:  # in place, which saves putting the halves together
+        whole = x[..., : 2 * half] * cosine
+        whole[..., :half].addcmul_(second, sine[..., :half], value=-1)
+        whole[..., half:].addcmul_(first, sine[..., half:])
+        turned = [whole]
+    parts = [*turned, unturned] if unturned.shape[-1] else turned
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -89,7 +89,10 @@ def scores_of(config: HFConfig) -> Scores | None:
 
 
 def _labels(config: HFConfig) -> int:
-    """The labels as transformers counts them: two where the config does not say."""
-    if config.has("id2label"):
-        return max(len(config.require("id2label", dict)), 1)
-    return config.count("num_labels") if config.has("num_labels") else 2
+    """The labels as transformers counts them: two where the config does not say.
+
+    A number that is stated holds, whatever names there are for labels.
+    """
+    if config.has("num_labels"):
+        return config.count("num_labels")
+    return max(len(config.require("id2label", dict)), 1) if config.has("id2label") else 2

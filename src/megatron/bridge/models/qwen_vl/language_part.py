@@ -72,6 +72,7 @@ def language_part(whole: QwenBridge, alone: type[QwenTextBridge], config: HFConf
             roots,
             released_layout=whole.released_layout,
             merges_experts=whole.merges_experts,
+            elsewhere=(HF_VISION, *VISION_LANGUAGE_ROOTS[HF_VISION]),
         ),
         in_checkpoint=_placed(alone, Prefixes(BESIDE_VISION.megatron, ALONE.hf), alone.roots),
         root=BESIDE_VISION.megatron,

@@ -70,6 +70,8 @@ class QwenBridge(DescribedQwen):
     """Whether transformers merges experts that lie one by one; otherwise it passes over them."""
     others_are: ClassVar[str] = "transformers does not read it either"
     """Why a tensor of no known kind is carried."""
+    elsewhere: ClassVar[tuple[str, ...]] = ()
+    """What names in files begin with that are beside this model, and so no problem of it."""
 
     @abstractmethod
     def language_rows(self, disk: DiskLayout) -> list[ParamMapping]:
@@ -194,7 +196,7 @@ class QwenBridge(DescribedQwen):
     def extras(self, config: HFConfig, tensors: Tensors, options: PlanOptions) -> Extras:
         """Parts that the Megatron model is built without, heads, copies of tied weights."""
         spelling = self._spelling(config, tensors, options)
-        carried: dict[str, str] = {}
+        carried = {name: self.others_are for name in tensors if name.startswith(self.elsewhere)}
         absent: set[str] = set()
         found = [name for name in tensors if name.startswith(spelling.of(HF_MTP))]
         if obstacle := self._mtp(config, tensors, options).obstacle:
