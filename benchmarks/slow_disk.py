@@ -23,7 +23,7 @@ _TOOLS = ("losetup", "mkfs.ext4", "mount", "umount")
 _GROUPS = Path("/sys/fs/cgroup")
 _PROBE = 256 << 20
 _TOO_FAST = 1.15
-_PATIENCE = 30
+_PATIENCE = 5
 _NAME = "megatron-bridge-bench"
 
 
@@ -117,13 +117,16 @@ def _join_group(device: str, rate: int, undo: ExitStack) -> None:
 
 
 def _unmount(mounted: Path) -> None:
-    """A process that was killed lets go of its files when the slow disk has taken what it wrote."""
+    """A process that was killed lets go of its files when the slow disk has taken what it wrote.
+
+    If that is not soon, the kernel takes all away when it is.
+    """
     for _ in range(_PATIENCE):
         with suppress(BenchmarkError):
             _run("umount", str(mounted))
             return
         time.sleep(1)
-    _run("umount", str(mounted))
+    _run("umount", "--lazy", str(mounted))
 
 
 def _run(*command: str) -> str:

@@ -217,6 +217,28 @@ def test_a_slow_disk_is_held_back_and_undone(
     assert list(tmp_path.iterdir()) == [groups]
 
 
+def test_a_disk_that_is_busy_is_left_to_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "blkio").mkdir()
+    tools = Tools(monkeypatch, tmp_path)
+    monkeypatch.setattr(slow_disk, "_PATIENCE", 2)
+    called: list[tuple[str, ...]] = []
+
+    def busy(*command: str) -> str:
+        called.append(command[:2])
+        if command[0] == "umount" and command[1] != "--lazy":
+            raise BenchmarkError("target is busy")
+        return tools._run(*command)
+
+    monkeypatch.setattr(slow_disk, "_run", busy)
+    with slow_disk.slow_disk(tmp_path, 0.4, MIB) as mounted:
+        pass
+    plain = ("umount", str(mounted))
+    assert called[-4:] == [plain, plain, ("umount", "--lazy"), ("losetup", "--detach")]
+    assert not mounted.exists()
+
+
 def test_a_kernel_that_does_not_hold_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "blkio").mkdir()
     tools = Tools(monkeypatch, tmp_path)
