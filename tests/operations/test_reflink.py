@@ -51,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for number, (family, settings) in enumerate(FAMILIES.items()):
         hf = make_model(family, folder / family, SIZES | settings, seed=number)
-        done = import_checkpoint(PreTrainedVLM.from_pretrained(hf), folder / f"{family}-megatron")
+        done = imported(hf, folder / f"{family}-megatron")
         assert done.written.shared_bytes == 0
     return folder
 

@@ -27,7 +27,7 @@ def megatron_files(
     hf_config: HFConfig,
     tensors: Mapping[str, TensorSpec] | None = None,
     place: Callable[[str], TensorInfo | None] = lambda _: None,
-    strides: bool = True,
+    strides: bool = False,
     piece_bytes: int = PIECE_BYTES,
     max_file_bytes: int | None = None,
 ) -> tuple[OutputFile, ...]:

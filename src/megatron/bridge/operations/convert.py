@@ -124,7 +124,7 @@ def import_checkpoint(
     *,
     experts: str | None = None,
     part: str | None = None,
-    transposed: Transposed = "strides",
+    transposed: Transposed = "copy",
     run: Run = _DEFAULTS,
 ) -> Converted:
     """Write `source` as a Megatron checkpoint: target/iter_0000000 and the tracker file.

@@ -87,7 +87,7 @@ class ConversionOptions:
     resume: bool = False
     force: bool = False
     reflink: Reflink = "auto"
-    transposed: Transposed = "strides"
+    transposed: Transposed = "copy"
     iteration: Iteration | None = None
     fp8: bool = False
     dtype: DType | None = None

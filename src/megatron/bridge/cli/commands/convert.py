@@ -56,7 +56,7 @@ def import_command(
             "how DST holds matrices that lie transposed in SRC (experts of some releases): as they "
             "lie there, with strides that say so, or turned, so that programs load them faster",
         ),
-    ] = "strides",
+    ] = "copy",
     memory: Memory = None,
     max_shard_size: MaxShardSize = None,
     reflink: Reflink = "auto",
