@@ -56,7 +56,7 @@ def test_a_changed_figure_is_seen(tmp_path: Path) -> None:
     page = (tmp_path / "benchmarks.md").read_text("utf-8")
     dense = results.case("dense")
     assert dense is not None
-    slower = [replace(run, seconds=2 * run.seconds) for run in dense.runs[IMPORT]]
+    slower = [replace(run, wall_seconds=2 * run.wall_seconds) for run in dense.runs[IMPORT]]
     changed = replace(dense, runs={**dense.runs, IMPORT: slower})
     cases = [changed if case is dense else case for case in results.cases]
     other = replace(results, cases=cases)
