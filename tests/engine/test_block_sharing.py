@@ -23,6 +23,7 @@ from megatron.bridge.engine.shared_blocks import (
 )
 from megatron.bridge.errors import CheckpointError
 from shared_block_systems import SYSTEMS, mounted, used_bytes
+from written_pieces import content_of
 
 PIECE = 10 * BLOCK_BYTES
 SOURCE_BYTES = (1 << 20) + 777
@@ -57,19 +58,10 @@ def file_of_ranges(source: Path, chance: random.Random) -> OutputFile:
     return OutputFile("folder/file", tuple(parts))
 
 
-def content(parts: tuple[Part, ...]) -> bytes:
-    out = bytearray(sum(part.nbytes for part in parts))
-    position = 0
-    for part in parts:
-        part.write_to(memoryview(out)[position : position + part.nbytes], lambda *_: None)
-        position += part.nbytes
-    return bytes(out)
-
-
 def write(folder: Path, piece: Piece) -> None:
     with (folder / piece.file).open("r+b") as file:
         file.seek(piece.offset)
-        file.write(content(piece.parts))
+        file.write(content_of(piece.parts))
 
 
 def made(folder: Path, file: OutputFile) -> tuple[bytes, int]:
@@ -108,12 +100,12 @@ def test_segments_tile_the_file_in_order(tmp_path: Path, seed: int) -> None:
             assert [piece.offset for piece in copied] == [
                 segment.offset + at for at in range(0, segment.nbytes, PIECE)
             ]
-            whole += b"".join(content(piece.parts) for piece in copied)
+            whole += b"".join(content_of(piece.parts) for piece in copied)
         else:
             assert segment.nbytes <= max(PIECE, *(part.nbytes for part in segment.parts))
-            whole += content(segment.parts)
+            whole += content_of(segment.parts)
     assert ranges > 5
-    assert whole == content(file.parts)
+    assert whole == content_of(file.parts)
     assert tensor_bytes == sum(part.tensor_bytes for part in file.parts)
 
 
@@ -149,7 +141,7 @@ def test_the_bytes_are_those_of_a_copy(sharing: Path, tmp_path: Path, seed: int)
     source = source_file(sharing)
     file = file_of_ranges(source, random.Random(seed))
     found, shared = made(sharing, file)
-    assert found == content(file.parts)
+    assert found == content_of(file.parts)
     assert shared > file.nbytes / 3
     copied, nothing = made(tmp_path, file)
     assert (copied, nothing) == (found, 0)

@@ -5,7 +5,6 @@ import fcntl
 import mmap
 import os
 import random
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron.bridge.engine.piece_writer import PieceBuffer, PieceWriter
 from megatron.bridge.engine.pieces import Piece
 from megatron.bridge.errors import CheckpointError
 from open_files import few_open_files
+from written_pieces import write_in_threads
 
 PAGE = mmap.PAGESIZE
 LONG = 40 * PAGE
@@ -99,19 +99,7 @@ def test_every_byte_lands_in_its_place(
     content = chance.randbytes(pieces[-1].offset + pieces[-1].nbytes)
     chance.shuffle(pieces)
 
-    def work(mine: list[Piece]) -> None:
-        buffer = PieceBuffer(LONG)
-        for piece in mine:
-            data = buffer.room_for(piece)
-            data[:] = content[piece.offset : piece.offset + piece.nbytes]
-            writer.write(piece, data)
-
-    with PieceWriter(tmp_path, {"folder/file": len(content)}, pieces) as writer:
-        threads = [threading.Thread(target=work, args=(pieces[turn::3],)) for turn in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    write_in_threads(tmp_path, ("folder/file",), content, pieces, LONG)
     assert (tmp_path / "folder" / "file").read_bytes() == content
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.engine import piece_writer, write_trial
-from megatron.bridge.engine.piece_writer import PieceBuffer, PieceWriter
 from megatron.bridge.engine.pieces import Piece
 from megatron.bridge.engine.write_trial import LEAST_OUTPUT, WriteTrial
+from written_pieces import write_in_threads
 
 PIECE = 8 << 20
 
@@ -99,19 +99,7 @@ def write_files(folder: Path) -> bytes:
         for number, length in enumerate(lengths)
     ]
 
-    def work(own: list[Piece]) -> None:
-        buffer = PieceBuffer(LONG)
-        for piece in own:
-            data = buffer.room_for(piece)
-            data[:] = content[piece.offset : piece.offset + piece.nbytes]
-            writer.write(piece, data)
-
-    with PieceWriter(folder, dict.fromkeys(("one", "two"), len(content)), pieces) as writer:
-        threads = [threading.Thread(target=work, args=(pieces[turn::3],)) for turn in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    write_in_threads(folder, ("one", "two"), content, pieces, LONG)
     return content
 
 

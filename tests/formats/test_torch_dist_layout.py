@@ -27,6 +27,7 @@ from megatron.bridge.tensors.boxes import Box, box_shape, full_box, slices
 from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.tensors.torch_views import as_array
 from tensors_in_memory import put
+from written_pieces import content_of
 
 PIECE = MAX_FRAME_BYTES + 600
 MAX_FILE = 5 * PIECE
@@ -80,13 +81,8 @@ def fill(key: str, box: Box, out: Array) -> None:
 
 
 def write(file: OutputFile, path: Path) -> None:
-    content = bytearray(file.nbytes)
-    position = 0
-    for part in file.parts:
-        part.write_to(memoryview(content)[position : position + part.nbytes], fill)
-        position += part.nbytes
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    path.write_bytes(content_of(file.parts, fill))
 
 
 @pytest.fixture(scope="module")

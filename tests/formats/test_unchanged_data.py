@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.engine.block_sharing import TensorBytes, TensorRange
-from megatron.bridge.engine.pieces import OutputFile, Part, pieces_of
+from megatron.bridge.engine.pieces import OutputFile, pieces_of
 from megatron.bridge.engine.shared_blocks import BLOCK_BYTES
 from megatron.bridge.formats.torch_dist import saved_tensor_reader
 from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
@@ -27,17 +27,9 @@ from megatron.bridge.formats.torch_dist.saved_tensor_reader import FoundTensor, 
 from megatron.bridge.models.conversion.unchanged import Chunk, DataRange
 from megatron.bridge.tensors.boxes import box_shape, full_box
 from megatron.bridge.tensors.spec import TensorSpec
+from written_pieces import content_of
 
 # --- one saved tensor ---
-
-
-def written(parts: tuple[Part, ...]) -> bytes:
-    out = bytearray(sum(part.nbytes for part in parts))
-    position = 0
-    for part in parts:
-        part.write_to(memoryview(out)[position : position + part.nbytes], lambda *_: None)
-        position += part.nbytes
-    return bytes(out)
 
 
 def find(blob: bytes, dtype: str, shape: tuple[int, ...]) -> FoundTensor:
@@ -85,7 +77,7 @@ def test_a_frame_around_data(
     data = stored.contiguous().view(torch.int16).numpy().tobytes()
     head = SavedHead(gap, "BF16", shape, transposed)
     tail = SavedTail("BF16", shape, transposed)
-    whole = written((head,)) + data + written((tail,))
+    whole = content_of((head,)) + data + content_of((tail,))
     assert len(whole) == head.nbytes + len(data) + tail.nbytes
     assert whole[:gap] == bytes(gap)
     blob = whole[gap:]
@@ -188,7 +180,7 @@ def test_stock_torch_and_we_read_it(source: Path, tmp_path: Path, max_file_bytes
             out = memoryview(content)[position : position + part.nbytes]
             part.write_to(out, fill)
             if isinstance(part, TensorRange):  # filled or shared, it holds the same bytes
-                assert out == written((TensorBytes(part.path, part.offset, part.nbytes),))
+                assert out == content_of((TensorBytes(part.path, part.offset, part.nbytes),))
             position += part.nbytes
         (folder / file.name).write_bytes(content)
     state = {key: torch.zeros(shape, dtype=torch.int16) for key, shape in SHAPES.items()}

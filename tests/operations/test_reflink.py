@@ -27,6 +27,7 @@ from megatron.bridge.target.run import Run
 from megatron.bridge.tensors.boxes import full_box
 from shared_block_systems import SYSTEMS, mounted, used_bytes
 from unfinished_target import names, tree
+from written_pieces import flip_a_bit
 
 SIZES = {
     "text.hidden_size": 256,
@@ -179,14 +180,6 @@ def test_a_change_on_one_side_does_not_show_on_the_other(system: Path, place: Pa
 # --- checksums ---
 
 
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 4]))
-
-
 def test_verify_fast_compares_with_the_source(system: Path, place: Path) -> None:
     source, out = system / "qwen3-vl", place / "out"
     imported(source, out)
@@ -196,17 +189,17 @@ def test_verify_fast_compares_with_the_source(system: Path, place: Path) -> None
         assert verify_fast(*pair).identical
     [path, *_] = out.rglob("*.distcp")
     middle = path.stat().st_size // 2
-    flip(path, middle)
+    flip_a_bit(path, middle)
     report = verify_fast(source, out)
     [found] = report.different
     assert found.offset <= middle < found.offset + found.bytes
     assert "not the bytes of" in found.problem
     assert found.tensors
-    flip(path, middle)
+    flip_a_bit(path, middle)
     shutil.copytree(source, place / "hf")
     assert verify_fast(place / "hf", out).identical
     for path in (place / "hf").glob("*.safetensors"):
-        flip(path, path.stat().st_size - 1)
+        flip_a_bit(path, path.stat().st_size - 1)
     changed = verify_fast(place / "hf", out)
     assert changed.source_changes
     assert not changed.different
@@ -219,7 +212,7 @@ def test_verify_takes_the_checksums(system: Path, place: Path) -> None:
     assert done.written.shared_bytes
     assert verify_fast(out).identical
     [path, *_] = out.rglob("*.distcp")
-    flip(path, path.stat().st_size // 2)
+    flip_a_bit(path, path.stat().st_size // 2)
     [found] = verify_fast(out).different
     assert "CRC-32" in found.problem
 

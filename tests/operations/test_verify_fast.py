@@ -18,6 +18,7 @@ from megatron.bridge.operations.verification.fast import verify_fast
 from megatron.bridge.operations.verification.report import FastReport
 from megatron.bridge.target.record import MANIFEST_FILE
 from megatron.bridge.target.run import Run
+from written_pieces import flip_a_bit
 
 MEMORY = 5 << 20
 """So little that files have many pieces."""
@@ -42,14 +43,6 @@ def made(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(made: Path, tmp_path: Path) -> Path:
     """The same, to be changed."""
     return shutil.copytree(made, tmp_path / "copied")
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 4]))
 
 
 def changed(report: FastReport) -> dict[str, str]:
@@ -89,7 +82,7 @@ def test_the_source_is_not_read(copied: Path) -> None:
     """All its tensors change, and nothing that is looked at."""
     for path in (copied / "source").glob("*.safetensors"):
         times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-        flip(path, path.stat().st_size - 1)
+        flip_a_bit(path, path.stat().st_size - 1)
         os.utime(path, ns=times)
     assert verify_fast(copied / "source", copied / "imported").identical
 
@@ -101,7 +94,7 @@ def test_a_changed_byte_of_torch_dist_is_found_with_its_tensor(copied: Path) -> 
     folder = copied / "imported" / "iter_0000000"
     place = [chunk for chunk in read_metadata(folder).chunks if chunk.key == KEY][-1]
     offset = place.offset + place.length // 2
-    flip(folder / place.file, offset)
+    flip_a_bit(folder / place.file, offset)
     report = verify_fast(copied / "imported")
     assert not report.identical
     (found,) = report.different
@@ -115,7 +108,7 @@ def test_a_changed_byte_of_torch_dist_is_found_with_its_tensor(copied: Path) -> 
 
 def test_a_changed_byte_of_safetensors_is_found_with_its_tensor(copied: Path) -> None:
     info = TensorIndex.from_folder(copied / "exported")[NAME]
-    flip(info.file, info.offset + info.nbytes - 1)
+    flip_a_bit(info.file, info.offset + info.nbytes - 1)
     (found,) = verify_fast(copied / "exported", copied / "imported").different
     assert found.file == info.file.name
     assert found.offset <= info.offset + info.nbytes - 1 < found.offset + found.bytes
@@ -132,8 +125,8 @@ def test_a_range_without_tensors_names_none(copied: Path) -> None:
 
 def test_a_damaged_index_is_reported_and_names_no_tensors(copied: Path) -> None:
     folder = copied / "imported" / "iter_0000000"
-    flip(folder / ".metadata", 0)
-    flip(folder / "__0_0.distcp", 99_999)
+    flip_a_bit(folder / ".metadata", 0)
+    flip_a_bit(folder / "__0_0.distcp", 99_999)
     found = verify_fast(copied / "imported").different
     assert [(one.file, one.tensors) for one in found] == [
         ("iter_0000000/.metadata", ()),

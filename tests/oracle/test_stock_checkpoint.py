@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
@@ -14,6 +13,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import import_checkpoint
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.tensors.boxes import full_box
+from oracle.gpt_models import stock_gpt_model
 
 
 @pytest.fixture(scope="module")
@@ -143,45 +143,19 @@ def test_stock_load_into_a_stock_gpt_model(tmp_path: Path, process_groups: None)
     The output projection has no bias here: the stock class has none without one in the MLP.
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron.bridge.runtime.cpu import megatron_on_cpu
 
     make_model("qwen3-vl", tmp_path / "hf", {}, seed=6)
     hf = PreTrainedVLM.from_pretrained(tmp_path / "hf")
     import_checkpoint(hf, tmp_path / "megatron")
-    text = hf.hf_config.text
+    stock = stock_gpt_model(tmp_path / "hf")
     with megatron_on_cpu():
-        config = TransformerConfig(
-            num_layers=text.require("num_hidden_layers", int),
-            hidden_size=text.require("hidden_size", int),
-            ffn_hidden_size=text.require("intermediate_size", int),
-            num_attention_heads=text.require("num_attention_heads", int),
-            num_query_groups=text.require("num_key_value_heads", int),
-            kv_channels=text.require("head_dim", int),
-            normalization="RMSNorm",
-            qk_layernorm=True,
-            gated_linear_unit=True,
-            activation_func=F.silu,
-            add_bias_linear=False,
-            use_cpu_initialization=True,
-            params_dtype=torch.bfloat16,
-        )
-        stock = GPTModel(
-            config,
-            get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm"),
-            vocab_size=384,
-            max_sequence_length=64,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=hf.hf_config.require("tie_word_embeddings", bool),
-        ).bfloat16()
         state = stock.sharded_state_dict(prefix="language_model.")
         loaded = dist_checkpointing.load(state, str(tmp_path / "megatron" / "iter_0000000"))
     weights = {name.removeprefix("language_model."): value for name, value in loaded.items()}
     stock.load_state_dict({name: weights[name] for name in stock.state_dict() if name in weights})
-    last = config.num_layers - 1
+    last = stock.config.num_layers - 1
     layer, hf_layer = stock.decoder.layers[last], f"model.language_model.layers.{last}."
     for weight, name in (
         (layer.self_attention.linear_proj.weight, "self_attn.o_proj.weight"),

@@ -56,6 +56,17 @@ class LocalTensor:
     data: torch.Tensor
     is_padded: bool
 
+    @classmethod
+    def of(cls, entry: ShardedTensor) -> Self:
+        """What a tensor of a sharded state dict says of itself."""
+        # Axes that stand for the layer or the expert are not part of the local tensor.
+        local = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+        box = tuple(
+            (start, start + size) for start, size in zip(entry.global_offset, local, strict=True)
+        )
+        shape = tuple(entry.global_shape)
+        return cls(entry.key, shape, box, entry.data.detach(), entry.allow_shape_mismatch)
+
 
 def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
     """Everything that this rank's chunks hold; `data` are views of the parameters.
@@ -72,14 +83,7 @@ def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
         for entry in nested_values(state):
             if not isinstance(entry, ShardedTensor):
                 continue
-            # Axes that stand for the layer or the expert are not part of the local tensor.
-            local = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
-            box = tuple(
-                (start, start + size)
-                for start, size in zip(entry.global_offset, local, strict=True)
-            )
-            shape = tuple(entry.global_shape)
-            found.append(LocalTensor(entry.key, shape, box, entry.data, entry.allow_shape_mismatch))
+            found.append(LocalTensor.of(entry))
     if problems := list(_hidden(model, found)):
         raise PlanError(problems, heading="the model keeps parameters from its checkpoints")
     return found

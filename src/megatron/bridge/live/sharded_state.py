@@ -159,17 +159,13 @@ def sharded_tensor(entry: ShardedTensor) -> LocalTensor:
         )
     if data is None or data.is_meta:
         raise InputError(f"{key}: it has no memory; give it a tensor on the CPU or a GPU")
-    shape = tuple(entry.global_shape)
-    # Axes that stand for the layer or the expert are not part of the local tensor.
-    local = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
-    box = tuple(
-        (start, start + size) for start, size in zip(entry.global_offset, local, strict=True)
-    )
+    found = LocalTensor.of(entry)
+    shape, box = found.key_shape, found.box
     if tuple(data.shape) != tuple(entry.local_shape) or intersect(box, full_box(shape)) != box:
         raise InputError(
             f"{key}: a tensor of shape {tuple(data.shape)} is not the part {box} of shape {shape}"
         )
-    return LocalTensor(key, shape, box, data.detach(), entry.allow_shape_mismatch)
+    return found
 
 
 def sharded_tensors(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:

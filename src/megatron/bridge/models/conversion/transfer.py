@@ -219,13 +219,6 @@ def _viewed(array: Array, shape: Shape) -> Array:
     return array.reshape(shape, copy=False)
 
 
-def read_megatron(plan: ConversionPlan, key: str, box: Box, source: Source) -> Array:
-    """One box of a Megatron tensor in new memory; see `fill_megatron`."""
-    array = empty(box_shape(box), plan.megatron[key].dtype)
-    fill_megatron(plan, key, box, array, source)
-    return array
-
-
 def read_hf(
     plan: ConversionPlan, name: str, box: Box, source: Source, casting: Casting = EXACTLY
 ) -> Array:
