@@ -67,8 +67,7 @@ def test_bf16(build: Any, processor: Any, case: str) -> None:
         pair.hf.bfloat16()
         rounded = [pair.hf(**inputs).logits for inputs in asked]
     assert all(logits.dtype == torch.bfloat16 for logits in found)
-    # The median token, and the median prompt: where a rounding makes a router choose another
-    # expert, a token is far off, and which one that happens to is chance.
+    # The median token: where a rounding makes a router choose another expert, a token is far off.
     errors, their_errors = (
         [
             float(((one.float() - true).norm(dim=-1) / true.norm(dim=-1)).median())
@@ -77,5 +76,7 @@ def test_bf16(build: Any, processor: Any, case: str) -> None:
         for logits in (found, rounded)
     )
     ratios = [ours / theirs for ours, theirs in zip(errors, their_errors, strict=True)]
-    assert median(ratios) <= 1.25
-    assert median(errors) < 0.05
+    # Of a single expert for each token, another one changes all that follows: the median prompt.
+    of_prompts = median if "top1" in case else max
+    assert of_prompts(ratios) <= 1.25
+    assert of_prompts(errors) < 0.05
