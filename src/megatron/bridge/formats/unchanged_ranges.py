@@ -13,7 +13,8 @@ from megatron.bridge.formats.torch_dist.reader import Place, TorchDistCheckpoint
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 from megatron.bridge.tensors.box_pairs import axes_in_hf_order, hf_part, megatron_part
-from megatron.bridge.tensors.boxes import Box, box_shape, relative, run_start, volume
+from megatron.bridge.tensors.boxes import Box, box_shape, relative, volume
+from megatron.bridge.tensors.runs import run_start
 
 _LEAST_RANGE = 16 << 10
 """Bytes below which ranges are so many that reading them together costs less."""

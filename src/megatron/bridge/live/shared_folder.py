@@ -9,12 +9,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import product
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
+from megatron.bridge.engine.piece_writer import write_all
 from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, TensorData
 from megatron.bridge.engine.stream import Budget
 from megatron.bridge.engine.worker_threads import run_in_threads
@@ -23,6 +22,7 @@ from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
 from megatron.bridge.target.folder_sync import sync, sync_all
 from megatron.bridge.tensors.arrays import array_over
 from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, volume
+from megatron.bridge.tensors.runs import Runs
 from megatron.bridge.tensors.spec import TensorSpec
 
 _STAGED = ".hugging-face.partial"
@@ -73,7 +73,7 @@ class SharedFolder:
                         if not (isinstance(part, TensorData) and is_shared(part.name)):
                             content = bytearray(part.nbytes)
                             part.write_to(memoryview(content), fill)
-                            _write_at(stream.fileno(), content, offset)
+                            write_all(stream.fileno(), memoryview(content), offset)
                         offset += part.nbytes
 
     def write(self, boxes: Iterable[tuple[str, Box, FillTensor]]) -> None:
@@ -103,12 +103,13 @@ class SharedFolder:
         def work(own: Iterator[_Block]) -> None:
             memory = memoryview(bytearray(PIECE_BYTES))
             for block in own:
-                content = memory[: volume(block.box) * itemsize(block.spec.dtype)]
+                width, runs = itemsize(block.spec.dtype), Runs(block.spec.shape, block.box)
+                content = memory[: volume(block.box) * width]
                 array = array_over(content, box_shape(block.box), block.spec.dtype)
                 block.fill(block.spec.name, block.box, array)
-                for start, length in _runs(block.spec, block.box):
-                    _write_at(block.descriptor, content[:length], block.offset + start)
-                    content = content[length:]
+                for start in runs.starts():
+                    run, content = content[: runs.length * width], content[runs.length * width :]
+                    write_all(block.descriptor, run, block.offset + start * width)
 
         with ExitStack() as opened, _writing(self._target):
             run_in_threads(blocks(), work, Budget.of().threads)
@@ -150,28 +151,6 @@ def _places(files: Sequence[OutputFile]) -> Iterator[tuple[str, tuple[str, int]]
                 known = part.name
                 yield known, (file.name, offset)
             offset += part.nbytes
-
-
-def _runs(spec: TensorSpec, box: Box) -> Iterator[tuple[int, int]]:
-    """(begin, length) of the contiguous bytes of a box within its tensor, in row-major order."""
-    strides = [prod(spec.shape[axis + 1 :]) * itemsize(spec.dtype) for axis in range(len(box))]
-    cut = [axis for axis, size in enumerate(spec.shape) if box[axis] != (0, size)]
-    if not cut:
-        yield 0, spec.nbytes
-        return
-    # Behind the last axis that is cut everything is taken, so a run spans that axis's range.
-    last = cut[-1]
-    start, stop = box[last]
-    for place in product(*(range(*box[axis]) for axis in range(last))):
-        begin = sum(index * stride for index, stride in zip(place, strides, strict=False))
-        yield begin + start * strides[last], (stop - start) * strides[last]
-
-
-def _write_at(descriptor: int, content: bytes | bytearray | memoryview, offset: int) -> None:
-    rest = memoryview(content)
-    while rest:
-        count = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[count:], offset + count
 
 
 @contextmanager

@@ -106,26 +106,6 @@ def blocks_of(box: Box, itemsize: int, max_bytes: int) -> Iterator[Box]:
     return (absolute(block, box) for block in row_blocks(box_shape(box), itemsize, max_bytes))
 
 
-def run_start(shape: Sequence[int], box: Box) -> int | None:
-    """The first element of a box, if in row-major order no other lies between those of the box.
-
-    Args:
-        shape: of the tensor.
-        box: not empty.
-
-    Returns:
-        How many elements lie before it; None if there are others between.
-    """
-    start, stride, whole = 0, 1, True
-    for size, (first, stop) in zip(reversed(shape), reversed(box), strict=True):
-        if not whole and stop - first != 1:
-            return None
-        whole = whole and (first, stop) == (0, size)
-        start += first * stride
-        stride *= size
-    return start
-
-
 def format_box(box: Box) -> str:
     """``[0:4, 8:16]``, as it is written in Python."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy, Parameter
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
-from megatron.bridge.tensors.boxes import Box, box_shape, run_start, volume
+from megatron.bridge.tensors.boxes import Box, box_shape, volume
+from megatron.bridge.tensors.runs import run_start
 
 _WORTH_A_CHUNK = 64 << 10
 """Bytes of data for which a piece of a parameter becomes a chunk of the checkpoint."""

@@ -15,9 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
 from functools import cached_property
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from megatron.bridge.file_hints import cached_bytes, forget
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
 from megatron.bridge.tensors.arrays import Array, copy, empty, memory_of
 from megatron.bridge.tensors.boxes import Box, box_shape
+from megatron.bridge.tensors.runs import Runs
 from megatron.bridge.tensors.spec import check_box
 
 SCRATCH_BYTES = 4 << 20
@@ -83,14 +82,12 @@ class SliceReader:
         if out.size == 0:
             return
         file = self._open(info.file)
-        runs = _Runs(info, box)
-        if out.flags.c_contiguous and (runs.length >= _LONG_RUN or runs.count == 1):
-            buffer = memory_of(out)
-            position = 0
-            for offset in runs.offsets():
-                run = buffer[position : position + runs.length]
-                _read_exactly(file, run, offset, info, once=True)
-                position += runs.length
+        runs, width = Runs(info.shape, box), itemsize(info.dtype)
+        if out.flags.c_contiguous and (runs.length * width >= _LONG_RUN or runs.count == 1):
+            rest = memory_of(out)
+            for start in runs.starts():
+                run, rest = rest[: runs.length * width], rest[runs.length * width :]
+                _read_exactly(file, run, info.offset + start * width, info, once=True)
         else:
             _read_bands(file, info, box, out, 0, info.offset)
 
@@ -124,31 +121,6 @@ class _OpenFile:
         """Whether most of the file was not in the page cache when this was asked first."""
         cached = cached_bytes(self.descriptor)
         return cached is not None and cached < os.fstat(self.descriptor).st_size // 2
-
-
-class _Runs:
-    """The contiguous pieces of a non-empty box in a file, in row-major order, all of one length."""
-
-    def __init__(self, info: TensorInfo, box: Box) -> None:
-        strides = [prod(info.shape[axis + 1 :]) * itemsize(info.dtype) for axis in range(len(box))]
-        restricted = [axis for axis, size in enumerate(info.shape) if box[axis] != (0, size)]
-        self._base = info.offset
-        self._outer: list[tuple[range, int]] = []
-        self.length = prod(info.shape) * itemsize(info.dtype)
-        if restricted:
-            # Below the last restricted axis everything is taken, so a run spans that axis's range.
-            last = restricted[-1]
-            start, stop = box[last]
-            self._base += start * strides[last]
-            self.length = (stop - start) * strides[last]
-            self._outer = [(range(*box[axis]), strides[axis]) for axis in range(last)]
-        self.count = prod(len(indexes) for indexes, _ in self._outer)
-
-    def offsets(self) -> Iterator[int]:
-        """Where in the file each begins."""
-        for outer in product(*(indexes for indexes, _ in self._outer)):
-            steps = zip(outer, self._outer, strict=True)
-            yield self._base + sum(index * stride for index, (_, stride) in steps)
 
 
 def _read_bands(
