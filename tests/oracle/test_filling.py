@@ -133,11 +133,12 @@ class TestFilling:
 
     def test_several_reads_are_in_flight(self, bridge: AutoBridge) -> None:
         met = threading.Barrier(2, timeout=60)
+        first_two = iter(range(2))  # taken one by one: next() is one step of the interpreter
 
         class Meeting(Watched):
             def read_into(self, name: str, box: Any, out: Any) -> None:
                 super().read_into(name, box, out)
-                if len(self.asked) < 3:
+                if next(first_two, None) is not None:
                     met.wait()
 
         load(bridge, blank(bridge), Meeting(bridge.hf_pretrained.weights))
