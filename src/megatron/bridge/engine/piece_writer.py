@@ -219,7 +219,7 @@ def _open_direct(path: Path) -> int | None:
 
 def _write_short(file: _OpenFile, data: memoryview, offset: int) -> None:
     with file.lock:
-        _write_all(file.cached, data, offset)
+        write_all(file.cached, data, offset)
 
 
 def _write_past(file: _OpenFile, data: memoryview, offset: int) -> bool:
@@ -236,8 +236,8 @@ def _write_past(file: _OpenFile, data: memoryview, offset: int) -> bool:
                 break
             raise
     with file.lock:
-        _write_all(file.cached, data[:begin], offset)
-        _write_all(file.cached, data[end:], offset + end)
+        write_all(file.cached, data[:begin], offset)
+        write_all(file.cached, data[end:], offset + end)
     return end == whole
 
 
@@ -253,7 +253,7 @@ def _write_through(file: _OpenFile, data: memoryview, offset: int, *, wait: bool
     most = 0 if wait else _BEHIND
     late: list[tuple[int, int]] = []
     with file.lock:
-        _write_all(file.cached, data, offset)
+        write_all(file.cached, data, offset)
         file.behind.append((offset, len(data)))
         while sum(nbytes for _, nbytes in file.behind) > most:
             late.append(file.behind.popleft())
@@ -264,7 +264,8 @@ def _write_through(file: _OpenFile, data: memoryview, offset: int, *, wait: bool
     return begun
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write to a place in a file, however many calls that takes. Raises OSError."""
     while data:
         count = _write_some(descriptor, data, offset)
         data, offset = data[count:], offset + count

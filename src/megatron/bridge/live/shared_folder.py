@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
+from megatron.bridge.engine.piece_writer import write_all
 from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, TensorData
 from megatron.bridge.engine.stream import Budget
 from megatron.bridge.engine.worker_threads import run_in_threads
@@ -73,7 +74,7 @@ class SharedFolder:
                         if not (isinstance(part, TensorData) and is_shared(part.name)):
                             content = bytearray(part.nbytes)
                             part.write_to(memoryview(content), fill)
-                            _write_at(stream.fileno(), content, offset)
+                            write_all(stream.fileno(), memoryview(content), offset)
                         offset += part.nbytes
 
     def write(self, boxes: Iterable[tuple[str, Box, FillTensor]]) -> None:
@@ -107,7 +108,7 @@ class SharedFolder:
                 array = array_over(content, box_shape(block.box), block.spec.dtype)
                 block.fill(block.spec.name, block.box, array)
                 for start, length in _runs(block.spec, block.box):
-                    _write_at(block.descriptor, content[:length], block.offset + start)
+                    write_all(block.descriptor, content[:length], block.offset + start)
                     content = content[length:]
 
         with ExitStack() as opened, _writing(self._target):
@@ -165,13 +166,6 @@ def _runs(spec: TensorSpec, box: Box) -> Iterator[tuple[int, int]]:
     for place in product(*(range(*box[axis]) for axis in range(last))):
         begin = sum(index * stride for index, stride in zip(place, strides, strict=False))
         yield begin + start * strides[last], (stop - start) * strides[last]
-
-
-def _write_at(descriptor: int, content: bytes | bytearray | memoryview, offset: int) -> None:
-    rest = memoryview(content)
-    while rest:
-        count = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[count:], offset + count
 
 
 @contextmanager
