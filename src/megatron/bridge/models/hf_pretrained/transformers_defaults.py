@@ -157,7 +157,9 @@ def _architectures() -> Sequence[Mapping[str, Any]]:
     tables = {}
     for statement in _statements_in("models/auto/modeling_auto.py"):
         match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(args=[ast.List() as pairs])):
+            case ast.Assign(
+                targets=[ast.Name(id=name)], value=ast.Call(args=[ast.List() as pairs])
+            ):
                 with contextlib.suppress(ValueError, TypeError):
                     tables[name] = dict(ast.literal_eval(pairs))
     return [tables.get(name, {}) for name in _ARCHITECTURES]
