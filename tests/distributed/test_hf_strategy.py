@@ -232,7 +232,8 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
     from megatron.core import dist_checkpointing
 
     from megatron.bridge import HuggingFaceStrategy
-    from megatron.bridge.errors import BridgeError
+    from megatron.bridge.errors import BridgeError, InputError
+    from megatron.bridge.live import hf_strategy
 
     found: dict[str, str] = {}
 
@@ -286,6 +287,16 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
     def elsewhere(state: Any) -> None:
         """Saves it to a folder that the other rank does not see."""
 
+    def out_of_memory(_state: Any) -> None:
+        """Lacks the memory for what only this rank writes, when there are files."""
+
+        def own_boxes(*_: Any) -> Any:
+            raise InputError("not enough memory")
+
+        patch.setattr(hf_strategy, "own_boxes", own_boxes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        attempt("save late", out_of_memory, save=True)
     attempt("load unknown", unknown, save=False)
     attempt("load optimizer", optimizer, save=False)
     attempt("save lost", lost, save=True)
@@ -376,6 +387,7 @@ REFUSALS = {
     "save lost": "mlp.experts.experts.linear_fc2.weight: [0:1, 4:5, 0:160,",
     "save fine": "do not fit",
     "save elsewhere": "elsewhere: not every rank sees it",
+    "save late": "not enough memory",
 }
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megatron.bridge.operations.convert import Converted, export_checkpoint, imp
 from megatron.bridge.operations.verification.fast import verify_fast
 from megatron.bridge.synthetic import make_model
 from megatron.bridge.target.run import Run
+from megatron.bridge.target.source_blocks import SourceBlocks
 from unfinished_target import names, tree
 
 UNCHANGED = "model-00001-of-00003.safetensors"
@@ -112,3 +114,19 @@ def test_a_link_that_cannot_be_made_is_refused(
     with pytest.raises(InputError, match=r"^--hard-links.*cross-device.*leave the option out"):
         exported(folder, hard_links=True)
     assert names(folder) == ["hf", "language"]
+
+
+def test_another_file_system_is_refused_before_anything_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == folder.stat().st_dev:
+        pytest.skip("there is one file system alone")
+    monkeypatch.setattr(SourceBlocks, "share", None)
+    hf = PreTrainedVLM.from_pretrained(folder / "hf")
+    with (
+        TemporaryDirectory(dir=elsewhere) as name,
+        pytest.raises(InputError, match=r"^--hard-links.*cross-device.*leave the option out"),
+    ):
+        out = Path(name, "out")
+        export_checkpoint(folder / "language", out, hf, part="language", run=Run(hard_links=True))

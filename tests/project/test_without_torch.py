@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,12 +95,28 @@ def commands(folder: Path) -> Iterator[list[str]]:
 
 
 def test_conversions_need_no_torch(folder: Path) -> None:
+    assert outcome(commands(folder)) == {"failed": [], "imported": []}
+
+
+def test_a_config_without_its_architecture(folder: Path) -> None:
+    for family in small_models():
+        path = folder / folder_name(family, {}) / "config.json"
+        config = json.loads(path.read_text())
+        del config["architectures"]
+        bare = folder / "bare" / family / "config.json"
+        bare.parent.mkdir(parents=True)
+        bare.write_text(json.dumps(config))
+    plans = [["plan", str(folder / "bare" / family)] for family in small_models()]
+    assert outcome(plans) == {"failed": [], "imported": []}
+
+
+def outcome(commands: Iterable[list[str]]) -> Any:
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        input=json.dumps(list(commands(folder))),
+        input=json.dumps(list(commands)),
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert json.loads(answer.stdout) == {"failed": [], "imported": []}
+    return json.loads(answer.stdout)

@@ -265,7 +265,7 @@ def _write_through(file: _OpenFile, data: memoryview, offset: int, *, wait: bool
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write bytes to a place in a file. Raises OSError if nothing is written any more."""
+    """Write to a place in a file, however many calls that takes. Raises OSError."""
     while data:
         count = _write_some(descriptor, data, offset)
         data, offset = data[count:], offset + count

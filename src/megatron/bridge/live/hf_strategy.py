@@ -246,8 +246,7 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
 
         try:
             self._ranks.first(lambda: folder.make(carry, is_shared))
-            boxes = own_boxes(plan, held(), self._casting)
-            self._ranks.together(lambda: folder.write(boxes))
+            self._ranks.together(lambda: folder.write(own_boxes(plan, held(), self._casting)))
             self._ranks.first(folder.publish)
         except BaseException:
             if self._ranks.is_first:

@@ -6,6 +6,7 @@ them: nobody has read a shared block, so no checksum is recorded of it.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,8 +94,9 @@ class SourceBlocks:
         self._tried: dict[Path, bool] = {}
 
     def divide(self, file: OutputFile, piece_bytes: int) -> DividedFile:
-        """See `divided`. Raises InputError where sharing is demanded and cannot be done."""
+        """See `divided`. Raises InputError where what is demanded cannot be done."""
         if self._hard_links and (copy := whole_copy(file)) and copy.path in self._names:
+            self._check_link(copy.path)
             return DividedFile(file, (SharedRange(file.name, 0, copy),), copy.path)
         return DividedFile(file, tuple(divided(file, piece_bytes, self._shares)))
 
@@ -150,15 +152,27 @@ class SourceBlocks:
                 ranges.append(CheckedRange(*next(taken)))
         return FileRecord(file.name, tuple(ranges))
 
+    def _check_link(self, source: Path) -> None:
+        """Refuse what `_link` would fail at, as far as that can be told before it."""
+        try:
+            same = source.stat().st_dev == _nearest(self._beside).stat().st_dev
+        except OSError as error:
+            raise self._no_link(source, error.strerror) from error
+        if not same:
+            raise self._no_link(source, os.strerror(errno.EXDEV))
+
     def _link(self, source: Path, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source.resolve(), path)  # not another name of a link that leads there
         except OSError as error:
-            raise InputError(
-                f"--hard-links (hard_links): {path} cannot be another name of {source}: "
-                f"{error.strerror}; leave the option out to copy"
-            ) from error
+            raise self._no_link(source, error.strerror) from error
+
+    def _no_link(self, source: Path, why: str | None) -> InputError:
+        return InputError(
+            f"--hard-links (hard_links): a target in {self._beside} cannot have another name of "
+            f"{source}: {why}; leave the option out to copy"
+        )
 
     def _shares(self, path: Path) -> bool:
         if self._reflink == "never" or path not in self._names:

@@ -12,7 +12,7 @@ import ast
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,12 @@ _MAX_COUNT = 1 << 18
 """Layers, heads or labels: transformers makes lists of such lengths."""
 
 _NOT_OF_THE_CLASS = ("architectures", "auto_map", "quantization_config", "transformers_version")
+
+_ARCHITECTURES = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+)
+"""Where transformers keeps them, in the order in which they are looked up."""
 
 
 class TransformersDefaults:
@@ -62,15 +68,8 @@ class TransformersDefaults:
 
         A class of models that take images comes before the one for their text alone.
         """
-        from transformers.models.auto import modeling_auto as auto
-
-        for names in (
-            auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-            auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        ):
-            if isinstance(name := names.get(self.model_type), str):
-                return name
-        return None
+        names = (known.get(self.model_type) for known in _architectures())
+        return next((name for name in names if isinstance(name, str)), None)
 
     @cached_property
     def _computed(self) -> Mapping[str, Any]:
@@ -152,17 +151,34 @@ def _defaults_of_rotations() -> Mapping[str, Any]:
     return {} if node is None else _assigned(node)
 
 
+@cache
+def _architectures() -> Sequence[Mapping[str, Any]]:
+    """Tables of classes by model type, which torch is needed to import."""
+    tables = {}
+    for statement in _statements_in("models/auto/modeling_auto.py"):
+        match statement:
+            case ast.Assign(
+                targets=[ast.Name(id=name)], value=ast.Call(args=[ast.List() as pairs])
+            ):
+                with contextlib.suppress(ValueError, TypeError):
+                    tables[name] = dict(ast.literal_eval(pairs))
+    return [tables.get(name, {}) for name in _ARCHITECTURES]
+
+
 def _classes_in(file: str) -> dict[str, ast.ClassDef]:
     """The source of the classes in a file of the installed package; none if it is not there."""
+    return {node.name: node for node in _statements_in(file) if isinstance(node, ast.ClassDef)}
+
+
+def _statements_in(file: str) -> Sequence[ast.stmt]:
     package = importlib.util.find_spec("transformers")
     if package is None or not package.submodule_search_locations:
-        return {}
+        return []
     path = Path(next(iter(package.submodule_search_locations)), file)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        return ast.parse(path.read_text(encoding="utf-8")).body
     except (OSError, SyntaxError, ValueError):
-        return {}  # then the class itself says it
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        return []  # then the class itself says it
 
 
 def _assigned(node: ast.ClassDef, *, fields: bool = False) -> dict[str, Any]:
