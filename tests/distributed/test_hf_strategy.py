@@ -6,6 +6,7 @@ are started once and run every case; the tests look at what they found.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from forked import run_ranks
+from megatron.bridge.errors import TargetExists
+from megatron.bridge.live.shared_folder import SharedFolder
 from megatron.bridge.models.conversion.layer_keys import SPARSE_NORM, SPARSE_NORM_AS_FUSED
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -245,8 +248,8 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
         else:
             target.mkdir()
         torch.distributed.barrier()
-        if rank == 1 and act is elsewhere:
-            target = target.with_name("elsewhere")
+        if rank == 1 and act in (elsewhere, stale):
+            target = target.with_name(act.__name__)
         try:
             if save:
                 dist_checkpointing.save(
@@ -287,6 +290,11 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
     def elsewhere(state: Any) -> None:
         """Saves it to a folder that the other rank does not see."""
 
+    def stale(_state: Any) -> None:
+        """Sees another folder than the other rank does, where a save was killed once."""
+        shutil.copytree(folder / "hf", folder / "stale" / ".hugging-face.partial")
+        shutil.copytree(folder / "hf", folder / "stale" / ".hugging-face.partial-0011aabb")
+
     def out_of_memory(_state: Any) -> None:
         """Lacks the memory for what only this rank writes, when there are files."""
 
@@ -302,6 +310,7 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
     attempt("save lost", lost, save=True)
     attempt("save fine", fine, save=True)
     attempt("save elsewhere", elsewhere, save=True)
+    attempt("save stale", stale, save=True)
     attempt("save rounded", fine, save=True, round=True)
     return found
 
@@ -387,6 +396,7 @@ REFUSALS = {
     "save lost": "mlp.experts.experts.linear_fc2.weight: [0:1, 4:5, 0:160,",
     "save fine": "do not fit",
     "save elsewhere": "elsewhere: not every rank sees it",
+    "save stale": "stale: not every rank sees it",
     "save late": "not enough memory",
 }
 
@@ -406,3 +416,15 @@ def test_values_are_rounded_where_that_is_asked_for(
 ) -> None:
     assert {rank["refusals"]["save rounded"] for rank in found} == {"nothing was refused"}
     assert not same_tensors(root / "qwen3-moe" / "hf", root / "qwen3-moe" / "refused-save-rounded")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_what_is_no_unfinished_folder_is_left_alone(kind: str, tmp_path: Path) -> None:
+    (target := tmp_path / "out").mkdir()
+    (other := tmp_path / "other").mkdir()
+    (other / "kept").touch()
+    left = target / ".hugging-face.partial-0011aabb"
+    left.touch() if kind == "a file" else left.symlink_to(other)
+    with pytest.raises(TargetExists, match=r"it holds \.hugging-face\.partial-0011aabb; give an"):
+        SharedFolder(target, [], {}, "2233ccdd").make(lambda *_: None, lambda _: True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "other", left.name, "kept"]

@@ -124,9 +124,7 @@ def test_another_file_system_is_refused_before_anything_is_made(
         pytest.skip("there is one file system alone")
     monkeypatch.setattr(SourceBlocks, "share", None)
     hf = PreTrainedVLM.from_pretrained(folder / "hf")
-    with (
-        TemporaryDirectory(dir=elsewhere) as name,
-        pytest.raises(InputError, match=r"^--hard-links.*cross-device.*leave the option out"),
-    ):
-        out = Path(name, "out")
-        export_checkpoint(folder / "language", out, hf, part="language", run=Run(hard_links=True))
+    with TemporaryDirectory(dir=elsewhere) as name:
+        out, run = Path(name, "out"), Run(hard_links=True)
+        with pytest.raises(InputError, match=r"^--hard-links.*cross-device.*leave the option out"):
+            export_checkpoint(folder / "language", out, hf, part="language", run=run)

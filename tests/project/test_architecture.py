@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,12 @@ SOURCE = Path(megatron.bridge.errors.__file__).parent
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "design" / "architecture.md").read_text("utf-8")
 BRIDGE = "megatron.bridge."
-# Where users of other bridges look for AutoBridge.
-ALIAS = "models.conversion.auto_bridge"
+# Where users of other bridges, and scripts, look for something -> where it is.
+ALIASES = {
+    "checkpoint.torch_dist_reader": "formats.torch_dist.reader",
+    "models.conversion.auto_bridge": "auto_bridge",
+    "models.conversion.boxes": "tensors.boxes",
+}
 
 
 def _modules() -> dict[str, Path]:
@@ -89,7 +94,7 @@ def test_nothing_looks_up(number: int, folder: str) -> None:
     floor = {name: depth for depth, line in enumerate(_drawing(number)) for name in line}
     seen = set()
     for module, imported in GRAPH.items():
-        if module == ALIAS or not module.startswith(folder):
+        if module in ALIASES or not module.startswith(folder):
             continue
         own = module.removeprefix(folder).split(".")[0]
         for other in imported:
@@ -152,10 +157,20 @@ def test_no_two_modules_have_one_name() -> None:
     """Commands aside, which are named as what one types."""
     seen: dict[str, Path] = {}
     for name, path in sorted(_modules().items()):
-        if path.name == "__init__.py" or name.startswith("cli.commands.") or name == ALIAS:
+        if path.name == "__init__.py" or name.startswith("cli.commands.") or name in ALIASES:
             continue
         assert path.name not in seen, f"{seen[path.name]} and {path}"
         seen[path.name] = path
+
+
+@pytest.mark.parametrize(("alias", "place"), ALIASES.items())
+def test_an_alias_holds_nothing_of_its_own(alias: str, place: str) -> None:
+    assert GRAPH[alias] == {place}
+    there, here = import_module(BRIDGE + place), import_module(BRIDGE + alias)
+    assert here.__all__
+    for name in here.__all__:
+        assert getattr(here, name) is getattr(there, name)
+    assert not [module for module, imported in GRAPH.items() if alias in imported]
 
 
 def test_the_readme_links_to_the_page() -> None:

@@ -9,6 +9,7 @@
 Each rank reads and writes only the boxes that it holds: the plan says where in the files they lie.
 """
 
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -227,6 +228,7 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
             ]
 
         holding = Holding.of_all(self._ranks.all_of(lambda: Holding.of(sharded_state_dict, held())))
+        run, *_ = self._ranks.all_of(lambda: secrets.token_hex(4))
 
         def planned() -> tuple[ConversionPlan, SharedFolder]:
             plan, files = self._plan_of(sharded_state_dict, holding), self._sides.files
@@ -234,7 +236,7 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
             if plan.carried:
                 check_scales(files.weights)
             laid_out = [*weight_files(plan.hf, files), *side_file_copies(files)]
-            return plan, SharedFolder(local_path(checkpoint_dir), laid_out, plan.hf)
+            return plan, SharedFolder(local_path(checkpoint_dir), laid_out, plan.hf, run)
 
         plan, folder = self._ranks.together(planned)
 

@@ -42,10 +42,14 @@ class SharedFolder:
     """One folder, as each rank sees it."""
 
     def __init__(
-        self, target: Path, files: Sequence[OutputFile], tensors: Mapping[str, TensorSpec]
+        self,
+        target: Path,
+        files: Sequence[OutputFile],
+        tensors: Mapping[str, TensorSpec],
+        run: str,
     ) -> None:
-        """`files` are all of the folder; `tensors` those in them, by name."""
-        self._target, self._staged = target, target / _STAGED
+        """`files` are all of the folder; `tensors` those in them, by name; `run` is no other's."""
+        self._target, self._staged = target, target / f"{_STAGED}-{run}"
         self._files, self._tensors = files, tensors
         self._places = dict(_places(files))
 
@@ -60,8 +64,8 @@ class SharedFolder:
             TargetExists: the folder is not empty.
             CheckpointError: a file cannot be written.
         """
-        _check_empty(self._target)
         with _writing(self._staged):
+            _check_empty(self._target)
             self._staged.mkdir()
             for file in self._files:
                 path = self._staged / file.name
@@ -135,11 +139,11 @@ def _check_empty(target: Path) -> None:
     """Refuse a folder with anything in it but what a killed process left of this."""
     if not target.is_dir():
         raise InputError(f"{target}: there is no such folder; make it first")
-    names = sorted(path.name for path in target.iterdir())
-    if names == [_STAGED]:
-        shutil.rmtree(target / _STAGED)
-    elif names:
-        raise TargetExists(f"{target} is not empty: it holds {names[0]}; give an empty folder")
+    for path in sorted(target.iterdir()):
+        if not path.name.startswith(_STAGED) or path.is_symlink() or not path.is_dir():
+            raise TargetExists(f"{target} is not empty: it holds {path.name}; give an empty folder")
+    for path in target.iterdir():
+        shutil.rmtree(path)
 
 
 def _places(files: Sequence[OutputFile]) -> Iterator[tuple[str, tuple[str, int]]]:

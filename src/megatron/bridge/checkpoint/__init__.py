@@ -1,0 +1,1 @@
+"""Names under which scripts look for what is in `megatron.bridge.formats`."""
