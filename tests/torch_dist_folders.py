@@ -20,6 +20,6 @@ def write_torch_dist(
     """Write the folder of one iteration. chunks: boxes that tile the tensors, or whole ones."""
     if chunks is None:
         chunks = ((key, full_box(spec.shape)) for key, spec in tensors.items())
-    files = torch_dist_files(tensors, chunks, extra_states=extra_states, max_file_bytes=1 << 29)
+    files = torch_dist_files(tensors, [chunks], extra_states=extra_states, max_file_bytes=1 << 29)
     folder.mkdir(parents=True, exist_ok=True)
     write_files(folder, files, fill)

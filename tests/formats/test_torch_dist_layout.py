@@ -72,7 +72,7 @@ def chunks_of_parameters() -> Iterator[tuple[str, Box]]:
 def files_of(**changes: Any) -> tuple[OutputFile, ...]:
     settings = {"max_file_bytes": MAX_FILE, "piece_bytes": PIECE, "iteration": 12}
     return torch_dist_files(
-        SPECS, chunks_of_parameters(), extra_states=STATES, **{**settings, **changes}
+        SPECS, [chunks_of_parameters()], extra_states=STATES, **{**settings, **changes}
     )
 
 
@@ -178,7 +178,7 @@ def test_the_same_bytes_whatever_objects_are_given() -> None:
     for given_chunks in (chunks, interned):
         again = torch_dist_files(
             specs,
-            given_chunks,
+            [given_chunks],
             max_file_bytes=MAX_FILE,
             piece_bytes=PIECE,
             extra_states=[str(state.encode(), "ascii") for state in STATES],
@@ -280,7 +280,7 @@ def test_only_the_box_is_read(tmp_path: Path) -> None:
     shape, row = (1 << 15, 1 << 10), (1 << 15) - 7
     data, *index = torch_dist_files(
         {"a": TensorSpec("a", shape, "BF16")},
-        [("a", full_box(shape))],
+        [[("a", full_box(shape))]],
         max_file_bytes=1 << 30,
         piece_bytes=1 << 28,
     )

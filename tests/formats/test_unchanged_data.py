@@ -139,7 +139,9 @@ def tensors_of(source: Path) -> dict[str, Any]:
 
 def laid_out(source: Path, max_file_bytes: int = 1 << 29) -> tuple[OutputFile, ...]:
     specs = {key: TensorSpec(key, shape, "I16") for key, shape in SHAPES.items()}
-    return torch_dist_files(specs, chunks(source), max_file_bytes=max_file_bytes, piece_bytes=PIECE)
+    return torch_dist_files(
+        specs, [chunks(source)], max_file_bytes=max_file_bytes, piece_bytes=PIECE
+    )
 
 
 def test_data_lie_in_a_block_as_in_the_source(source: Path) -> None:

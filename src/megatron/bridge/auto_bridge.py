@@ -184,7 +184,8 @@ class AutoBridge:
     ) -> None:
         """Fill a live model, at any parallel layout, from this model's files or from others.
 
-        Each rank reads only what it holds. Values are cast to the parameters' dtypes.
+        Every rank calls this, and reads only what it holds. Values are cast to the parameters'
+        dtypes. It is proven that the ranks together hold all of the model.
 
         Args:
             model: the chunks of this rank.
@@ -280,6 +281,8 @@ class AutoBridge:
     def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
         """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
 
+        Every rank calls this, at any parallel layout, and writes its part of one folder.
+
         Args:
             model: the chunks of this rank.
             path: the folder, which is complete or not there.
@@ -287,12 +290,12 @@ class AutoBridge:
 
         Raises:
             TargetExists: `path` exists, and `force` is not set.
-            InputError: this rank does not hold the whole model.
+            PlanError: the ranks do not hold the model.
+            InputError: another rank cannot go on.
         """
         from megatron.bridge.live.megatron_checkpoint import save_model
 
         hf, target = self.hf_pretrained, local_path(path)
-        check_target(target, [hf.name_or_path], force=force)
         save_model(model, target, hf, experts=self.experts, force=force)
 
     def load_megatron_model(

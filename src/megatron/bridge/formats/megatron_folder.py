@@ -1,6 +1,6 @@
 """A Megatron checkpoint of one iteration: tracker file, torch_dist files, config record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.bridge.engine.pieces import PIECE_BYTES, OutputFile
@@ -11,6 +11,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.unchanged import chunks_of
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.safetensors_header import TensorInfo
+from megatron.bridge.tensors.boxes import Box
 from megatron.bridge.tensors.spec import TensorSpec
 
 MAX_FILE_BYTES = 1 << 29
@@ -28,6 +29,7 @@ def megatron_files(
     tensors: Mapping[str, TensorSpec] | None = None,
     place: Callable[[str], TensorInfo | None] = lambda _: None,
     strides: bool = False,
+    chunks: Sequence[Iterable[tuple[str, Box]]] = (),
     piece_bytes: int = PIECE_BYTES,
     max_file_bytes: int | None = None,
 ) -> tuple[OutputFile, ...]:
@@ -41,13 +43,15 @@ def megatron_files(
         tensors: those of the plan, where their dtypes differ.
         place: see `chunks_of`; where it says None, elements are put together.
         strides: see `chunks_of`.
+        chunks: the boxes that each of several writers stores; if there is one, what `chunks_of`
+            says.
         piece_bytes: of a part of a file.
         max_file_bytes: of one torch_dist file; None for MAX_FILE_BYTES.
     """
     folder = folder_name(_ITERATION)
     data = torch_dist_files(
         plan.megatron if tensors is None else tensors,
-        chunks_of(plan, place, strides=strides),
+        chunks or [chunks_of(plan, place, strides=strides)],
         extra_states=plan.extra_states,
         iteration=_ITERATION,
         piece_bytes=piece_bytes,

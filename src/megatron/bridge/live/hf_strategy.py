@@ -23,11 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedTensor,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
@@ -41,16 +37,14 @@ from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.live.filling import fill_all
 from megatron.bridge.live.local_tensors import LocalTensor
+from megatron.bridge.live.ranks import Ranks
+from megatron.bridge.live.roster import Shard, check_held_once, global_tensors
 from megatron.bridge.live.shard_transfer import own_boxes
 from megatron.bridge.live.sharded_state import (
     Holding,
-    Ranks,
-    Shard,
     check_common_state,
     check_objects,
     check_tensors,
-    check_whole,
-    global_tensors,
     sharded_tensor,
     sharded_tensors,
 )
@@ -116,7 +110,7 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
         """
         folder = tempfile.mkdtemp(prefix="hugging-face-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        files = torch_dist_files({}, (), max_file_bytes=1 << 20)
+        files = torch_dist_files({}, [()], max_file_bytes=1 << 20)
         write_files(Path(folder), files, lambda *_: None)
         save_config(CheckpointingConfig(_BACKEND, _VERSION), folder)
         return folder
@@ -221,18 +215,15 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
 
         def held() -> list[LocalTensor]:
             check_common_state(sharded_state_dict)
-            return [
-                sharded_tensor(one)
-                for one in sharded_tensors(sharded_state_dict)
-                if is_main_replica(one.replica_id)
-            ]
+            tensors = map(sharded_tensor, sharded_tensors(sharded_state_dict))
+            return [one for one in tensors if one.is_main]
 
         holding = Holding.of_all(self._ranks.all_of(lambda: Holding.of(sharded_state_dict, held())))
-        run, *_ = self._ranks.all_of(lambda: secrets.token_hex(4))
+        run = self._ranks.told(lambda: secrets.token_hex(4))
 
         def planned() -> tuple[ConversionPlan, SharedFolder]:
             plan, files = self._plan_of(sharded_state_dict, holding), self._sides.files
-            check_whole(plan, holding.shards)
+            check_held_once(plan.megatron, holding.shards)
             if plan.carried:
                 check_scales(files.weights)
             laid_out = [*weight_files(plan.hf, files), *side_file_copies(files)]

@@ -7,14 +7,17 @@ spec and any parallel layout. So nothing about sharding is written here.
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
 
 from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
@@ -30,7 +33,6 @@ from megatron.bridge.tensors.boxes import (
     box_shape,
     relative,
     slices,
-    tiling_faults,
     volume,
 )
 from megatron.bridge.tensors.spec import TensorSpec
@@ -48,6 +50,7 @@ class LocalTensor:
         data: the memory, a view of the parameter.
         is_padded: whether megatron-core lets its rows differ from the checkpoint's (a padded
             vocabulary).
+        is_main: whether this is the replica that is saved, of the same part on several ranks.
     """
 
     key: str
@@ -55,6 +58,7 @@ class LocalTensor:
     box: Box
     data: torch.Tensor
     is_padded: bool
+    is_main: bool
 
     @classmethod
     def of(cls, entry: ShardedTensor) -> Self:
@@ -65,7 +69,14 @@ class LocalTensor:
             (start, start + size) for start, size in zip(entry.global_offset, local, strict=True)
         )
         shape = tuple(entry.global_shape)
-        return cls(entry.key, shape, box, entry.data.detach(), entry.allow_shape_mismatch)
+        return cls(
+            entry.key,
+            shape,
+            box,
+            entry.data.detach(),
+            entry.allow_shape_mismatch,
+            is_main_replica(entry.replica_id),
+        )
 
 
 def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
@@ -157,11 +168,7 @@ class LiveTensors:
         tensors: by key. Where parameters that share a key differ in dtype, it has the widest.
     """
 
-    def __init__(self, model: Sequence[torch.nn.Module], plan: ConversionPlan) -> None:
-        """Raises PlanError if the model and the plan do not have the same tensors."""
-        tensors = local_tensors(model)
-        if problems := list(mismatches(plan, tensors)):
-            raise PlanError(problems, heading="the model is not the one that the files hold")
+    def __init__(self, tensors: Iterable[LocalTensor]) -> None:
         by_key: dict[str, list[tuple[Box, LocalTensor]]] = defaultdict(list)
         for local in tensors:
             by_key[local.key].append((local.box, local))
@@ -209,9 +216,17 @@ def _common_dtype(key: str, parts: Sequence[tuple[Box, LocalTensor]]) -> str:
     return dtype
 
 
-def mismatches(plan: ConversionPlan, tensors: list[LocalTensor]) -> Iterator[str]:
-    """How what this rank holds is not what the plan fills, one by one."""
-    held: dict[str, list[Box]] = defaultdict(list)
+def check_planned(plan: ConversionPlan, tensors: Iterable[LocalTensor]) -> None:
+    """Refuse what this rank holds and the plan does not fill.
+
+    Raises:
+        PlanError: with each difference.
+    """
+    if problems := list(_mismatches(plan, tensors)):
+        raise PlanError(problems, heading="the model is not the one that the files hold")
+
+
+def _mismatches(plan: ConversionPlan, tensors: Iterable[LocalTensor]) -> Iterator[str]:
     for local in tensors:
         spec = plan.megatron.get(local.key)
         if spec is None:
@@ -219,7 +234,6 @@ def mismatches(plan: ConversionPlan, tensors: list[LocalTensor]) -> Iterator[str
         elif spec.shape != local.key_shape:
             yield f"{local.key}: the files make shape {spec.shape}, the model has {local.key_shape}"
         else:
-            held[local.key].append(local.box)
             filled = sum(volume(shared) for shared, _ in plan.copies_to(local.key, local.box))
             filled += sum(map(volume, plan.padding_in(local.key, local.box)))
             if filled != volume(local.box):
@@ -227,9 +241,3 @@ def mismatches(plan: ConversionPlan, tensors: list[LocalTensor]) -> Iterator[str
                     f"{local.key}: the files fill {filled} of the {volume(local.box)} values of "
                     f"{local.box}"
                 )
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return  # other ranks hold the rest
-    for key, spec in plan.megatron.items():
-        # A tied output layer shows its weight once more under the key of the embedding.
-        for fault in tiling_faults(spec.shape, dict.fromkeys(held[key])):
-            yield f"{key}: the model does not hold all of it: {fault}"

@@ -1,6 +1,6 @@
 """Live Megatron models to and from torch_dist checkpoints."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,13 @@ from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import PlanError
 from megatron.bridge.formats.file_plans import as_stored, weight_tensors
 from megatron.bridge.formats.megatron_folder import megatron_files
+from megatron.bridge.formats.torch_dist.file_layout import writer_of
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor, local_tensors
-from megatron.bridge.live.weights import plan_of_model
+from megatron.bridge.live.ranks import Ranks
+from megatron.bridge.live.roster import Roster, Shard, global_tensors
+from megatron.bridge.live.shared_staging import staged_by_ranks
+from megatron.bridge.live.weights import plan_of_model, planned_tensors
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import stored_place
@@ -23,7 +27,7 @@ from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.target.interruption import done_means_done
-from megatron.bridge.target.staging import staged_folder
+from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.boxes import (
     Box,
     box_shape,
@@ -49,29 +53,50 @@ def save_model(
 ) -> None:
     """Write the weights of a model, in its own dtypes, as target/iter_0000000.
 
+    Every rank calls this, and writes what it holds the main replica of, in files of its own.
+
     Args:
         model: the chunks of this rank.
-        target: the folder, which is complete or not there.
+        target: the folder, which is complete or not there; all ranks see it.
         hf: what the model was made of, for the config record.
         experts: see `plan_of_model`.
         force: replace a target that exists.
 
     Raises:
         TargetExists: the target exists, and `force` is not set.
-        InputError: this rank does not hold all of the model.
+        PlanError: the ranks do not hold the model.
+        InputError: another rank cannot go on.
     """
-    plan = plan_of_model(hf, model, experts=experts)
-    source = LiveTensors(model, plan)
-    saved = TORCH_NAME_OF[main_dtype(source.tensors.values())]
+    ranks = Ranks()
+
+    def planned() -> tuple[ConversionPlan, list[LocalTensor]]:
+        check_target(target, [hf.name_or_path], force=force)
+        plan = plan_of_model(hf, model, experts=experts)
+        return plan, planned_tensors(model, plan)
+
+    plan, tensors = ranks.together(planned)
+    roster = Roster.of(ranks, tensors)
+    roster.check_held_once(plan.megatron)
+    held = global_tensors(roster.main_shards)
+    saved = TORCH_NAME_OF[main_dtype(held.values())]
     files = megatron_files(
         plan,
         provider=bridge_for(hf.hf_config.architecture).provider,
-        settings=_provider_settings(hf, plan, source.tensors),
+        settings=_provider_settings(hf, plan, held),
         hf_config=config_in_dtype(hf.unquantized_config, saved),
-        tensors={key: source.tensors.get(key, spec) for key, spec in plan.megatron.items()},
+        tensors={key: held[key] for key in plan.megatron},
+        chunks=[_in_order(plan, roster.main_of(rank)) for rank in range(len(roster.by_rank))],
     )
-    with staged_folder(target, force=force) as staged:
-        write_files(staged, files, source.read_into)
+    own = [file for file in files if writer_of(file.name) == ranks.index]
+    source = LiveTensors(one for one in tensors if one.is_main)
+    with staged_by_ranks(target, ranks, force=force) as staged:
+        ranks.together(lambda: write_files(staged, own, source.read_into))
+
+
+def _in_order(plan: ConversionPlan, shards: Iterable[Shard]) -> list[tuple[str, Box]]:
+    """Boxes in the order of the plan, whatever the order of the model's modules."""
+    place = {key: number for number, key in enumerate(plan.megatron)}
+    return sorted(((one.key, one.box) for one in shards), key=lambda one: (place[one[0]], one[1]))
 
 
 def provider_of_checkpoint(
@@ -134,8 +159,8 @@ def load_checkpoint(
 ) -> None:
     """Fill a model from a torch_dist checkpoint, whatever layout it was written with.
 
-    Each rank reads only what it holds. A vocabulary that was padded to another size is cut or
-    filled up with zeros.
+    Every rank calls this, and reads only what it holds. A vocabulary that was padded to another
+    size is cut or filled up with zeros.
 
     Args:
         model: the chunks of this rank.
@@ -149,21 +174,32 @@ def load_checkpoint(
         PlanError: it does not hold the model.
         InexactCast: see `casting`.
     """
-    stored = checkpoint.tensors
-    tensors = [
-        (local, *stored_place(local.key, local.box, stored.keys(), layer_paths))
-        for local in local_tensors(model)
-    ]
-    if problems := list(_misfits(tensors, stored)):
-        raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")
-    for local, key, box in tensors:
-        found = intersect(box, full_box(stored[key].shape))
-        data = local.data.reshape(box_shape(box))
-        if found != box:
-            data.zero_()
-        if found is not None:
-            part = casting.cast(read_box(checkpoint, key, found), numpy_dtype_of(data), key)
-            data[slices(relative(found, box))] = as_torch(part)
+    ranks, stored = Ranks(), checkpoint.tensors
+
+    def placed() -> list[tuple[LocalTensor, str, Box]]:
+        tensors = [
+            (local, *stored_place(local.key, local.box, stored.keys(), layer_paths))
+            for local in local_tensors(model)
+        ]
+        if problems := list(_misfits(tensors, stored)):
+            raise PlanError(problems, heading=f"{checkpoint.folder} does not hold this model")
+        return tensors
+
+    tensors = ranks.together(placed)
+    roster = Roster.of(ranks, [local for local, _, _ in tensors])
+    roster.check_held(global_tensors(roster.shards))
+
+    def fill() -> None:
+        for local, key, box in tensors:
+            found = intersect(box, full_box(stored[key].shape))
+            data = local.data.reshape(box_shape(box))
+            if found != box:
+                data.zero_()
+            if found is not None:
+                part = casting.cast(read_box(checkpoint, key, found), numpy_dtype_of(data), key)
+                data[slices(relative(found, box))] = as_torch(part)
+
+    ranks.together(fill)
 
 
 def _misfits(

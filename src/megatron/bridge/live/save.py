@@ -8,8 +8,7 @@ import torch
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
-from megatron.bridge.live.local_tensors import LiveTensors
-from megatron.bridge.live.weights import plan_of_model
+from megatron.bridge.live.weights import plan_of_model, whole_model
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.transfer import fill_export
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -49,7 +48,7 @@ def save_folder(
         InexactCast: see `casting`.
     """
     plan = plan_of_model(reference, model, experts=experts, dtype=dtype)
-    source = LiveTensors(model, plan)
+    source = whole_model(model, plan)
 
     def fill(name: str, box: Box, out: Array) -> None:
         fill_export(plan, name, box, out, source, lambda: reference.weights, casting)

@@ -1,25 +1,22 @@
-"""Sharded state dicts, as megatron-core's `dist_checkpointing` gives them to a strategy.
+"""Sharded state dicts, as megatron-core's `dist_checkpointing` gives them to a strategy."""
 
-A rank's shards are checked one by one here, and ranks go on together or not at all.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from megatron.bridge.dtypes import can_be_cast, safetensors_dtype, widest
+from megatron.bridge.dtypes import can_be_cast
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.formats.file_plans import Sides, is_state
 from megatron.bridge.live.local_tensors import LocalTensor
+from megatron.bridge.live.roster import Shard, global_tensors
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge, PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.tensors.boxes import Box, Shape, full_box, intersect, tiling_faults
+from megatron.bridge.tensors.boxes import full_box, intersect
 from megatron.bridge.tensors.spec import TensorSpec
 
 _EXTRA_STATE = "_extra_state"
@@ -27,80 +24,6 @@ _EXTRA_STATE = "_extra_state"
 
 COMMON_STATE = "common_state"
 """The key under which `dist_checkpointing.save` passes what is not sharded."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks that load or save together.
-
-    Attributes:
-        group: their process group, None for all of them.
-    """
-
-    group: dist.ProcessGroup | None = None
-
-    def together[T](self, step: Callable[[], T]) -> T:
-        """What `step` returns here, once every rank has taken it; raises as `all_of`."""
-        own: list[T] = []
-        self.all_of(lambda: own.append(step()))
-        return own[0]
-
-    def all_of[T](self, step: Callable[[], T]) -> list[T]:
-        """What every rank's `step` returns, in the order of the ranks.
-
-        Raises:
-            Exception: what `step` raises here; InputError if it raises on another rank.
-        """
-        outcome, error = None, None
-        try:
-            outcome = step()
-        except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
-            error = raised
-        message = None if error is None else str(error) or type(error).__name__
-        told: list[Any] = [(outcome, message)]
-        if dist.is_initialized():
-            told *= dist.get_world_size(self.group)
-            dist.all_gather_object(told, (outcome, message), self.group)
-        if error is not None:
-            raise error
-        for rank, (_, refusal) in enumerate(told):
-            if refusal is not None:
-                raise InputError(f"rank {rank} cannot go on: {refusal}")
-        return [one for one, _ in told]
-
-    def first(self, step: Callable[[], None]) -> None:
-        """One rank takes the step, and the others wait for it; raises as `all_of`."""
-        self.together(lambda: step() if self.is_first else None)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one that does what is to be done once."""
-        return not dist.is_initialized() or dist.get_rank(self.group) == 0
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a rank tells the others of a tensor that it holds a part of.
-
-    Attributes:
-        key: of the checkpoint tensor.
-        key_shape: the shape of all of it.
-        box: the part.
-        dtype: safetensors' name.
-        is_padded: as of LocalTensor.
-    """
-
-    key: str
-    key_shape: Shape
-    box: Box
-    dtype: str
-    is_padded: bool
-
-    @classmethod
-    def of(cls, local: LocalTensor) -> Self:
-        """What is told of a tensor."""
-        dtype = safetensors_dtype(local.data.dtype)
-        return cls(local.key, local.key_shape, local.box, dtype, local.is_padded)
 
 
 @dataclass(frozen=True)
@@ -215,30 +138,6 @@ def _is_empty(value: Any) -> bool:
     return value is None or (hasattr(value, "getvalue") and not value.getvalue())
 
 
-def global_tensors(shards: Iterable[Shard]) -> dict[str, TensorSpec]:
-    """What the shards of all ranks are parts of, by key.
-
-    Raises:
-        InputError: two parts differ on a shape, or no dtype holds the values of all parts.
-    """
-    found: dict[str, TensorSpec] = {}
-    for shard in shards:
-        known = found.setdefault(shard.key, TensorSpec(shard.key, shard.key_shape, shard.dtype))
-        if known.shape != shard.key_shape:
-            raise InputError(
-                f"{shard.key}: one part is of shape {known.shape}, another of {shard.key_shape}"
-            )
-        if known.dtype != shard.dtype:
-            wide = widest(known.dtype, shard.dtype)
-            if wide is None:
-                raise InputError(
-                    f"{shard.key}: parts of it are in {known.dtype} and {shard.dtype}, and no "
-                    f"dtype holds the values of both"
-                )
-            found[shard.key] = TensorSpec(shard.key, known.shape, wide)
-    return found
-
-
 def check_tensors(sides: Sides, plan: ConversionPlan, found: Mapping[str, TensorSpec]) -> None:
     """Refuse a state that has other tensors than the plan.
 
@@ -303,23 +202,3 @@ def check_common_state(state: Mapping[str, Any]) -> None:
                 f"{', '.join(map(str, entry.data))}: Hugging Face files have no place for this "
                 f"part of the state dict; save it elsewhere"
             )
-
-
-def check_whole(plan: ConversionPlan, shards: Iterable[Shard]) -> None:
-    """Refuse ranks that together do not hold every tensor, or hold something twice.
-
-    Raises:
-        PlanError: with each fault.
-    """
-    boxes: dict[str, list[Box]] = {key: [] for key in plan.megatron}
-    for shard in shards:
-        boxes[shard.key].append(shard.box)
-    problems = [
-        f"{key}: {fault}"
-        for key, spec in plan.megatron.items()
-        for fault in (
-            ["no rank holds it"] if not boxes[key] else tiling_faults(spec.shape, boxes[key])
-        )
-    ]
-    if problems:
-        raise PlanError(problems, heading="the ranks do not hold the model once")

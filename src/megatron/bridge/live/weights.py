@@ -4,12 +4,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from megatron.bridge.dtypes import DType, weight_dtype
-from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.errors import InputError
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.live.filling import fill_all
-from megatron.bridge.live.local_tensors import LiveTensors, local_tensors, mismatches
+from megatron.bridge.live.local_tensors import (
+    LiveTensors,
+    LocalTensor,
+    check_planned,
+    local_tensors,
+)
+from megatron.bridge.live.ranks import Ranks
+from megatron.bridge.live.roster import Roster
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import KeyForms
@@ -26,6 +34,8 @@ from megatron.bridge.tensors.torch_views import as_torch
 
 def options_of_model(hf: PreTrainedVLM, model: Sequence[torch.nn.Module]) -> PlanOptions:
     """What a live model was built with: rows of the embedding, its parts, forms of keys."""
+    if not model:
+        raise InputError("model is an empty list; give the chunks that the provider built")
     bridge = bridge_for(hf.hf_config.architecture)
     keys = {local.key for local in local_tensors(model)}
     return replace(
@@ -75,10 +85,13 @@ def fill_from_files(
     Raises:
         InputError: `hf` is a config without files.
     """
-    if not hf.has_weights:
-        raise InputError(f"{hf.name_or_path}: there are no weights to load")
-    plan = plan_of_model(hf, model, experts=experts)
-    load_weights(model, plan, hf.weights, progress, casting)
+
+    def planned() -> ConversionPlan:
+        if not hf.has_weights:
+            raise InputError(f"{hf.name_or_path}: there are no weights to load")
+        return plan_of_model(hf, model, experts=experts)
+
+    load_weights(model, Ranks().together(planned), hf.weights, progress, casting)
 
 
 def load_weights(
@@ -88,9 +101,10 @@ def load_weights(
     progress: Progress | None = None,
     casting: Casting = EXACTLY,
 ) -> None:
-    """Fill this rank's parameters; each rank reads only the boxes that it holds.
+    """Fill the parameters of all ranks; each reads only the boxes that it holds.
 
-    Values are cast to the dtype of the parameter.
+    Values are cast to the dtype of the parameter. Every rank calls this, and before anything is
+    written it is proven that together they hold all of the model.
 
     Args:
         model: the chunks of this rank.
@@ -102,14 +116,33 @@ def load_weights(
     Raises:
         PlanError: before anything is written, if the model and the plan do not have the same
             tensors.
+        InputError: another rank cannot go on.
         InexactCast: see `casting`.
     """
-    tensors = local_tensors(model)
-    if problems := list(mismatches(plan, tensors)):
-        raise PlanError(problems, heading="the model is not the one that the files hold")
-    shown = progress or Silent()
+    ranks, shown = Ranks(), progress or Silent()
+    tensors = ranks.together(lambda: planned_tensors(model, plan))
+    Roster.of(ranks, tensors).check_held(plan.megatron)
     shown.start("load", sum(local.data.nbytes for local in tensors))
-    fill_all(plan, tensors, source, casting, shown)
+    ranks.together(lambda: fill_all(plan, tensors, source, casting, shown))
+
+
+def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> list[LocalTensor]:
+    """What this rank's chunks hold. Raises PlanError if the plan does not fill it."""
+    tensors = local_tensors(model)
+    check_planned(plan, tensors)
+    return tensors
+
+
+def whole_model(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> LiveTensors:
+    """The tensors of a model that this rank holds all of.
+
+    Raises:
+        PlanError: the model and the plan do not have the same tensors.
+    """
+    tensors = planned_tensors(model, plan)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        Roster.alone(tensors).check_held(plan.megatron)
+    return LiveTensors(tensors)
 
 
 @torch.no_grad()
@@ -131,7 +164,7 @@ def export_weights(
         InputError: this rank does not hold all of the model.
         InexactCast: see `casting`.
     """
-    source = LiveTensors(model, plan)
+    source = whole_model(model, plan)
     for name, spec in plan.hf.items():
         if name in plan.carried:
             continue

@@ -9,6 +9,7 @@ PyTorch reads these files.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -47,7 +48,7 @@ _BACKEND = {"sharded_backend": TORCH_DIST, "sharded_backend_version": TORCH_DIST
 
 def torch_dist_files(
     tensors: Mapping[str, TensorSpec],
-    chunks: Iterable[Chunk | tuple[str, Box]],
+    chunks: Sequence[Iterable[Chunk | tuple[str, Box]]],
     *,
     max_file_bytes: int,
     piece_bytes: int = PIECE_BYTES,
@@ -59,7 +60,8 @@ def torch_dist_files(
 
     Args:
         tensors: global tensors by key.
-        chunks: boxes that tile the tensors; each is stored in as many pieces as it takes for none
+        chunks: boxes that tile the tensors, by writer, each of which has files of its own; the
+            first one has the objects, too. A box is stored in as many pieces as it takes for none
             to be longer than `piece_bytes`. Data that are a range of another file lie in a block
             of the file as they lie in one there, so that blocks can be shared.
         max_file_bytes: files of data are longer only where this is less than two pieces.
@@ -77,7 +79,8 @@ def torch_dist_files(
     """
     with without_collection():
         objects = list(_objects(extra_states, iteration))
-        stored = [*_saved_tensors(tensors, chunks, piece_bytes), *objects]
+        stored = [[*_saved_tensors(tensors, own, piece_bytes)] for own in chunks]
+        stored[0] += objects
         files, places = _distributed(stored, max_file_bytes)
         metadata = metadata_bytes(tensors, [item.key for item in objects], places)
     prefix = f"{folder}/" if folder else ""
@@ -165,10 +168,28 @@ def _objects(extra_states: Iterable[str], iteration: int) -> Iterator[_Stored]:
     yield _Stored(COMMON_STATE, (), Literal(saved_object([common])))
 
 
+def writer_of(name: str) -> int:
+    """Which writer has a file of a checkpoint: a place in `chunks` of `torch_dist_files`."""
+    data = re.fullmatch(rf"__(\d+)_\d+{re.escape(TORCH_DIST_SUFFIX)}", name.rpartition("/")[2])
+    return int(data[1]) if data else 0
+
+
 def _distributed(
-    stored: Sequence[_Stored], max_file_bytes: int
+    stored: Sequence[Sequence[_Stored]], max_file_bytes: int
 ) -> tuple[dict[str, tuple[Part, ...]], list[StoredChunk]]:
-    """Files that are filled evenly and in order, and where in them everything lies."""
+    """Files of each writer, and where in them everything lies."""
+    files: dict[str, tuple[Part, ...]] = {}
+    places: list[StoredChunk] = []
+    for writer, own in enumerate(stored):
+        if own:
+            files |= _filled_evenly(own, writer, max_file_bytes, places)
+    return files, places
+
+
+def _filled_evenly(
+    stored: Sequence[_Stored], writer: int, max_file_bytes: int, places: list[StoredChunk]
+) -> dict[str, tuple[Part, ...]]:
+    """Files that are filled evenly and in order; `places` gets where everything lies."""
     # Gaps depend on where a file begins; here all are as long as they can be.
     sizes = [item.nbytes + (BLOCK_BYTES if item.frame else 0) for item in stored]
     total, longest = sum(sizes), max(sizes)
@@ -176,16 +197,15 @@ def _distributed(
     share = total if total <= max_file_bytes else max(max_file_bytes - longest, longest)
     count = -(-total // share)
     files: dict[str, list[Part]] = {}
-    places: list[StoredChunk] = []
     position = filled = 0
     turn, name = -1, ""
     for item, size in zip(stored, sizes, strict=True):
         if position * count // total != turn:
             turn, filled = position * count // total, 0
-            name = f"__0_{len(files)}{TORCH_DIST_SUFFIX}"
+            name = f"__{writer}_{len(files)}{TORCH_DIST_SUFFIX}"
             files[name] = []
         begin, parts = item.parts_at(filled)
         files[name] += parts
         places.append(StoredChunk(item.key, item.box, name, begin, item.nbytes))
         position, filled = position + size, begin + item.nbytes
-    return {name: tuple(parts) for name, parts in files.items()}, places
+    return {name: tuple(parts) for name, parts in files.items()}

@@ -1,0 +1,164 @@
+"""Which rank holds which part of which tensor."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain, compress
+from typing import Self
+
+from megatron.bridge.dtypes import safetensors_dtype, widest
+from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.live.local_tensors import LocalTensor
+from megatron.bridge.live.ranks import Ranks
+from megatron.bridge.tensors.boxes import Box, Shape, tiling_faults
+from megatron.bridge.tensors.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank tells the others of a tensor that it holds a part of.
+
+    Attributes:
+        key: of the checkpoint tensor.
+        key_shape: the shape of all of it.
+        box: the part.
+        dtype: safetensors' name.
+        is_padded: as of LocalTensor.
+    """
+
+    key: str
+    key_shape: Shape
+    box: Box
+    dtype: str
+    is_padded: bool
+
+    @classmethod
+    def of(cls, local: LocalTensor) -> Self:
+        """What is told of a tensor."""
+        dtype = safetensors_dtype(local.data.dtype)
+        return cls(local.key, local.key_shape, local.box, dtype, local.is_padded)
+
+
+@dataclass(frozen=True)
+class Roster:
+    """What the ranks hold of a model.
+
+    Attributes:
+        by_rank: the shards of each rank, in the order of the ranks. Replicas share one tuple.
+        main: of which of these a rank holds the main replica, by rank.
+    """
+
+    by_rank: tuple[tuple[Shard, ...], ...]
+    main: tuple[tuple[bool, ...], ...]
+
+    @classmethod
+    def of(cls, ranks: Ranks, tensors: Sequence[LocalTensor]) -> Self:
+        """What all ranks hold, once each has told it. Of replicas one tells all.
+
+        Args:
+            ranks: all call this.
+            tensors: those of this rank.
+        """
+        own = tuple(map(Shard.of, tensors))
+        told = ranks.all_of(
+            lambda: (sha256(repr(own).encode()).digest(), tuple(one.is_main for one in tensors))
+        )
+        digests = [digest for digest, _ in told]
+        teller = digests.index(digests[ranks.index])
+        shards = ranks.all_of(lambda: own if teller == ranks.index else ())
+        return cls(
+            tuple(shards[digests.index(digest)] for digest in digests),
+            tuple(main for _, main in told),
+        )
+
+    @classmethod
+    def alone(cls, tensors: Sequence[LocalTensor]) -> Self:
+        """What one rank holds, without the others."""
+        return cls((tuple(map(Shard.of, tensors)),), (tuple(one.is_main for one in tensors),))
+
+    @property
+    def shards(self) -> Iterator[Shard]:
+        """Those of all ranks; what replicas hold once."""
+        return chain.from_iterable({id(own): own for own in self.by_rank}.values())
+
+    def main_of(self, rank: int) -> Iterator[Shard]:
+        """Of what a rank holds the main replica; those of all ranks are the model, once."""
+        return compress(self.by_rank[rank], self.main[rank])
+
+    @property
+    def main_shards(self) -> Iterator[Shard]:
+        """The main replicas of all ranks."""
+        return chain.from_iterable(map(self.main_of, range(len(self.by_rank))))
+
+    def check_held(self, tensors: Mapping[str, TensorSpec]) -> None:
+        """Refuse ranks that together do not hold all of some tensors.
+
+        Raises:
+            PlanError: with each fault.
+        """
+        held = _boxes(tensors, self.shards)
+        _refuse(
+            (spec, fault)
+            for key, spec in tensors.items()
+            for fault in _faults(spec, [*dict.fromkeys(held[key])])
+        )
+
+    def check_held_once(self, tensors: Mapping[str, TensorSpec]) -> None:
+        """Refuse ranks whose main replicas are not some tensors, each element once.
+
+        Raises:
+            PlanError: with each fault.
+        """
+        check_held_once(tensors, self.main_shards)
+
+
+def global_tensors(shards: Iterable[Shard]) -> dict[str, TensorSpec]:
+    """What the shards of all ranks are parts of, by key.
+
+    Raises:
+        InputError: two parts differ on a shape, or no dtype holds the values of all parts.
+    """
+    found: dict[str, TensorSpec] = {}
+    for shard in shards:
+        known = found.setdefault(shard.key, TensorSpec(shard.key, shard.key_shape, shard.dtype))
+        if known.shape != shard.key_shape:
+            raise InputError(
+                f"{shard.key}: one part is of shape {known.shape}, another of {shard.key_shape}"
+            )
+        if known.dtype != shard.dtype:
+            wide = widest(known.dtype, shard.dtype)
+            if wide is None:
+                raise InputError(
+                    f"{shard.key}: parts of it are in {known.dtype} and {shard.dtype}, and no "
+                    f"dtype holds the values of both"
+                )
+            found[shard.key] = TensorSpec(shard.key, known.shape, wide)
+    return found
+
+
+def check_held_once(tensors: Mapping[str, TensorSpec], shards: Iterable[Shard]) -> None:
+    """Refuse shards that are not some tensors, each element once.
+
+    Raises:
+        PlanError: with each fault.
+    """
+    held = _boxes(tensors, shards)
+    _refuse((spec, fault) for key, spec in tensors.items() for fault in _faults(spec, held[key]))
+
+
+def _boxes(tensors: Mapping[str, TensorSpec], shards: Iterable[Shard]) -> dict[str, list[Box]]:
+    """What is held of each tensor."""
+    boxes: dict[str, list[Box]] = {key: [] for key in tensors}
+    for shard in shards:
+        if shard.key in boxes:
+            boxes[shard.key].append(shard.box)
+    return boxes
+
+
+def _faults(spec: TensorSpec, boxes: Sequence[Box]) -> Iterable[str]:
+    return tiling_faults(spec.shape, boxes) if boxes else ["no rank holds it"]
+
+
+def _refuse(faults: Iterable[tuple[TensorSpec, str]]) -> None:
+    if problems := [f"{spec.name}: {fault}" for spec, fault in faults]:
+        raise PlanError(problems, heading="the ranks do not hold the model once")
