@@ -200,8 +200,8 @@ class LiveTensors:
 
     def _split(self, name: str) -> InputError:
         return InputError(
-            f"{name}: this rank holds only a part of it; exporting from models that are "
-            f"split over ranks is not supported yet, save a Megatron checkpoint and export that"
+            f"{name}: this rank holds only a part of it, and only whole models are exported; save a "
+            f"checkpoint by save_megatron_model and export that, by export_ckpt"
         )
 
 
