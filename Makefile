@@ -13,7 +13,7 @@ WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup demo test test-all test-keys lint format fuzz bench clean distclean
+.PHONY: FORCE help setup demo test test-all test-gpu test-keys lint format fuzz bench clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ test: $(STAMP) ## the fast test suite
 
 test-all: $(STAMP) ## every test, the slow ones included
 	$(RUN) pytest $(SHARED) -m "slow or not slow" $(ARGS)
+
+test-gpu: $(STAMP) ## the comparisons with transformers on a GPU, and what a GPU alone can answer
+	@$(PYTHON_BIN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'there is no GPU')"
+	$(RUN) pytest tests/oracle $(ARGS)
 
 test-keys: $(STAMP) ## the table of config keys beside another transformers; VERSION=5.24.0
 	@mkdir -p build && rm -rf build/transformers
