@@ -6,7 +6,6 @@ are started once and run every case; the tests look at what they found.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from safetensors.torch import save_file
 
 from forked import run_ranks
 from megatron.bridge.errors import TargetExists
-from megatron.bridge.live.shared_folder import SharedFolder
+from megatron.bridge.live.ranks import Ranks
+from megatron.bridge.live.shared_staging import filled_by_ranks
 from megatron.bridge.models.conversion.layer_keys import SPARSE_NORM, SPARSE_NORM_AS_FUSED
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
@@ -248,8 +248,8 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
         else:
             target.mkdir()
         torch.distributed.barrier()
-        if rank == 1 and act in (elsewhere, stale):
-            target = target.with_name(act.__name__)
+        if rank == 1 and act is elsewhere:
+            target = target.with_name("elsewhere")
         try:
             if save:
                 dist_checkpointing.save(
@@ -290,11 +290,6 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
     def elsewhere(state: Any) -> None:
         """Saves it to a folder that the other rank does not see."""
 
-    def stale(_state: Any) -> None:
-        """Sees another folder than the other rank does, where a save was killed once."""
-        shutil.copytree(folder / "hf", folder / "stale" / ".hugging-face.partial")
-        shutil.copytree(folder / "hf", folder / "stale" / ".hugging-face.partial-0011aabb")
-
     def out_of_memory(_state: Any) -> None:
         """Lacks the memory for what only this rank writes, when there are files."""
 
@@ -310,7 +305,6 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
     attempt("save lost", lost, save=True)
     attempt("save fine", fine, save=True)
     attempt("save elsewhere", elsewhere, save=True)
-    attempt("save stale", stale, save=True)
     attempt("save rounded", fine, save=True, round=True)
     return found
 
@@ -395,8 +389,7 @@ REFUSALS = {
     "load optimizer": "optimizer.state.exp_avg.decoder.layers",
     "save lost": "mlp.experts.experts.linear_fc2.weight: [0:1, 4:5, 0:160,",
     "save fine": "do not fit",
-    "save elsewhere": "elsewhere: not every rank sees it",
-    "save stale": "stale: not every rank sees it",
+    "save elsewhere": "elsewhere on rank 1; give the same one on every rank",
     "save late": "not enough memory",
 }
 
@@ -426,5 +419,5 @@ def test_what_is_no_unfinished_folder_is_left_alone(kind: str, tmp_path: Path) -
     left = target / ".hugging-face.partial-0011aabb"
     left.touch() if kind == "a file" else left.symlink_to(other)
     with pytest.raises(TargetExists, match=r"it holds \.hugging-face\.partial-0011aabb; give an"):
-        SharedFolder(target, [], {}, "2233ccdd").make(lambda *_: None, lambda _: True)
+        filled_by_ranks(target, Ranks()).__enter__()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "other", left.name, "kept"]

@@ -112,6 +112,7 @@ def run_case(folder: Path, name: str) -> dict[str, Any]:
     roster = Roster.of(Ranks(), local_tensors(model))
     saved = folder / "saved" / name
     bridge.save_megatron_model(model, saved)
+    bridge.save_hf_pretrained(model, folder / "hf" / name)
 
     parallel_state.destroy_model_parallel()
     [loaded] = bridge.load_megatron_model(saved, mp_overrides=others)
@@ -173,6 +174,14 @@ def refusals(folder: Path, rank: int) -> dict[str, str]:
                 Path, "is_dir", lambda path: ".partial-" not in path.name and is_dir(path)
             )
         found["not shared"] = said(lambda: bridge.save_megatron_model([model], target))
+        found["weights not shared"] = said(lambda: bridge.save_hf_weights([model], target))
+    own = folder / f"refused-{rank}"
+    found["not the same"] = said(lambda: bridge.save_hf_pretrained([model], own))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr("megatron.bridge.live.shared_files.write_all", full_disk)
+        found["weights not writable"] = said(lambda: bridge.save_hf_pretrained([model], target))
+    found["not whole"] = said(lambda: [*bridge.export_hf_weights([model])])
     dist.barrier()
     found["left"] = str(sorted(path.name for path in folder.glob("*refused*")))
     found["saved"] = said(lambda: bridge.save_megatron_model([model], target))
@@ -232,6 +241,17 @@ def test_another_layout_loads_what_is_saved(case: str, found: list[dict[str, Any
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_split_model_is_saved_byte_for_byte_as_its_files(
+    case: str, folder: Path, found: list[dict[str, Any]]
+) -> None:
+    model, saved = folder / CASES[case][0], folder / "hf" / case
+    names = sorted(path.name for path in model.iterdir())
+    assert names == sorted(path.name for path in saved.iterdir())
+    for name in names:
+        assert (saved / name).read_bytes() == (model / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_exports_to_the_files_of_the_model(
     case: str, folder: Path, tmp_path: Path, found: list[dict[str, Any]]
 ) -> None:
@@ -251,6 +271,10 @@ REFUSALS = {
     "not readable": "cannot be read",
     "not writable": "no space left on device",
     "not shared": "refused: not every rank sees it; choose a shared folder",
+    "weights not shared": "refused: not every rank sees it; choose a shared folder",
+    "weights not writable": "no space left on device",
+    "not the same": "refused-1 on rank 1; give the same one on every rank",
+    "not whole": "save_hf_pretrained writes models that are split over ranks",
     "again": "refused exists already; choose another name",
 }
 

@@ -264,6 +264,8 @@ class AutoBridge:
     ) -> None:
         """Write a folder that transformers loads: weights, config, tokenizer, processor and all.
 
+        Every rank calls this, at any parallel layout, and writes its part of the files.
+
         Args:
             model: the chunks of this rank.
             path: the folder, which is complete or not there.
@@ -273,7 +275,8 @@ class AutoBridge:
 
         Raises:
             TargetExists: `path` exists, and `force` is not set.
-            InputError: this rank does not hold the whole model.
+            PlanError: the ranks do not hold the model.
+            InputError: another rank cannot go on.
             InexactCast: values do not fit their dtype.
         """
         self._save(model, path, dtype, round=round, side_files=True, force=force)
@@ -466,12 +469,10 @@ class AutoBridge:
     ) -> None:
         from megatron.bridge.live.save import save_folder
 
-        target, reference = local_path(path), self.hf_pretrained
-        check_target(target, [reference.name_or_path], force=force)
         save_folder(
             model,
-            target,
-            reference,
+            local_path(path),
+            self.hf_pretrained,
             experts=self.experts,
             side_files=side_files,
             dtype=dtype,

@@ -9,7 +9,6 @@
 Each rank reads and writes only the boxes that it holds: the plan says where in the files they lie.
 """
 
-import secrets
 import shutil
 import tempfile
 import weakref
@@ -30,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 
 from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.engine.pieces import OutputFile
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.file_plans import Sides, plan_of
@@ -39,7 +39,7 @@ from megatron.bridge.live.filling import fill_all
 from megatron.bridge.live.local_tensors import LocalTensor
 from megatron.bridge.live.ranks import Ranks
 from megatron.bridge.live.roster import Shard, check_held_once, global_tensors
-from megatron.bridge.live.shard_transfer import own_boxes
+from megatron.bridge.live.shard_transfer import write_by_ranks
 from megatron.bridge.live.sharded_state import (
     Holding,
     check_common_state,
@@ -48,7 +48,8 @@ from megatron.bridge.live.sharded_state import (
     sharded_tensor,
     sharded_tensors,
 )
-from megatron.bridge.live.shared_folder import SharedFolder
+from megatron.bridge.live.shared_files import SharedFiles
+from megatron.bridge.live.shared_staging import filled_by_ranks
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.layer_keys import BY_CONFIG, KeyForms
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
@@ -57,8 +58,6 @@ from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.paths import PathLike, local_path
 from megatron.bridge.progress import Silent
-from megatron.bridge.tensors.arrays import Array
-from megatron.bridge.tensors.boxes import Box
 
 _BACKEND, _VERSION = "hugging_face", 1
 _WAYS_OUT = "round=True rounds them"
@@ -219,32 +218,20 @@ class HuggingFaceStrategy(TorchDistLoadShardedStrategy, TorchDistSaveShardedStra
             return [one for one in tensors if one.is_main]
 
         holding = Holding.of_all(self._ranks.all_of(lambda: Holding.of(sharded_state_dict, held())))
-        run = self._ranks.told(lambda: secrets.token_hex(4))
 
-        def planned() -> tuple[ConversionPlan, SharedFolder]:
+        def planned() -> tuple[ConversionPlan, list[OutputFile]]:
             plan, files = self._plan_of(sharded_state_dict, holding), self._sides.files
             check_held_once(plan.megatron, holding.shards)
             if plan.carried:
                 check_scales(files.weights)
-            laid_out = [*weight_files(plan.hf, files), *side_file_copies(files)]
-            return plan, SharedFolder(local_path(checkpoint_dir), laid_out, plan.hf, run)
+            return plan, [*weight_files(plan.hf, files), *side_file_copies(files)]
 
-        plan, folder = self._ranks.together(planned)
-
-        def carry(name: str, box: Box, out: Array) -> None:
-            self._sides.files.weights.read_into(name, box, out)
-
-        def is_shared(name: str) -> bool:
-            return name not in plan.carried or name in plan.equal
-
-        try:
-            self._ranks.first(lambda: folder.make(carry, is_shared))
-            self._ranks.together(lambda: folder.write(own_boxes(plan, held(), self._casting)))
-            self._ranks.first(folder.publish)
-        except BaseException:
-            if self._ranks.is_first:
-                folder.discard()
-            raise
+        plan, laid_out = self._ranks.together(planned)
+        with filled_by_ranks(local_path(checkpoint_dir), self._ranks) as staged:
+            files = SharedFiles(staged, laid_out, plan.hf)
+            write_by_ranks(
+                files, self._ranks, plan, held(), lambda: self._sides.files.weights, self._casting
+            )
 
     def async_save(self, *args: object, **kwargs: object) -> NoReturn:
         """Refused. Raises InputError."""

@@ -200,8 +200,8 @@ class LiveTensors:
 
     def _split(self, name: str) -> InputError:
         return InputError(
-            f"{name}: this rank holds only a part of it, and only whole models are exported; save a "
-            f"checkpoint by save_megatron_model and export that, by export_ckpt"
+            f"{name}: this rank holds only a part of it, and export_hf_weights gives whole "
+            f"tensors; save_hf_pretrained writes models that are split over ranks"
         )
 
 

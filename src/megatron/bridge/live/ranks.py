@@ -39,7 +39,7 @@ class Ranks:
         message = None if error is None else str(error) or type(error).__name__
         told: list[Any] = [(outcome, message)]
         if dist.is_initialized():
-            told *= dist.get_world_size(self.group)
+            told *= self.count
             dist.all_gather_object(told, (outcome, message), self.group)
         if error is not None:
             raise error
@@ -57,6 +57,11 @@ class Ranks:
         found: list[T] = []
         self.first(lambda: found.append(step()))
         return next(one for own in self.all_of(lambda: found) for one in own)
+
+    @property
+    def count(self) -> int:
+        """How many ranks there are."""
+        return dist.get_world_size(self.group) if dist.is_initialized() else 1
 
     @property
     def index(self) -> int:

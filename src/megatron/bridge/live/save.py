@@ -6,16 +6,25 @@ from pathlib import Path
 import torch
 
 from megatron.bridge.dtypes import DType, weight_dtype
+from megatron.bridge.engine.pieces import OutputFile
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
-from megatron.bridge.live.weights import plan_of_model, whole_model
+from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor
+from megatron.bridge.live.ranks import Ranks
+from megatron.bridge.live.roster import Roster
+from megatron.bridge.live.shard_transfer import write_by_ranks
+from megatron.bridge.live.shared_files import SharedFiles
+from megatron.bridge.live.shared_staging import staged_by_ranks
+from megatron.bridge.live.weights import plan_of_model, planned_tensors
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_export
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.target.interruption import done_means_done
-from megatron.bridge.target.staging import staged_folder
+from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.arrays import Array
 from megatron.bridge.tensors.boxes import Box
+from megatron.bridge.tensors.source import Source
 
 
 @done_means_done()
@@ -32,9 +41,11 @@ def save_folder(
 ) -> None:
     """Write the weights of a model as a folder laid out like `reference`.
 
+    Every rank calls this, and writes what it holds the main replica of to its place in the files.
+
     Args:
         model: the chunks of this rank.
-        target: the folder, which is complete or not there.
+        target: the folder, which is complete or not there; all ranks see it.
         reference: also where the tensors come from that the plan carries over.
         experts: see `plan_of_model`.
         side_files: whether everything else in the folder is copied, too.
@@ -44,18 +55,43 @@ def save_folder(
 
     Raises:
         TargetExists: the target exists, and `force` is not set.
-        InputError: this rank does not hold all of the model.
+        PlanError: the ranks do not hold the model.
         InexactCast: see `casting`.
+        InputError: another rank cannot go on.
     """
-    plan = plan_of_model(reference, model, experts=experts, dtype=dtype)
-    source = whole_model(model, plan)
+    ranks = Ranks()
 
-    def fill(name: str, box: Box, out: Array) -> None:
-        fill_export(plan, name, box, out, source, lambda: reference.weights, casting)
+    def planned() -> tuple[ConversionPlan, list[LocalTensor]]:
+        check_target(target, [reference.name_or_path], force=force)
+        plan = plan_of_model(reference, model, experts=experts, dtype=dtype)
+        return plan, planned_tensors(model, plan)
 
+    plan, tensors = ranks.together(planned)
+    Roster.of(ranks, tensors).check_held_once(plan.megatron)
+    main = [one for one in tensors if one.is_main]
     files = [*weight_files(plan.hf, reference)]
     if side_files:
         stated = None if dtype is None else weight_dtype(dtype)
         files += side_file_copies(reference, dtype=stated)
-    with staged_folder(target, force=force) as staged:
-        write_files(staged, files, fill)
+    with staged_by_ranks(target, ranks, force=force) as staged:
+        if ranks.count > 1:
+            shared = SharedFiles(staged, files, plan.hf)
+            write_by_ranks(shared, ranks, plan, main, lambda: reference.weights, casting)
+        else:
+            _write_alone(staged, files, plan, LiveTensors(main), reference, casting)
+
+
+def _write_alone(
+    folder: Path,
+    files: Sequence[OutputFile],
+    plan: ConversionPlan,
+    source: Source,
+    reference: PreTrainedVLM,
+    casting: Casting,
+) -> None:
+    """From the first byte of each file to the last, past the page cache where that is faster."""
+
+    def fill(name: str, box: Box, out: Array) -> None:
+        fill_export(plan, name, box, out, source, lambda: reference.weights, casting)
+
+    write_files(folder, files, fill)

@@ -1,11 +1,13 @@
 """Values between the tensors that a rank holds and Hugging Face tensors, box by box."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from megatron.bridge.dtypes import safetensors_dtype
 from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.live.local_tensors import LocalTensor
+from megatron.bridge.live.ranks import Ranks
+from megatron.bridge.live.shared_files import SharedFiles
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_hf
@@ -16,7 +18,41 @@ from megatron.bridge.tensors.source import Source
 from megatron.bridge.tensors.torch_views import as_array
 
 
-def own_boxes(
+def write_by_ranks(
+    files: SharedFiles,
+    ranks: Ranks,
+    plan: ConversionPlan,
+    tensors: Sequence[LocalTensor],
+    reference: Callable[[], Source],
+    casting: Casting,
+) -> None:
+    """Write Hugging Face files together: one rank what is not of the model, each what it holds.
+
+    Args:
+        files: laid out by the plan.
+        ranks: all call this.
+        plan: of the model and the files.
+        tensors: those that this rank holds the main replica of.
+        reference: gives the source of what is carried; it is asked for such a tensor only.
+        casting: of values that the dtypes in the files do not hold.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+        InexactCast: see `casting`.
+        InputError: another rank cannot go on.
+    """
+
+    def carry(name: str, box: Box, out: Array) -> None:
+        reference().read_into(name, box, out)
+
+    def is_shared(name: str) -> bool:
+        return name not in plan.carried or name in plan.equal
+
+    ranks.first(lambda: files.make(carry, is_shared))
+    ranks.together(lambda: files.write(_own_boxes(plan, tensors, casting)))
+
+
+def _own_boxes(
     plan: ConversionPlan, tensors: Iterable[LocalTensor], casting: Casting
 ) -> Iterator[tuple[str, Box, FillTensor]]:
     """Every box of a Hugging Face tensor that what a rank holds makes, and what makes it.
