@@ -236,7 +236,7 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
 
     from megatron.bridge import HuggingFaceStrategy
     from megatron.bridge.errors import BridgeError, InputError
-    from megatron.bridge.live import hf_strategy
+    from megatron.bridge.live import shard_transfer
 
     found: dict[str, str] = {}
 
@@ -296,7 +296,7 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
         def own_boxes(*_: Any) -> Any:
             raise InputError("not enough memory")
 
-        patch.setattr(hf_strategy, "own_boxes", own_boxes)
+        patch.setattr(shard_transfer, "own_boxes", own_boxes)
 
     with pytest.MonkeyPatch.context() as patch:
         attempt("save late", out_of_memory, save=True)

@@ -49,10 +49,10 @@ def write_by_ranks(
         return name not in plan.carried or name in plan.equal
 
     ranks.first(lambda: files.make(carry, is_shared))
-    ranks.together(lambda: files.write(_own_boxes(plan, tensors, casting)))
+    ranks.together(lambda: files.write(own_boxes(plan, tensors, casting)))
 
 
-def _own_boxes(
+def own_boxes(
     plan: ConversionPlan, tensors: Iterable[LocalTensor], casting: Casting
 ) -> Iterator[tuple[str, Box, FillTensor]]:
     """Every box of a Hugging Face tensor that what a rank holds makes, and what makes it.
