@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,11 +22,7 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
     get_rope_index,
     token_types,
 )
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
-    check_text,
-    masks,
-    packed_boundaries,
-)
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import TextInputs
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
@@ -129,15 +126,19 @@ class Qwen3VLModel(MegatronModule):
         """Run this pipeline stage on what the Hugging Face processor returns.
 
         Args:
-            input_ids: int64 [b, s]; packed sequences are [1, t].
-            position_ids: int64 [3, b, s]; None computes them from tokens and grids.
-            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side;
-                None if all are real.
-            labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
+            input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+            position_ids: int64 [3, b, s], or [b, s] for a batch of text; None computes them from
+                tokens and grids.
+            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
+                bool [b, 1, 1, s], True for padding; None if all are real.
+            labels: int64, one per token of what is returned, already shifted: the token that
+                follows. -100 has no loss.
             loss_mask: [b, s], for multi-token prediction, whose loss reaches the gradients only;
                 None for the tokens with a label. The returned loss is not multiplied by it, as
                 usual in Megatron.
-            packed_seq_params: "thd" packing, sequences do not see each other.
+            packed_seq_params: "thd" packing, sequences do not see each other. With a mask, or with
+                several rows, each row is packed as the sequence of its number, its real tokens
+                first; what is returned is [1, t].
             pixel_values: [image patches, channels * frames * height * width of a patch].
             image_grid_thw: int64 [images, 3], frames, rows and columns in patches.
             pixel_values_videos: as pixel_values.
@@ -156,26 +157,26 @@ class Qwen3VLModel(MegatronModule):
         """
         visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         visual.check(self.config.vision.patch_values, self.config.vision.spatial_merge_size)
-        check_text(self.config, input_ids, attention_mask, packed_seq_params)
-        batch, length = input_ids.shape
-        if position_ids is not None and position_ids.shape != (3, batch, length):
-            raise InputError(
-                f"position_ids has shape {list(position_ids.shape)}, expected "
-                f"{[3, batch, length]}: temporal, height and width of every token"
-            )
+        tokens = TextInputs.of(
+            self.config,
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            packed_seq_params=packed_seq_params,
+            token_types=mm_token_type_ids,
+        )
+        tokens.check_labels(labels=labels, loss_mask=loss_mask)
+        input_ids = tokens.input_ids
         self._check_prediction(input_ids, labels)
         with megatron_on_cpu():
-            if position_ids is None:
-                position_ids = self._position_ids(
-                    input_ids, attention_mask, packed_seq_params, visual, mm_token_type_ids
-                )
+            position_ids = self._position_ids(tokens, visual)
             decoder_input, context = None, None
             if self.pre_process:
                 decoder_input, context = self._embed(input_ids, visual)
             output = self.language_model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                **masks(self.config, self.pg_collection.tp, attention_mask),
+                **tokens.masks(self.config, self.pg_collection.tp),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -201,25 +202,24 @@ class Qwen3VLModel(MegatronModule):
                 f"their features. Set pipeline_model_parallel_size=1, or mtp_num_layers=None."
             )
 
-    def _position_ids(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-        visual: VisualInputs,
-        mm_token_type_ids: Tensor | None,
-    ) -> Tensor:
-        """[3, b, s] on the device of `input_ids`."""
-        types = mm_token_type_ids
+    def _position_ids(self, tokens: TextInputs, visual: VisualInputs) -> Tensor:
+        """[3, b, s] on the device of the tokens."""
+        config, types = self.config, tokens.token_types
         if types is None:
-            config = self.config
-            types = token_types(input_ids, config.image_token_id, config.video_token_id)
-        merge = self.config.vision.spatial_merge_size
+            types = token_types(tokens.input_ids, config.image_token_id, config.video_token_id)
+        if (given := tokens.position_ids) is not None:
+            if given.ndim == 2 and bool(types.any()):
+                raise InputError(
+                    f"position_ids has shape {list(given.shape)} in a batch with pictures, whose "
+                    f"tokens have three positions each: pass {[3, *given.shape]}, or None, which "
+                    f"computes them"
+                )
+            return given.expand(3, *types.shape)
+        merge = config.vision.spatial_merge_size
         grids = (visual.image_grid_thw, visual.video_grid_thw)
-        if packed_seq_params is None:
-            return get_rope_index(types, *grids, attention_mask, merge)
-        boundaries = packed_boundaries(packed_seq_params)
-        return get_packed_rope_index(types, *grids, boundaries, merge)
+        if (boundaries := tokens.boundaries) is not None:
+            return get_packed_rope_index(types, *grids, boundaries, merge)
+        return get_rope_index(types, *grids, tokens.attention_mask, merge)
 
     def _embed(self, input_ids: Tensor, visual: VisualInputs) -> tuple[Tensor, Tensor | None]:
         """Embeddings [s, b, h] with the visual features in place, and the deepstack context.
@@ -238,6 +238,8 @@ class Qwen3VLModel(MegatronModule):
             features, deepstack = self.vision_model(*joined)
             context = deepstack_context(deepstack, embeddings, positions)
             embeddings = place(features, embeddings, positions)
+        elif self.training and torch.is_grad_enabled() and self.vision_model.is_trained:
+            embeddings = embeddings + self.vision_model.nothing(input_ids.device)
         if config.sequence_parallel:
             group = self.pg_collection.tp
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group)
