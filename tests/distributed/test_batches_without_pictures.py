@@ -5,7 +5,6 @@ parameters with the next forward pass) changes when, and so must not change what
 gradient of the vision encoder on the one rank, the other would wait for it for ever.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
