@@ -58,7 +58,9 @@ class QwenModel(Qwen3VLTextModel):
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
-        check_text(self.config, input_ids, attention_mask, packed_seq_params)
+        check_text(
+            self.config, input_ids, attention_mask, packed_seq_params, training=self.training
+        )
         if position_ids is not None and position_ids.shape != input_ids.shape:
             raise InputError(
                 f"position_ids has shape {list(position_ids.shape)}, expected "

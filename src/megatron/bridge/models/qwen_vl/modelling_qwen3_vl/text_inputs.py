@@ -17,18 +17,22 @@ def check_text(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     packed_seq_params: PackedSeqParams | None,
+    *,
+    training: bool,
 ) -> None:
-    """Refuse inputs that contradict each other.
+    """Refuse inputs that contradict each other, on every pipeline stage alike.
 
     Args:
         config: the provider.
         input_ids: [b, s].
         attention_mask: [b, s], nonzero for real tokens; None if all are real.
         packed_seq_params: where packed sequences begin; None for a batch that is not packed.
+        training: whether the model trains.
 
     Raises:
         InputError: the shapes do not fit together, a packed batch is not [1, tokens] without a mask
-            or is given to a classifier of sequences, or sequence parallelism cannot split s.
+            or is given to a classifier of sequences, nothing tells such a classifier where
+            sequences end, sequence parallelism cannot split s, or the layout is not for training.
     """
     batch, length = input_ids.shape
     if attention_mask is not None and attention_mask.shape != (batch, length):
@@ -47,12 +51,25 @@ def check_text(
             "packed_seq_params was given to a classifier of sequences, which scores the last token "
             "of each row: give the sequences as a padded batch"
         )
+    scores = config.scores
+    if batch > 1 and scores and not scores.each_token and scores.pad_token_id is None:
+        raise InputError(
+            f"input_ids has {batch} sequences, and the config has no pad_token_id to tell "
+            f"where each of them ends: set scores.pad_token_id, or give them one by one"
+        )
     ranks = config.tensor_model_parallel_size
     if config.sequence_parallel and length % ranks:
         raise InputError(
             f"the sequence length {length} is not a multiple of "
             f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
             f"batch on the right."
+        )
+    # megatron-core says so, too, where a layer has experts: other stages would wait.
+    if training and config.num_moe_experts and ranks > 1 and not config.sequence_parallel:
+        raise InputError(
+            f"sequence_parallel is False with tensor_model_parallel_size = {ranks} and experts: "
+            f"megatron-core trains experts with sequence_parallel=True only. Set it before the "
+            f"model is built."
         )
 
 
