@@ -59,6 +59,7 @@ class QwenModel(Qwen3VLTextModel):
             position_ids=position_ids,
             attention_mask=attention_mask,
             packed_seq_params=packed_seq_params,
+            training=self.training,
         )
         tokens.check_labels(labels=labels, loss_mask=loss_mask)
         input_ids, position_ids = tokens.input_ids, tokens.position_ids

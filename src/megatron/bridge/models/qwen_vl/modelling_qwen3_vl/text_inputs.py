@@ -43,8 +43,11 @@ class TextInputs:
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         token_types: Tensor | None = None,
+        training: bool,
     ) -> Self:
         """Take what a model is called with; rows with `packed_seq_params` are packed here.
+
+        What contradicts itself is refused on every pipeline stage alike.
 
         Args:
             config: the provider.
@@ -56,10 +59,12 @@ class TextInputs:
                 Without a mask one row is packed already. With one, or with several rows, each row
                 is a sequence, whose real tokens come first in its place in the pack.
             token_types: [b, s]; None if they are not given.
+            training: whether the model trains.
 
         Raises:
             InputError: the shapes do not fit together, rows do not fit into the pack, a classifier
-                of sequences is given a packed batch, or sequence parallelism cannot split s.
+                of sequences is given a packed batch, or is not told where sequences end, sequence
+                parallelism cannot split s, or the layout is not for training.
         """
         real = _real_tokens(attention_mask, input_ids)
         _check_positions(position_ids, input_ids, has_pictures=bool(config.placeholders))
@@ -76,14 +81,8 @@ class TextInputs:
                 position_ids = None if position_ids is None else pack(position_ids, 0)
                 token_types = None if token_types is None else pack(token_types, 0)
                 real = pack.real
+        _check_layout(config, input_ids, training=training)
         padding = None if real is None or bool(real.all()) else ~real
-        length, ranks = input_ids.shape[1], config.tensor_model_parallel_size
-        if config.sequence_parallel and length % ranks:
-            raise InputError(
-                f"the sequence length {length} is not a multiple of "
-                f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
-                f"batch on the right."
-            )
         return cls(input_ids, position_ids, token_types, padding, packed_seq_params)
 
     @property
@@ -162,6 +161,31 @@ def _check_positions(position_ids: Tensor | None, input_ids: Tensor, *, has_pict
         if has_pictures:
             expected = f"{three_each}, temporal, height and width, or {one_each} for text alone"
         raise InputError(f"position_ids has shape {found}, expected {expected}")
+
+
+def _check_layout(config: "QwenModelProvider", input_ids: Tensor, *, training: bool) -> None:
+    """Refuse a batch that the model's layout or head is not for."""
+    batch, length = input_ids.shape
+    scores = config.scores
+    if batch > 1 and scores and not scores.each_token and scores.pad_token_id is None:
+        raise InputError(
+            f"input_ids has {batch} sequences, and the config has no pad_token_id to tell "
+            f"where each of them ends: set scores.pad_token_id, or give them one by one"
+        )
+    ranks = config.tensor_model_parallel_size
+    if config.sequence_parallel and length % ranks:
+        raise InputError(
+            f"the sequence length {length} is not a multiple of "
+            f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
+            f"batch on the right."
+        )
+    # megatron-core says so, too, where a layer has experts: other stages would wait.
+    if training and config.num_moe_experts and ranks > 1 and not config.sequence_parallel:
+        raise InputError(
+            f"sequence_parallel is False with tensor_model_parallel_size = {ranks} and experts: "
+            f"megatron-core trains experts with sequence_parallel=True only. Set it before the "
+            f"model is built."
+        )
 
 
 class _Pack:
