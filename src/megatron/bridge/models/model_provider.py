@@ -25,6 +25,13 @@ from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.backends.activations import activation
 from megatron.bridge.models.backends.selection import uses_transformer_engine
+from megatron.bridge.models.pipeline_stages import (
+    as_given,
+    embedding_stages,
+    layout_problems,
+    pipeline_stages,
+    virtual_stages,
+)
 from megatron.bridge.models.without_values import build_without_values
 from megatron.bridge.models.wrapping import Chunks, PreWrapHook, chunks_after
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
@@ -42,7 +49,8 @@ class ModelProvider(TransformerConfig, ABC):
     """A TransformerConfig whose fields may be set after construction.
 
     megatron-core validates and derives fields when a config is constructed. Here that waits for
-    `finalize()`, so that a provider read from a checkpoint can be adapted first:
+    `finalize()`, so that a provider read from a checkpoint can be adapted first. No rank and no
+    process group is asked: what cannot be built is refused by every rank, or by none.
 
         provider.tensor_model_parallel_size = 2
         provider.finalize()
@@ -124,26 +132,33 @@ class ModelProvider(TransformerConfig, ABC):
         for name, value in self._derived.items():
             if getattr(self, name) is value:
                 setattr(self, name, None)
+        self.pipeline_model_parallel_layout = as_given(self.pipeline_model_parallel_layout)
+        self.mtp_standalone = False
         if problems := self.problems():
             raise ConfigError.of_problems(f"{type(self).__name__} cannot be built", problems)
         names = [one.name for one in fields(self)]
         open_names = [name for name in names if getattr(self, name) is None]
-        if self.pipeline_dtype is None:
-            self.pipeline_dtype = self.params_dtype
-        if self.moe_grouped_gemm is None:
-            self.moe_grouped_gemm = uses_transformer_engine(self.transformer_impl)
+        self.fill_in()
         known = vars(self).keys()
         before = set(known)
         try:
             with self._admitted_by_megatron_core():
                 TransformerConfig.__post_init__(self)
-        except (AssertionError, ValueError) as error:
+            pipeline_stages(self)
+        except (AssertionError, NotImplementedError, ValueError) as error:
             raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
         finally:
             self._set_by_megatron_core |= known - before
         self._derived = {
             name: value for name in open_names if (value := getattr(self, name)) is not None
         }
+
+    def fill_in(self) -> None:
+        """Set fields that are None and follow from others; what a subclass sets is derived, too."""
+        if self.pipeline_dtype is None:
+            self.pipeline_dtype = self.params_dtype
+        if self.moe_grouped_gemm is None:
+            self.moe_grouped_gemm = uses_transformer_engine(self.transformer_impl)
 
     @contextmanager
     def _admitted_by_megatron_core(self) -> Iterator[None]:
@@ -187,23 +202,30 @@ class ModelProvider(TransformerConfig, ABC):
             problems.append(
                 "sequence_parallel is True with tensor_model_parallel_size = 1: set it to False"
             )
-        stages = self.pipeline_model_parallel_size
-        if self.virtual_pipeline_model_parallel_size is not None and (
-            stages < 2 or (stages == 2 and (self.batch_p2p_comm or not self.overlap_p2p_comm))
-        ):
-            # With two stages the previous and the next rank are the same one, and batched
-            # messages of the two directions get mixed up.
-            problems.append(
-                f"virtual_pipeline_model_parallel_size is "
-                f"{self.virtual_pipeline_model_parallel_size} with pipeline_model_parallel_size = "
-                f"{stages}: interleaving needs more than 2 stages, or 2 with "
-                f"overlap_p2p_comm=True and batch_p2p_comm=False"
-            )
+        problems += self._pipeline_problems()
         if self.context_parallel_size != 1:
             problems.append(
                 f"context_parallel_size is {self.context_parallel_size}: only 1 is implemented"
             )
         return problems
+
+    def _pipeline_problems(self) -> list[str]:
+        stages = self.pipeline_model_parallel_size
+        if problems := list(layout_problems(self)):
+            return problems
+        chunks = virtual_stages(self)
+        if chunks is None or stages > 2:
+            return []
+        if stages == 2 and self.overlap_p2p_comm and not self.batch_p2p_comm:
+            return []
+        # With two stages the previous and the next rank are the same one, and batched messages of
+        # the two directions get mixed up.
+        problem = (
+            f"virtual_pipeline_model_parallel_size is {chunks} with pipeline_model_parallel_size = "
+            f"{stages}: interleaving needs more than 2 stages, or 2 with overlap_p2p_comm=True and "
+            f"batch_p2p_comm=False"
+        )
+        return [problem]
 
     def apply_overrides_and_finalize(
         self, dtype: torch.dtype | None = None, overrides: Mapping[str, Any] | None = None
@@ -327,7 +349,12 @@ class ModelProvider(TransformerConfig, ABC):
         """
         self.finalize()
         activate_megatron_on_cpu()
-        initialize_process_groups(ParallelSizes.from_config(self), seed=seed)
+        initialize_process_groups(
+            ParallelSizes.from_config(self),
+            seed=seed,
+            # Stock groups are right where the predictors are on the last stage.
+            embedding_stages=embedding_stages(self) if self.mtp_standalone else None,
+        )
         stages = self.virtual_pipeline_model_parallel_size
         vp_stages = [None] if stages is None else list(range(stages))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from megatron.bridge.runtime.as_written import compile_nothing
+from megatron.bridge.runtime.device_names import name_the_cpu
+from megatron.bridge.runtime.expert_splits import splits_are_numbers
 from megatron.bridge.runtime.quiet import DropMessage
 
 _RANDOM_LOGGER = "megatron.core.tensor_parallel.random"
@@ -116,6 +118,9 @@ class _Runtime:
             logger.addFilter(same_generator)
             self.undo.callback(logger.removeFilter, same_generator)
             compile_nothing(self.undo)
+            if not torch.cuda.is_available():  # what runs, beyond what builds
+                name_the_cpu(self.undo)
+                splits_are_numbers(self.undo)
         self.depth += 1
 
     def leave(self) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,20 @@ from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel_sizes import FIELDS, ParallelSizes
 
 
-def initialize_process_groups(sizes: ParallelSizes, *, seed: int = 1234) -> None:
+def initialize_process_groups(
+    sizes: ParallelSizes, *, seed: int = 1234, embedding_stages: Sequence[int] | None = None
+) -> None:
     """Make torch.distributed, megatron-core's parallel state and its random states ready.
 
     NCCL where CUDA is available, gloo otherwise; the rank comes from the launcher's environment
     (`torchrun`), and without a launcher the world is this one process. What exists already is
-    used as it is: groups that do not fit `sizes` raise ConfigError.
+    used as it is: groups that do not fit raise ConfigError.
+
+    Args:
+        sizes: of the groups.
+        seed: of the random states.
+        embedding_stages: pipeline ranks that share the weight of the embedding; None for the first
+            and the last, or whichever they are in groups that exist.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -33,13 +41,23 @@ def initialize_process_groups(sizes: ParallelSizes, *, seed: int = 1234) -> None
     with megatron_on_cpu():
         if not parallel_state.model_parallel_is_initialized():
             _check_world_size(sizes)
-            _initialize_model_parallel(sizes, create_gloo_process_groups=True)
+            _initialize_model_parallel(
+                sizes, create_gloo_process_groups=True, embedding_stages=embedding_stages
+            )
         elif problems := sizes.differences(ParallelSizes.current()):
             raise ConfigError(
                 "the process groups of this run do not fit the model: "
                 + "; ".join(problems)
                 + ". Set the sizes before the first model is built, or call "
                 "megatron.core.parallel_state.destroy_model_parallel() first."
+            )
+        elif embedding_stages is not None and not _embedding_group_is(embedding_stages):
+            raise ConfigError(
+                "the process groups of this run do not fit the model: the weight of the embedding "
+                f"is on the pipeline ranks {list(embedding_stages)}, its group is of others. Let "
+                "provide_distributed_model make the groups, or give initialize_model_parallel "
+                "get_embedding_ranks=lambda ranks: [ranks[i] for i in "
+                f"{list(embedding_stages)}]."
             )
         if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -93,8 +111,36 @@ def _check_world_size(sizes: ParallelSizes) -> None:
         )
 
 
-def _initialize_model_parallel(sizes: ParallelSizes, *, create_gloo_process_groups: bool) -> None:
+def _initialize_model_parallel(
+    sizes: ParallelSizes,
+    *,
+    create_gloo_process_groups: bool,
+    embedding_stages: Sequence[int] | None = None,
+) -> None:
+    get_embedding_ranks = None
+    if embedding_stages is not None:
+
+        def get_embedding_ranks(ranks: list[int]) -> list[int]:
+            return [ranks[stage] for stage in embedding_stages]
+
     parallel_state.initialize_model_parallel(
         **sizes.fields,
         create_gloo_process_groups=create_gloo_process_groups,
+        get_embedding_ranks=get_embedding_ranks,
     )
+
+
+def _embedding_group_is(stages: Sequence[int]) -> bool:
+    """Whether these pipeline ranks are the embedding's group, by the verdict of all of them.
+
+    A rank outside of the group does not know who is in it.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    ranks = dist.get_process_group_ranks(pipeline)
+    expected = [ranks[stage] for stage in stages]
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    found = None if group is None else dist.get_process_group_ranks(group)
+    fits = found == (expected if dist.get_rank() in expected else None)
+    verdict = torch.tensor(fits, dtype=torch.int, device=torch.cuda.current_device())
+    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=pipeline)
+    return bool(verdict)

@@ -89,13 +89,6 @@ class HybridFields(_Mixin):
                 f"recompute_method is {chunk[0]!r} and recompute_num_layers is {chunk[1]}: full "
                 f"recomputation with mtp_num_layers needs 'uniform' and 1"
             )
-        stages = self.pipeline_model_parallel_size
-        if self.mtp_num_layers and self.share_embeddings_and_output_weights and stages > 1:
-            problems.append(
-                f"pipeline_model_parallel_size is {stages}: megatron-core cannot share the output "
-                f"layer's weight with an embedding on another stage beside mtp_num_layers = "
-                f"{self.mtp_num_layers}. Set one of the two: 1 stage, or mtp_num_layers=None"
-            )
         return problems
 
     def rotary_problems(self) -> list[str]:

@@ -2,11 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.qwen_vl.family_fields import (
     ATTENTION,
     COMMON,
@@ -15,6 +12,7 @@ from megatron.bridge.models.qwen_vl.family_fields import (
     ExpertFields,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.stage_boundary import stage_boundaries
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
 from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
 
@@ -34,6 +32,11 @@ class Qwen3VLModelProvider(QwenModelProvider):
         freeze_language_model: build the language model without gradients.
         freeze_vision_model: build the encoder without gradients, but for its mergers.
         freeze_vision_projection: build the mergers without gradients.
+        variable_seq_lengths: whether pipeline stages tell one another the shape of what they send;
+            None where features of pictures travel with the hidden states: to layers that take those
+            of deepstack, or that predict the token after the next, on later stages.
+        moe_token_dispatcher_type: also in a model without experts megatron-core has "allgather"
+            without variable_seq_lengths only.
     """
 
     model_class = Qwen3VLModel
@@ -48,6 +51,9 @@ class Qwen3VLModelProvider(QwenModelProvider):
     freeze_language_model: bool = False
     freeze_vision_model: bool = False
     freeze_vision_projection: bool = False
+
+    variable_seq_lengths: bool | None = None
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -67,10 +73,40 @@ class Qwen3VLModelProvider(QwenModelProvider):
         vision: VisionConfig | None = self.vision
         if vision is None:
             return [*problems, "vision is None: it must be set"]
-        return problems + vision.problems(
+        problems += vision.problems(
             hidden_size=self.hidden_size,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
         )
+        # Without stages there is nothing to send, and what is wrong with them is told elsewhere.
+        return problems if problems else self._sending_problems()
+
+    def fill_in(self) -> None:
+        """Set fields that are None and follow from others."""
+        super().fill_in()
+        if self.variable_seq_lengths is None:
+            self.variable_seq_lengths = self._sends_features()
+
+    def _sends_features(self) -> bool:
+        """Whether features of pictures go from one pipeline stage to another."""
+        try:
+            return any(stage_boundaries(self))
+        except AssertionError:  # which `finalize` will meet again
+            return False
+
+    def _sending_problems(self) -> list[str]:
+        """What keeps features of pictures from going to a later pipeline stage."""
+        if not self._sends_features():
+            return []
+        wanted: dict[str, tuple[Any, ...]] = {
+            "variable_seq_lengths": (True, None),
+            "moe_token_dispatcher_type": ("alltoall", "flex"),
+        }
+        return [
+            f"{name} is {found!r}, and decoder layers or predictors on a later pipeline stage need "
+            f"features of pictures: set {values[0]!r}"
+            for name, values in wanted.items()
+            if (found := getattr(self, name)) not in values
+        ]
 
     @property
     def takes_deepstack(self) -> bool:
@@ -78,31 +114,9 @@ class Qwen3VLModelProvider(QwenModelProvider):
         return bool(self.vision.deepstack_visual_indexes)
 
     @property
-    def placeholders(self) -> tuple[int, ...]:
-        """Tokens that stand for features of pictures, which no token predicts."""
+    def placeholders(self) -> tuple[int, int]:
+        """Tokens that stand for features of images and videos, which no token predicts."""
         return (self.image_token_id, self.video_token_id)
-
-    def finalize(self) -> None:
-        """Check the fields as every provider does, and that the first stage can take deepstack.
-
-        Raises:
-            ConfigError: a value cannot be built, or a layer that takes features of deepstack is on
-                a later stage.
-        """
-        super().finalize()
-        vp_stage = None if self.virtual_pipeline_model_parallel_size is None else 0
-        try:
-            first_stage = get_num_layers_to_build(self, vp_stage, pp_rank=0)
-        except AssertionError as error:
-            raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
-        # Without stages the features that no layer is there for are left over.
-        taps = min(len(self.vision.deepstack_visual_indexes), self.num_layers)
-        if first_stage < taps:
-            raise ConfigError(
-                f"the first pipeline stage gets {first_stage} decoder layers, and the first {taps} "
-                f"need the deepstack features of the vision encoder, which is there. Lower "
-                f"pipeline_model_parallel_size or virtual_pipeline_model_parallel_size."
-            )
 
     def provide(
         self,

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.models.pipeline_stages import pipeline_stages, stage_index
 from megatron.bridge.models.without_values import build_without_values
 from megatron.bridge.operations.inspection.rank_grid import RankPosition, rank_positions
 from megatron.bridge.operations.inspection.rank_share import RankShare, layer_of, share_of
@@ -156,12 +155,9 @@ def _layers_of_stage(provider: ModelProvider, sizes: ParallelSizes, stage: int) 
         sizes: of the cluster.
         stage: its index.
     """
-    chunks = [None] if sizes.vpp is None else range(sizes.vpp)
-    found = []
-    for chunk in chunks:
-        first = get_transformer_layer_offset(provider, chunk, stage)
-        found.append(tuple(range(first, first + get_num_layers_to_build(provider, chunk, stage))))
-    return tuple(found)
+    dealt = pipeline_stages(provider)
+    chunks = range(sizes.vpp or 1)
+    return tuple(tuple(dealt[stage_index(provider, one, stage)].layers) for one in chunks)
 
 
 def _kind_of_stage(provider: ModelProvider, sizes: ParallelSizes, stage: int) -> object:

@@ -10,22 +10,17 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
     get_moe_layer_pattern,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.backends.layer_spec import layer_spec, multi_token_prediction_spec
 from megatron.bridge.models.backends.selection import get_backend
+from megatron.bridge.models.pipeline_stages import pipeline_stages, stage_index
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.deepstack import DeepstackTransformerLayer
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.following_token import (
     FollowingTokenPredictor,
@@ -190,11 +185,6 @@ def _layer(
     )
 
 
-def _local_layers(config: "QwenModelProvider", vp_stage: int | None, pp_rank: int) -> list[int]:
+def _local_layers(config: "QwenModelProvider", vp_stage: int | None, pp_rank: int) -> range:
     """Numbers, from 0, of the layers on a pipeline stage."""
-    if (layout := config.pipeline_model_parallel_layout) is not None:
-        return layout.get_layer_id_list(
-            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
-        )
-    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    return list(range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank)))
+    return pipeline_stages(config)[stage_index(config, vp_stage, pp_rank)].layers

@@ -17,11 +17,13 @@ class DeepstackTransformerLayer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Run the layer as TransformerLayer does.
 
-        `context` is None or [s, deepstack layers, b, h], zeros where the token is not visual; with
-        sequence parallelism s is this rank's part, as for the hidden states [s, b, h].
+        `context` is None or [s, layers, b, h] for the last so many of the layers that take features
+        of deepstack, zeros where the token is not visual; with sequence parallelism s is this
+        rank's part, as for the hidden states [s, b, h].
         """
         hidden_states, context = super().forward(*args, **kwargs)
         # layer_number counts from 1 over all pipeline stages.
-        if context is not None and self.layer_number <= context.shape[1]:
-            hidden_states = hidden_states + context[:, self.layer_number - 1]
+        layers_after = len(self.config.vision.deepstack_visual_indexes) - self.layer_number
+        if context is not None and layers_after >= 0:
+            hidden_states = hidden_states + context[:, -1 - layers_after]
         return hidden_states, context

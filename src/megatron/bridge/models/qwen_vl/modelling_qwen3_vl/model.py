@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.model_copy import deep_copy
+from megatron.bridge.models.pipeline_stages import stage_index
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.inputs import (
     VisualInputs,
     deepstack_context,
@@ -21,11 +23,8 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
     get_rope_index,
     token_types,
 )
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
-    check_text,
-    masks,
-    packed_boundaries,
-)
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.stage_boundary import stage_boundaries
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import TextInputs
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
@@ -60,6 +59,8 @@ class Qwen3VLModel(MegatronModule):
         # Pipeline schedules and gradient finalization of megatron-core read these from the model.
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
+        index = stage_index(config, vp_stage, groups.pp.rank())
+        self.receives, self.sends = stage_boundaries(config)[index : index + 2]
 
         if pre_process:
             self.vision_model = Qwen3VLVisionModel(
@@ -78,7 +79,7 @@ class Qwen3VLModel(MegatronModule):
         return deep_copy(self, memo)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the hidden states of the previous pipeline stage, [s, b, h]."""
+        """Take what the previous pipeline stage returned."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -128,16 +129,22 @@ class Qwen3VLModel(MegatronModule):
     ) -> Tensor:
         """Run this pipeline stage on what the Hugging Face processor returns.
 
+        Every stage takes the same batch: what is wrong with it, all refuse, and none waits.
+
         Args:
-            input_ids: int64 [b, s]; packed sequences are [1, t].
-            position_ids: int64 [3, b, s]; None computes them from tokens and grids.
-            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side;
-                None if all are real.
-            labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
+            input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+            position_ids: int64 [3, b, s], or [b, s] for a batch of text; None computes them from
+                tokens and grids.
+            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
+                bool [b, 1, 1, s], True for padding; None if all are real.
+            labels: int64, one per token of what is returned, already shifted: the token that
+                follows. -100 has no loss.
             loss_mask: [b, s], for multi-token prediction, whose loss reaches the gradients only;
                 None for the tokens with a label. The returned loss is not multiplied by it, as
                 usual in Megatron.
-            packed_seq_params: "thd" packing, sequences do not see each other.
+            packed_seq_params: "thd" packing, sequences do not see each other. With a mask, or with
+                several rows, each row is packed as the sequence of its number, its real tokens
+                first; what is returned is [1, t].
             pixel_values: [image patches, channels * frames * height * width of a patch].
             image_grid_thw: int64 [images, 3], frames, rows and columns in patches.
             pixel_values_videos: as pixel_values.
@@ -149,98 +156,112 @@ class Qwen3VLModel(MegatronModule):
         Returns:
             Last stage: logits [b, s, padded vocabulary], of this rank's vocabulary if the
             provider's `parallel_output` is set; with labels the loss per token, fp32 [b, s].
-            Other stages: hidden states [s, b, h].
+            Other stages: hidden states [s, b, h], and behind them the features of pictures that
+            later stages need (`StageBoundary`).
 
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
         visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        visual.check(self.config.vision.patch_values, self.config.vision.spatial_merge_size)
-        check_text(self.config, input_ids, attention_mask, packed_seq_params)
-        batch, length = input_ids.shape
-        if position_ids is not None and position_ids.shape != (3, batch, length):
-            raise InputError(
-                f"position_ids has shape {list(position_ids.shape)}, expected "
-                f"{[3, batch, length]}: temporal, height and width of every token"
-            )
-        self._check_prediction(input_ids, labels)
+        config, merge = self.config, self.config.vision.spatial_merge_size
+        visual.check(config.vision.patch_values, merge)
+        tokens = TextInputs.of(
+            config,
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            packed_seq_params=packed_seq_params,
+            token_types=mm_token_type_ids,
+            training=self.training,
+        )
+        tokens.check_labels(labels=labels, loss_mask=loss_mask)
+        input_ids = tokens.input_ids
+        positions = visual.token_positions(input_ids, *config.placeholders, merge)
+        has_pictures = len(positions[0]) > 0
         with megatron_on_cpu():
-            if position_ids is None:
-                position_ids = self._position_ids(
-                    input_ids, attention_mask, packed_seq_params, visual, mm_token_type_ids
-                )
+            position_ids = self._position_ids(tokens, visual)
             decoder_input, context = None, None
             if self.pre_process:
-                decoder_input, context = self._embed(input_ids, visual)
+                decoder_input, context = self._embed(input_ids, visual, positions)
+            elif self.receives and has_pictures:
+                decoder_input, context = self._receive(input_ids, positions)
             output = self.language_model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                **masks(self.config, self.pg_collection.tp, attention_mask),
+                **tokens.masks(config, self.pg_collection.tp),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
                 packed_seq_params=packed_seq_params,
                 extra_block_kwargs=None if context is None else {"context": context},
-                runtime_gather_output=labels is None and not self.config.parallel_output,
+                runtime_gather_output=labels is None and not config.parallel_output,
             )
+            if self.sends and has_pictures:
+                output = self.sends.join(output, decoder_input, context)
         if trim_vocab_padding and self.post_process and labels is None:
-            return output[..., : self.config.vocab_size]
+            return output[..., : config.vocab_size]
         return output
 
-    def _check_prediction(self, input_ids: Tensor, labels: Tensor | None) -> None:
-        """Multi-token prediction needs the features of pictures where the predictors are."""
-        if not self.language_model.mtp_process or self.pre_process:
-            return
-        if labels is None and not self.training:
-            return
-        types = token_types(input_ids, self.config.image_token_id, self.config.video_token_id)
-        if bool(types.any()):
-            raise InputError(
-                f"the prompt has pictures, and the predictors of mtp_num_layers = "
-                f"{self.config.mtp_num_layers} are on the last pipeline stage, which does not have "
-                f"their features. Set pipeline_model_parallel_size=1, or mtp_num_layers=None."
-            )
-
-    def _position_ids(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-        visual: VisualInputs,
-        mm_token_type_ids: Tensor | None,
-    ) -> Tensor:
-        """[3, b, s] on the device of `input_ids`."""
-        types = mm_token_type_ids
+    def _position_ids(self, tokens: TextInputs, visual: VisualInputs) -> Tensor:
+        """[3, b, s] on the device of the tokens."""
+        config, types = self.config, tokens.token_types
         if types is None:
-            config = self.config
-            types = token_types(input_ids, config.image_token_id, config.video_token_id)
-        merge = self.config.vision.spatial_merge_size
+            types = token_types(tokens.input_ids, config.image_token_id, config.video_token_id)
+        if (given := tokens.position_ids) is not None:
+            if given.ndim == 2 and bool(types.any()):
+                raise InputError(
+                    f"position_ids has shape {list(given.shape)} in a batch with pictures, whose "
+                    f"tokens have three positions each: pass {[3, *given.shape]}, or None, which "
+                    f"computes them"
+                )
+            return given.expand(3, *types.shape)
+        merge = config.vision.spatial_merge_size
         grids = (visual.image_grid_thw, visual.video_grid_thw)
-        if packed_seq_params is None:
-            return get_rope_index(types, *grids, attention_mask, merge)
-        boundaries = packed_boundaries(packed_seq_params)
-        return get_packed_rope_index(types, *grids, boundaries, merge)
+        if (boundaries := tokens.boundaries) is not None:
+            return get_packed_rope_index(types, *grids, boundaries, merge)
+        return get_rope_index(types, *grids, tokens.attention_mask, merge)
 
-    def _embed(self, input_ids: Tensor, visual: VisualInputs) -> tuple[Tensor, Tensor | None]:
+    def _embed(
+        self, input_ids: Tensor, visual: VisualInputs, positions: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """Embeddings [s, b, h] with the visual features in place, and the deepstack context.
 
         With sequence parallelism both are this rank's part of the sequence.
         """
-        embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
-        config, context = self.config, None
-        positions = visual.token_positions(
-            input_ids,
-            config.image_token_id,
-            config.video_token_id,
-            config.vision.spatial_merge_size,
-        )
+        embeddings, context = self.language_model.embedding(input_ids, None), None
         if (joined := visual.joined()) is not None:
             features, deepstack = self.vision_model(*joined)
             context = deepstack_context(deepstack, embeddings, positions)
             embeddings = place(features, embeddings, positions)
-        if config.sequence_parallel:
-            group = self.pg_collection.tp
-            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group)
-            if context is not None:
-                context = tensor_parallel.scatter_to_sequence_parallel_region(context, group)
+        elif self.training and torch.is_grad_enabled() and self.vision_model.is_trained:
+            embeddings = embeddings + self.vision_model.nothing(input_ids.device)
+        if context is not None:
+            context = self._local_part(context)
+        return self._local_part(embeddings), context
+
+    def _receive(
+        self, input_ids: Tensor, positions: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The same of a later stage, whose hidden states are set; None for what it has no use for.
+
+        A stage that predicts embeds the tokens itself, and takes the features alone: then its copy
+        of the embedding has a gradient whether the batch has pictures or not.
+        """
+        model = self.language_model
+        received = self.receives.split(model.decoder.input_tensor)
+        hidden_states, embeddings, context = received
+        model.set_input_tensor(hidden_states)
+        if embeddings is not None and model.mtp_process:
+            tokens = model.embedding(input_ids, None)
+            is_visual = torch.zeros_like(tokens[..., :1], dtype=torch.bool)
+            is_visual[positions] = True
+            embeddings = torch.where(
+                self._local_part(is_visual), embeddings, self._local_part(tokens)
+            )
         return embeddings, context
+
+    def _local_part(self, whole: Tensor) -> Tensor:
+        """This rank's part [s, ...] of something that has the whole sequence first."""
+        if not self.config.sequence_parallel:
+            return whole
+        return tensor_parallel.scatter_to_sequence_parallel_region(whole, self.pg_collection.tp)

@@ -7,8 +7,6 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron.bridge.errors import InputError
-
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
 
@@ -45,9 +43,6 @@ class ScoreHead(nn.Linear):
         Returns:
             [b, s, labels] for each token, or [b, labels] for each sequence: those of its last
             token that is not padding.
-
-        Raises:
-            InputError: several sequences, and no `pad_token_id` tells where they end.
         """
         if self.group is not None:
             # Every rank scores all tokens, so the gradient is not summed.
@@ -64,11 +59,6 @@ class ScoreHead(nn.Linear):
         batch, length = input_ids.shape
         padding = self.scores.pad_token_id
         if padding is None:
-            if batch > 1:
-                raise InputError(
-                    f"input_ids has {batch} sequences, and the config has no pad_token_id to tell "
-                    f"where each of them ends: set scores.pad_token_id, or give them one by one"
-                )
-            return torch.full((1,), length - 1, device=input_ids.device)
+            return torch.full((batch,), length - 1, device=input_ids.device)
         real = (input_ids != padding).long()
         return (torch.arange(length, device=input_ids.device) * real).argmax(-1)

@@ -78,6 +78,10 @@ class Qwen3VLTextModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.unpadded_vocab_size = config.vocab_size
+        if self.mtp_process and post_process and not pre_process:
+            if self.share_embeddings_and_output_weights:
+                # The predictors' copy of the embedding is what the output layer is called with.
+                self.output_layer.weight = None
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(config.rotary_frequencies)
         if config.scores is not None and post_process:
             self.output_layer = ScoreHead(config, groups)
@@ -148,9 +152,11 @@ class Qwen3VLTextModel(GPTModel):
                 return hidden_states
             scores: Tensor = self.output_layer(hidden_states, input_ids)
             return scores
-        if self.config.mtp_num_layers and labels is None and not self.training:
-            if not self.post_process:
-                return hidden_states
+        predictors = self.config.mtp_num_layers or 0
+        # Not all stages need have labels: those that predict for another one do it always.
+        if predictors and self.post_process and labels is None and not self.training:
+            if not self.mtp_process:
+                hidden_states = hidden_states.chunk(1 + predictors)[0]
             weight = None
             if self.share_embeddings_and_output_weights:
                 weight = self.shared_embedding_or_output_weight()
@@ -160,7 +166,7 @@ class Qwen3VLTextModel(GPTModel):
             return logits.transpose(0, 1).contiguous()
         if mtp_in_postprocess:
             padding = None
-            if given["padding_mask"] is not None:
+            if given["padding_mask"] is not None and given["attention_mask"] is not None:
                 padding = given["attention_mask"][:, 0, 0, :]
             hidden_states = self.mtp(
                 input_ids=input_ids,
@@ -168,7 +174,7 @@ class Qwen3VLTextModel(GPTModel):
                 embedding=FollowingTokens(self, decoder_input, padding),
                 **{name: given[name] for name in _FOR_PREDICTORS},
             )
-        if self.config.mtp_num_layers and self.post_process:
+        if predictors and self.post_process:
             given["loss_mask"] = self._prediction_mask(input_ids, labels, **given)
         return super()._postprocess(
             hidden_states,
