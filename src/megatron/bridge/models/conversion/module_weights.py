@@ -6,7 +6,7 @@ it; parts that are split on their own (gate and up) are what the row says.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import numpy as np
 import torch
@@ -89,6 +89,26 @@ def split_axis(parameter: torch.nn.Parameter) -> int | None:
     return int(parameter.partition_dim)  # type: ignore[attr-defined]
 
 
+def tensor_parallel_size(row: "ParamMapping") -> int:
+    """See `ParamMapping.tp_size`."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
+    if row.is_expert:
+        return int(parallel_state.get_expert_tensor_parallel_world_size())
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def expert_parallel_size() -> int:
+    """See `ParamMapping.ep_size`."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
+    return int(parallel_state.get_expert_model_parallel_world_size())
+
+
 def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A whole Megatron parameter from whole Hugging Face tensors by role.
 
@@ -125,9 +145,22 @@ def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]
     return {role: as_torch(array).to(tensor.device) for role, array in result.items()}
 
 
+class _NoFields:
+    """In the place of a config: plain torch modules have none, and most rows need none."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = type(module).__name__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise InputError(
+            f"{self._module} has no config to read {name} from; set its attribute `config` to that "
+            f"of the model"
+        )
+
+
 def _fields(module: torch.nn.Module) -> LayoutFields:
-    """The config of a Megatron module; plain torch modules have none, and their rows need none."""
-    return cast(LayoutFields, getattr(module, "config", None))
+    """The config of the module."""
+    return cast(LayoutFields, getattr(module, "config", None) or _NoFields(module))
 
 
 def _section_rows(row: "ParamMapping", module: torch.nn.Module, rows: int) -> list[int]:
