@@ -113,15 +113,19 @@ def _owned(model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, _Owned]]:
             # Of tied weights the last pipeline stage has a copy under the name of its layer.
             if is_tied and _OUTPUT_LAYER.search(name):
                 continue
-            name = _EXPERT_NUMBER.sub(lambda found: _global_expert(found, chunk), name)
+            name = _with_global_expert(name, chunk)
             yield name, _Owned(local, _Place(pp_rank, vp_stage), module, parameter)
 
 
-def _global_expert(local: re.Match[str], chunk: torch.nn.Module) -> str:
-    """The number that a rank's own expert has in the whole layer."""
+def _with_global_expert(name: str, chunk: torch.nn.Module) -> str:
+    """The name with the number that a rank's own expert has in the whole layer."""
+    found = _EXPERT_NUMBER.search(name)
+    if found is None:
+        return name
     ranks = parallel_state.get_expert_model_parallel_world_size()
-    experts = int(chunk.config.num_moe_experts) // ranks  # type: ignore[union-attr, arg-type]
-    return str(int(local[0]) + experts * parallel_state.get_expert_model_parallel_rank())
+    experts: int = chunk.config.num_moe_experts // ranks  # type: ignore[union-attr, operator]
+    number = int(found[0]) + experts * parallel_state.get_expert_model_parallel_rank()
+    return f"{name[: found.start()]}{number}{name[found.end() :]}"
 
 
 def _of_all_ranks(own: dict[str, _Place]) -> dict[str, _Place]:

@@ -10,6 +10,7 @@ import torch
 from megatron.bridge.dtypes import TORCH_NAME_OF, can_be_cast, safetensors_dtype, widest
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import PlanError
+from megatron.bridge.formats.config_record import TokenizerRecord
 from megatron.bridge.formats.file_plans import as_stored, weight_tensors
 from megatron.bridge.formats.megatron_folder import megatron_files
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
@@ -45,6 +46,7 @@ def save_model(
     hf: PreTrainedVLM,
     *,
     experts: str | None = None,
+    tokenizer: TokenizerRecord | None = None,
     force: bool = False,
 ) -> None:
     """Write the weights of a model, in its own dtypes, as target/iter_0000000.
@@ -54,6 +56,7 @@ def save_model(
         target: the folder, which is complete or not there.
         hf: what the model was made of, for the config record.
         experts: see `plan_of_model`.
+        tokenizer: for the config record.
         force: replace a target that exists.
 
     Raises:
@@ -68,6 +71,7 @@ def save_model(
         provider=bridge_for(hf.hf_config.architecture).provider,
         settings=_provider_settings(hf, plan, source.tensors),
         hf_config=config_in_dtype(hf.unquantized_config, saved),
+        tokenizer=tokenizer,
         tensors={key: source.tensors.get(key, spec) for key, spec in plan.megatron.items()},
     )
     with staged_folder(target, force=force) as staged:

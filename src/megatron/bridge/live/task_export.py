@@ -1,8 +1,8 @@
 """Exporting a part of a live model, or other values in the place of some of its parameters."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,18 +10,53 @@ import torch
 from megatron.bridge.errors import InputError
 from megatron.bridge.live.conversion_tasks import ConversionTask
 from megatron.bridge.live.local_tensors import LiveTensors
+from megatron.bridge.live.weights import export_weights
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import read_hf
+from megatron.bridge.progress import Progress
 from megatron.bridge.tensors.boxes import full_box
 from megatron.bridge.tensors.torch_views import as_torch
+
+
+def export_some(
+    model: Sequence[torch.nn.Module],
+    plan: ConversionPlan,
+    tasks: Iterable[ConversionTask] | None,
+    casting: Casting,
+    show: Callable[[], AbstractContextManager[Progress]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a model, or those of some tasks, with their progress shown.
+
+    Args:
+        model: the chunks of this rank.
+        plan: of the model.
+        tasks: see `export_tasks`; None for the whole model.
+        casting: of values that the plan's dtypes do not hold.
+        show: is entered while tensors are given.
+
+    Yields:
+        Name and tensor.
+    """
+    given = None if tasks is None else list(tasks)
+    names = plan.hf.keys() - plan.carried.keys() if given is None else {*_made_by(plan, given)}
+    tensors = (
+        export_weights(model, plan, casting)
+        if given is None
+        else export_tasks(model, plan, given, casting)
+    )
+    with show() as progress:
+        progress.start("export", sum(plan.hf[name].nbytes for name in names))
+        for name, tensor in tensors:
+            progress.advance(plan.hf[name].nbytes)
+            yield name, tensor
 
 
 @torch.no_grad()
 def export_tasks(
     model: Sequence[torch.nn.Module],
     plan: ConversionPlan,
-    tasks: Iterable[ConversionTask],
+    tasks: Sequence[ConversionTask],
     casting: Casting = EXACTLY,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The Hugging Face tensors that the parameters of some tasks make, in the order of the files.
@@ -40,16 +75,16 @@ def export_tasks(
             is not of its parameter's shape, or this rank does not hold all of the model.
         InexactCast: see `casting`.
     """
-    held = [task for task in tasks if task.param_weight is not None]
-    names = _made_by(plan, {task.mapping.megatron_param for task in held})
-    with _in_place_of_parameters(held):
+    names = _made_by(plan, tasks)
+    with _in_place_of_parameters(tasks):
         source = LiveTensors(model, plan)  # which keeps views of what the parameters hold now
     for name in names:
         yield name, as_torch(read_hf(plan, name, full_box(plan.hf[name].shape), source, casting))
 
 
-def _made_by(plan: ConversionPlan, parameters: set[str]) -> list[str]:
-    """The Hugging Face tensors that these parameters make."""
+def _made_by(plan: ConversionPlan, tasks: Sequence[ConversionTask]) -> list[str]:
+    """The Hugging Face tensors that the parameters of these tasks make."""
+    parameters = {task.mapping.megatron_param for task in tasks if task.param_weight is not None}
     makers: dict[str, set[str]] = defaultdict(set)
     for parameter in plan.parameters:
         for _, pair in plan.copies_to(parameter.key, parameter.box):

@@ -1,6 +1,6 @@
 """Weights of live Megatron models: filled from and read as Hugging Face tensors, by the plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.live.filling import fill_all
 from megatron.bridge.live.local_tensors import LiveTensors, local_tensors, mismatches
+from megatron.bridge.live.mismatched import without_mismatched
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import KeyForms
@@ -69,6 +70,7 @@ def fill_from_files(
     *,
     experts: str | None = None,
     casting: Casting = EXACTLY,
+    allowed: Collection[str] = (),
 ) -> None:
     """Fill this rank's chunks from the files of `hf`; see `plan_of_model` and `load_weights`.
 
@@ -78,7 +80,7 @@ def fill_from_files(
     if not hf.has_weights:
         raise InputError(f"{hf.name_or_path}: there are no weights to load")
     plan = plan_of_model(hf, model, experts=experts)
-    load_weights(model, plan, hf.weights, progress, casting)
+    load_weights(model, plan, hf.weights, progress, casting, allowed)
 
 
 def load_weights(
@@ -87,6 +89,7 @@ def load_weights(
     source: Source,
     progress: Progress | None = None,
     casting: Casting = EXACTLY,
+    allowed: Collection[str] = (),
 ) -> None:
     """Fill this rank's parameters; each rank reads only the boxes that it holds.
 
@@ -98,6 +101,8 @@ def load_weights(
         source: of Hugging Face tensors.
         progress: is told how many bytes are loaded.
         casting: of a norm's w - 1 that its parameter does not hold.
+        allowed: parameters that may be others than those of the plan, see `without_mismatched`;
+            they are left as they are.
 
     Raises:
         PlanError: before anything is written, if the model and the plan do not have the same
@@ -105,6 +110,8 @@ def load_weights(
         InexactCast: see `casting`.
     """
     tensors = local_tensors(model)
+    if allowed:
+        plan, tensors = without_mismatched(plan, model, tensors, allowed)
     if problems := list(mismatches(plan, tensors)):
         raise PlanError(problems, heading="the model is not the one that the files hold")
     shown = progress or Silent()

@@ -126,6 +126,8 @@ def in_ddp(
         ddp_config: of the wrapper.
         in_one_bucket: also the first chunk, as the others always are.
     """
+    if (finalize := getattr(ddp_config, "finalize", None)) is not None:
+        finalize()  # of a config that is checked when it is used
     with megatron_on_cpu():
         return [
             DistributedDataParallel(

@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from megatron.bridge.models.conversion.param_mapping import ParamMapping
 
 
+_AXES = {"column": 0, "row": 1, "replicated": None}
+
+_REGISTERED: dict[str, int | None] = {}
+"""The axis that modules of a class split, by the name of the class; None for none."""
+
+
+def register_module_type(module_name: str, parallelism: str) -> None:
+    """See `AutoMapping.register_module_type`."""
+    if parallelism not in _AXES:
+        raise InputError(
+            f"register_module_type: {parallelism!r} is no way to split the weight of "
+            f"{module_name}; expected one of {', '.join(_AXES)}"
+        )
+    _REGISTERED[module_name] = _AXES[parallelism]
+
+
 def hf_to_megatron(
     row: "ParamMapping",
     hf_weights: torch.Tensor | Mapping[str, torch.Tensor],
@@ -49,7 +65,7 @@ def megatron_to_hf(
 def shard_of(row: "ParamMapping", whole: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """This rank's part of a whole parameter. Raises InputError if the shapes do not fit."""
     parameter = _parameter(row, module)
-    axis = split_axis(parameter)
+    axis = split_axis(parameter, module)
     if axis is not None:
         group = _group(module)
         size, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -66,7 +82,7 @@ def shard_of(row: "ParamMapping", whole: torch.Tensor, module: torch.nn.Module) 
 
 def whole_of(row: "ParamMapping", shard: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """The whole parameter, from the shards of all ranks of the group (a collective)."""
-    axis = split_axis(_parameter(row, module))
+    axis = split_axis(_parameter(row, module), module)
     if axis is None:
         return shard
     group = _group(module)
@@ -82,8 +98,13 @@ def whole_of(row: "ParamMapping", shard: torch.Tensor, module: torch.nn.Module) 
     return torch.cat([part for parts in by_section for part in parts])
 
 
-def split_axis(parameter: torch.nn.Parameter) -> int | None:
-    """The axis that tensor parallelism splits, as megatron-core marks it on the parameter."""
+def split_axis(parameter: torch.nn.Parameter, module: torch.nn.Module) -> int | None:
+    """The axis that tensor parallelism splits, as megatron-core marks it on the parameter.
+
+    What is registered for the class of the module counts more.
+    """
+    if type(module).__name__ in _REGISTERED:
+        return _REGISTERED[type(module).__name__]
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return int(parameter.partition_dim)  # type: ignore[attr-defined]
@@ -177,7 +198,7 @@ def _parameter(row: "ParamMapping", module: torch.nn.Module) -> torch.nn.Paramet
     found = next((own[name] for name in names if name in own), None)
     if found is None:
         raise InputError(f"{row.megatron_param}: {type(module).__name__} has no such parameter")
-    axis = split_axis(found)
+    axis = split_axis(found, module)
     if axis is not None and (row.replicated or row.expected_axis not in (None, axis)):
         raise InputError(
             f"{row.megatron_param}: declared as {type(row).__name__}, but the module splits "

@@ -239,6 +239,21 @@ class _OneToOne(ParamMapping):
 class AutoMapping(_OneToOne):
     """One tensor, unchanged; the module says how it is split."""
 
+    @classmethod
+    def register_module_type(cls, module_name: str, parallelism: str) -> None:
+        """Say how modules of a class split their weight, whose parameters do not say it.
+
+        Args:
+            module_name: of the class.
+            parallelism: "column" (axis 0), "row" (axis 1) or "replicated".
+
+        Raises:
+            InputError: it is none of these.
+        """
+        from megatron.bridge.models.conversion.module_weights import register_module_type
+
+        register_module_type(module_name, parallelism)
+
 
 class ReplicatedMapping(_OneToOne):
     """One tensor that every tensor-parallel rank holds whole."""

@@ -73,6 +73,11 @@ class Qwen3VLModelProvider(QwenModelProvider):
         )
 
     @property
+    def spatial_merge_size(self) -> int:
+        """Patches along each side of a picture that make one feature."""
+        return self.vision.spatial_merge_size
+
+    @property
     def takes_deepstack(self) -> bool:
         """Whether the first layers of the decoder add features of pictures."""
         return bool(self.vision.deepstack_visual_indexes)
