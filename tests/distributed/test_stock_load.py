@@ -53,7 +53,7 @@ def mapped_one_by_one(bridge: Any, model: Any) -> dict[str, list[str]]:
         whole = {role: read(name) for role, name in mapping.hf_params.items()}
         given = whole["hf"] if set(whole) == {"hf"} else whole
         if not torch.equal(mapping.hf_to_megatron(given, module), weight):
-            wrong["hf_to_megatron"].append(task.name)
+            wrong["hf_to_megatron"].append(task.global_param_name)
         for name, tensor in mapping.megatron_to_hf(weight, module).items():
             wrong["names"].append(name)
             if not torch.equal(tensor, read(name)):

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.backends.selection import get_backend
 from megatron.bridge.models.backends.torch_attention import TorchCoreAttention
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import Qwen3VLModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import decoder_spec
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.deepstack import DeepstackTransformerLayer
 from megatron.bridge.models.wrapping import unwrapped
@@ -102,6 +104,144 @@ def test_a_hook_that_returns_no_list_of_modules(
     provider.register_pre_wrap_hook(counts_layers)
     with pytest.raises(InputError, match=rf"counts_layers returned {message}; expected a list"):
         build(provider)
+
+
+def test_hooks_given_to_the_call_come_after_those_registered() -> None:
+    called: list[str] = []
+
+    def of_name(name: str) -> Callable[[Any], Any]:
+        return lambda chunks: called.append(f"{name} {type(chunks[0]).__name__}")
+
+    provider = small_provider()
+    provider.register_pre_wrap_hook(of_name("pre"))
+    provider.register_post_wrap_hook(of_name("post"))
+    provider.register_post_wrap_hook(of_name("early"), prepend=True)
+    model = build(
+        provider,
+        wrap_with_ddp=True,
+        pre_wrap_hook=[of_name("one"), of_name("two")],
+        post_wrap_hook=wrap,
+    )
+    plain, wrapped = "Qwen3VLModel", "DistributedDataParallel"
+    assert called == [
+        *(f"{name} {plain}" for name in ("pre", "one", "two")),
+        *(f"{name} {wrapped}" for name in ("early", "post")),
+    ]
+    assert type(model) is Wrapped
+    assert type(model.module) is DistributedDataParallel
+    build(copy.deepcopy(provider), wrap_with_ddp=True)
+    assert called[5:] == [*called[:1], *called[3:5]]
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_dtypes_and_their_wrapper(name: str) -> None:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    other = {"fp16": "bf16", "bf16": "fp16"}[name]
+    provider = small_provider()
+    model = build(
+        provider, mixed_precision_wrapper=Float16Module, **{name: True, other: False}
+    ).eval()
+    assert type(model) is Float16Module
+    assert (provider.params_dtype, getattr(provider, name)) == (dtype, True)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS, **PICTURE)
+        assert logits.dtype == torch.float32
+        assert torch.equal(model.module(input_ids=TOKENS, **PICTURE).float(), logits)
+    # None of them: the provider's own.
+    assert build(provider).language_model.output_layer.weight.dtype == dtype
+    with pytest.raises(ConfigError, match=rf"{name}=False, and .* params_dtype is {dtype}; leave"):
+        build(provider, **{name: False})
+    setattr(provider, name, False)
+    with pytest.raises(ConfigError, match=rf"fp16=False .* the wrapper reads; give {name}"):
+        build(provider, mixed_precision_wrapper=Float16Module)
+    with pytest.raises(ConfigError, match="fp16=True and bf16=True"):
+        build(provider, fp16=True, bf16=True)
+    # A model in float32 needs none.
+    single = build(small_provider(), bf16=False, mixed_precision_wrapper=Float16Module)
+    assert type(single) is Qwen3VLModel
+
+
+@pytest.mark.parametrize("name", ["use_megatron_fsdp", "use_torch_fsdp2"])
+def test_other_wrappers_are_refused(name: str) -> None:
+    build(small_provider(), **{name: False})
+    with pytest.raises(ConfigError, match=rf"^{name}=True: .*DataParallel alone; leave"):
+        build(small_provider(), **{name: True})
+
+
+def test_chunks_without_memory() -> None:
+    model = build(small_provider("qwen3_5_moe"), init_model_with_meta_device=True)
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+    provider = small_provider(init_model_with_meta_device=True)
+    assert next(build(provider).parameters()).is_meta
+    with pytest.raises(ConfigError, match=r"init_model_with_meta_device=True, and Dist.*=False"):
+        build(provider, wrap_with_ddp=True)
+    provider.register_pre_wrap_hook(lambda _: None, fills=True)
+    with pytest.raises(ConfigError, match=r"and a hook fills .*load_weights=False"):
+        build(provider)
+    assert not next(build(provider, init_model_with_meta_device=False).parameters()).is_meta
+
+
+def test_how_values_are_drawn() -> None:
+    def drawn(seed: int | None, **arguments: Any) -> torch.Tensor:
+        model = build(small_provider(), seed=seed, **arguments)
+        weight = model.language_model.output_layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.detach()
+
+    first, again = drawn(7), drawn(7, data_parallel_random_init=True)
+    assert torch.equal(first, again)
+    assert not torch.equal(drawn(None), first)
+    on_cpu = drawn(7, use_cpu_initialization=True)
+    assert on_cpu.device.type == "cpu"
+    assert on_cpu.std() > 0
+
+
+def test_one_bucket_of_gradients() -> None:
+    config = {"overlap_grad_reduce": True, "bucket_size": 100}
+    counts = []
+    for asked in (False, True):
+        model = build(
+            small_provider(),
+            wrap_with_ddp=True,
+            ddp_config=DistributedDataParallelConfig(**config),
+            overlap_param_gather_with_optimizer_step=asked,
+        )
+        counts.append(sum(len(buffer.buckets) for buffer in model.buffers))
+    assert counts[0] > 5
+    assert counts[1] == 1
+
+
+def test_process_groups_of_the_client() -> None:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    build(small_provider(), pg_collection=groups, wrap_with_ddp=True)
+    some = ProcessGroupCollection()
+    some.tp = groups.tp
+    build(small_provider(), pg_collection=some)
+
+
+def test_initialize_model_parallel() -> None:
+    provider = small_provider()
+    provider.initialize_model_parallel(seed=5, seed_kwargs={"force_reset_rng": True})
+    drawn = build(provider).language_model.output_layer.weight
+    provider.initialize_model_parallel(seed=5)
+    assert torch.equal(build(provider).language_model.output_layer.weight, drawn)
+    provider.initialize_model_parallel()  # leaves the states
+    assert not torch.equal(build(provider).language_model.output_layer.weight, drawn)
+    for arguments, message in (
+        (
+            {"seed_kwargs": {"tp_rnk": 3}},
+            "cuda_manual_seed has no argument 'tp_rnk'",
+        ),
+        ({"seed_kwargs": {"seed": 3}}, "seed does not belong here"),
+        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size does not belong here"),
+        ({"nccl": 2}, "initialize_model_parallel has no argument 'nccl'; it has .*order"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            provider.initialize_model_parallel(**arguments)
+    provider.tensor_model_parallel_size = 2
+    with pytest.raises(ConfigError, match="the process groups were made for 1"):
+        provider.initialize_model_parallel()
 
 
 def test_a_misspelled_field_is_refused() -> None:

@@ -212,7 +212,7 @@ def test_tasks_cover_every_parameter(bridge: AutoBridge, model: list[Any]) -> No
     assert len(tasks) == len(list(model[0].parameters()))
     names = {name for task in tasks for name in task.mapping.hf_params.values()}
     assert names == set(bridge.hf_pretrained.tensors)
-    by_name = {task.name: task for task in tasks}
+    by_name = {task.global_param_name: task for task in tasks}
     task = by_name["language_model.decoder.layers.1.self_attention.linear_qkv.weight"]
     assert (
         task.megatron_module is model[0].language_model.decoder.layers[1].self_attention.linear_qkv

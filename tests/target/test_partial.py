@@ -137,6 +137,7 @@ def test_a_target_that_appears_meanwhile(tmp_path: Path, expected: dict[str, byt
     def work(partial: ResumableFolder) -> None:
         write(partial)
         target.mkdir()
+        (target / "config.json").touch()
         partial.commit()
 
     with pytest.raises(TargetExists, match="exists already") as raised:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,11 +39,55 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("files", [[], ["config.json", "old"]])
-def test_an_existing_model_is_replaced_by_force(tmp_path: Path, files: list[str]) -> None:
+def test_an_empty_folder_is_as_good_as_none(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    for name in files:
+    with pytest.raises(ValueError, match="stop"), staged_folder(target):
+        raise ValueError("stop")
+    assert listing(tmp_path) == ["target"]
+    with staged_folder(target) as folder:
+        (folder / "new").touch()
+    assert listing(tmp_path) == ["target", "target/new"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(TargetExists, match="link exists"):
+        staged_folder(tmp_path / "link").__enter__()
+
+
+def test_files_that_are_no_weights_stay_where_that_is_wanted(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    for name in ("config.json", "thesis.txt"):
+        (target / name).write_text("old")
+    for force in (False, True):
+        name = f"{force}.json"
+        if force:  # no model any more, so that it cannot be replaced
+            (target / "config.json").unlink()
+        with staged_folder(target, force=force, beside_files=True) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / name).touch()
+        assert (target / "sub" / name).exists()
+    assert (target / "thesis.txt").read_text() == "old"
+    before = listing(tmp_path)
+    with (
+        pytest.raises(TargetExists, match=r"thesis\.txt exists already"),
+        staged_folder(target, beside_files=True) as folder,
+    ):
+        shutil.copytree(target, folder, dirs_exist_ok=True)
+    assert listing(tmp_path) == before
+    (target / "config.json").touch()
+    (target / "model.safetensors").touch()
+    with pytest.raises(TargetExists, match="target exists already; choose"):
+        staged_folder(target, beside_files=True).__enter__()
+    with staged_folder(target, force=True, beside_files=True) as folder:
+        (folder / "new").touch()
+    assert listing(tmp_path) == ["target", "target/new"]
+
+
+def test_an_existing_model_is_replaced_by_force(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    for name in ("config.json", "old"):
         (target / name).touch()
     before = listing(tmp_path)
     with pytest.raises(TargetExists, match="target exists already"), staged_folder(target):
@@ -97,8 +142,8 @@ def test_a_folder_that_cannot_be_renamed(
 def test_a_target_that_appears_meanwhile(tmp_path: Path) -> None:
     target = tmp_path / "target"
     with pytest.raises(TargetExists, match="meanwhile"), staged_folder(target):
-        target.mkdir()
-    assert listing(tmp_path) == ["target"]
+        (target / "file").mkdir(parents=True)
+    assert listing(tmp_path) == ["target", "target/file"]
 
 
 def test_a_killed_process_leaves_the_target_alone(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from megatron.bridge.auto_bridge import AutoBridge
     from megatron.bridge.live.hf_strategy import HuggingFaceStrategy
 
-__all__ = ["AutoBridge", "HuggingFaceStrategy"]
+    __version__: str
+
+__all__ = ["AutoBridge", "HuggingFaceStrategy", "__version__"]
 
 _MODULES = {
     "AutoBridge": "megatron.bridge.auto_bridge",
@@ -19,6 +21,10 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a class when it is asked for: the command line must answer at once."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("megatron-bridge-vl")
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

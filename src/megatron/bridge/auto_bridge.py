@@ -6,13 +6,15 @@ model = provider.provide_distributed_model(wrap_with_ddp=False)
 bridge.save_hf_pretrained(model, "out")
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import Iteration, iteration_folder
+from megatron.bridge.live.save_options import SaveKeywords, SaveOptions, one_dtype
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.model_bridge import (
     DEFAULTS,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from megatron.bridge.live.conversion_tasks import ConversionTask
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.model_provider import ModelProvider
+    from megatron.bridge.models.wrapping import BuildKeywords
 
 type Model = Sequence[torch.nn.Module]
 
@@ -71,6 +74,10 @@ class AutoBridge:
         revision: str | None = None,
         trust_remote_code: bool = False,
         experts: str | None = None,
+        dtype: DType | None = None,
+        torch_dtype: DType | None = None,
+        device_map: Any = None,
+        **config_values: Any,
     ) -> Self:
         """A folder, or a hub id ("org/name" or "org/name@revision").
 
@@ -80,14 +87,28 @@ class AutoBridge:
             trust_remote_code: whether transformers may run Python code that comes with the model.
             experts: how routed experts lie in the files (ExpertLayout). Without it that is found
                 from names and shapes; a layout that these contradict is refused.
+            dtype: of the Megatron models that are made of it; None and "auto" for that of most of
+                the files. Tensors that are exported keep the dtypes of the files.
+            torch_dtype: `dtype`, as transformers called it before 5.
+            device_map: no model of transformers is loaded, so only "cpu" or "auto".
+            **config_values: in the place of those in config.json, as if set on
+                `hf_pretrained.config`; a dict for a part of it: text_config={...}.
 
         Raises:
+            InputError: an argument cannot be honoured, or the config has no value of a name.
             ReferenceNotFound: there is no such folder, repository or revision.
             CheckpointError: the folder is of another format, or holds an adapter.
             ConfigError: the config cannot be read.
             UnsupportedModel: no bridge converts the model.
         """
-        hf = PreTrainedVLM.from_pretrained(path, revision, trust_remote_code)
+        _check_device_map("from_hf_pretrained", device_map)
+        asked = one_dtype(_unless_auto(dtype), _unless_auto(torch_dtype), "torch_dtype")
+        model_dtype = None if asked is None else weight_dtype(asked)
+        hf = PreTrainedVLM.from_pretrained(
+            path, revision, trust_remote_code, model_dtype=model_dtype
+        )
+        if config_values:
+            hf.set_on_config(config_values)
         bridge = cls(hf, experts=experts)
         _ = bridge.model_bridge
         return bridge
@@ -96,6 +117,42 @@ class AutoBridge:
     def from_hf_config(cls, config: "PretrainedConfig | Mapping[str, Any]") -> Self:
         """A config alone: models can be built and weights exported, but none are at hand."""
         bridge = cls(PreTrainedVLM.from_config(config))
+        _ = bridge.model_bridge
+        return bridge
+
+    @classmethod
+    def from_auto_config(
+        cls,
+        megatron_path: PathLike,
+        hf_model_id: PathLike | None = None,
+        trust_remote_code: bool = False,
+        *,
+        iteration: Iteration | None = None,
+    ) -> Self:
+        """The model of a Megatron checkpoint: its config is the one that the checkpoint records.
+
+        Args:
+            megatron_path: the folder of the checkpoint.
+            hf_model_id: where tokenizer, processor and the other files come from, and the config if
+                the checkpoint records none; None for the one that it names.
+            trust_remote_code: as in `from_hf_pretrained`.
+            iteration: as of `load_megatron_model`.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it says nothing of its model and
+                `hf_model_id` is not given.
+            BridgeError: as `from_hf_pretrained`.
+        """
+        from megatron.bridge.formats.config_record import read_hf_config, read_record
+
+        folder = iteration_folder(local_path(megatron_path), iteration)
+        record = read_record(folder)
+        config = None if record is None else record.hf
+        named = hf_model_id or (None if record is None else record.hf_model_id)
+        if named is None:
+            return cls.from_hf_config(read_hf_config(folder).data)
+        hf = PreTrainedVLM.from_pretrained(named, None, trust_remote_code, config=config)
+        bridge = cls(hf)
         _ = bridge.model_bridge
         return bridge
 
@@ -167,11 +224,17 @@ class AutoBridge:
         return provider
 
     def to_megatron_model(
-        self, load_weights: bool = True, *, wrap_with_ddp: bool = False
+        self, load_weights: bool = True, **build: "Unpack[BuildKeywords]"
     ) -> "list[torch.nn.Module]":
-        """Build this rank's chunks of the model, by default with weights and without DDP."""
+        """Build this rank's chunks of the model, by default with weights and without DDP.
+
+        Args:
+            load_weights: fill the model.
+            **build: for `provide_distributed_model` of the provider.
+        """
         provider = self.to_megatron_provider(load_weights)
-        return list(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp))
+        build.setdefault("wrap_with_ddp", False)
+        return provider.provide_distributed_model(**build)
 
     def load_hf_weights(
         self,
@@ -179,6 +242,7 @@ class AutoBridge:
         hf_path: PathLike | None = None,
         progress: Progress | None = None,
         *,
+        allowed_mismatched_params: Collection[str] | None = None,
         experts: str | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
     ) -> None:
@@ -191,6 +255,9 @@ class AutoBridge:
             model: the chunks of this rank.
             hf_path: a folder or hub id; None for this model's files.
             progress: is told how many bytes are loaded.
+            allowed_mismatched_params: parameters that may be missing from the files, or have
+                another shape there, by their names in Megatron ("output_layer.weight"), with ``*``
+                for anything. They are left as they are then.
             experts: as in `from_hf_pretrained`.
             round: round values that do not fit instead of raising InexactCast.
 
@@ -209,6 +276,7 @@ class AutoBridge:
             progress,
             experts=experts or source.experts,
             casting=Casting(round, ways_out),
+            allowed=allowed_mismatched_params or (),
         )
 
     def export_hf_weights(
@@ -216,7 +284,11 @@ class AutoBridge:
         model: Model,
         *,
         cpu: bool = True,
+        show_progress: bool = False,
+        conversion_tasks: "Iterable[ConversionTask] | None" = None,
+        merge_adapter_weights: bool = True,
         dtype: DType | None = None,
+        weight_dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
     ) -> Iterator[HFWeight]:
         """Every Hugging Face tensor of a live model, by name, in the order of the files.
@@ -224,43 +296,43 @@ class AutoBridge:
         Args:
             model: the chunks of this rank.
             cpu: move tensors to the CPU.
+            show_progress: as lines on stderr.
+            conversion_tasks: of `get_conversion_tasks`; only tensors that their parameters make
+                are given, with the values of their `param_weight`.
+            merge_adapter_weights: accepted as other bridges have it; a model whose adapters are not
+                merged into its weights is refused by the names of their parameters.
             dtype: of the tensors; what the release keeps in float32 stays so. None for the dtype
                 that each has in its file.
+            weight_dtype: `dtype`, as other bridges call it.
             round: round values that do not fit instead of raising InexactCast.
 
         Yields:
             The tensors.
 
         Raises:
-            InputError: this rank does not hold the whole model.
+            InputError: this rank does not hold the whole model, or the tasks do not make whole
+                tensors.
             InexactCast: values do not fit their dtype.
         """
-        from megatron.bridge.live.weights import export_weights, plan_of_model
+        from megatron.bridge.live.task_export import export_some
+        from megatron.bridge.live.weights import plan_of_model
 
-        plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=dtype)
-        for name, tensor in export_weights(model, plan, _casting_of(round=round)):
+        kept = one_dtype(dtype, weight_dtype)
+        plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=kept)
+        show = shown(None, as_lines=show_progress)
+        for name, tensor in export_some(
+            model, plan, conversion_tasks, _casting_of(round=round), show
+        ):
             yield HFWeight(name, tensor.cpu() if cpu else tensor)
 
     def save_hf_weights(
-        self,
-        model: Model,
-        path: PathLike,
-        *,
-        dtype: DType | None = None,
-        round: bool = False,  # noqa: A002 - the name of the option
-        force: bool = False,
+        self, model: Model, path: PathLike, **options: Unpack[SaveKeywords]
     ) -> None:
         """Write a live model's weights and nothing else; see `save_hf_pretrained`."""
-        self._save(model, path, dtype, round=round, side_files=False, force=force)
+        self._save(model, path, SaveOptions.of("save_hf_weights", options), side_files=False)
 
     def save_hf_pretrained(
-        self,
-        model: Model,
-        path: PathLike,
-        *,
-        dtype: DType | None = None,
-        round: bool = False,  # noqa: A002 - the name of the option
-        force: bool = False,
+        self, model: Model, path: PathLike, **options: Unpack[SaveKeywords]
     ) -> None:
         """Write a folder that transformers loads: weights, config, tokenizer, processor and all.
 
@@ -268,20 +340,28 @@ class AutoBridge:
 
         Args:
             model: the chunks of this rank.
-            path: the folder, which is complete or not there.
-            dtype: as in `export_hf_weights`; config.json then states it, too.
-            round: as in `export_hf_weights`.
-            force: replace a folder that exists.
+            path: the folder, which is complete or not there. It may be empty, or hold files that
+                are no weights and that have other names; these stay.
+            **options: see SaveOptions. With `dtype`, config.json states it, too.
 
         Raises:
-            TargetExists: `path` exists, and `force` is not set.
+            TargetExists: `path` holds a model, and `force` is not set.
             PlanError: the ranks do not hold the model.
-            InputError: another rank cannot go on.
+            InputError: another rank cannot go on, or an option cannot be honoured.
             InexactCast: values do not fit their dtype.
         """
-        self._save(model, path, dtype, round=round, side_files=True, force=force)
+        self._save(model, path, SaveOptions.of("save_hf_pretrained", options), side_files=True)
 
-    def save_megatron_model(self, model: Model, path: PathLike, *, force: bool = False) -> None:
+    def save_megatron_model(
+        self,
+        model: Model,
+        path: PathLike,
+        hf_tokenizer_path: PathLike | None = None,
+        low_memory_save: bool = False,
+        hf_tokenizer_kwargs: Mapping[str, Any] | None = None,
+        *,
+        force: bool = False,
+    ) -> None:
         """Write a live model as a torch_dist checkpoint, in the model's own dtypes.
 
         Every rank calls this, at any parallel layout, and writes its part of one folder.
@@ -289,17 +369,30 @@ class AutoBridge:
         Args:
             model: the chunks of this rank.
             path: the folder, which is complete or not there.
+            hf_tokenizer_path: a folder or hub id that the config record names, for trainers; the
+                tokenizer's files stay where they are.
+            low_memory_save: accepted as other bridges have it; parameters are always written from
+                where they are, without a copy.
+            hf_tokenizer_kwargs: for that tokenizer, of plain values.
             force: replace a folder that exists.
 
         Raises:
             TargetExists: `path` exists, and `force` is not set.
             PlanError: the ranks do not hold the model.
-            InputError: another rank cannot go on.
+            InputError: another rank cannot go on, or arguments are given for a tokenizer that is
+                not.
         """
+        from megatron.bridge.formats.config_record import TokenizerRecord
         from megatron.bridge.live.megatron_checkpoint import save_model
 
+        tokenizer = None
+        if hf_tokenizer_path is not None:
+            tokenizer = TokenizerRecord(os.fspath(hf_tokenizer_path), hf_tokenizer_kwargs or {})
+        elif hf_tokenizer_kwargs:
+            raise InputError("hf_tokenizer_kwargs without hf_tokenizer_path; give both, or neither")
+
         hf, target = self.hf_pretrained, local_path(path)
-        save_model(model, target, hf, experts=self.experts, force=force)
+        save_model(model, target, hf, experts=self.experts, tokenizer=tokenizer, force=force)
 
     def load_megatron_model(
         self,
@@ -310,6 +403,7 @@ class AutoBridge:
         round: bool = False,  # noqa: A002 - the name of the option
         mp_overrides: Mapping[str, Any] | None = None,
         wrap_with_ddp: bool = False,
+        skip_temp_dist_context: bool | None = None,
     ) -> "list[torch.nn.Module]":
         """Build this rank's chunks of the model, filled from a torch_dist checkpoint of any layout.
 
@@ -320,6 +414,8 @@ class AutoBridge:
             round: round values that the model does not hold instead of raising InexactCast.
             mp_overrides: fields of the provider, set before it builds, such as the parallel sizes.
             wrap_with_ddp: wrap each chunk in megatron-core's DistributedDataParallel.
+            skip_temp_dist_context: True refuses to make torch.distributed's process group. None and
+                False make it where there is none; it stays.
 
         Raises:
             CheckpointError: the checkpoint cannot be read.
@@ -330,6 +426,8 @@ class AutoBridge:
         from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
         from megatron.bridge.live.megatron_checkpoint import provider_of_checkpoint
 
+        if skip_temp_dist_context:
+            _require_process_group("skip_temp_dist_context=True")
         provider = provider_of_checkpoint(
             TorchDistCheckpoint(local_path(path), iteration),
             self.hf_pretrained,
@@ -378,11 +476,7 @@ class AutoBridge:
         from megatron.bridge.operations.convert import import_checkpoint
 
         chosen = ConversionOptions.of("import_ckpt", ImportKeywords, options)
-        if device_map not in (None, "cpu", "auto"):
-            raise InputError(
-                f"device_map={device_map!r}: import_ckpt builds no model, files are converted to "
-                "files; leave it out"
-            )
+        _check_device_map("import_ckpt", device_map)
         target = local_path(megatron_path)
         check_target(target, [hf_model_id], force=chosen.force)
         source = cls.from_hf_pretrained(
@@ -452,33 +546,57 @@ class AutoBridge:
         return None if record is None else record.hf_model_id
 
     def get_conversion_tasks(self, model: Model) -> "list[ConversionTask]":
-        """The row of every parameter of a live model. Raises PlanError for one without a row."""
+        """The row of every parameter of the whole model, the same list on every rank; a collective.
+
+        Raises:
+            PlanError: a parameter has no row.
+        """
         from megatron.bridge.live.conversion_tasks import conversion_tasks
 
         return conversion_tasks(model, self.model_bridge.mapping_registry())
 
     def _save(
-        self,
-        model: Model,
-        path: PathLike,
-        dtype: DType | None,
-        *,
-        round: bool,  # noqa: A002 - the name of the option
-        side_files: bool,
-        force: bool,
+        self, model: Model, path: PathLike, options: SaveOptions, *, side_files: bool
     ) -> None:
         from megatron.bridge.live.save import save_folder
 
-        save_folder(
-            model,
-            local_path(path),
-            self.hf_pretrained,
-            experts=self.experts,
-            side_files=side_files,
-            dtype=dtype,
-            casting=_casting_of(round=round),
-            force=force,
+        like = options.source_path
+        source = self if like is None else type(self).from_hf_pretrained(like)
+        with shown(options.progress, as_lines=options.show_progress)() as progress:
+            save_folder(
+                model,
+                local_path(path),
+                source.hf_pretrained,
+                experts=self.experts,
+                side_files=side_files,
+                dtype=options.chosen_dtype,
+                casting=_casting_of(round=options.round),
+                force=options.force,
+                progress=progress,
+            )
+
+
+def _check_device_map(method: str, given: Any) -> None:
+    """Raise InputError for a device that nothing will be on."""
+    if given not in (None, "cpu", "auto"):
+        raise InputError(
+            f"device_map={given!r}: {method} loads no model of transformers, files are read as "
+            "they are; leave it out"
         )
+
+
+def _require_process_group(asked: str) -> None:
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise InputError(
+            f"{asked}: torch.distributed is not initialized; call "
+            "torch.distributed.init_process_group() first, or leave it out"
+        )
+
+
+def _unless_auto(dtype: DType | None) -> DType | None:
+    return None if dtype == "auto" else dtype
 
 
 def _check_dtype(given: "torch.dtype | str | None", source: PreTrainedVLM) -> None:

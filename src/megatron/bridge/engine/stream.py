@@ -110,11 +110,17 @@ def write_pieces(
         run_in_threads(pieces, work, budget.threads)
 
 
-def write_files(folder: Path, files: Sequence[OutputFile], fill: FillTensor) -> None:
+def write_files(
+    folder: Path,
+    files: Sequence[OutputFile],
+    fill: FillTensor,
+    progress: Progress | None = None,
+) -> None:
     """Write all of some files into an existing folder, with the default budget and no record."""
-    budget = Budget.of()
-    pieces = (piece for file in files for piece in pieces_of(file, budget.piece_bytes))
-    write_pieces(folder, files, pieces, fill, budget, on_file=lambda *_: None, progress=Silent())
+    budget, shown = Budget.of(), progress or Silent()
+    pieces = [piece for file in files for piece in pieces_of(file, budget.piece_bytes)]
+    shown.start("save", sum(piece.tensor_bytes for piece in pieces))
+    write_pieces(folder, files, pieces, fill, budget, on_file=lambda *_: None, progress=shown)
     for file in files:
         if not file.parts:
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from megatron.bridge.errors import CheckpointError
+from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.regular_file import read_regular
 from megatron.bridge.models.hf_pretrained.strict_json import parse_object
@@ -47,15 +47,57 @@ class ConfigRecord:
     hf_model_id: str | None = None
 
 
-def config_record(provider: str, settings: Mapping[str, Any], hf: HFConfig) -> bytes:
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that a client trains a checkpoint with; nothing here reads it.
+
+    Attributes:
+        path: the Hugging Face folder or hub id that it comes from.
+        kwargs: for transformers' AutoTokenizer.
+    """
+
+    path: str
+    kwargs: Mapping[str, Any]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As trainers find it in the record."""
+        return {
+            "tokenizer_type": "HuggingFaceTokenizer",
+            "tokenizer_model": self.path,
+            "hf_tokenizer_kwargs": dict(self.kwargs),
+        }
+
+
+def config_record(
+    provider: str,
+    settings: Mapping[str, Any],
+    hf: HFConfig,
+    tokenizer: TokenizerRecord | None = None,
+) -> bytes:
     """The content of the record.
 
     Args:
         provider: dotted path of the provider class.
         settings: its fields as plain values.
         hf: the Hugging Face config of the model.
+        tokenizer: a tokenizer to name beside it.
+
+    Raises:
+        InputError: an argument of the tokenizer is no plain value.
     """
-    record = {"model": {"_target_": provider, **settings}, "hf": {"config": hf.data}}
+    record: dict[str, Any] = {
+        "model": {"_target_": provider, **settings},
+        "hf": {"config": hf.data},
+    }
+    if tokenizer is not None:
+        try:
+            json.dumps(tokenizer.entry)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"hf_tokenizer_kwargs: {error}; a checkpoint records plain values only"
+            ) from error
+        record["tokenizer"] = tokenizer.entry
     return yaml.dump(record, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode()
 
 

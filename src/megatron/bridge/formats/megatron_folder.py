@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.bridge.engine.pieces import PIECE_BYTES, OutputFile
-from megatron.bridge.formats.config_record import CONFIG_RECORD, config_record
+from megatron.bridge.formats.config_record import CONFIG_RECORD, TokenizerRecord, config_record
 from megatron.bridge.formats.iterations import TRACKER_FILE, folder_name
 from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.models.conversion.plan import ConversionPlan
@@ -26,6 +26,7 @@ def megatron_files(
     provider: str,
     settings: Mapping[str, Any],
     hf_config: HFConfig,
+    tokenizer: TokenizerRecord | None = None,
     tensors: Mapping[str, TensorSpec] | None = None,
     place: Callable[[str], TensorInfo | None] = lambda _: None,
     strides: bool = False,
@@ -40,6 +41,7 @@ def megatron_files(
         provider: dotted path of the provider class, for the config record.
         settings: fields of the provider, for the config record.
         hf_config: of the model, for the config record.
+        tokenizer: for the config record.
         tensors: those of the plan, where their dtypes differ.
         place: see `chunks_of`; where it says None, elements are put together.
         strides: see `chunks_of`.
@@ -58,7 +60,7 @@ def megatron_files(
         max_file_bytes=max_file_bytes or MAX_FILE_BYTES,
         folder=folder,
     )
-    record = config_record(provider, settings, hf_config)
+    record = config_record(provider, settings, hf_config, tokenizer)
     return (
         *data,
         OutputFile.of_bytes(f"{folder}/{CONFIG_RECORD}", record),

@@ -10,6 +10,7 @@ import torch
 from megatron.bridge.dtypes import TORCH_NAME_OF, can_be_cast, safetensors_dtype, widest
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import PlanError
+from megatron.bridge.formats.config_record import TokenizerRecord
 from megatron.bridge.formats.file_plans import as_stored, weight_tensors
 from megatron.bridge.formats.megatron_folder import megatron_files
 from megatron.bridge.formats.torch_dist.file_layout import writer_of
@@ -49,6 +50,7 @@ def save_model(
     hf: PreTrainedVLM,
     *,
     experts: str | None = None,
+    tokenizer: TokenizerRecord | None = None,
     force: bool = False,
 ) -> None:
     """Write the weights of a model, in its own dtypes, as target/iter_0000000.
@@ -60,6 +62,7 @@ def save_model(
         target: the folder, which is complete or not there; all ranks see it.
         hf: what the model was made of, for the config record.
         experts: see `plan_of_model`.
+        tokenizer: for the config record.
         force: replace a target that exists.
 
     Raises:
@@ -84,6 +87,7 @@ def save_model(
         provider=bridge_for(hf.hf_config.architecture).provider,
         settings=_provider_settings(hf, plan, held),
         hf_config=config_in_dtype(hf.unquantized_config, saved),
+        tokenizer=tokenizer,
         tensors={key: held[key] for key in plan.megatron},
         chunks=[_in_order(plan, roster.main_of(rank)) for rank in range(len(roster.by_rank))],
     )

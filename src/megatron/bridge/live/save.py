@@ -20,6 +20,7 @@ from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_export
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.progress import Progress
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.arrays import Array
@@ -38,6 +39,7 @@ def save_folder(
     dtype: DType | None = None,
     casting: Casting = EXACTLY,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Write the weights of a model as a folder laid out like `reference`.
 
@@ -45,16 +47,18 @@ def save_folder(
 
     Args:
         model: the chunks of this rank.
-        target: the folder, which is complete or not there; all ranks see it.
+        target: the folder, which is complete or not there; all ranks see it. What a folder holds
+            that is no model stays in it.
         reference: also where the tensors come from that the plan carries over.
         experts: see `plan_of_model`.
         side_files: whether everything else in the folder is copied, too.
         dtype: of the tensors, and then config.json states it; None leaves both.
         casting: of values that the dtypes in the files do not hold.
-        force: replace a target that exists.
+        force: replace a target that holds a model.
+        progress: is told how many bytes are written.
 
     Raises:
-        TargetExists: the target exists, and `force` is not set.
+        TargetExists: see `check_target`; `force` is not set.
         PlanError: the ranks do not hold the model.
         InexactCast: see `casting`.
         InputError: another rank cannot go on.
@@ -62,7 +66,7 @@ def save_folder(
     ranks = Ranks()
 
     def planned() -> tuple[ConversionPlan, list[LocalTensor]]:
-        check_target(target, [reference.name_or_path], force=force)
+        check_target(target, [reference.name_or_path], force=force, beside_files=True)
         plan = plan_of_model(reference, model, experts=experts, dtype=dtype)
         return plan, planned_tensors(model, plan)
 
@@ -73,12 +77,12 @@ def save_folder(
     if side_files:
         stated = None if dtype is None else weight_dtype(dtype)
         files += side_file_copies(reference, dtype=stated)
-    with staged_by_ranks(target, ranks, force=force) as staged:
+    with staged_by_ranks(target, ranks, force=force, beside_files=True) as staged:
         if ranks.count > 1:
             shared = SharedFiles(staged, files, plan.hf)
             write_by_ranks(shared, ranks, plan, main, lambda: reference.weights, casting)
         else:
-            _write_alone(staged, files, plan, LiveTensors(main), reference, casting)
+            _write_alone(staged, files, plan, LiveTensors(main), reference, casting, progress)
 
 
 def _write_alone(
@@ -88,10 +92,11 @@ def _write_alone(
     source: Source,
     reference: PreTrainedVLM,
     casting: Casting,
+    progress: Progress | None,
 ) -> None:
     """From the first byte of each file to the last, past the page cache where that is faster."""
 
     def fill(name: str, box: Box, out: Array) -> None:
         fill_export(plan, name, box, out, source, lambda: reference.weights, casting)
 
-    write_files(folder, files, fill)
+    write_files(folder, files, fill, progress)

@@ -18,13 +18,16 @@ _STAGED = ".hugging-face.partial"
 
 
 @contextmanager
-def staged_by_ranks(target: Path, ranks: Ranks, *, force: bool = False) -> Iterator[Path]:
+def staged_by_ranks(
+    target: Path, ranks: Ranks, *, force: bool = False, beside_files: bool = False
+) -> Iterator[Path]:
     """`staged_folder`, made and renamed by one of the ranks; all of them write into it.
 
     Args:
         target: where the folder is to appear.
         ranks: each enters and leaves the block. What one raises in it, all have to raise.
-        force: replace an old target, once the new one is complete.
+        force: as of `staged_folder`.
+        beside_files: as of `staged_folder`.
 
     Yields:
         The new folder.
@@ -36,7 +39,8 @@ def staged_by_ranks(target: Path, ranks: Ranks, *, force: bool = False) -> Itera
     """
     _check_same(target, ranks)
     with ExitStack() as first:
-        staged = ranks.told(lambda: first.enter_context(staged_folder(target, force=force)))
+        folder = staged_folder(target, force=force, beside_files=beside_files)
+        staged = ranks.told(lambda: first.enter_context(folder))
         ranks.together(lambda: _check_seen(target, staged))
         yield staged
         ranks.first(first.close)

@@ -1,6 +1,6 @@
 """Weights of live Megatron models: filled from and read as Hugging Face tensors, by the plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from megatron.bridge.live.local_tensors import (
     check_planned,
     local_tensors,
 )
+from megatron.bridge.live.mismatched import without_mismatched
 from megatron.bridge.live.ranks import Ranks
 from megatron.bridge.live.roster import Roster
 from megatron.bridge.models.catalog import bridge_for
@@ -79,6 +80,7 @@ def fill_from_files(
     *,
     experts: str | None = None,
     casting: Casting = EXACTLY,
+    allowed: Collection[str] = (),
 ) -> None:
     """Fill this rank's chunks from the files of `hf`; see `plan_of_model` and `load_weights`.
 
@@ -91,7 +93,7 @@ def fill_from_files(
             raise InputError(f"{hf.name_or_path}: there are no weights to load")
         return plan_of_model(hf, model, experts=experts)
 
-    load_weights(model, Ranks().together(planned), hf.weights, progress, casting)
+    load_weights(model, Ranks().together(planned), hf.weights, progress, casting, allowed)
 
 
 def load_weights(
@@ -100,6 +102,7 @@ def load_weights(
     source: Source,
     progress: Progress | None = None,
     casting: Casting = EXACTLY,
+    allowed: Collection[str] = (),
 ) -> None:
     """Fill the parameters of all ranks; each reads only the boxes that it holds.
 
@@ -112,6 +115,8 @@ def load_weights(
         source: of Hugging Face tensors.
         progress: is told how many bytes are loaded.
         casting: of a norm's w - 1 that its parameter does not hold.
+        allowed: parameters that may be others than those of the plan, see `without_mismatched`;
+            they are left as they are.
 
     Raises:
         PlanError: before anything is written, if the model and the plan do not have the same
@@ -120,10 +125,18 @@ def load_weights(
         InexactCast: see `casting`.
     """
     ranks, shown = Ranks(), progress or Silent()
-    tensors = ranks.together(lambda: planned_tensors(model, plan))
-    Roster.of(ranks, tensors).check_held(plan.megatron)
+
+    def held() -> tuple[ConversionPlan, list[LocalTensor]]:
+        if not allowed:
+            return plan, planned_tensors(model, plan)
+        rest, tensors = without_mismatched(plan, model, local_tensors(model), allowed)
+        check_planned(rest, tensors)
+        return rest, tensors
+
+    filled, tensors = ranks.together(held)
+    Roster.of(ranks, tensors).check_held(filled.megatron)
     shown.start("load", sum(local.data.nbytes for local in tensors))
-    ranks.together(lambda: fill_all(plan, tensors, source, casting, shown))
+    ranks.together(lambda: fill_all(filled, tensors, source, casting, shown))
 
 
 def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> list[LocalTensor]:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
@@ -25,6 +25,15 @@ from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.backends.activations import activation
 from megatron.bridge.models.backends.selection import uses_transformer_engine
+from megatron.bridge.models.building import (
+    asked_dtype,
+    broadcast_over_replicas,
+    check_groups,
+    in_ddp,
+    in_mixed_precision,
+    on_meta,
+    refuse_fsdp,
+)
 from megatron.bridge.models.pipeline_stages import (
     as_given,
     embedding_stages,
@@ -33,8 +42,15 @@ from megatron.bridge.models.pipeline_stages import (
     virtual_stages,
 )
 from megatron.bridge.models.without_values import build_without_values
-from megatron.bridge.models.wrapping import Chunks, PreWrapHook, chunks_after
-from megatron.bridge.runtime.cpu import activate_megatron_on_cpu, megatron_on_cpu
+from megatron.bridge.models.wrapping import (
+    Chunks,
+    MixedPrecisionWrapper,
+    ModelHook,
+    ModelHooks,
+    as_hooks,
+    chunks_after,
+)
+from megatron.bridge.runtime.cpu import activate_megatron_on_cpu
 from megatron.bridge.runtime.parallel import initialize_process_groups
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
@@ -83,7 +99,8 @@ class ModelProvider(TransformerConfig, ABC):
 
     def __post_init__(self) -> None:
         """Deferred to `finalize()`."""
-        self._pre_wrap_hooks: list[PreWrapHook] = []
+        self._pre_wrap_hooks: list[ModelHook] = []
+        self._post_wrap_hooks: list[ModelHook] = []
         self._is_filled = False
         self._derived: dict[str, Any] = {}
         self._set_by_megatron_core: set[str] = set()
@@ -105,7 +122,8 @@ class ModelProvider(TransformerConfig, ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A provider of its own. Functions, and so the hooks, are the same ones."""
-        memo[id(self._pre_wrap_hooks)] = list(self._pre_wrap_hooks)
+        for hooks in (self._pre_wrap_hooks, self._post_wrap_hooks):
+            memo[id(hooks)] = list(hooks)
         # A hook or a callback may be a method: of a bridge with its files, of a wrapper.
         memo.update((id(value), value) for value in vars(self).values() if callable(value))
         copied = object.__new__(type(self))
@@ -246,11 +264,14 @@ class ModelProvider(TransformerConfig, ABC):
         overrides = overrides or {}
         self._require_known(overrides)
         if dtype is not None:
-            self.params_dtype = dtype
-            self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+            self._set_dtype(dtype)
         self.set_fields(overrides)
         self.finalize()
         return self
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        self.params_dtype = dtype
+        self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
 
     def set_fields(self, values: Mapping[str, Any]) -> None:
         """Set fields by name. Raises AttributeError for another name; nothing is set then."""
@@ -309,9 +330,9 @@ class ModelProvider(TransformerConfig, ABC):
         return pre_process, post_process
 
     def register_pre_wrap_hook(
-        self, hook: PreWrapHook, prepend: bool = False, *, fills: bool = False
+        self, hook: ModelHook, prepend: bool = False, *, fills: bool = False
     ) -> None:
-        """Call `hook` with the list of built chunks, on their device, before DDP wraps them.
+        """Call `hook` with the list of built chunks, on their device, before anything wraps them.
 
         Args:
             hook: may change the chunks in place and return None, or return those to use from there
@@ -323,12 +344,64 @@ class ModelProvider(TransformerConfig, ABC):
         self._pre_wrap_hooks.insert(0 if prepend else len(self._pre_wrap_hooks), hook)
         self._is_filled |= fills
 
+    def register_post_wrap_hook(self, hook: ModelHook, prepend: bool = False) -> None:
+        """Call `hook` with the chunks that `provide_distributed_model` is about to return.
+
+        Args:
+            hook: as of `register_pre_wrap_hook`.
+            prepend: call it before all hooks that are registered already.
+        """
+        self._post_wrap_hooks.insert(0 if prepend else len(self._post_wrap_hooks), hook)
+
+    def initialize_model_parallel(
+        self,
+        seed: int | None = None,
+        seed_kwargs: Mapping[str, Any] | None = None,
+        **model_parallel_kwargs: Any,
+    ) -> None:
+        """Make torch.distributed, megatron-core's process groups and random states ready.
+
+        `provide_distributed_model` does the same where that was not done; groups that exist are
+        used as they are.
+
+        Args:
+            seed: of the random states, also where there are some; None leaves those, and begins
+                with 1234 where there are none.
+            seed_kwargs: further arguments of megatron-core's `model_parallel_cuda_manual_seed`.
+            **model_parallel_kwargs: further arguments of megatron-core's
+                `parallel_state.initialize_model_parallel`. The sizes are the provider's fields.
+
+        Raises:
+            ConfigError: the groups that exist are of other sizes, the number of processes does not
+                fit, or there is no argument of a name.
+        """
+        initialize_process_groups(
+            ParallelSizes.from_config(self),
+            seed=seed,
+            # Stock groups are right where the predictors are on the last stage.
+            embedding_stages=embedding_stages(self) if self.mtp_standalone else None,
+            seed_kwargs=seed_kwargs or {},
+            group_kwargs=model_parallel_kwargs,
+        )
+
     def provide_distributed_model(
         self,
         ddp_config: DistributedDataParallelConfig | None = None,
         *,
         wrap_with_ddp: bool = True,
-        seed: int = 1234,
+        seed: int | None = None,
+        fp16: bool | None = None,
+        bf16: bool | None = None,
+        use_megatron_fsdp: bool = False,
+        use_torch_fsdp2: bool = False,
+        overlap_param_gather_with_optimizer_step: bool = False,
+        data_parallel_random_init: bool = False,
+        use_cpu_initialization: bool | None = None,
+        init_model_with_meta_device: bool | None = None,
+        pre_wrap_hook: ModelHooks | None = None,
+        post_wrap_hook: ModelHooks | None = None,
+        mixed_precision_wrapper: MixedPrecisionWrapper | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> Chunks:
         """Build this rank's part of the model, ready for training or inference.
 
@@ -338,40 +411,73 @@ class ModelProvider(TransformerConfig, ABC):
         Args:
             ddp_config: for the wrapper; None for megatron-core's defaults.
             wrap_with_ddp: wrap each chunk in megatron-core's DistributedDataParallel.
-            seed: of the random states, where they are not initialized.
+            seed: of the random states; None leaves those that there are, or begins with 1234.
+            fp16: make the model in float16. False, and None, leave `params_dtype`.
+            bf16: the same of bfloat16.
+            use_megatron_fsdp: only False.
+            use_torch_fsdp2: only False.
+            overlap_param_gather_with_optimizer_step: keep the first chunk's gradients in one
+                bucket, which megatron-core needs for it.
+            data_parallel_random_init: give every data-parallel replica the values of the first,
+                for random states that differ between them.
+            use_cpu_initialization: set the field of this name; the model stays on the CPU.
+            init_model_with_meta_device: set the field of this name; the chunks are on the meta
+                device, without memory or values.
+            pre_wrap_hook: one or several, called after those that are registered.
+            post_wrap_hook: the same.
+            mixed_precision_wrapper: put around each chunk of a model in float16 or bfloat16, such
+                as megatron-core's Float16Module. None is needed: inputs are cast where they are
+                used.
+            pg_collection: process groups; they must be those of the parallel state.
 
         Returns:
             The chunks of this rank: one, or one per virtual pipeline stage.
 
         Raises:
-            ConfigError: see `finalize`.
+            ConfigError: see `finalize`; or an argument that cannot be honoured.
             InputError: a hook returned something else than as many modules as it got.
         """
+        refuse_fsdp(use_megatron_fsdp=use_megatron_fsdp, use_torch_fsdp2=use_torch_fsdp2)
+        if (dtype := asked_dtype(self.params_dtype, fp16, bf16)) is not None:
+            self._set_dtype(dtype)
+        if use_cpu_initialization is not None:
+            self.use_cpu_initialization = use_cpu_initialization
+        if init_model_with_meta_device is not None:
+            self.init_model_with_meta_device = init_model_with_meta_device
         self.finalize()
         activate_megatron_on_cpu()
-        initialize_process_groups(
-            ParallelSizes.from_config(self),
-            seed=seed,
-            # Stock groups are right where the predictors are on the last stage.
-            embedding_stages=embedding_stages(self) if self.mtp_standalone else None,
-        )
+        self.initialize_model_parallel(seed)
+        if pg_collection is not None:
+            check_groups(pg_collection)
+        chunks = self._built(wrap_with_ddp=wrap_with_ddp)
+        for hook in (*self._pre_wrap_hooks, *as_hooks(pre_wrap_hook)):
+            chunks = chunks_after(hook, chunks, "pre-wrap")
+        chunks = in_mixed_precision(self, chunks, mixed_precision_wrapper)
+        if data_parallel_random_init:
+            broadcast_over_replicas(chunks)
+        if wrap_with_ddp:
+            one_bucket = overlap_param_gather_with_optimizer_step
+            ddp_config = ddp_config or DistributedDataParallelConfig()
+            chunks = in_ddp(self, chunks, ddp_config, in_one_bucket=one_bucket)
+        for hook in (*self._post_wrap_hooks, *as_hooks(post_wrap_hook)):
+            chunks = chunks_after(hook, chunks, "post-wrap")
+        return chunks
+
+    def _built(self, *, wrap_with_ddp: bool) -> Chunks:
+        """The chunks of this rank, on their device, before any hook."""
         stages = self.virtual_pipeline_model_parallel_size
         vp_stages = [None] if stages is None else list(range(stages))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_cpu = self.use_cpu_initialization or not torch.cuda.is_available()
 
         def build() -> Chunks:
-            return [self.provide(vp_stage=vp_stage).to(device) for vp_stage in vp_stages]
+            return [self.provide(vp_stage=vp_stage) for vp_stage in vp_stages]
+
+        if self.init_model_with_meta_device:
+            return on_meta(build, is_filled=self._is_filled, wrap_with_ddp=wrap_with_ddp)
+
+        def build_on_device() -> Chunks:
+            return [chunk.to("cpu" if on_cpu else "cuda") for chunk in build()]
 
         # Quantized parameters keep statistics of all values that they ever had.
         drawn = not self._is_filled or self.fp8 or self.fp4
-        chunks = build() if drawn else build_without_values(self, build)
-        for hook in self._pre_wrap_hooks:
-            chunks = chunks_after(hook, chunks)
-        if not wrap_with_ddp:
-            return chunks
-        ddp_config = ddp_config or DistributedDataParallelConfig()
-        with megatron_on_cpu():
-            return [
-                DistributedDataParallel(self, ddp_config, chunk, disable_bucketing=index > 0)
-                for index, chunk in enumerate(chunks)
-            ]
+        return build_on_device() if drawn else build_without_values(self, build_on_device)

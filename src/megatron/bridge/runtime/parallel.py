@@ -1,8 +1,11 @@
 """Process groups: of a real run, and of any rank of an imagined cluster."""
 
 import contextlib
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,22 +16,40 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel_sizes import FIELDS, ParallelSizes
 
+FIRST_SEED = 1234
+"""Of random states for which none is given."""
+
 
 def initialize_process_groups(
-    sizes: ParallelSizes, *, seed: int = 1234, embedding_stages: Sequence[int] | None = None
+    sizes: ParallelSizes,
+    *,
+    seed: int | None = None,
+    embedding_stages: Sequence[int] | None = None,
+    seed_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    group_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Make torch.distributed, megatron-core's parallel state and its random states ready.
 
     NCCL where CUDA is available, gloo otherwise; the rank comes from the launcher's environment
     (`torchrun`), and without a launcher the world is this one process. What exists already is
-    used as it is: groups that do not fit raise ConfigError.
+    used as it is.
 
     Args:
         sizes: of the groups.
-        seed: of the random states.
+        seed: of the random states; None leaves those that there are.
         embedding_stages: pipeline ranks that share the weight of the embedding; None for the first
             and the last, or whichever they are in groups that exist.
+        seed_kwargs: further arguments of `model_parallel_cuda_manual_seed`.
+        group_kwargs: further arguments of `parallel_state.initialize_model_parallel`.
+
+    Raises:
+        ConfigError: groups that exist do not fit, the number of processes does not, or
+            megatron-core has no argument of a name.
     """
+    manual_seed = tensor_parallel.model_parallel_cuda_manual_seed
+    _check_arguments("seed_kwargs", seed_kwargs, manual_seed, ("seed",))
+    make_groups = parallel_state.initialize_model_parallel
+    _check_arguments("initialize_model_parallel", group_kwargs, make_groups, FIELDS.values())
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
@@ -42,7 +63,7 @@ def initialize_process_groups(
         if not parallel_state.model_parallel_is_initialized():
             _check_world_size(sizes)
             _initialize_model_parallel(
-                sizes, create_gloo_process_groups=True, embedding_stages=embedding_stages
+                sizes, embedding_stages, **{"create_gloo_process_groups": True, **group_kwargs}
             )
         elif problems := sizes.differences(ParallelSizes.current()):
             raise ConfigError(
@@ -59,8 +80,8 @@ def initialize_process_groups(
                 "get_embedding_ranks=lambda ranks: [ranks[i] for i in "
                 f"{list(embedding_stages)}]."
             )
-        if not tensor_parallel.get_cuda_rng_tracker().is_initialized():
-            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        if seed is not None or not tensor_parallel.get_cuda_rng_tracker().is_initialized():
+            manual_seed(FIRST_SEED if seed is None else seed, **seed_kwargs)
 
 
 def destroy_process_groups() -> None:
@@ -112,22 +133,15 @@ def _check_world_size(sizes: ParallelSizes) -> None:
 
 
 def _initialize_model_parallel(
-    sizes: ParallelSizes,
-    *,
-    create_gloo_process_groups: bool,
-    embedding_stages: Sequence[int] | None = None,
+    sizes: ParallelSizes, embedding_stages: Sequence[int] | None = None, **arguments: Any
 ) -> None:
-    get_embedding_ranks = None
     if embedding_stages is not None:
 
         def get_embedding_ranks(ranks: list[int]) -> list[int]:
             return [ranks[stage] for stage in embedding_stages]
 
-    parallel_state.initialize_model_parallel(
-        **sizes.fields,
-        create_gloo_process_groups=create_gloo_process_groups,
-        get_embedding_ranks=get_embedding_ranks,
-    )
+        arguments.setdefault("get_embedding_ranks", get_embedding_ranks)
+    parallel_state.initialize_model_parallel(**sizes.fields, **arguments)
 
 
 def _embedding_group_is(stages: Sequence[int]) -> bool:
@@ -144,3 +158,29 @@ def _embedding_group_is(stages: Sequence[int]) -> bool:
     verdict = torch.tensor(fits, dtype=torch.int, device=torch.cuda.current_device())
     dist.all_reduce(verdict, dist.ReduceOp.MIN, group=pipeline)
     return bool(verdict)
+
+
+def _check_arguments(
+    where: str, given: Mapping[str, Any], function: Callable[..., Any], own: Iterable[str]
+) -> None:
+    """Raise ConfigError for a name that megatron-core's function lacks, or that is set elsewhere.
+
+    Args:
+        where: they were given, in messages.
+        given: the arguments.
+        function: of megatron-core.
+        own: names of arguments that the provider and the seed give.
+    """
+    own = tuple(own)
+    known = [name for name in inspect.signature(function).parameters if name not in own]
+    for name in given:
+        if name in own:
+            raise ConfigError(
+                f"{where}: {name} does not belong here; set the provider's field of this name, or "
+                f"give the argument seed"
+            )
+        if name not in known:
+            raise ConfigError(
+                f"{where}: megatron-core's {function.__name__} has no argument {name!r}; it has "
+                f"{', '.join(known)}"
+            )

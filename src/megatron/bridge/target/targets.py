@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron.bridge.errors import CheckpointError, InputError, TargetExists
 from megatron.bridge.formats.iterations import is_megatron_checkpoint
+from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files, is_safetensors
 from megatron.bridge.paths import PathLike, is_given_folder, local_path
 from megatron.bridge.target.folder_sync import sync
 from megatron.bridge.target.interruption import uninterrupted
@@ -45,13 +46,16 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
-def check_target(target: Path, sources: Iterable[PathLike], *, force: bool) -> None:
+def check_target(
+    target: Path, sources: Iterable[PathLike], *, force: bool, beside_files: bool = False
+) -> None:
     """Refuse a target before anything is read.
 
     Args:
-        target: where something is to be written.
+        target: where something is to be written. An empty folder is as good as none.
         sources: what will be read; none where they are read and found good already.
         force: whether a model or checkpoint may be replaced.
+        beside_files: whether it may be a folder that holds no weights, whose files stay.
 
     Raises:
         TargetExists: it exists and `force` is not set, or it is neither empty nor a model or
@@ -73,7 +77,8 @@ def check_target(target: Path, sources: Iterable[PathLike], *, force: bool) -> N
                     f"{path} and {folder} overlap: writing one would damage the other; "
                     "choose a target outside of it"
                 )
-    if os.path.lexists(target):
+    is_free = is_empty_folder(target) or (beside_files and keeps_its_files(target, force=force))
+    if os.path.lexists(target) and not is_free:
         if not _replaceable(target):
             raise TargetExists(
                 f"{target} exists already and is neither empty nor a model or checkpoint, so that "
@@ -84,7 +89,7 @@ def check_target(target: Path, sources: Iterable[PathLike], *, force: bool) -> N
                 f"{target} exists already; choose another name, or give --force (force=True) to "
                 "replace it"
             )
-    elif (left := _replaced(target)) and not force:
+    elif not is_free and (left := _replaced(target)) and not force:
         raise InputError(
             f"{left[0]} is what {target} was before a run that replaced it was killed; rename it "
             "back, or give --force (force=True) to have it removed when the new one is there"
@@ -112,8 +117,8 @@ def publish(folder: Path, target: Path, *, force: bool, without: Iterable[str] =
         CheckpointError: the old one cannot be removed.
     """
     with uninterrupted():
-        if not os.path.lexists(target):
-            folder.rename(target)
+        if not os.path.lexists(target) or is_empty_folder(target):
+            folder.rename(target)  # also in the place of an empty folder
             sync(target.parent)
         elif force:
             replaced = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
@@ -130,6 +135,53 @@ def publish(folder: Path, target: Path, *, force: bool, without: Iterable[str] =
             (target / name).unlink()
         for old in _replaced(target) if force else ():
             _remove(old, target)
+
+
+def publish_beside(folder: Path, target: Path) -> None:
+    """Move the files of a complete folder into `target`, beside those that are there.
+
+    Weights and what says where they are come last, so that the target is a model when it is whole.
+
+    Args:
+        folder: the complete one, on the same file system.
+        target: a folder without weights.
+
+    Raises:
+        TargetExists: it has a file of the same name; nothing is moved then.
+        CheckpointError: a file cannot be moved.
+    """
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files.sort(key=lambda file: (is_safetensors(file.name), file.as_posix() in _MODEL_FILES))
+    for file in files:
+        if os.path.lexists(target / file):
+            raise TargetExists(
+                f"{target / file} exists already; choose another folder, or remove it, or save "
+                "the weights alone where only this file is in the way (save_hf_weights)"
+            )
+    with uninterrupted():
+        try:
+            for file in files:
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).rename(target / file)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be moved: {error.strerror}") from error
+        sync(target)
+        shutil.rmtree(folder)
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Whether it is a folder, and not a link to one, that holds nothing."""
+    return path.is_dir() and not path.is_symlink() and next(path.iterdir(), None) is None
+
+
+def keeps_its_files(target: Path, *, force: bool) -> bool:
+    """Whether a folder holds no weights, so that files can be put beside its own.
+
+    What `force` may replace is replaced.
+    """
+    if not target.is_dir() or (force and _replaceable(target)):
+        return False
+    return not (has_weight_files(target) or is_megatron_checkpoint(target))
 
 
 def _remove(old: Path, target: Path) -> None:
@@ -207,7 +259,7 @@ def _replaceable(target: Path) -> bool:
     if target.is_symlink() or not target.is_dir():
         return False
     return (
-        next(target.iterdir(), None) is None
+        is_empty_folder(target)
         or is_megatron_checkpoint(target)
         or any((target / name).is_file() for name in _MODEL_FILES)
     )

@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from megatron.bridge.dtypes import can_be_cast, itemsize
+from megatron.bridge.dtypes import can_be_cast, itemsize, widest
 from megatron.bridge.errors import CheckpointError
 from megatron.bridge.tensors.boxes import Box, Shape
 
@@ -41,6 +41,14 @@ def main_dtype(tensors: Iterable[TensorSpec]) -> str:
     for tensor in tensors:
         sizes[tensor.dtype] += tensor.nbytes
     return sizes.most_common(1)[0][0]
+
+
+def widened(tensors: Mapping[str, TensorSpec], dtype: str) -> dict[str, TensorSpec]:
+    """The tensors in a dtype that holds their own and `dtype`, where there is one."""
+    return {
+        name: replace(spec, dtype=widest(spec.dtype, dtype) or spec.dtype)
+        for name, spec in tensors.items()
+    }
 
 
 def differences(

@@ -50,6 +50,8 @@ class GatedDeltaNetParameters(MegatronModule):
                 them. None: `params_dtype`, and they are cast like the others.
         """
         self.ssm_dtype = ssm_dtype
+        # A plain torch module, of which a row has to know how many heads its channels are.
+        self.conv1d.config = self.config
         for parameter in self._of_ssm_dtype():
             parameter.data = parameter.data.to(ssm_dtype)
         # Each rank norms its own heads with the whole weight, so its gradient is a part of a sum.

@@ -311,9 +311,9 @@ class MegatronModelBridge(ABC):
         hf = hf_pretrained
         if not isinstance(hf, PreTrainedVLM):
             hf = PreTrainedVLM.from_config(hf.config)
-        tensors = hf.tensors if hf.has_weights else None
         self.check(hf.hf_config)
-        return self.provider_of(self.provider_settings(hf.hf_config, hf.main_dtype, tensors))
+        settings = self.provider_settings(hf.hf_config, hf.model_dtype, hf.model_tensors)
+        return self.provider_of(settings)
 
     def settings_for_layout(
         self, settings: Mapping[str, Any], plan: ConversionPlan, without: Collection[str]

@@ -6,7 +6,7 @@ it; parts that are split on their own (gate and up) are what the row says.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,22 @@ from megatron.bridge.tensors.torch_views import as_array, as_torch
 
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.param_mapping import ParamMapping
+
+
+_AXES = {"column": 0, "row": 1, "replicated": None}
+
+_REGISTERED: dict[str, int | None] = {}
+"""The axis that modules of a class split, by the name of the class; None for none."""
+
+
+def register_module_type(module_name: str, parallelism: str) -> None:
+    """See `AutoMapping.register_module_type`."""
+    if parallelism not in _AXES:
+        raise InputError(
+            f"register_module_type: {parallelism!r} is no way to split the weight of "
+            f"{module_name}; expected one of {', '.join(_AXES)}"
+        )
+    _REGISTERED[module_name] = _AXES[parallelism]
 
 
 def hf_to_megatron(
@@ -49,7 +65,7 @@ def megatron_to_hf(
 def shard_of(row: "ParamMapping", whole: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """This rank's part of a whole parameter. Raises InputError if the shapes do not fit."""
     parameter = _parameter(row, module)
-    axis = split_axis(parameter)
+    axis = split_axis(parameter, module)
     if axis is not None:
         group = _group(module)
         size, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -66,7 +82,7 @@ def shard_of(row: "ParamMapping", whole: torch.Tensor, module: torch.nn.Module) 
 
 def whole_of(row: "ParamMapping", shard: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """The whole parameter, from the shards of all ranks of the group (a collective)."""
-    axis = split_axis(_parameter(row, module))
+    axis = split_axis(_parameter(row, module), module)
     if axis is None:
         return shard
     group = _group(module)
@@ -82,11 +98,36 @@ def whole_of(row: "ParamMapping", shard: torch.Tensor, module: torch.nn.Module) 
     return torch.cat([part for parts in by_section for part in parts])
 
 
-def split_axis(parameter: torch.nn.Parameter) -> int | None:
-    """The axis that tensor parallelism splits, as megatron-core marks it on the parameter."""
+def split_axis(parameter: torch.nn.Parameter, module: torch.nn.Module) -> int | None:
+    """The axis that tensor parallelism splits, as megatron-core marks it on the parameter.
+
+    What is registered for the class of the module counts more.
+    """
+    if type(module).__name__ in _REGISTERED:
+        return _REGISTERED[type(module).__name__]
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return int(parameter.partition_dim)  # type: ignore[attr-defined]
+
+
+def tensor_parallel_size(row: "ParamMapping") -> int:
+    """See `ParamMapping.tp_size`."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
+    if row.is_expert:
+        return int(parallel_state.get_expert_tensor_parallel_world_size())
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def expert_parallel_size() -> int:
+    """See `ParamMapping.ep_size`."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
+    return int(parallel_state.get_expert_model_parallel_world_size())
 
 
 def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -125,9 +166,22 @@ def disassemble(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]
     return {role: as_torch(array).to(tensor.device) for role, array in result.items()}
 
 
+class _NoFields:
+    """In the place of a config: plain torch modules have none, and most rows need none."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = type(module).__name__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise InputError(
+            f"{self._module} has no config to read {name} from; set its attribute `config` to that "
+            f"of the model"
+        )
+
+
 def _fields(module: torch.nn.Module) -> LayoutFields:
-    """The config of a Megatron module; plain torch modules have none, and their rows need none."""
-    return cast(LayoutFields, getattr(module, "config", None))
+    """The config of the module."""
+    return cast(LayoutFields, getattr(module, "config", None) or _NoFields(module))
 
 
 def _section_rows(row: "ParamMapping", module: torch.nn.Module, rows: int) -> list[int]:
@@ -144,7 +198,7 @@ def _parameter(row: "ParamMapping", module: torch.nn.Module) -> torch.nn.Paramet
     found = next((own[name] for name in names if name in own), None)
     if found is None:
         raise InputError(f"{row.megatron_param}: {type(module).__name__} has no such parameter")
-    axis = split_axis(found)
+    axis = split_axis(found, module)
     if axis is not None and (row.replicated or row.expected_axis not in (None, axis)):
         raise InputError(
             f"{row.megatron_param}: declared as {type(row).__name__}, but the module splits "

@@ -156,6 +156,33 @@ class ParamMapping(ABC):
     saves_state: bool = False
     """Whether the module of this weight saves a state of its own beside it."""
 
+    is_grouped_export: ClassVar[bool] = False
+    """Whether several parameters make one Hugging Face tensor, each a part of it."""
+
+    @property
+    def group_key(self) -> str | None:
+        """The tensor that is made only when all parameters of the same key are given, if any."""
+        return self.hf_params[HF] if self.is_grouped_export else None
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the parameter is a routed expert's, which has process groups of its own."""
+        return ".experts." in self.megatron_param
+
+    @property
+    def tp_size(self) -> int:
+        """How many ranks tensor parallelism has for the parameter; 1 without process groups."""
+        from megatron.bridge.models.conversion.module_weights import tensor_parallel_size
+
+        return tensor_parallel_size(self)
+
+    @property
+    def ep_size(self) -> int:
+        """How many ranks share the routed experts of a layer; 1 without process groups."""
+        from megatron.bridge.models.conversion.module_weights import expert_parallel_size
+
+        return expert_parallel_size()
+
     @property
     def extra_state(self) -> str | None:
         """Name of the state that the module of this weight saves beside it, if any.
@@ -211,6 +238,21 @@ class _OneToOne(ParamMapping):
 
 class AutoMapping(_OneToOne):
     """One tensor, unchanged; the module says how it is split."""
+
+    @classmethod
+    def register_module_type(cls, module_name: str, parallelism: str) -> None:
+        """Say how modules of a class split their weight, whose parameters do not say it.
+
+        Args:
+            module_name: of the class.
+            parallelism: "column" (axis 0), "row" (axis 1) or "replicated".
+
+        Raises:
+            InputError: it is none of these.
+        """
+        from megatron.bridge.models.conversion.module_weights import register_module_type
+
+        register_module_type(module_name, parallelism)
 
 
 class ReplicatedMapping(_OneToOne):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.errors import ConfigError
+from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY
 
@@ -38,6 +39,39 @@ def with_changes(stated: HFConfig, config: PretrainedConfig, before: Mapping[str
     if not changed:
         return stated
     return HFConfig.from_dict(data, f"{stated.origin} with {', '.join(changed)} as set on `config`")
+
+
+def set_values(config: PretrainedConfig, values: Mapping[str, Any], path: str = "") -> None:
+    """Set values by name; a dict for a part of a model's config sets values on that part.
+
+    Args:
+        config: of transformers.
+        values: by name.
+        path: of the config in that of the whole model, with a dot behind it.
+
+    Raises:
+        InputError: the config has no value of a name.
+    """
+    known = {*config.to_dict(), *config.attribute_map}
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(
+                f"{path}{name} is no value of a {type(config).__name__}, nor an option of "
+                f"from_hf_pretrained{_meant(config, name, known)}"
+            )
+        part = getattr(config, name, None)
+        if isinstance(value, Mapping) and hasattr(part, "attribute_map"):
+            set_values(part, value, f"{path}{name}.")
+        else:
+            setattr(config, name, value)
+
+
+def _meant(config: PretrainedConfig, name: str, known: Collection[str]) -> str:
+    for section in config.sub_configs:
+        if name in getattr(config, section).to_dict():
+            return f"; give {section}={{{name!r}: ...}}"
+    close = get_close_matches(name, known, n=1)
+    return f"; was {close[0]} meant?" if close else ""
 
 
 type _Change = tuple[tuple[str, ...], Any, tuple[str, ...]]

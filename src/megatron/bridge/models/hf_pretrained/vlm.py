@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from megatron.bridge.dtypes import TORCH_NAME_OF
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE, HFConfig
-from megatron.bridge.models.hf_pretrained.config_changes import with_changes
+from megatron.bridge.models.hf_pretrained.config_changes import set_values, with_changes
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.fp8 import Weights, weights_of
 from megatron.bridge.models.hf_pretrained.other_formats import (
@@ -44,10 +44,11 @@ from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.transformers_model import load, load_transformers_model
 from megatron.bridge.models.hf_pretrained.weight_files import has_weight_files, is_safetensors
 from megatron.bridge.paths import local_path
-from megatron.bridge.tensors.spec import main_dtype
+from megatron.bridge.tensors.spec import TensorSpec, main_dtype, widened
 
 if TYPE_CHECKING:
     from transformers import (
+        BaseImageProcessor,
         GenerationConfig,
         PretrainedConfig,
         PreTrainedModel,
@@ -70,12 +71,14 @@ class PreTrainedVLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         config: HFConfig | None = None,
+        model_dtype: str | None = None,
     ) -> None:
         """Use `from_pretrained` or `from_config`."""
         self._reference = reference
         self._revision = revision
         self._given_config = config
         self._config_before: dict[str, Any] | None = None
+        self._model_dtype = model_dtype
         self.trust_remote_code = trust_remote_code
         """Whether transformers may run Python code that comes with the model."""
 
@@ -85,16 +88,32 @@ class PreTrainedVLM:
         reference: str | os.PathLike[str],
         revision: str | None = None,
         trust_remote_code: bool = False,
+        *,
+        model_dtype: str | None = None,
+        config: HFConfig | None = None,
     ) -> Self:
         """A model folder, or a hub id `org/name` or `org/name@revision`.
 
         A hub id's small files are fetched here, its weights when they are first needed.
 
+        Args:
+            reference: the folder or hub id.
+            revision: of a hub id.
+            trust_remote_code: whether transformers may run Python code that comes with the model.
+            model_dtype: see the property.
+            config: in the place of its config.json.
+
         Raises:
             ReferenceNotFound: see `resolve_reference`.
             CheckpointError: the folder is of another format, or holds an adapter.
         """
-        model = cls(reference, revision=revision, trust_remote_code=trust_remote_code)
+        model = cls(
+            reference,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            config=config,
+            model_dtype=model_dtype,
+        )
         # What leads nowhere, or to something else, is an error now, not later.
         is_local = local_folder(reference) is not None
         other = other_weights(model.folder) if is_local else bare_adapter(model.folder)
@@ -220,6 +239,20 @@ class PreTrainedVLM:
         """
         return self._dtype_of_files if self.has_weights else self.hf_config.dtype
 
+    @property
+    def model_dtype(self) -> str:
+        """The dtype of a model made of it ("BF16"): the one asked for, or `main_dtype`."""
+        return self._model_dtype or self.main_dtype
+
+    @property
+    def model_tensors(self) -> Mapping[str, TensorSpec] | None:
+        """The tensors in the files, none narrower than a dtype asked for; None without files."""
+        if not self.has_weights:
+            return None
+        return (
+            self.tensors if self._model_dtype is None else widened(self.tensors, self._model_dtype)
+        )
+
     @cached_property
     def _dtype_of_files(self) -> str:
         return main_dtype(self.weights.values())
@@ -241,7 +274,7 @@ class PreTrainedVLM:
             config = self.unquantized_config
         if dtype is not None:
             config = config_in_dtype(config, TORCH_NAME_OF[dtype])
-        fits = self.has_files and not self.config_is_changed
+        fits = self.has_files and self._given_config is None and not self.config_is_changed
         if fits and config.data == self.hf_config.data:
             return None
         return f"{json.dumps(config.data, indent=2, ensure_ascii=False)}\n".encode()
@@ -291,13 +324,30 @@ class PreTrainedVLM:
         """
         from transformers import AutoConfig
 
-        if self.has_files:
+        if self._given_config is None:
             config = self._loaded("config", AutoConfig, trust_remote_code=self.trust_remote_code)
         else:
             data = self._stated_config.data
             config = AutoConfig.for_model(data.pop("model_type"), **data)
         self._config_before = config.to_dict()
         return config
+
+    def set_on_config(self, values: Mapping[str, Any]) -> None:
+        """Set values on `config`; a dict for a part of it sets values on that part.
+
+        Raises:
+            InputError: the config has no value of a name.
+        """
+        set_values(self.config, values)
+
+    @cached_property
+    def image_processor(self) -> BaseImageProcessor:
+        """The transformers processor of images alone."""
+        from transformers import AutoImageProcessor
+
+        return self._loaded(
+            "image processor", AutoImageProcessor, trust_remote_code=self.trust_remote_code
+        )
 
     @cached_property
     def processor(self) -> ProcessorMixin:

@@ -43,6 +43,8 @@ class _FusedExpertMapping(AutoMapping):
         layers: see `ParamMapping`.
     """
 
+    is_grouped_export = True
+
     def __init__(
         self,
         megatron_param: str,

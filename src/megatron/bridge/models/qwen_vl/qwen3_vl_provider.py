@@ -78,7 +78,7 @@ class Qwen3VLModelProvider(QwenModelProvider):
             tensor_model_parallel_size=self.tensor_model_parallel_size,
         )
         # Without stages there is nothing to send, and what is wrong with them is told elsewhere.
-        return problems if problems else self._sending_problems()
+        return problems or self._sending_problems()
 
     def fill_in(self) -> None:
         """Set fields that are None and follow from others."""
@@ -107,6 +107,11 @@ class Qwen3VLModelProvider(QwenModelProvider):
             for name, values in wanted.items()
             if (found := getattr(self, name)) not in values
         ]
+
+    @property
+    def spatial_merge_size(self) -> int:
+        """Patches along each side of a picture that make one feature."""
+        return self.vision.spatial_merge_size
 
     @property
     def takes_deepstack(self) -> bool:

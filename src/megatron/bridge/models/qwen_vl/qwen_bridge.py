@@ -278,12 +278,9 @@ class QwenBridge(DescribedQwen):
         """
         if not isinstance(hf_pretrained, PreTrainedVLM):
             hf_pretrained = PreTrainedVLM.from_config(hf_pretrained.config)
-        tensors = hf_pretrained.tensors if hf_pretrained.has_weights else None
-        config = hf_pretrained.hf_config
-        self.check(config)
+        self.check(hf_pretrained.hf_config)
         self._check_output_layer(hf_pretrained)
-        dtype = hf_pretrained.main_dtype
-        return self.provider_of(self.provider_settings(config, dtype, tensors))
+        return super().provider_bridge(hf_pretrained)
 
     def _check_output_layer(self, hf: "PreTrainedVLM") -> None:
         """Raise UnsupportedModel for files without it: the Megatron model computes logits."""

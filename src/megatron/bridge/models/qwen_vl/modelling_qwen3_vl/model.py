@@ -74,6 +74,21 @@ class Qwen3VLModel(MegatronModule):
             vp_stage=vp_stage,
         )
 
+    @property
+    def image_token_id(self) -> int:
+        """Placeholder of one image feature in the prompt."""
+        return self.config.image_token_id
+
+    @property
+    def video_token_id(self) -> int:
+        """Placeholder of one video feature."""
+        return self.config.video_token_id
+
+    @property
+    def vision_start_token_id(self) -> int:
+        """Precedes the placeholders of an image or a frame."""
+        return self.config.vision_start_token_id
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Qwen3VLModel":
         """A model of its own on the same process groups; see `deep_copy`."""
         return deep_copy(self, memo)
