@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -134,11 +133,14 @@ def run_ranks(
 
     Raises what the first of them raises, and TimeoutError if they do not end in time.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Served from here, as torchrun does: a port that is free now may not be when a rank takes it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = torch.multiprocessing.start_processes(
-        _rank, (world, port, worker, args), nprocs=world, join=False, start_method="forkserver"
+        _rank,
+        (world, store.port, worker, args),
+        nprocs=world,
+        join=False,
+        start_method="forkserver",
     )
     deadline = time.monotonic() + seconds
     while not ranks.join(timeout=1):
@@ -150,6 +152,7 @@ def run_ranks(
 
 def _rank(rank: int, world: int, port: int, worker: Callable[..., None], args: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     worker(rank, *args)
