@@ -35,7 +35,7 @@ from refusals import refused
         (["compare", "x", "--dtype", "int4"], "BadParameter", "'int4' is none of float64, float32"),
         (["import", "x", "y", "--experts", "e"], "BadParameter", "'e' is none of fused, fused-tr"),
         (["export", "x", "y", "--hf", "z", "--experts", "e"], "BadParameter", "'e' is none of"),
-        (["nonsense"], "UsageError", "nonsense"),
+        (["nonsense"], "NoSuchCommand", "nonsense"),
     ],
 )
 def test_an_error_is_a_document(

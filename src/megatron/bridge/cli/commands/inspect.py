@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from megatron.bridge.cli import parameters
 from megatron.bridge.cli.output import Output, open_output
-from megatron.bridge.cli.parameters import Iteration, Json, Revision, no_iteration
 from megatron.bridge.paths import local_path
 
 
-def inspect(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder of a Hugging Face model (a config.json will do), hub id, or Megatron "
-            "checkpoint.",
-        ),
-    ],
-    *,
-    revision: Revision = None,
-    iteration: Iteration = None,
-    as_json: Json = False,
-) -> None:
+@click.argument(
+    "source",
+    metavar="SRC",
+    help="Folder of a Hugging Face model (a config.json will do), hub id, or Megatron checkpoint.",
+)
+@parameters.revision
+@parameters.iteration
+@parameters.as_json
+def inspect(*, source: str, revision: str | None, iteration: str | None, as_json: bool) -> None:
     """Show what SRC holds and, for a Hugging Face model, whether and how it converts.
 
     Reads headers and configs only. Exits with 2 if the model cannot be converted, after showing
@@ -37,7 +31,7 @@ def inspect(
         if is_megatron_folder(local_path(source), asked=iteration is not None):
             _inspect_megatron(local_path(source), revision, iteration, output)
         else:
-            no_iteration(source, iteration)
+            parameters.no_iteration(source, iteration)
             _inspect_hf(source, revision, output)
 
 

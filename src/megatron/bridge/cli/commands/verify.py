@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import click
 
-import typer
-
+from megatron.bridge.cli import parameters
 from megatron.bridge.cli.output import Output, open_output
-from megatron.bridge.cli.parameters import Iteration, Json, Memory, part_option
 
 _SIDE = "Hugging Face folder, hub id (org/name or org/name@revision), or Megatron checkpoint."
 
 
+@click.argument("a", help=_SIDE)
+@click.argument("b", required=False, help="The other side. With --fast it may be left out.")
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="Read one side only, which import or export --keep-manifest wrote, and compare its files "
+    "with the checksums that were taken then. The other side, if it is given, has to be what was "
+    "converted, not modified since.",
+)
+@parameters.iteration
+@parameters.part(
+    "language: compare the language model alone, where one side is a vision-language model or "
+    "both are"
+)
+@parameters.memory
+@parameters.as_json
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
-    b: Annotated[
-        str | None,
-        typer.Argument(metavar="B", help="The other side. With --fast it may be left out."),
-    ] = None,
     *,
-    fast: Annotated[
-        bool,
-        typer.Option(
-            "--fast",
-            help="Read one side only, which import or export --keep-manifest wrote, and compare "
-            "its files with the checksums that were taken then. The other side, if it is given, "
-            "has to be what was converted, not modified since.",
-        ),
-    ] = False,
-    iteration: Iteration = None,
-    part: Annotated[
-        str | None,
-        part_option(
-            "language: compare the language model alone, where one side is a vision-language "
-            "model or both are"
-        ),
-    ] = None,
-    memory: Memory = None,
-    as_json: Json = False,
+    a: str,
+    b: str | None,
+    fast: bool,
+    iteration: str | None,
+    part: str | None,
+    memory: str | None,
+    as_json: bool,
 ) -> None:
     """Compare A and B tensor by tensor, bit by bit; exits with 1 if they differ.
 
