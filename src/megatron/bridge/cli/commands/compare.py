@@ -54,11 +54,8 @@ def compare(
     that is not there, it is said before anything is loaded.
     """
     with open_output(as_json=as_json) as output:
-        parameters.hf_model(
-            source, revision
-        )  # what is not a model is said before anything large is imported
+        parameters.hf_model(source, revision)  # first, and fast: says what is not a model
         output.note("loading torch, transformers and megatron-core")
-        from megatron.bridge.cli.render.comparison_tables import render_compare
         from megatron.bridge.errors import MismatchError
         from megatron.bridge.operations.verification.logits import compare as compare_models
 
@@ -73,7 +70,7 @@ def compare(
                 max_pixels=max_pixels,
                 progress=progress,
             )
-        output.show(report, render_compare)
+        output.show(report)
     if not report.agrees:
         raise MismatchError(
             f"the logits of {source} differ by up to {report.logits.max_abs_diff:.2e}; allowed are "

@@ -208,6 +208,4 @@ def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None
 
 def _show(output: Output, run: Run, done: Converted) -> None:
     if run.processes.is_first:
-        from megatron.bridge.cli.render.conversion_tables import render_conversion
-
-        output.show(done, render_conversion)
+        output.show(done)

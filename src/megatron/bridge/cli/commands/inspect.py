@@ -36,11 +36,10 @@ def inspect(*, source: str, revision: str | None, iteration: str | None, as_json
 
 
 def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
-    from megatron.bridge.cli.render.inspection_tables import render_hf
     from megatron.bridge.operations.inspection.hf_report import inspect_hf
 
     report = inspect_hf(source, revision)
-    output.show(report, render_hf)
+    output.show(report)
     if report.problem is not None:
         raise report.problem
 
@@ -48,10 +47,9 @@ def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
 def _inspect_megatron(
     source: Path, revision: str | None, iteration: str | None, output: Output
 ) -> None:
-    from megatron.bridge.cli.render.inspection_tables import render_megatron
     from megatron.bridge.errors import InputError
     from megatron.bridge.operations.inspection.megatron_report import inspect_megatron
 
     if revision is not None:
         raise InputError(f"{source} is a folder: --revision means nothing for it")
-    output.show(inspect_megatron(source, iteration), render_megatron)
+    output.show(inspect_megatron(source, iteration))

@@ -56,7 +56,6 @@ def make_model(
     The same arguments give the same files.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.cli.render.conversion_tables import render_made_model
         from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
         from megatron.bridge.operations.amounts import TensorSummary
         from megatron.bridge.synthetic import make_model as make
@@ -64,7 +63,7 @@ def make_model(
         make(family, out, _parse(settings), seed, force=force)
         tensors = TensorSummary.of(TensorIndex.from_folder(out).values())
         files = tuple(sorted(path.name for path in out.iterdir()))
-        output.show(MadeModel(family, out, seed, tensors, files), render_made_model)
+        output.show(MadeModel(family, out, seed, tensors, files))
 
 
 def _parse(settings: tuple[str, ...]) -> dict[str, str]:

@@ -75,7 +75,6 @@ def plan(
     }  # fmt: skip
     given = {name: size for name, size in sizes.items() if size is not None}
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.cli.render.forecast_tables import render_forecast
         from megatron.bridge.errors import InputError
 
         report = _forecast(source, reference, revision, iteration, experts, part)
@@ -87,7 +86,7 @@ def plan(
                     f"for a checkpoint, --part excludes {' and '.join(asked)}: leave out one side"
                 )
             report = _laid_out(report, given, without, output)
-        output.show(report, render_forecast)
+        output.show(report)
         if problem := report.problem or report.illegal:
             raise problem
 

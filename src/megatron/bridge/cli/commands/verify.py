@@ -66,14 +66,13 @@ def verify(
 def _verify(
     output: Output, a: str, b: str, iteration: str | None, part: str | None, memory: int
 ) -> None:
-    from megatron.bridge.cli.render.verification_tables import render_verify
     from megatron.bridge.cli.units import count
     from megatron.bridge.errors import MismatchError
     from megatron.bridge.operations.verification.bitwise import verify as compare_tensors
 
     with output.progress() as progress:
         report = compare_tensors(a, b, progress, iteration=iteration, part=part, memory=memory)
-    output.show(report, render_verify)
+    output.show(report)
     if not report.identical:
         raise MismatchError(
             f"{a} and {b} differ: {count(len(report.different), 'tensor')} not equal, "
@@ -82,14 +81,13 @@ def _verify(
 
 
 def _verify_fast(output: Output, a: str, b: str | None, iteration: str | None, memory: int) -> None:
-    from megatron.bridge.cli.render.verification_tables import render_verify_fast
     from megatron.bridge.cli.units import count
     from megatron.bridge.errors import MismatchError
     from megatron.bridge.operations.verification.fast import verify_fast
 
     with output.progress() as progress:
         report = verify_fast(a, b, progress, iteration=iteration, memory=memory)
-    output.show(report, render_verify_fast)
+    output.show(report)
     if report.different:
         raise MismatchError(
             f"{report.target.source} is not what was written: "
