@@ -154,6 +154,19 @@ def test_commands_on_folders_need_neither_torch_nor_megatron_core_nor_transforme
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_look_at_a_model_needs_no_numpy(command: str, small_model: Path) -> None:
+    program = """if True:
+        import sys
+        from megatron.bridge.cli import main
+        assert main([*sys.argv[1:], "--json"]) == 0
+        sys.exit(", ".join({"numpy", "yaml", "rich", "asyncio"} & set(sys.modules)) or None)
+    """
+    args = [sys.executable, "-c", program, command, str(small_model)]
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- make-model ---
 
 

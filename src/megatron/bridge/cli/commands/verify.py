@@ -43,7 +43,7 @@ def verify(
     belongs to no Hugging Face tensor and is not compared.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.engine.stream import DEFAULT_MEMORY
+        from megatron.bridge.engine import DEFAULT_MEMORY
         from megatron.bridge.errors import InputError
         from megatron.bridge.text.sizes import size_of
 

@@ -22,7 +22,7 @@ def hide_download_bars() -> Iterator[None]:
 @contextmanager
 def fetching() -> Iterator[None]:
     """What asks the hub stands inside the block: there bars are as they were chosen."""
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
