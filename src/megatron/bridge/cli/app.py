@@ -35,12 +35,8 @@ _COMMANDS: Mapping[str, _Declared] = {
     "plan": _Declared(
         "plan", "plan", "Show what a conversion will do, and what each rank of a cluster will hold."
     ),
-    "import": _Declared(
-        "convert", "import_command", "Hugging Face model to Megatron checkpoint."
-    ),
-    "export": _Declared(
-        "convert", "export_command", "Megatron checkpoint to Hugging Face model."
-    ),
+    "import": _Declared("convert", "import_command", "Hugging Face model to Megatron checkpoint."),
+    "export": _Declared("convert", "export_command", "Megatron checkpoint to Hugging Face model."),
     "verify": _Declared(
         "verify", "verify", "Compare two checkpoints, tensor by tensor, bit by bit."
     ),
@@ -50,7 +46,7 @@ _COMMANDS: Mapping[str, _Declared] = {
     "make-model": _Declared(
         "make_model", "make_model", "Make a small random model in the released layout."
     ),
-}  # fmt: skip
+}
 
 
 class _Commands(click.Group):

@@ -26,7 +26,7 @@ class Decorator(Protocol):
 
 MOST_RANKS = 1 << 17
 
-# Texts become values. A wrong one is a click.BadParameter, which click gives the option's name.
+# Values of texts. click adds the name of the option to a BadParameter.
 
 
 def given_path(text: str) -> Path:
@@ -44,6 +44,13 @@ def given_file(text: str) -> Path:
         what = "is not a file" if path.exists() else "does not exist"
         raise click.BadParameter(f"{text!r} {what}")
     return path
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1. Raises click.BadParameter for any other text."""
+    if text.isascii() and text.isdecimal() and len(text) <= 18 and int(text):
+        return int(text)
+    raise click.BadParameter(f"{text[:40]!r} is not a whole number of at least 1")
 
 
 def not_negative(text: str) -> float:
@@ -69,7 +76,7 @@ def _parallel_size(text: str) -> int:
     raise click.BadParameter(f"{text[:40]!r} is not a whole number from 1 to {MOST_RANKS}")
 
 
-# Decorators of a command, in the order of its help. Each passes on the name of its option.
+# Arguments and options: decorators of a command's function, in the order of its help.
 
 hf_source = click.argument(
     "source",

@@ -14,7 +14,7 @@ from megatron.bridge.cli.output import open_output
 @click.option("--image", type=parameters.given_file, metavar="FILE", help="Image to ask about.")
 @click.option(
     "--max-pixels",
-    type=click.IntRange(min=1),
+    type=parameters.positive,
     metavar="N",
     help="Make a larger image smaller, for both models; attention takes memory by the square of "
     "it.",
