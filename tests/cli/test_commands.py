@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from cli_documentation import DOCUMENTATION, documented_keys
 from megatron.bridge.cli import main, outcome
 from megatron.bridge.cli.output import WIDTH
+from megatron.bridge.cli.render import TABLES
 from megatron.bridge.errors import MismatchError
 from megatron.bridge.progress_lines import ProgressLines
 from megatron.bridge.text.sizes import format_bytes
@@ -43,7 +45,10 @@ def run_json(capsys: pytest.CaptureFixture[str], *args: str | Path) -> Any:
 
 # --- help ---
 
-_HEAVY = ("torch", "transformers", "megatron.core", "huggingface_hub", "rich", "pydantic")
+_HEAVY = (
+    "torch", "transformers", "megatron.core", "huggingface_hub", "rich", "pydantic", "typer",
+    "asyncio", "numpy", "yaml",
+)  # fmt: skip
 
 
 def test_help_of_every_level_imports_nothing_heavy() -> None:
@@ -59,6 +64,32 @@ def test_help_of_every_level_imports_nothing_heavy() -> None:
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "modules"),
+    [
+        (["--help"], set()),
+        (["--version"], set()),
+        (["nonsense"], set()),
+        (["verify", "--help"], {"verify"}),
+        (["export", "only-one"], {"convert"}),
+    ],
+)
+def test_no_command_is_imported_but_the_one_that_is_called(
+    args: list[str], modules: set[str]
+) -> None:
+    program = f"""if True:
+        import contextlib, json, sys
+        from megatron.bridge.cli import main
+        with contextlib.redirect_stdout(sys.stderr):
+            main({args!r})
+        commands = "megatron.bridge.cli.commands."
+        names = [name.removeprefix(commands) for name in sys.modules if name.startswith(commands)]
+        print(json.dumps(names))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert set(json.loads(done.stdout)) == modules
 
 
 def test_help_answers_at_once() -> None:
@@ -121,6 +152,19 @@ def test_commands_on_folders_need_neither_torch_nor_megatron_core_nor_transforme
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_look_at_a_model_needs_no_numpy(command: str, small_model: Path) -> None:
+    program = """if True:
+        import sys
+        from megatron.bridge.cli import main
+        assert main([*sys.argv[1:], "--json"]) == 0
+        sys.exit(", ".join({"numpy", "yaml", "rich", "asyncio"} & set(sys.modules)) or None)
+    """
+    args = [sys.executable, "-c", program, command, str(small_model)]
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- make-model ---
@@ -364,6 +408,15 @@ def test_units() -> None:
     assert format_bytes(1000) == "1.00 kB"
     assert format_bytes(4_255_064_064) == "4.26 GB"
     assert format_bytes(2.5e13) == "25.00 TB"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_those_of_the_report(name: str) -> None:
+    """They are found by the name of its class, which a checker of types does not see."""
+    module, function = TABLES[name]
+    renders = getattr(import_module(f"megatron.bridge.cli.render.{module}"), function)
+    report, _ = renders.__annotations__.values()
+    assert report == name
 
 
 # --- the documentation ---

@@ -31,11 +31,14 @@ from refusals import refused
         (["compare", "x", "--tolerance", "nan"], "BadParameter", "'nan' is not a finite number"),
         (["compare", "x", "--tolerance", "-1"], "BadParameter", "'-1' is not a finite number"),
         (["compare", "x", "--tolerance", "much"], "BadParameter", "'much' is not a finite number"),
+        (["compare", "x", "--max-pixels", "0"], "BadParameter", "'0' is not a whole number of at"),
+        (["compare", "x", "--max-pixels", "q"], "BadParameter", "'q' is not a whole number of at"),
+        (["make-model", "--seed", "1.5"], "BadParameter", "'1.5' is not a valid integer"),
         (["compare", "x", "--image", "nope.jpg"], "BadParameter", "'nope.jpg' does not exist"),
         (["compare", "x", "--dtype", "int4"], "BadParameter", "'int4' is none of float64, float32"),
         (["import", "x", "y", "--experts", "e"], "BadParameter", "'e' is none of fused, fused-tr"),
         (["export", "x", "y", "--hf", "z", "--experts", "e"], "BadParameter", "'e' is none of"),
-        (["nonsense"], "UsageError", "nonsense"),
+        (["nonsense"], "NoSuchCommand", "nonsense"),
     ],
 )
 def test_an_error_is_a_document(

@@ -177,6 +177,17 @@ def test_headers_only(
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
+def test_the_bars_of_downloads(hub: Hub, tmp_path: Path) -> None:
+    """They are drawn on stderr, and with --json not at all, though all weights are fetched."""
+    import_it = ("import", REPOSITORY, str(tmp_path / "out"), "--force")
+    done = run_online(hub, tmp_path / "home", *import_it, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["command"] == "import"
+    done = run_online(hub, tmp_path / "other-home", *import_it)
+    assert done.returncode == 0
+    assert "Fetching" in done.stderr
+
+
 def test_a_plan_needs_headers_only(
     hub: Hub, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

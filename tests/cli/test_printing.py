@@ -116,7 +116,7 @@ def test_processes(tmp_path: Path) -> None:
     [
         (["import"], "Missing argument 'SRC'", "import [OPTIONS] SRC DST"),
         (["export", "a"], "Missing argument 'DST'", "export [OPTIONS] SRC DST"),
-        (["verify", "a", "--fats"], "No such option: --fats", "verify [OPTIONS] A [B]"),
+        (["verify", "a", "--fats"], "No such option '--fats'", "verify [OPTIONS] A [B]"),
         (["nonsense"], "No such command 'nonsense'", "[OPTIONS] COMMAND [ARGS]..."),
     ],
 )

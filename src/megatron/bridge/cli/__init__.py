@@ -1,6 +1,6 @@
 """The command `megatron-bridge`: what a person types.
 
-app          the commands, declared; importing it imports neither torch nor transformers
+app          the commands, declared; importing it imports none of them
 commands     one file per command or pair: arguments in, computing called, result shown
 parameters   options and arguments that several commands share
 render       reports as tables; `text.document` has them as JSON
@@ -25,7 +25,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     import sys
 
-    from typer.exceptions import TyperException
+    from click import ClickException
+    from click.exceptions import Exit
 
     from megatron.bridge.cli.outcome import INTERRUPTED, misused, terminable, unprinted
     from megatron.bridge.cli.streams import sturdy_streams
@@ -35,14 +36,16 @@ def main(args: Sequence[str] | None = None) -> int:
     with sturdy_streams(for_good=for_good):
         try:
             with terminable(for_good=for_good):
-                from megatron.bridge.cli.app import command
+                from megatron.bridge.cli.app import commands
 
-                return command(args=given, prog_name="megatron-bridge", standalone_mode=False) or 0
-        except TyperException as error:
+                with commands.make_context("megatron-bridge", [*given]) as context:
+                    commands.invoke(context)
+                return 0
+        except Exit as end:
+            return end.exit_code
+        except ClickException as error:
             return misused(error, as_json="--json" in given)
         except SystemExit as end:
-            if isinstance(end.__context__, BrokenPipeError):
-                return unprinted(end.__context__)
             return end.code if isinstance(end.code, int) else 0
         except KeyboardInterrupt:  # between the commands' own handling and here
             return INTERRUPTED

@@ -1,24 +1,17 @@
 """The commands of `megatron-bridge`, declared.
 
-Nothing here or in the modules of the commands imports torch, transformers or megatron-core at the
-top: `--help` answers at once.
+Importing this imports no command: `--help` answers at once, and a command waits for no other.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from importlib import import_module
+from typing import NamedTuple
 
-import typer
-from typer.core import TyperCommand
+import click
 
 from megatron.bridge.cli import outcome
-from megatron.bridge.cli.commands.compare import compare
-from megatron.bridge.cli.commands.convert import export_command, import_command
-from megatron.bridge.cli.commands.inspect import inspect
-from megatron.bridge.cli.commands.make_model import make_model
-from megatron.bridge.cli.commands.plan import plan
-from megatron.bridge.cli.commands.verify import verify
-from megatron.bridge.cli.outcome import guarded
 from megatron.bridge.cli.output import WIDTH
 
 _EPILOG = (
@@ -26,80 +19,74 @@ _EPILOG = (
     "70 a fault of this program; 130 interrupted."
 )
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich takes longer than all the rest
+
+class _Declared(NamedTuple):
+    """Where the function of a command stands, and what the list of commands says of it."""
+
+    module: str
+    function: str
+    summary: str
+
+
+_COMMANDS: Mapping[str, _Declared] = {
+    "inspect": _Declared(
+        "inspect", "inspect", "Show what a model or checkpoint holds, and how it converts."
+    ),
+    "plan": _Declared(
+        "plan", "plan", "Show what a conversion will do, and what each rank of a cluster will hold."
+    ),
+    "import": _Declared("convert", "import_command", "Hugging Face model to Megatron checkpoint."),
+    "export": _Declared("convert", "export_command", "Megatron checkpoint to Hugging Face model."),
+    "verify": _Declared(
+        "verify", "verify", "Compare two checkpoints, tensor by tensor, bit by bit."
+    ),
+    "compare": _Declared(
+        "compare", "compare", "Compare transformers with Megatron-Core on one prompt."
+    ),
+    "make-model": _Declared(
+        "make_model", "make_model", "Make a small random model in the released layout."
+    ),
+}
+
+
+class _Commands(click.Group):
+    """The group of all commands, which imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        if (declared := _COMMANDS.get(cmd_name)) is None:
+            raise click.NoSuchCommand(cmd_name, possibilities=_COMMANDS, ctx=ctx)
+        module = import_module(f"megatron.bridge.cli.commands.{declared.module}")
+        function = outcome.guarded(getattr(module, declared.function))
+        return click.command(cmd_name, epilog=_EPILOG)(function)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.summary) for name, one in _COMMANDS.items()])
+
+
+@click.command(
+    cls=_Commands,
     epilog=_EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": WIDTH,
+        "show_default": True,
+    },
 )
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"megatron-bridge {version('megatron-bridge-vl')}")
-        raise typer.Exit
-
-
-def _print_help(context: typer.Context, wanted: bool) -> None:
-    if wanted:
-        typer.echo(context.get_help())
-        raise typer.Exit
-
-
-# typer's own --help of a group imports pydantic whenever one of its commands is called.
-@app.callback(add_help_option=False)
-def root(
-    *,
-    debug: Annotated[
-        bool,
-        # Read from the environment by `outcome`: typer's envvar would import pydantic first.
-        typer.Option(
-            "--debug",
-            help=f"Print the traceback of an error; so does {outcome.DEBUG_VARIABLE}=1.",
-        ),
-    ] = False,
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-    _help: Annotated[
-        bool,
-        typer.Option(
-            "--help", "-h", callback=_print_help, is_eager=True, help="Show this message."
-        ),
-    ] = False,
-) -> None:
+@click.option(
+    "--debug",
+    is_flag=True,
+    help=f"Print the traceback of an error; so does {outcome.DEBUG_VARIABLE}=1.",
+)
+@click.version_option(
+    package_name="megatron-bridge-vl",
+    prog_name="megatron-bridge",
+    message="%(prog)s %(version)s",
+    help="Print the version.",
+)
+def commands(debug: bool) -> None:
     """Convert vision-language models between Hugging Face and Megatron-Core, bit for bit."""
     outcome.debug.set(debug)
-
-
-# Name, command, and what the list of commands says of it.
-_COMMANDS = (
-    ("inspect", inspect, "Show what a model or checkpoint holds, and how it converts."),
-    ("plan", plan, "Show what a conversion will do, and what each rank of a cluster will hold."),
-    ("import", import_command, "Hugging Face model to Megatron checkpoint."),
-    ("export", export_command, "Megatron checkpoint to Hugging Face model."),
-    ("verify", verify, "Compare two checkpoints, tensor by tensor, bit by bit."),
-    ("compare", compare, "Compare transformers with Megatron-Core on one prompt."),
-    ("make-model", make_model, "Make a small random model in the released layout."),
-)
-
-
-class _Command(TyperCommand):
-    """A command with the arguments as manuals write them in its usage: SRC, not typer's {SRC}."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
-
-
-for _name, _command, _summary in _COMMANDS:
-    app.command(_name, cls=_Command, short_help=_summary, epilog=_EPILOG)(guarded(_command))
-
-command = typer.main.get_command(app)
-"""What `main` calls: made once, however often it is called."""

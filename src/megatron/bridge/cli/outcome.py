@@ -25,8 +25,8 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import NoReturn
 
-import typer
-from typer.exceptions import TyperException
+import click
+from click.exceptions import Exit, NoArgsIsHelpError
 
 from megatron.bridge.cli import output
 from megatron.bridge.cli.output import say
@@ -60,10 +60,10 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
             _end(INTERRUPTED, error, "interrupted", as_json=as_json)
         except BrokenPipeError:
             print_nothing_more()
-            raise typer.Exit(BROKEN_PIPE) from None
+            raise Exit(BROKEN_PIPE) from None
         except OSError as error:
             _end(BAD_INPUT, error, f"error: {_describe(error)}", as_json=as_json)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
+        except (Exit, click.UsageError):
             raise
         except Exception as error:  # noqa: BLE001  (the last resort: said, and status 70)
             summary = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
@@ -73,15 +73,15 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def misused(error: TyperException, *, as_json: bool) -> int:
+def misused(error: click.ClickException, *, as_json: bool) -> int:
     """Say what is wrong with the arguments; returns the exit status."""
     message, context = error.format_message(), getattr(error, "ctx", None)
-    if context is not None and message == context.get_help():  # called without any argument
+    if isinstance(error, NoArgsIsHelpError):
         say(message)
     else:
         say(f"error: {message}")
         # What is said of a value says all; of a name that is missing or unknown it does not.
-        if context is not None and type(error) is not typer.BadParameter:
+        if context is not None and type(error) is not click.BadParameter:
             say(f"usage: {' '.join(context.get_usage().split()[1:])}")
     _show_document(error.exit_code, error, message, as_json=as_json)
     return error.exit_code
@@ -103,7 +103,7 @@ def _end(status: int, error: BaseException, message: str, *, as_json: bool) -> N
     message = "\n".join([message, *getattr(error, "__notes__", ())])
     say(message)
     _show_document(status, error, message.removeprefix("error: "), as_json=as_json)
-    raise typer.Exit(status) from None
+    raise Exit(status) from None
 
 
 def _show_document(status: int, error: BaseException, message: str, *, as_json: bool) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from megatron.bridge.cli.streams import write_result
+from megatron.bridge.models.hf_pretrained.download_bars import hide_download_bars
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.text.document import to_document
 from megatron.bridge.text.quoting import printable
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 shown: ContextVar[bool] = ContextVar("shown", default=False)
 """Whether the command has shown its result."""
@@ -49,24 +47,25 @@ class Output:
         if not self.as_json:
             say(message)
 
-    def show[Report](self, report: Report, render: Callable[[Report], RenderableType]) -> None:
-        """Write the result: the report as a JSON document, or the tables that `render` makes."""
+    def show(self, report: object) -> None:
+        """Write the result: the report as a JSON document, or as tables."""
         if self.as_json:
             write_document(self._stdout, to_document(report))
         else:
-            write_result(self._stdout, self._as_text(render(report)))
+            write_result(self._stdout, self._as_text(report))
         shown.set(True)
 
-    def _as_text(self, renderable: RenderableType) -> str:
-        """Rendered, with colours on a terminal. rich would end the process on a closed pipe."""
+    def _as_text(self, report: object) -> str:
+        """Tables, with colours on a terminal. rich would end the process on a closed pipe."""
         from rich.console import Console
 
+        from megatron.bridge.cli.render import render
         from megatron.bridge.cli.render.printable import Printable
 
         width = min(Console(file=self._stdout).width, WIDTH) if self._stdout.isatty() else WIDTH
         console = Console(file=self._stdout, width=width, highlight=False)
         with console.capture() as captured:
-            console.print(Printable(renderable))
+            console.print(Printable(render(report)))
         return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
@@ -89,14 +88,6 @@ def printable_lines(message: str) -> str:
 def open_output(*, as_json: bool) -> Iterator[Output]:
     """Give a command its streams; what libraries print inside the block goes to stderr."""
     stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        if as_json:
-            _silence_progress_bars()
+    bars = hide_download_bars() if as_json else contextlib.nullcontext()
+    with contextlib.redirect_stdout(sys.stderr), bars:
         yield Output(stdout, as_json=as_json)
-
-
-def _silence_progress_bars() -> None:
-    """Silence the bars of downloads; libraries that draw others are silenced at their use."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()

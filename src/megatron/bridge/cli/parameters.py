@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import typer
+import click
 
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.conversion.expert_layout import ExpertLayout
@@ -17,150 +17,159 @@ from megatron.bridge.target.reflink import REFLINK
 if TYPE_CHECKING:
     from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
-]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Replace an existing target, once the new one is complete."),
-]
-Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of a hub id; the same as org/name@REVISION."),
-]
-HFModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC", help="Hugging Face model: a folder, or a hub id such as org/name."
-    ),
-]
 
+class Decorator(Protocol):
+    """Adds an option to a function, and leaves it as it is."""
 
-def given_path(text: str) -> Path:
-    """A path that was given, with `~` expanded. Raises typer.BadParameter if it is no path."""
-    try:
-        return local_path(text)
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def given_file(text: str) -> Path:
-    """The path of a file. Raises typer.BadParameter if there is no such file."""
-    path = given_path(text)
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise typer.BadParameter(f"{text!r} {what}")
-    return path
-
-
-Target = Annotated[
-    Path,
-    typer.Argument(
-        parser=given_path, metavar="DST", help="Folder to make; it appears when it is complete."
-    ),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Bytes that buffers may take, such as 512MiB or 2GB; 1GiB if not given. Enough for "
-        "any model.",
-    ),
-]
-MaxShardSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Tensor bytes per file of DST, such as 2GB. If not given, Hugging Face files are "
-        "split as REF's are, or at 5GB, and Megatron files at 512MiB.",
-    ),
-]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Go on with what an interrupted run left in DST.partial."),
-]
-VerifyWritten = Annotated[
-    bool,
-    typer.Option(
-        "--verify",
-        help="Read back what was written and compare it with SRC, bit by bit, before DST appears.",
-    ),
-]
-
-
-def _iteration(text: str) -> str:
-    if text == "release" or (text.isascii() and text.isdecimal() and len(text) <= 18):
-        return text
-    raise typer.BadParameter(f"{text[:40]!r} is not a number of an iteration, nor release")
-
-
-Iteration = Annotated[
-    str | None,
-    typer.Option(
-        "--iteration",
-        parser=_iteration,
-        metavar="N",
-        help="Iteration of the Megatron checkpoint, a number or release. By default the one that "
-        "its tracker file names; inspect lists them.",
-    ),
-]
+    def __call__[F: Callable[..., Any]](self, function: F, /) -> F: ...
 
 
 MOST_RANKS = 1 << 17
 
-
-def choice_option(names: Sequence[str], description: str) -> Any:
-    """An option that takes one of `names`, which the help lists before the description."""
-
-    def parse(text: str) -> str:
-        if text in names:
-            return text
-        raise typer.BadParameter(f"{text[:40]!r} is none of {', '.join(names)}")
-
-    listed = f"{', '.join(names[:-1])} or {names[-1]}"
-    return typer.Option(parser=parse, metavar="NAME", help=f"{listed}: {description}.")
+# Values of texts. click adds the name of the option to a BadParameter.
 
 
-Reflink = Annotated[
-    Any,
-    choice_option(
-        REFLINK,
-        "share blocks with the files that are read, where their bytes do not change: where the "
-        "file system can (XFS, btrfs and others), or else it is an error, or not at all",
-    ),
-]
+def given_path(text: str) -> Path:
+    """A path that was given, with `~` expanded. Raises click.BadParameter if it is no path."""
+    try:
+        return local_path(text)
+    except InputError as error:
+        raise click.BadParameter(str(error)) from error
 
 
-def experts_option(description: str) -> Any:
-    """An option that takes a disk layout of routed experts."""
-    return choice_option(tuple(ExpertLayout), description)
+def given_file(text: str) -> Path:
+    """The path of a file. Raises click.BadParameter if there is no such file."""
+    path = given_path(text)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise click.BadParameter(f"{text!r} {what}")
+    return path
 
 
-def part_option(description: str) -> Any:
-    """An option that takes a part of a model, which its bridge knows by name."""
-    return typer.Option(metavar="NAME", help=description)
-
-
-def size_option(description: str) -> Any:
-    """An option that takes a size of parallelism, or a number of ranks."""
-    return typer.Option(parser=_parallel_size, metavar="N", help=description)
-
-
-def _parallel_size(text: str) -> int:
-    if text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MOST_RANKS:
+def positive(text: str) -> int:
+    """A whole number of at least 1. Raises click.BadParameter for any other text."""
+    if text.isascii() and text.isdecimal() and len(text) <= 18 and int(text):
         return int(text)
-    raise typer.BadParameter(f"{text[:40]!r} is not a whole number from 1 to {MOST_RANKS}")
+    raise click.BadParameter(f"{text[:40]!r} is not a whole number of at least 1")
 
 
 def not_negative(text: str) -> float:
-    """A finite number of at least 0. Raises typer.BadParameter for any other text."""
+    """A finite number of at least 0. Raises click.BadParameter for any other text."""
     try:
         number = float(text)
     except ValueError:
         number = nan
     if isfinite(number) and number >= 0:
         return number
-    raise typer.BadParameter(f"{text[:40]!r} is not a finite number of at least 0")
+    raise click.BadParameter(f"{text[:40]!r} is not a finite number of at least 0")
+
+
+def _iteration(text: str) -> str:
+    if text == "release" or (text.isascii() and text.isdecimal() and len(text) <= 18):
+        return text
+    raise click.BadParameter(f"{text[:40]!r} is not a number of an iteration, nor release")
+
+
+def _parallel_size(text: str) -> int:
+    if text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MOST_RANKS:
+        return int(text)
+    raise click.BadParameter(f"{text[:40]!r} is not a whole number from 1 to {MOST_RANKS}")
+
+
+# Arguments and options: decorators of a command's function, in the order of its help.
+
+hf_source = click.argument(
+    "source",
+    metavar="SRC",
+    help="Hugging Face model: a folder, or a hub id such as org/name.",
+)
+target = click.argument(
+    "target",
+    type=given_path,
+    metavar="DST",
+    help="Folder to make; it appears when it is complete.",
+)
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
+)
+force = click.option(
+    "--force", is_flag=True, help="Replace an existing target, once the new one is complete."
+)
+revision = click.option(
+    "--revision",
+    metavar="NAME",
+    help="Branch, tag or commit of a hub id; the same as org/name@REVISION.",
+)
+iteration = click.option(
+    "--iteration",
+    type=_iteration,
+    metavar="N",
+    help="Iteration of the Megatron checkpoint, a number or release. By default the one that "
+    "its tracker file names; inspect lists them.",
+)
+memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Bytes that buffers may take, such as 512MiB or 2GB; 1GiB if not given. Enough for "
+    "any model.",
+)
+max_shard_size = click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Tensor bytes per file of DST, such as 2GB. If not given, Hugging Face files are "
+    "split as REF's are, or at 5GB, and Megatron files at 512MiB.",
+)
+resume = click.option(
+    "--resume", is_flag=True, help="Go on with what an interrupted run left in DST.partial."
+)
+verify_written = click.option(
+    "--verify",
+    is_flag=True,
+    help="Read back what was written and compare it with SRC, bit by bit, before DST appears.",
+)
+
+
+def choice(
+    option: str, names: Sequence[str], description: str, default: str | None = None
+) -> Decorator:
+    """An option that takes one of `names`, which the help lists before the description."""
+
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        raise click.BadParameter(f"{text[:40]!r} is none of {', '.join(names)}")
+
+    listed = f"{', '.join(names[:-1])} or {names[-1]}"
+    return click.option(
+        option, type=parse, metavar="NAME", default=default, help=f"{listed}: {description}."
+    )
+
+
+reflink = choice(
+    "--reflink",
+    REFLINK,
+    "share blocks with the files that are read, where their bytes do not change: where the "
+    "file system can (XFS, btrfs and others), or else it is an error, or not at all",
+    default="auto",
+)
+
+
+def experts(description: str) -> Decorator:
+    """--experts, which takes a disk layout of routed experts."""
+    return choice("--experts", tuple(ExpertLayout), description)
+
+
+def part(description: str) -> Decorator:
+    """--part, which takes a part of a model, which its bridge knows by name."""
+    return click.option("--part", metavar="NAME", help=description)
+
+
+def size(option: str, description: str) -> Decorator:
+    """An option that takes a size of parallelism, or a number of ranks."""
+    return click.option(option, type=_parallel_size, metavar="N", help=description)
+
+
+# What several commands do with values.
 
 
 def hf_model(reference: str, revision: str | None) -> PreTrainedVLM:

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.bridge.engine import DEFAULT_MEMORY
 from megatron.bridge.engine.piece_writer import Checksums, PieceBuffer, PieceWriter
 from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, Piece, pieces_of
 from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.hf_pretrained.slice_reader import SCRATCH_BYTES, read_once
 from megatron.bridge.progress import Progress, Silent
-
-DEFAULT_MEMORY = 1 << 30
-"""Bytes that buffers may take together."""
 
 _MOST_THREADS = 8
 _BUFFERS = 3

@@ -10,12 +10,10 @@ is of use in it is `hf_model_id`, where the model came from.
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.models.hf_pretrained.config import HFConfig
@@ -29,8 +27,6 @@ _MAX_BYTES = 1 << 20
 _MODEL_ID = "hf_model_id"
 _OURS = re.compile(rb"^hf[ \t]*:", re.MULTILINE)
 _NULLS = ("", "~", "null")
-_ITEM, _KEY = object(), object()
-_Syntax = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,8 @@ def config_record(
     Raises:
         InputError: an argument of the tokenizer is no plain value.
     """
+    from megatron.bridge.formats import record_yaml
+
     record: dict[str, Any] = {
         "model": {"_target_": provider, **settings},
         "hf": {"config": hf.data},
@@ -98,7 +96,7 @@ def config_record(
                 f"hf_tokenizer_kwargs: {error}; a checkpoint records plain values only"
             ) from error
         record["tokenizer"] = tokenizer.entry
-    return yaml.dump(record, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode()
+    return record_yaml.dump(record)
 
 
 def read_record(folder: Path) -> ConfigRecord | None:
@@ -121,14 +119,16 @@ def read_record(folder: Path) -> ConfigRecord | None:
         return ConfigRecord(None)
     if not _OURS.search(text):
         return ConfigRecord(None, _model_id(text))
+    from megatron.bridge.formats import record_yaml
+
     try:
-        record = _Loader(text).get_single_data()
+        record = record_yaml.load(text)
         entry = record["hf"]
         if not (isinstance(entry, dict) and "config" in entry):
             return ConfigRecord(None, _model_id(text))  # an entry of that name, but not ours
         # YAML knows dates, sets and numbers that JSON does not.
         config = parse_object(json.dumps(entry["config"]).encode())
-    except (ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError, record_yaml.YAMLError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{path}: cannot be read as a config record: {reason}") from error
     return ConfigRecord(HFConfig.from_dict(config, origin=str(path)), _model_id(text))
@@ -164,50 +164,12 @@ def _model_id(text: bytes) -> str | None:
     """
     if _MODEL_ID.encode() not in text:
         return None
+    from megatron.bridge.formats import record_yaml
+
     try:
-        for key, value in _scalar_pairs(text):
+        for key, value in record_yaml.scalar_pairs(text):
             if key == _MODEL_ID and value not in _NULLS and is_name(value):
                 return value
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (record_yaml.YAMLError, ValueError, RecursionError):
         pass  # what stands before the fault was looked at
     return None
-
-
-def _scalar_pairs(text: bytes) -> Iterator[tuple[str, str]]:
-    """Each key and value of all mappings that are both scalars, or aliases of one."""
-    scalars: dict[str, str] = {}
-    expected: list[object] = []  # by each open collection: an item, a key, or the value of a key
-    for event in yaml.parse(text, Loader=_Syntax):
-        if isinstance(event, yaml.CollectionEndEvent):
-            expected.pop()
-        elif isinstance(event, yaml.NodeEvent):
-            scalar = scalars.get(event.anchor or "")
-            if isinstance(event, yaml.ScalarEvent):
-                scalar = event.value
-                if event.anchor:
-                    scalars[event.anchor] = event.value
-            place = expected[-1] if expected else _ITEM
-            if place is _KEY:
-                expected[-1] = scalar
-            elif place is not _ITEM:
-                expected[-1] = _KEY
-                if isinstance(place, str) and scalar is not None:
-                    yield place, scalar
-            if isinstance(event, yaml.CollectionStartEvent):
-                expected.append(_KEY if isinstance(event, yaml.MappingStartEvent) else _ITEM)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what is shared as often as it stands there."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-class _Loader(yaml.SafeLoader):
-    """Builds plain values; refuses aliases, by which a few lines stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which no record needs")
-        return super().compose_node(parent, index)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 from megatron.bridge.dtypes import DType
+from megatron.bridge.engine import DEFAULT_MEMORY
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import Iteration
 from megatron.bridge.models.conversion.transposed import TRANSPOSED, Transposed
@@ -148,7 +149,6 @@ class ConversionOptions:
         Raises:
             InputError: a size is not a valid one, or the other processes cannot be reached.
         """
-        from megatron.bridge.engine.stream import DEFAULT_MEMORY
         from megatron.bridge.target.run import Run
 
         memory, largest = self.memory, self.max_shard_size

@@ -8,7 +8,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -38,7 +37,7 @@ def import_megatron_core_as_written() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds megatron-core, once, where the others find it."""
 
     def find_spec(

@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.bridge.engine import DEFAULT_MEMORY
 from megatron.bridge.engine.piece_writer import Checksums
 from megatron.bridge.engine.pieces import FillTensor, OutputFile, pieces_of
-from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget, write_pieces
+from megatron.bridge.engine.stream import Budget, write_pieces
 from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import MismatchError
 from megatron.bridge.progress import Progress, Silent

@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from megatron.bridge.cli import parameters
 from megatron.bridge.cli.output import open_output
-from megatron.bridge.cli.parameters import (
-    HFModel,
-    Json,
-    Revision,
-    choice_option,
-    given_file,
-    hf_model,
-    not_negative,
+
+
+@parameters.hf_source
+@click.option("--image", type=parameters.given_file, metavar="FILE", help="Image to ask about.")
+@click.option(
+    "--max-pixels",
+    type=parameters.positive,
+    metavar="N",
+    help="Make a larger image smaller, for both models; attention takes memory by the square of "
+    "it.",
 )
-
-
+@click.option("--prompt", metavar="TEXT", help="What to ask. By default a short question.")
+@parameters.revision
+@parameters.choice(
+    "--dtype",
+    ("float64", "float32", "bfloat16", "float16"),
+    "of weights and activations; in float64 all arithmetic is in float64, so that next to no "
+    "rounding is left, and what differs was computed differently",
+    default="float32",
+)
+@click.option(
+    "--tolerance",
+    type=parameters.not_negative,
+    metavar="NUMBER",
+    help="Largest difference of logits, as a part of the largest logit. By default 1e-10 for "
+    "float64, 1e-4 for float32, 5e-2 for bfloat16, 1e-2 for float16.",
+)
+@parameters.as_json
 def compare(
-    source: HFModel,
     *,
-    image: Annotated[
-        Path | None,
-        typer.Option(parser=given_file, metavar="FILE", help="Image to ask about."),
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Make a larger image smaller, for both models; attention takes memory by the "
-            "square of it.",
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="What to ask. By default a short question.")
-    ] = None,
-    revision: Revision = None,
-    dtype: Annotated[
-        str,
-        choice_option(
-            ("float64", "float32", "bfloat16", "float16"),
-            "of weights and activations; in float64 all arithmetic is in float64, so that next to "
-            "no rounding is left, and what differs was computed differently",
-        ),
-    ] = "float32",
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            parser=not_negative,
-            metavar="NUMBER",
-            help="Largest difference of logits, as a part of the largest logit. By default 1e-10 "
-            "for float64, 1e-4 for float32, 5e-2 for bfloat16, 1e-2 for float16.",
-        ),
-    ] = None,
-    as_json: Json = False,
+    source: str,
+    image: Path | None,
+    max_pixels: int | None,
+    prompt: str | None,
+    revision: str | None,
+    dtype: str,
+    tolerance: float | None,
+    as_json: bool,
 ) -> None:
     """Run one prompt through transformers and through Megatron-Core; exits with 1 if they differ.
 
@@ -65,9 +54,8 @@ def compare(
     that is not there, it is said before anything is loaded.
     """
     with open_output(as_json=as_json) as output:
-        hf_model(source, revision)  # what is not a model is said before anything large is imported
+        parameters.hf_model(source, revision)  # first, and fast: says what is not a model
         output.note("loading torch, transformers and megatron-core")
-        from megatron.bridge.cli.render.comparison_tables import render_compare
         from megatron.bridge.errors import MismatchError
         from megatron.bridge.operations.verification.logits import compare as compare_models
 
@@ -82,7 +70,7 @@ def compare(
                 max_pixels=max_pixels,
                 progress=progress,
             )
-        output.show(report, render_compare)
+        output.show(report)
     if not report.agrees:
         raise MismatchError(
             f"the logits of {source} differ by up to {report.logits.max_abs_diff:.2e}; allowed are "

@@ -3,67 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
+from megatron.bridge.cli import parameters
 from megatron.bridge.cli.output import Output, open_output
-from megatron.bridge.cli.parameters import (
-    Force,
-    HFModel,
-    Iteration,
-    Json,
-    MaxShardSize,
-    Memory,
-    Reflink,
-    Resume,
-    Revision,
-    Target,
-    VerifyWritten,
-    choice_option,
-    experts_option,
-    given_path,
-    hf_model,
-    no_revision,
-    part_option,
-)
-from megatron.bridge.models.conversion.transposed import TRANSPOSED
+from megatron.bridge.models.conversion.transposed import TRANSPOSED, Transposed
 
 if TYPE_CHECKING:
     from megatron.bridge.operations.convert import Converted
+    from megatron.bridge.target.reflink import Reflink
     from megatron.bridge.target.run import Run
 
 
+@parameters.hf_source
+@parameters.target
+@parameters.revision
+@parameters.experts("how the routed experts of SRC lie; refused if their shapes say otherwise")
+@parameters.part("language: the language model of a vision-language SRC alone, as a model of text")
+@parameters.choice(
+    "--transposed",
+    TRANSPOSED,
+    "how DST holds matrices that lie transposed in SRC (experts of some releases): as they lie "
+    "there, with strides that say so, or turned, so that programs load them faster",
+    default="copy",
+)
+@parameters.memory
+@parameters.max_shard_size
+@parameters.reflink
+@parameters.verify_written
+@parameters.resume
+@parameters.force
+@parameters.as_json
 def import_command(
-    source: HFModel,
-    target: Target,
     *,
-    revision: Revision = None,
-    experts: Annotated[
-        str | None,
-        experts_option("how the routed experts of SRC lie; refused if their shapes say otherwise"),
-    ] = None,
-    part: Annotated[
-        str | None,
-        part_option(
-            "language: the language model of a vision-language SRC alone, as a model of text"
-        ),
-    ] = None,
-    transposed: Annotated[
-        Any,
-        choice_option(
-            TRANSPOSED,
-            "how DST holds matrices that lie transposed in SRC (experts of some releases): as they "
-            "lie there, with strides that say so, or turned, so that programs load them faster",
-        ),
-    ] = "copy",
-    memory: Memory = None,
-    max_shard_size: MaxShardSize = None,
-    reflink: Reflink = "auto",
-    verify: VerifyWritten = False,
-    resume: Resume = False,
-    force: Force = False,
-    as_json: Json = False,
+    source: str,
+    target: Path,
+    revision: str | None,
+    experts: str | None,
+    part: str | None,
+    transposed: Transposed,
+    memory: str | None,
+    max_shard_size: str | None,
+    reflink: Reflink,
+    verify: bool,
+    resume: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write the Hugging Face model SRC as the Megatron checkpoint DST.
 
@@ -77,7 +64,7 @@ def import_command(
         from megatron.bridge.target.targets import check_target
 
         check_target(target, [source], force=force)
-        hf = hf_model(source, revision)
+        hf = parameters.hf_model(source, revision)
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
@@ -95,81 +82,79 @@ def import_command(
         _show(output, run, done)
 
 
+@click.argument("source", type=parameters.given_path, metavar="SRC", help="Megatron checkpoint.")
+@parameters.target
+@click.option(
+    "--hf",
+    "reference",
+    metavar="REF",
+    help="Hugging Face model whose layout and side files DST gets: a folder (a config.json will "
+    "do) or a hub id. By default the config that import left in SRC: then DST has weights and "
+    "config.json.",
+)
+@parameters.revision
+@parameters.iteration
+@parameters.experts("another disk layout of routed experts than REF's")
+@parameters.part(
+    "language: where SRC is the language model of a vision-language REF alone, put it in its place "
+    "in REF; where SRC is a vision-language model, write its language model alone"
+)
+@click.option(
+    "--fp8",
+    is_flag=True,
+    help="Quantize the weights that REF, an FP8 release, has quantized. Without it they are BF16.",
+)
+@parameters.choice(
+    "--dtype",
+    ("bfloat16", "float16", "float32"),
+    "dtype of the floating-point tensors, instead of each one's in REF; small tensors that the "
+    "release keeps in float32 stay so, and config.json states it",
+)
+@click.option(
+    "--round",
+    is_flag=True,
+    help="Round values that do not fit the dtype they get. Without it they are refused.",
+)
+@click.option(
+    "--hard-links",
+    is_flag=True,
+    help="Let files of weights that are those of REF, bit for bit, be hard links to them: a "
+    "program that writes into one writes into both.",
+)
+@click.option(
+    "--keep-manifest",
+    is_flag=True,
+    help="Leave .megatron-bridge.jsonl in DST: checksums of all files, for verify --fast. A "
+    "Megatron checkpoint always has it.",
+)
+@parameters.memory
+@parameters.max_shard_size
+@parameters.reflink
+@parameters.verify_written
+@parameters.resume
+@parameters.force
+@parameters.as_json
 def export_command(
-    source: Annotated[
-        Path, typer.Argument(parser=given_path, metavar="SRC", help="Megatron checkpoint.")
-    ],
-    target: Target,
     *,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--hf",
-            metavar="REF",
-            help="Hugging Face model whose layout and side files DST gets: a folder (a config.json "
-            "will do) or a hub id. By default the config that import left in SRC: then DST has "
-            "weights and config.json.",
-        ),
-    ] = None,
-    revision: Revision = None,
-    iteration: Iteration = None,
-    experts: Annotated[
-        str | None, experts_option("another disk layout of routed experts than REF's")
-    ] = None,
-    part: Annotated[
-        str | None,
-        part_option(
-            "language: where SRC is the language model of a vision-language REF alone, put it in "
-            "its place in REF; where SRC is a vision-language model, write its language model "
-            "alone"
-        ),
-    ] = None,
-    fp8: Annotated[
-        bool,
-        typer.Option(
-            "--fp8",
-            help="Quantize the weights that REF, an FP8 release, has quantized. Without it they "
-            "are BF16.",
-        ),
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        choice_option(
-            ("bfloat16", "float16", "float32"),
-            "dtype of the floating-point tensors, instead of each one's in REF; small tensors that "
-            "the release keeps in float32 stay so, and config.json states it",
-        ),
-    ] = None,
-    round: Annotated[  # noqa: A002 - the name of the option
-        bool,
-        typer.Option(
-            "--round",
-            help="Round values that do not fit the dtype they get. Without it they are refused.",
-        ),
-    ] = False,
-    hard_links: Annotated[
-        bool,
-        typer.Option(
-            "--hard-links",
-            help="Let files of weights that are those of REF, bit for bit, be hard links to them: "
-            "a program that writes into one writes into both.",
-        ),
-    ] = False,
-    keep_manifest: Annotated[
-        bool,
-        typer.Option(
-            "--keep-manifest",
-            help="Leave .megatron-bridge.jsonl in DST: checksums of all files, for verify --fast. "
-            "A Megatron checkpoint always has it.",
-        ),
-    ] = False,
-    memory: Memory = None,
-    max_shard_size: MaxShardSize = None,
-    reflink: Reflink = "auto",
-    verify: VerifyWritten = False,
-    resume: Resume = False,
-    force: Force = False,
-    as_json: Json = False,
+    source: Path,
+    target: Path,
+    reference: str | None,
+    revision: str | None,
+    iteration: str | None,
+    experts: str | None,
+    part: str | None,
+    fp8: bool,
+    dtype: str | None,
+    round: bool,  # noqa: A002 - the name of the option
+    hard_links: bool,
+    keep_manifest: bool,
+    memory: str | None,
+    max_shard_size: str | None,
+    reflink: Reflink,
+    verify: bool,
+    resume: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write the Megatron checkpoint SRC as the Hugging Face model DST.
 
@@ -187,10 +172,10 @@ def export_command(
         hf = None
         if reference is None:
             check_target(target, [source], force=force)
-            no_revision(revision)
+            parameters.no_revision(revision)
         else:
             check_target(target, [source, reference], force=force)
-            hf = hf_model(reference, revision)
+            hf = parameters.hf_model(reference, revision)
         _note_what_is_resumed(output, target, resume=resume)
         options = ConversionOptions(
             experts=experts,
@@ -223,6 +208,4 @@ def _note_what_is_resumed(output: Output, target: Path, *, resume: bool) -> None
 
 def _show(output: Output, run: Run, done: Converted) -> None:
     if run.processes.is_first:
-        from megatron.bridge.cli.render.conversion_tables import render_conversion
-
-        output.show(done, render_conversion)
+        output.show(done)

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
+from megatron.bridge.cli import parameters
 from megatron.bridge.cli.output import Output, open_output
-from megatron.bridge.cli.parameters import Iteration, Json, Revision, no_iteration
 from megatron.bridge.paths import local_path
 
 
-def inspect(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder of a Hugging Face model (a config.json will do), hub id, or Megatron "
-            "checkpoint.",
-        ),
-    ],
-    *,
-    revision: Revision = None,
-    iteration: Iteration = None,
-    as_json: Json = False,
-) -> None:
+@click.argument(
+    "source",
+    metavar="SRC",
+    help="Folder of a Hugging Face model (a config.json will do), hub id, or Megatron checkpoint.",
+)
+@parameters.revision
+@parameters.iteration
+@parameters.as_json
+def inspect(*, source: str, revision: str | None, iteration: str | None, as_json: bool) -> None:
     """Show what SRC holds and, for a Hugging Face model, whether and how it converts.
 
     Reads headers and configs only. Exits with 2 if the model cannot be converted, after showing
@@ -37,16 +31,15 @@ def inspect(
         if is_megatron_folder(local_path(source), asked=iteration is not None):
             _inspect_megatron(local_path(source), revision, iteration, output)
         else:
-            no_iteration(source, iteration)
+            parameters.no_iteration(source, iteration)
             _inspect_hf(source, revision, output)
 
 
 def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
-    from megatron.bridge.cli.render.inspection_tables import render_hf
     from megatron.bridge.operations.inspection.hf_report import inspect_hf
 
     report = inspect_hf(source, revision)
-    output.show(report, render_hf)
+    output.show(report)
     if report.problem is not None:
         raise report.problem
 
@@ -54,10 +47,9 @@ def _inspect_hf(source: str, revision: str | None, output: Output) -> None:
 def _inspect_megatron(
     source: Path, revision: str | None, iteration: str | None, output: Output
 ) -> None:
-    from megatron.bridge.cli.render.inspection_tables import render_megatron
     from megatron.bridge.errors import InputError
     from megatron.bridge.operations.inspection.megatron_report import inspect_megatron
 
     if revision is not None:
         raise InputError(f"{source} is a folder: --revision means nothing for it")
-    output.show(inspect_megatron(source, iteration), render_megatron)
+    output.show(inspect_megatron(source, iteration))

@@ -5,73 +5,64 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
+from megatron.bridge.cli import parameters
 from megatron.bridge.cli.output import Output, open_output
-from megatron.bridge.cli.parameters import (
-    Iteration,
-    Json,
-    Revision,
-    experts_option,
-    hf_model,
-    no_iteration,
-    no_revision,
-    part_option,
-    size_option,
-)
 
 if TYPE_CHECKING:
     from megatron.bridge.operations.inspection.forecast import Forecast
 
 
+@click.argument(
+    "source",
+    metavar="SRC",
+    help="Hugging Face model: a folder, a config.json alone, or a hub id; or a Megatron "
+    "checkpoint.",
+)
+@parameters.revision
+@click.option(
+    "--hf",
+    "reference",
+    metavar="REF",
+    help="Hugging Face model that a checkpoint would be exported like; see export.",
+)
+@parameters.iteration
+@parameters.experts("how the routed experts of SRC lie; see import and export")
+@parameters.part("part of the model, such as language; see import and export")
+@parameters.size("--tp", "Tensor-parallel size.")
+@parameters.size("--pp", "Pipeline stages.")
+@parameters.size("--vpp", "Chunks of each pipeline stage, interleaved.")
+@parameters.size("--ep", "Expert-parallel size.")
+@parameters.size("--etp", "Tensor-parallel size of routed experts; --tp if not given.")
+@parameters.size("--cp", "Context-parallel size; only 1 so far.")
+@parameters.size("--world-size", "Number of ranks; as few as possible if not given.")
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="PART",
+    help="Lay out the model without an optional part, such as mtp. Repeatable.",
+)
+@parameters.as_json
 def plan(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Hugging Face model: a folder, a config.json alone, or a hub id; or a Megatron "
-            "checkpoint.",
-        ),
-    ],
     *,
-    revision: Revision = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--hf",
-            metavar="REF",
-            help="Hugging Face model that a checkpoint would be exported like; see export.",
-        ),
-    ] = None,
-    iteration: Iteration = None,
-    experts: Annotated[
-        str | None,
-        experts_option("how the routed experts of SRC lie; see import and export"),
-    ] = None,
-    part: Annotated[
-        str | None, part_option("part of the model, such as language; see import and export")
-    ] = None,
-    tp: Annotated[int | None, size_option("Tensor-parallel size.")] = None,
-    pp: Annotated[int | None, size_option("Pipeline stages.")] = None,
-    vpp: Annotated[int | None, size_option("Chunks of each pipeline stage, interleaved.")] = None,
-    ep: Annotated[int | None, size_option("Expert-parallel size.")] = None,
-    etp: Annotated[
-        int | None, size_option("Tensor-parallel size of routed experts; --tp if not given.")
-    ] = None,
-    cp: Annotated[int | None, size_option("Context-parallel size; only 1 so far.")] = None,
-    world_size: Annotated[
-        int | None, size_option("Number of ranks; as few as possible if not given.")
-    ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PART",
-            help="Lay out the model without an optional part, such as mtp. Repeatable.",
-        ),
-    ] = None,
-    as_json: Json = False,
+    source: str,
+    revision: str | None,
+    reference: str | None,
+    iteration: str | None,
+    experts: str | None,
+    part: str | None,
+    tp: int | None,
+    pp: int | None,
+    vpp: int | None,
+    ep: int | None,
+    etp: int | None,
+    cp: int | None,
+    world_size: int | None,
+    without: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Show what import would do with SRC (export, for a checkpoint), without doing it.
 
@@ -84,7 +75,6 @@ def plan(
     }  # fmt: skip
     given = {name: size for name, size in sizes.items() if size is not None}
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.cli.render.forecast_tables import render_forecast
         from megatron.bridge.errors import InputError
 
         report = _forecast(source, reference, revision, iteration, experts, part)
@@ -95,8 +85,8 @@ def plan(
                 raise InputError(
                     f"for a checkpoint, --part excludes {' and '.join(asked)}: leave out one side"
                 )
-            report = _laid_out(report, given, without or [], output)
-        output.show(report, render_forecast)
+            report = _laid_out(report, given, without, output)
+        output.show(report)
         if problem := report.problem or report.illegal:
             raise problem
 
@@ -121,12 +111,12 @@ def _forecast(
             raise InputError(
                 f"{source} is not a Megatron checkpoint: --hf is what a checkpoint is exported like"
             )
-        no_iteration(source, iteration)
+        parameters.no_iteration(source, iteration)
         return forecast_import(source, revision, experts, part)
     if reference is None:
-        no_revision(revision)
+        parameters.no_revision(revision)
         return forecast_export(path, None, iteration, experts, part)
-    return forecast_export(path, hf_model(reference, revision), iteration, experts, part)
+    return forecast_export(path, parameters.hf_model(reference, revision), iteration, experts, part)
 
 
 class StageNotes:
@@ -149,7 +139,7 @@ class StageNotes:
 
 
 def _laid_out(
-    report: Forecast, given: dict[str, int], without: list[str], output: Output
+    report: Forecast, given: dict[str, int], without: tuple[str, ...], output: Output
 ) -> Forecast:
     """The report with what each rank holds, or why the model cannot be laid out so."""
     from megatron.bridge.errors import PlanError

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import click
 
-import typer
-
+from megatron.bridge.cli import parameters
 from megatron.bridge.cli.output import Output, open_output
-from megatron.bridge.cli.parameters import Iteration, Json, Memory, part_option
 
 _SIDE = "Hugging Face folder, hub id (org/name or org/name@revision), or Megatron checkpoint."
 
 
+@click.argument("a", help=_SIDE)
+@click.argument("b", required=False, help="The other side. With --fast it may be left out.")
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="Read one side only, which import or export --keep-manifest wrote, and compare its files "
+    "with the checksums that were taken then. The other side, if it is given, has to be what was "
+    "converted, not modified since.",
+)
+@parameters.iteration
+@parameters.part(
+    "language: compare the language model alone, where one side is a vision-language model or "
+    "both are"
+)
+@parameters.memory
+@parameters.as_json
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE)],
-    b: Annotated[
-        str | None,
-        typer.Argument(metavar="B", help="The other side. With --fast it may be left out."),
-    ] = None,
     *,
-    fast: Annotated[
-        bool,
-        typer.Option(
-            "--fast",
-            help="Read one side only, which import or export --keep-manifest wrote, and compare "
-            "its files with the checksums that were taken then. The other side, if it is given, "
-            "has to be what was converted, not modified since.",
-        ),
-    ] = False,
-    iteration: Iteration = None,
-    part: Annotated[
-        str | None,
-        part_option(
-            "language: compare the language model alone, where one side is a vision-language "
-            "model or both are"
-        ),
-    ] = None,
-    memory: Memory = None,
-    as_json: Json = False,
+    a: str,
+    b: str | None,
+    fast: bool,
+    iteration: str | None,
+    part: str | None,
+    memory: str | None,
+    as_json: bool,
 ) -> None:
     """Compare A and B tensor by tensor, bit by bit; exits with 1 if they differ.
 
@@ -46,7 +43,7 @@ def verify(
     belongs to no Hugging Face tensor and is not compared.
     """
     with open_output(as_json=as_json) as output:
-        from megatron.bridge.engine.stream import DEFAULT_MEMORY
+        from megatron.bridge.engine import DEFAULT_MEMORY
         from megatron.bridge.errors import InputError
         from megatron.bridge.text.sizes import size_of
 
@@ -69,14 +66,13 @@ def verify(
 def _verify(
     output: Output, a: str, b: str, iteration: str | None, part: str | None, memory: int
 ) -> None:
-    from megatron.bridge.cli.render.verification_tables import render_verify
     from megatron.bridge.cli.units import count
     from megatron.bridge.errors import MismatchError
     from megatron.bridge.operations.verification.bitwise import verify as compare_tensors
 
     with output.progress() as progress:
         report = compare_tensors(a, b, progress, iteration=iteration, part=part, memory=memory)
-    output.show(report, render_verify)
+    output.show(report)
     if not report.identical:
         raise MismatchError(
             f"{a} and {b} differ: {count(len(report.different), 'tensor')} not equal, "
@@ -85,14 +81,13 @@ def _verify(
 
 
 def _verify_fast(output: Output, a: str, b: str | None, iteration: str | None, memory: int) -> None:
-    from megatron.bridge.cli.render.verification_tables import render_verify_fast
     from megatron.bridge.cli.units import count
     from megatron.bridge.errors import MismatchError
     from megatron.bridge.operations.verification.fast import verify_fast
 
     with output.progress() as progress:
         report = verify_fast(a, b, progress, iteration=iteration, memory=memory)
-    output.show(report, render_verify_fast)
+    output.show(report)
     if report.different:
         raise MismatchError(
             f"{report.target.source} is not what was written: "

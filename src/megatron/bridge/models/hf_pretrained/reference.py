@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from megatron.bridge.errors import InputError, ReferenceNotFound
+from megatron.bridge.models.hf_pretrained.download_bars import fetching
 from megatron.bridge.paths import is_given_folder, local_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -94,7 +95,8 @@ def _snapshot(repository: str, revision: str | None, weights: bool) -> Path:
     wanted = f"{repository}@{revision}" if revision else repository
     patterns = _SIDE_FILE_PATTERNS + (_WEIGHT_PATTERNS if weights else [])
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        with fetching():
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except hub.GatedRepoError as error:
         reason = "access to it has to be granted on the hub; ask for it, and log in"
         raise ReferenceNotFound(f"{wanted}: {reason}") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron.bridge.engine.stream import DEFAULT_MEMORY
+from megatron.bridge.engine import DEFAULT_MEMORY
 from megatron.bridge.errors import PlanError
 from megatron.bridge.formats.iterations import Iteration
 from megatron.bridge.models.conversion.model_bridge import PlanOptions

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from megatron.bridge.errors import CheckpointError, ReferenceNotFound
+from megatron.bridge.models.hf_pretrained.download_bars import fetching
 from megatron.bridge.models.hf_pretrained.other_formats import other_files
 from megatron.bridge.models.hf_pretrained.reference import repository_files, repository_of
 from megatron.bridge.models.hf_pretrained.safetensors_header import check_tensor
@@ -48,7 +49,8 @@ def hub_headers(reference: str, revision: str) -> Mapping[str, RemoteTensor]:
             "fetching their headers; unset HF_HUB_OFFLINE, or give a folder"
         )
     try:
-        answer = get_safetensors_metadata(repository, revision=revision)
+        with fetching():
+            answer = get_safetensors_metadata(repository, revision=revision)
     except (hub.HfHubHTTPError, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise ReferenceNotFound(f"{repository}: the hub answered: {first_line}") from error

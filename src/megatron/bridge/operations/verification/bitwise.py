@@ -14,7 +14,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.dtypes import numpy_dtype, widest
-from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget
+from megatron.bridge.engine import DEFAULT_MEMORY
+from megatron.bridge.engine.stream import Budget
 from megatron.bridge.errors import InexactCast, InputError
 from megatron.bridge.formats.file_plans import (
     Sides,

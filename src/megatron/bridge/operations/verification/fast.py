@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.bridge.engine.stream import DEFAULT_MEMORY, Budget
+from megatron.bridge.engine import DEFAULT_MEMORY
+from megatron.bridge.engine.stream import Budget
 from megatron.bridge.errors import CheckpointError, InputError
 from megatron.bridge.formats.iterations import (
     METADATA_FILE,
