@@ -114,7 +114,10 @@ def gradient_errors(chunks: Sequence[Any], expected: dict[str, Tensor]) -> dict[
     for key, _, box, gradient in gradients_of(chunks):
         theirs = expected[key]
         # The vocabulary is padded by the number of ranks that share it.
-        cut = [slice(start, min(end, size)) for (start, end), size in zip(box, theirs.shape)]
+        cut = [
+            slice(start, min(end, size))
+            for (start, end), size in zip(box, theirs.shape, strict=True)
+        ]
         mine = gradient[tuple(slice(0, one.stop - one.start) for one in cut)]
         wanted = theirs[tuple(cut)]
         error = float((mine - wanted).norm() / wanted.norm().clamp(min=1e-6))

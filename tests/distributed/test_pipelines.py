@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from forked import run_ranks
 from oracle import text_models, tiny
@@ -23,6 +24,7 @@ EVEN_VISION_HEADS = {"vision_config": {"num_heads": 6}}
 BALANCE = {"moe_aux_loss_coeff": 10.0}
 PREDICTOR = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 40.0}
 MTP_CONFIG = {"text_config": {"mtp_num_hidden_layers": 1}}
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
 LENGTH = 112
 TIED = {"tie_word_embeddings": True}
 # model: (case of tiny.CASES or class of text_models, entries of its config, fields in every run)
@@ -104,6 +106,12 @@ def without_labels(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: one[key] for key in one if key != "labels"} for one in batches]
 
 
+def save_references(_rank: int, folder: str, models: set[str]) -> None:
+    """In a process of its own: the schedules leave scales of losses behind."""
+    for model in models:
+        save_reference(Path(folder), model)
+
+
 def save_reference(folder: Path, model: str) -> None:
     """The files, and the logits and gradients of one process."""
     name, entries, fields = MODELS[model]
@@ -128,6 +136,12 @@ def save_reference(folder: Path, model: str) -> None:
     torch.save(reference | {"batches": batches}, folder / f"{model}.pt")
 
 
+def difference(logits: Tensor, theirs: Tensor, batch: dict[str, Tensor]) -> float:
+    """The largest of real tokens, over the largest logit."""
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return float((logits[..., : theirs.shape[-1]] - theirs)[real].abs().max() / theirs.abs().max())
+
+
 def run_case(folder: Path, model: str, fields: dict[str, Any]) -> dict[str, Any]:
     reference = torch.load(folder / f"{model}.pt")
     batches, found = reference["batches"], {}
@@ -136,11 +150,7 @@ def run_case(folder: Path, model: str, fields: dict[str, Any]) -> dict[str, Any]
         loss = train_step(chunks, batches)
         found["gradients"] = gradient_errors(chunks, reference["gradients"])
     if logits:
-        size = reference["hf"][0].shape[-1]
-        found["logits"] = max(
-            float((mine[..., :size] - theirs)[one.get("attention_mask", mine[..., 0] == mine[..., 0]).bool()].abs().max() / theirs.abs().max())
-            for mine, theirs, one in zip(logits, reference["hf"], batches, strict=True)
-        )
+        found["logits"] = max(map(difference, logits, reference["hf"], batches))
         found["same logits"] = all(map(torch.equal, logits, reference["logits"]))
         found["same loss"] = all(map(torch.equal, loss, reference["loss"]))
     return found
@@ -154,12 +164,8 @@ def worker(rank: int, folder: str, cases: dict[str, tuple[str, dict[str, Any]]])
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, case by case."""
-    from megatron.bridge.runtime.parallel import destroy_process_groups
-
     folder = tmp_path_factory.mktemp("pipelines")
-    for model in {model for model, _ in CASES.values()}:
-        save_reference(folder, model)
-    destroy_process_groups()
+    run_ranks(save_references, str(folder), {model for model, _ in CASES.values()}, world=1)
     run_ranks(worker, str(folder), CASES)
     return [torch.load(folder / f"results{rank}.pt") for rank in range(2)]
 
@@ -175,7 +181,10 @@ def test_logits(results: list[dict[str, Any]], case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_gradient(results: list[dict[str, Any]], case: str) -> None:
     errors = [ranks[case]["gradients"] for ranks in results]
-    print(case, sorted(((e,k) for x in errors for k,e in x.items()))[-3:])
+    assert len({key for one in errors for key in one}) > (10 if case == "text" else 40)
+    model = CASES[case][0]
     for one in errors:
-        worst = {key: error for key, error in one.items() if error > 0}
-        assert not worst, worst
+        # The sum over the places where this weight is used begins with those of each stage.
+        if "tied" in model or "mtp" in model:
+            assert one.pop(EMBEDDING, 0.0) <= 1e-6
+        assert not {key: error for key, error in one.items() if error > 0}

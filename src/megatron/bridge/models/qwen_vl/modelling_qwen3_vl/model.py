@@ -133,7 +133,7 @@ class Qwen3VLModel(MegatronModule):
     ) -> Tensor:
         """Run this pipeline stage on what the Hugging Face processor returns.
 
-        Every stage takes the same batch: what is wrong with it, all refuse, and none waits.
+        Every stage takes the same batch, and refuses the same; see `check_inputs`.
 
         Args:
             input_ids: int64 [b, s]; packed sequences are [1, t].
@@ -163,30 +163,25 @@ class Qwen3VLModel(MegatronModule):
             InputError: inputs that contradict each other, with both numbers.
         """
         visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        config, merge = self.config, self.config.vision.spatial_merge_size
-        visual.check(config.vision.patch_values, merge)
-        check_text(config, input_ids, attention_mask, packed_seq_params, training=self.training)
-        batch, length = input_ids.shape
-        if position_ids is not None and position_ids.shape != (3, batch, length):
-            raise InputError(
-                f"position_ids has shape {list(position_ids.shape)}, expected "
-                f"{[3, batch, length]}: temporal, height and width of every token"
-            )
-        positions = visual.token_positions(input_ids, *config.placeholders, merge)
-        has_pictures = len(positions[0]) > 0
+        config = self.config
         with megatron_on_cpu():
-            if position_ids is None:
-                position_ids = self._position_ids(
-                    input_ids, attention_mask, packed_seq_params, visual, mm_token_type_ids
-                )
-            decoder_input, context = None, None
+            all_position_ids, positions = self._checked(
+                input_ids,
+                visual,
+                position_ids,
+                attention_mask,
+                labels,
+                packed_seq_params,
+                mm_token_type_ids,
+            )
+            decoder_input: Tensor | None
             if self.pre_process:
                 decoder_input, context = self._embed(input_ids, visual, positions)
-            elif self.receives and has_pictures:
+            else:
                 decoder_input, context = self._receive(input_ids, positions)
             output = self.language_model(
                 input_ids=input_ids,
-                position_ids=position_ids,
+                position_ids=all_position_ids,
                 **masks(config, self.pg_collection.tp, attention_mask),
                 decoder_input=decoder_input,
                 labels=labels,
@@ -195,11 +190,75 @@ class Qwen3VLModel(MegatronModule):
                 extra_block_kwargs=None if context is None else {"context": context},
                 runtime_gather_output=labels is None and not config.parallel_output,
             )
-            if self.sends and has_pictures:
+            if self.sends and len(positions[0]):
                 output = self.sends.join(output, decoder_input, context)
         if trim_vocab_padding and self.post_process and labels is None:
             return output[..., : config.vocab_size]
         return output
+
+    def check_inputs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        """Refuse what `forward` would refuse, the same on every pipeline stage.
+
+        In a schedule, a stage waits for the one before it and calls `forward` then. A loop that
+        checks its batches before the schedule lets no stage wait for one that has refused.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        self._checked(
+            input_ids,
+            visual,
+            position_ids,
+            attention_mask,
+            labels,
+            packed_seq_params,
+            mm_token_type_ids,
+        )
+
+    def _checked(
+        self,
+        input_ids: Tensor,
+        visual: VisualInputs,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+        mm_token_type_ids: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """position_ids, given or computed, and where the features of pictures belong."""
+        config, merge = self.config, self.config.vision.spatial_merge_size
+        visual.check(config.vision.patch_values, merge)
+        check_text(
+            config, input_ids, attention_mask, labels, packed_seq_params, training=self.training
+        )
+        batch, length = input_ids.shape
+        if position_ids is not None and position_ids.shape != (3, batch, length):
+            raise InputError(
+                f"position_ids has shape {list(position_ids.shape)}, expected "
+                f"{[3, batch, length]}: temporal, height and width of every token"
+            )
+        positions = visual.token_positions(
+            input_ids, config.image_token_id, config.video_token_id, merge
+        )
+        if position_ids is None:
+            position_ids = self._position_ids(
+                input_ids, attention_mask, packed_seq_params, visual, mm_token_type_ids
+            )
+        return position_ids, positions
 
     def _position_ids(
         self,
@@ -240,22 +299,24 @@ class Qwen3VLModel(MegatronModule):
     def _receive(
         self, input_ids: Tensor, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The same of a later stage, whose hidden states are set; None for what it has no use for.
+        """The same on a later stage, whose hidden states are set; None for what it has no use for.
 
         A stage that predicts embeds the tokens itself, and takes the features alone: then its copy
         of the embedding has a gradient whether the batch has pictures or not.
         """
         model = self.language_model
-        received = self.receives.split(model.decoder.input_tensor)
-        hidden_states, embeddings, context = received
-        model.set_input_tensor(hidden_states)
-        if embeddings is not None and model.mtp_process:
-            tokens = model.embedding(input_ids, None)
-            is_visual = torch.zeros_like(tokens[..., :1], dtype=torch.bool)
-            is_visual[positions] = True
-            embeddings = torch.where(
-                self._local_part(is_visual), embeddings, self._local_part(tokens)
-            )
+        received, context = None, None
+        if self.receives and len(positions[0]):
+            hidden_states, received, context = self.receives.split(model.decoder.input_tensor)
+            model.set_input_tensor(hidden_states)
+        if not model.mtp_process:
+            return received, context
+        embeddings = model.embedding(input_ids, None)
+        is_visual = torch.zeros_like(embeddings[..., :1], dtype=torch.bool)
+        is_visual[positions] = True
+        embeddings = self._local_part(embeddings)
+        if received is not None:
+            embeddings = torch.where(self._local_part(is_visual), received, embeddings)
         return embeddings, context
 
     def _local_part(self, whole: Tensor) -> Tensor:

@@ -58,14 +58,8 @@ class QwenModel(Qwen3VLTextModel):
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
-        check_text(
-            self.config, input_ids, attention_mask, packed_seq_params, training=self.training
-        )
-        if position_ids is not None and position_ids.shape != input_ids.shape:
-            raise InputError(
-                f"position_ids has shape {list(position_ids.shape)}, expected "
-                f"{list(input_ids.shape)} like input_ids"
-            )
+        self.check_inputs(input_ids, position_ids, attention_mask, labels, packed_seq_params)
+        embeds = self.pre_process or self.mtp_process  # predictors look at the tokens, too
         with megatron_on_cpu():
             if position_ids is None:
                 position_ids = _positions(input_ids, packed_seq_params)
@@ -73,7 +67,7 @@ class QwenModel(Qwen3VLTextModel):
                 input_ids=input_ids,
                 position_ids=position_ids.expand(3, *input_ids.shape),
                 **masks(self.config, self.pg_collection.tp, attention_mask),
-                decoder_input=self._embed(input_ids) if self.pre_process else None,
+                decoder_input=self._embed(input_ids) if embeds else None,
                 labels=labels,
                 loss_mask=loss_mask,
                 packed_seq_params=packed_seq_params,
@@ -82,6 +76,28 @@ class QwenModel(Qwen3VLTextModel):
         if trim_vocab_padding and self.post_process and labels is None:
             return output[..., : self.config.vocab_size]
         return output
+
+    def check_inputs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> None:
+        """Refuse what `forward` would refuse, on every pipeline stage alike; see Qwen3VLModel.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        config, training = self.config, self.training
+        check_text(config, input_ids, attention_mask, labels, packed_seq_params, training=training)
+        if position_ids is not None and position_ids.shape != input_ids.shape:
+            raise InputError(
+                f"position_ids has shape {list(position_ids.shape)}, expected "
+                f"{list(input_ids.shape)} like input_ids"
+            )
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [s, b, h]; with sequence parallelism this rank's part of the sequence."""

@@ -16,6 +16,7 @@ def check_text(
     config: "QwenModelProvider",
     input_ids: Tensor,
     attention_mask: Tensor | None,
+    labels: Tensor | None,
     packed_seq_params: PackedSeqParams | None,
     *,
     training: bool,
@@ -26,14 +27,21 @@ def check_text(
         config: the provider.
         input_ids: [b, s].
         attention_mask: [b, s], nonzero for real tokens; None if all are real.
+        labels: None if there are none.
         packed_seq_params: where packed sequences begin; None for a batch that is not packed.
         training: whether the model trains.
 
     Raises:
-        InputError: the shapes do not fit together, a packed batch is not [1, tokens] without a mask
-            or is given to a classifier of sequences, nothing tells such a classifier where
-            sequences end, sequence parallelism cannot split s, or the layout is not for training.
+        InputError: a classifier is given labels, the shapes do not fit together, a packed batch is
+            not [1, tokens] without a mask or is given to a classifier of sequences, nothing tells
+            such a classifier where sequences end, sequence parallelism cannot split s, or the
+            layout is not for training.
     """
+    if labels is not None and config.scores is not None:
+        raise InputError(
+            "labels were given to a classifier: compute the loss of its scores, which are "
+            "what it returns without labels"
+        )
     batch, length = input_ids.shape
     if attention_mask is not None and attention_mask.shape != (batch, length):
         raise InputError(
