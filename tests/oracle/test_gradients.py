@@ -147,3 +147,25 @@ def test_text_only_batch_gives_gradients_of_the_text(pair: SimpleNamespace, proc
     pair.ours(**inputs, labels=labels_of(inputs)).sum().backward()
     for name, parameter in pair.ours.named_parameters():
         assert (parameter.grad is not None) == name.startswith("language_model."), name
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision_model",), ("vision_model", "vision_projection")])
+def test_in_training_a_batch_without_pictures_touches_the_encoder(
+    build: Any, processor: Any, frozen: tuple[str, ...]
+) -> None:
+    """Data parallelism waits for every gradient; that of what is not used is zero."""
+    ours = build(fields={f"freeze_{name}": True for name in frozen}).ours
+    inputs = tiny.prompt(processor, "No picture at all.")
+    expected = ours(**inputs, labels=labels_of(inputs))
+    calls: list[bool] = []
+    ours.vision_model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    loss = ours.train()(**inputs, labels=labels_of(inputs))
+    assert torch.equal(loss, expected)
+    loss.sum().backward()
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.requires_grad and name.startswith("vision_model."):
+            assert not parameter.grad.any(), name
+    with torch.no_grad():
+        ours(**inputs)
+    assert calls == [True] * (len(frozen) < 2)

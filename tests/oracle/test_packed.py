@@ -9,7 +9,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron.bridge.errors import InputError
 from oracle import tiny
+from oracle.test_gradients import assert_equal_gradients, labels_of
 
 
 def packed(prompts: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -46,6 +48,104 @@ def test_packed_sequences_equal_each_alone(pair: SimpleNamespace, processor: Any
         found = pair.ours(**packed(prompts), trim_vocab_padding=True)
         expected = torch.cat([pair.hf(**prompt).logits for prompt in prompts], dim=1)
     assert (found - expected).abs().max() <= 1e-4
+
+
+def batch_of_rows(processor: Any, padding_side: str = "right") -> dict[str, Tensor]:
+    """Three rows of different lengths; the second has no picture."""
+    return tiny.prompt(
+        processor,
+        [f"{tiny.IMAGE} What is it?", "Only words.", f"And {tiny.IMAGE} this one, over there?"],
+        images=tiny.photographs(),
+        padding=True,
+        padding_side=padding_side,
+    )
+
+
+def packed_by_the_model(
+    inputs: dict[str, Tensor], labels: Tensor, multiple: int = 4
+) -> tuple[dict[str, Any], Tensor]:
+    """The rows as they are and where they are to go, as clients pass them; and packed labels."""
+    real = inputs["attention_mask"].bool()
+    lengths = real.sum(1)
+    room = -(-lengths // multiple) * multiple
+    boundaries = torch.nn.functional.pad(room.cumsum(0), (1, 0)).int()
+    given = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries,
+        cu_seqlens_kv_padded=boundaries,
+        max_seqlen_q=int(room.max()),
+        max_seqlen_kv=int(room.max()),
+    )
+    rows = [
+        torch.nn.functional.pad(row[there], (0, int(free)), value=-100)
+        for row, there, free in zip(labels, real, room - lengths, strict=True)
+    ]
+    return inputs | {"packed_seq_params": given}, torch.cat(rows)[None]
+
+
+@pytest.mark.parametrize("case", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe-2x_value_heads"])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_rows_that_the_model_packs(
+    build: Any, processor: Any, case: str, padding_side: str
+) -> None:
+    """Loss and every gradient, those of the vision encoder among them, are those of the batch."""
+    ours = build(fields={"moe_aux_loss_coeff": 0.0} if "moe" in case else {}, case=case).ours
+    inputs = batch_of_rows(processor, padding_side)
+    labels = labels_of(inputs).masked_fill(inputs["attention_mask"] == 0, -100)
+    rows, packed_labels = packed_by_the_model(inputs, labels)
+    losses, gradients = [], []
+    for given, wanted in ((inputs, labels), (rows, packed_labels)):
+        ours.train().zero_grad()
+        loss = ours(**given, labels=wanted)
+        assert loss.shape == wanted.shape
+        loss.sum().backward()
+        losses.append(loss.detach()[wanted != -100])
+        gradients.append({name: one.grad.clone() for name, one in ours.named_parameters()})
+    assert len(losses[0]) > 40
+    assert (losses[0] - losses[1]).abs().max() <= 1e-4
+    assert_equal_gradients(gradients[1], gradients[0])
+
+
+def test_the_balance_of_experts_does_not_count_the_padding_of_a_pack(
+    build: Any, processor: Any
+) -> None:
+    ours = build(fields={"moe_aux_loss_coeff": 10.0}, case="qwen3_vl_moe").ours.train()
+    inputs = batch_of_rows(processor)
+    found = []
+    for multiple in (1, 16):
+        rows, labels = packed_by_the_model(inputs, labels_of(inputs), multiple)
+        ours.zero_grad()
+        ours(**rows, labels=labels).sum().backward()
+        found.append({name: one.grad.clone() for name, one in ours.named_parameters()})
+    assert_equal_gradients(found[1], found[0])
+
+
+def test_rows_that_do_not_fit(build: Any, processor: Any) -> None:
+    ours = build().ours
+    inputs = batch_of_rows(processor)
+    rows, labels = packed_by_the_model(inputs, labels_of(inputs))
+    one_row = {"input_ids": rows["input_ids"][:1], "attention_mask": rows["attention_mask"][:1]}
+    with pytest.raises(InputError, match="has 3 sequences, and input_ids 1 rows"):
+        ours(**one_row, packed_seq_params=rows["packed_seq_params"])
+    with pytest.raises(InputError, match="cut them to the same lengths"):
+        ours(**rows | {"attention_mask": torch.ones_like(rows["input_ids"])})
+    with pytest.raises(InputError, match=r"labels has shape \[1, \d+\], expected \[1, \d+\]"):
+        ours(**rows, labels=labels[:, 1:])
+
+
+def test_masks_and_positions_in_other_shapes(pair: SimpleNamespace, processor: Any) -> None:
+    """A mask [b, 1, 1, s] that is True for padding, and one position per token of text."""
+    inputs = batch_of_rows(processor)
+    padding = ~inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = pair.ours(**inputs)[~padding]
+        found = pair.ours(**inputs | {"attention_mask": padding[:, None, None, :]})[~padding]
+        assert torch.equal(found, expected)
+        text = tiny.prompt(processor, ["Some words.", "And others."], padding=True)
+        given = torch.arange(text["input_ids"].shape[1]).expand_as(text["input_ids"])
+        assert torch.equal(pair.ours(**text, position_ids=given), pair.ours(**text))
 
 
 @pytest.mark.parametrize("case", tiny.CASES)

@@ -327,7 +327,15 @@ SIX_TOKENS = torch.tensor([[1, 302, *[300] * 6, 303, 2]])
         ),
         ({"pixel_values": PIXELS, "image_grid_thw": torch.tensor([[1, 3, 8]])}, "multiple of"),
         ({"pixel_values": PIXELS, "image_grid_thw": GRID[0]}, r"shape \[3\], expected \[n, 3\]"),
-        ({"position_ids": torch.zeros(1, 10).long()}, r"expected \[3, 1, 10\]"),
+        (
+            {
+                "pixel_values": PIXELS,
+                "image_grid_thw": GRID,
+                "position_ids": torch.zeros(1, 10).long(),
+            },
+            r"pass \[3, 1, 10\], or None",
+        ),
+        ({"position_ids": torch.zeros(4, 1, 10).long()}, r"expected \[3, 1, 10\], temporal"),
         ({"attention_mask": torch.ones(1, 1, 10, 10)}, r"expected \[1, 10\]"),
     ],
 )

@@ -48,4 +48,9 @@ class FlaGatedDeltaNet(GatedDeltaNetParameters, GatedDeltaNet):
                 padding = padding.chunk(self.tp_size)[self.tp_group.rank()]
             # A norm that is fused into in_proj keeps a zero what it is.
             hidden_states = hidden_states.masked_fill(padding.unsqueeze(-1), 0.0)
+        # megatron-core's forward reads this weight without calling its module, and data parallelism
+        # that gathers parameters late waits for them in that call.
+        with torch.no_grad():
+            channels = self.conv_dim_local_tp
+            self.conv1d(hidden_states.new_zeros(1, channels, 1, dtype=self.config.params_dtype))
         return super().forward(hidden_states, attention_mask, *args, **kwargs)

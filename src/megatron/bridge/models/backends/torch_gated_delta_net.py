@@ -4,7 +4,7 @@ megatron-core's own GatedDeltaNet needs flash-linear-attention. Here are the sam
 the same sharding and checkpoint keys, and also packed sequences and padded batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -25,6 +25,14 @@ from megatron.bridge.models.backends.torch_attention import packed_lengths
 
 # As megatron-core initializes A: uniform, then its logarithm.
 A_RANGE = (1.0, 16.0)
+
+
+class CausalConv1d(nn.Conv1d):
+    """A depthwise convolution that looks back, and not over the borders of sequences."""
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """[tokens, channels] to the same, of sequences laid end to end; see `causal_conv`."""
+        return causal_conv(x, self.weight, lengths)
 
 
 class GatedDeltaNetParameters(MegatronModule):
@@ -147,9 +155,8 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
             tp_group=pg_collection.tp,
             name=None if name is None else f"{name}.in_proj",
         )
-        # Only the weight of this module is used: its forward knows no borders of sequences.
         placement = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
-        self.conv1d = nn.Conv1d(
+        self.conv1d = CausalConv1d(
             self.conv_dim_local_tp,
             self.conv_dim_local_tp,
             kernel_size=config.linear_conv_kernel_dim,
@@ -251,7 +258,7 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
         """[tokens, in_proj_dim of this rank] -> [tokens, m * v], gated and normed."""
         sections = self.in_proj_split_sections
         qkv, z, beta, alpha = projected.split([sum(sections[:3]), *sections[3:]], dim=-1)
-        qkv = self.act_fn(causal_conv(qkv, self.conv1d.weight, lengths))
+        qkv = self.act_fn(self.conv1d(qkv, lengths))
         query, key, value = qkv.split(sections[:3], dim=-1)
         # fp32: a decay close to 1 has few digits in bf16.
         g = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)

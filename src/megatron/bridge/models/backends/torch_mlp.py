@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -71,16 +70,13 @@ class TorchExperts(SequentialMLP):
 
     def _multiplied(self, linear: str, inputs: Tensor, counts: list[int]) -> Tensor:
         """What each expert's linear makes of its part of the inputs."""
-        weights = [getattr(expert, linear).weight for expert in self.local_experts]
-        parts = inputs.split(counts)
-        if torch.is_grad_enabled():
-            # An expert without tokens gets a gradient of zeros: data parallelism waits for it.
-            return torch.cat([F.linear(*pair) for pair in zip(parts, weights, strict=True)])
-        result = inputs.new_empty(len(inputs), len(weights[0]))
-        for part, weight, out in zip(parts, weights, result.split(counts), strict=True):
-            if len(part):
-                torch.mm(part, weight.t(), out=out)
-        return result
+        linears = [getattr(expert, linear) for expert in self.local_experts]
+        parts = list(zip(linears, inputs.split(counts), strict=True))
+        if not (self.training or torch.is_grad_enabled()):
+            # In training an expert without tokens has work too: data parallelism waits for its
+            # gradient, of zeros, and has its weight ready when it is called.
+            parts = [(one, part) for one, part in parts if len(part)] or parts[:1]
+        return torch.cat([one(part)[0] for one, part in parts])
 
 
 def _is_plain_activation(config: TransformerConfig) -> bool:

@@ -1,6 +1,6 @@
 """Vision encoder and language model in one megatron-core module, for all Qwen families."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -24,17 +24,22 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
     token_types,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.stage_boundary import stage_boundaries
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
-    check_text,
-    masks,
-    packed_boundaries,
-)
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import TextInputs
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
+
+
+class _Inputs(NamedTuple):
+    """A batch that nothing is wrong with, and where the features of its pictures belong."""
+
+    tokens: TextInputs
+    visual: VisualInputs
+    positions: tuple[Tensor, Tensor]
+    position_ids: Tensor
 
 
 class Qwen3VLModel(MegatronModule):
@@ -136,15 +141,19 @@ class Qwen3VLModel(MegatronModule):
         Every stage takes the same batch, and refuses the same; see `check_inputs`.
 
         Args:
-            input_ids: int64 [b, s]; packed sequences are [1, t].
-            position_ids: int64 [3, b, s]; None computes them from tokens and grids.
-            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side;
-                None if all are real.
-            labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
+            input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+            position_ids: int64 [3, b, s], or [b, s] for a batch of text; None computes them from
+                tokens and grids.
+            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
+                bool [b, 1, 1, s], True for padding; None if all are real.
+            labels: int64, one per token of what is returned, already shifted: the token that
+                follows. -100 has no loss.
             loss_mask: [b, s], for multi-token prediction, whose loss reaches the gradients only;
                 None for the tokens with a label. The returned loss is not multiplied by it, as
                 usual in Megatron.
-            packed_seq_params: "thd" packing, sequences do not see each other.
+            packed_seq_params: "thd" packing, sequences do not see each other. With a mask, or with
+                several rows, each row is packed as the sequence of its number, its real tokens
+                first; what is returned is [1, t].
             pixel_values: [image patches, channels * frames * height * width of a patch].
             image_grid_thw: int64 [images, 3], frames, rows and columns in patches.
             pixel_values_videos: as pixel_values.
@@ -162,18 +171,22 @@ class Qwen3VLModel(MegatronModule):
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
-        visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         config = self.config
         with megatron_on_cpu():
-            all_position_ids, positions = self._checked(
+            tokens, visual, positions, position_ids = self._inputs(
                 input_ids,
-                visual,
                 position_ids,
                 attention_mask,
                 labels,
+                loss_mask,
                 packed_seq_params,
+                pixel_values,
+                image_grid_thw,
+                pixel_values_videos,
+                video_grid_thw,
                 mm_token_type_ids,
             )
+            input_ids = tokens.input_ids
             decoder_input: Tensor | None
             if self.pre_process:
                 decoder_input, context = self._embed(input_ids, visual, positions)
@@ -181,8 +194,8 @@ class Qwen3VLModel(MegatronModule):
                 decoder_input, context = self._receive(input_ids, positions)
             output = self.language_model(
                 input_ids=input_ids,
-                position_ids=all_position_ids,
-                **masks(config, self.pg_collection.tp, attention_mask),
+                position_ids=position_ids,
+                **tokens.masks(config, self.pg_collection.tp),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -196,89 +209,71 @@ class Qwen3VLModel(MegatronModule):
             return output[..., : config.vocab_size]
         return output
 
-    def check_inputs(
+    def check_inputs(self, **batch: Any) -> None:
+        """Refuse what `forward` would refuse, the same on every pipeline stage.
+
+        In a schedule, a stage waits for the one before it and calls `forward` then. A loop that
+        checks its batches before the schedule lets no stage wait for one that has refused.
+
+        Args:
+            batch: arguments of `forward`, by name.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._inputs(**batch)
+
+    def _inputs(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
-        **_: Any,
-    ) -> None:
-        """Refuse what `forward` would refuse, the same on every pipeline stage.
-
-        In a schedule, a stage waits for the one before it and calls `forward` then. A loop that
-        checks its batches before the schedule lets no stage wait for one that has refused.
-
-        Raises:
-            InputError: as `forward`.
-        """
+    ) -> _Inputs:
+        """What a stage needs of a batch; all that can be wrong with one is refused here."""
         visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        self._checked(
-            input_ids,
-            visual,
-            position_ids,
-            attention_mask,
-            labels,
-            packed_seq_params,
-            mm_token_type_ids,
-        )
-
-    def _checked(
-        self,
-        input_ids: Tensor,
-        visual: VisualInputs,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-        mm_token_type_ids: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """position_ids, given or computed, and where the features of pictures belong."""
         config, merge = self.config, self.config.vision.spatial_merge_size
         visual.check(config.vision.patch_values, merge)
-        check_text(
-            config, input_ids, attention_mask, labels, packed_seq_params, training=self.training
+        tokens = TextInputs.of(
+            config,
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            packed_seq_params=packed_seq_params,
+            token_types=mm_token_type_ids,
+            training=self.training,
         )
-        batch, length = input_ids.shape
-        if position_ids is not None and position_ids.shape != (3, batch, length):
-            raise InputError(
-                f"position_ids has shape {list(position_ids.shape)}, expected "
-                f"{[3, batch, length]}: temporal, height and width of every token"
-            )
+        tokens.check_labels(config, labels=labels, loss_mask=loss_mask)
         positions = visual.token_positions(
-            input_ids, config.image_token_id, config.video_token_id, merge
+            tokens.input_ids, config.image_token_id, config.video_token_id, merge
         )
-        if position_ids is None:
-            position_ids = self._position_ids(
-                input_ids, attention_mask, packed_seq_params, visual, mm_token_type_ids
-            )
-        return position_ids, positions
+        return _Inputs(tokens, visual, positions, self._position_ids(tokens, visual))
 
-    def _position_ids(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-        visual: VisualInputs,
-        mm_token_type_ids: Tensor | None,
-    ) -> Tensor:
-        """[3, b, s] on the device of `input_ids`."""
-        types = mm_token_type_ids
+    def _position_ids(self, tokens: TextInputs, visual: VisualInputs) -> Tensor:
+        """[3, b, s] on the device of the tokens."""
+        config, types = self.config, tokens.token_types
         if types is None:
-            config = self.config
-            types = token_types(input_ids, config.image_token_id, config.video_token_id)
-        merge = self.config.vision.spatial_merge_size
+            types = token_types(tokens.input_ids, config.image_token_id, config.video_token_id)
+        if (given := tokens.position_ids) is not None:
+            if given.ndim == 2 and bool(types.any()):
+                raise InputError(
+                    f"position_ids has shape {list(given.shape)} in a batch with pictures, whose "
+                    f"tokens have three positions each: pass {[3, *given.shape]}, or None, which "
+                    f"computes them"
+                )
+            return given.expand(3, *types.shape)
+        merge = config.vision.spatial_merge_size
         grids = (visual.image_grid_thw, visual.video_grid_thw)
-        if packed_seq_params is None:
-            return get_rope_index(types, *grids, attention_mask, merge)
-        boundaries = packed_boundaries(packed_seq_params)
-        return get_packed_rope_index(types, *grids, boundaries, merge)
+        if (boundaries := tokens.boundaries) is not None:
+            return get_packed_rope_index(types, *grids, boundaries, merge)
+        return get_rope_index(types, *grids, tokens.attention_mask, merge)
 
     def _embed(
         self, input_ids: Tensor, visual: VisualInputs, positions: tuple[Tensor, Tensor]
@@ -292,6 +287,8 @@ class Qwen3VLModel(MegatronModule):
             features, deepstack = self.vision_model(*joined)
             context = deepstack_context(deepstack, embeddings, positions)
             embeddings = place(features, embeddings, positions)
+        elif self.training and torch.is_grad_enabled() and self.vision_model.is_trained:
+            embeddings = embeddings + self.vision_model.nothing(input_ids.device)
         if context is not None:
             context = self._local_part(context)
         return self._local_part(embeddings), context

@@ -7,13 +7,8 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron.bridge.errors import InputError
 from megatron.bridge.models.model_copy import deep_copy
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
-    check_text,
-    masks,
-    packed_boundaries,
-)
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import TextInputs
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -39,11 +34,11 @@ class QwenModel(Qwen3VLTextModel):
         """Run this pipeline stage.
 
         Args:
-            input_ids: int64 [b, s]; packed sequences are [1, t].
+            input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
             position_ids: int64 [b, s]; None counts from 0 in each sequence, padding included,
                 as transformers does.
-            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side;
-                None if all are real.
+            attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
+                bool [b, 1, 1, s], True for padding; None if all are real.
             labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
             loss_mask: [b, s], for multi-token prediction, as in Qwen3VLModel.
             packed_seq_params: "thd" packing, sequences do not see each other.
@@ -58,15 +53,18 @@ class QwenModel(Qwen3VLTextModel):
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
-        self.check_inputs(input_ids, position_ids, attention_mask, labels, packed_seq_params)
+        tokens = self._inputs(
+            input_ids, position_ids, attention_mask, labels, loss_mask, packed_seq_params
+        )
+        input_ids, position_ids = tokens.input_ids, tokens.position_ids
         embeds = self.pre_process or self.mtp_process  # predictors look at the tokens, too
         with megatron_on_cpu():
             if position_ids is None:
-                position_ids = _positions(input_ids, packed_seq_params)
+                position_ids = _positions(tokens)
             output: Tensor = super().forward(
                 input_ids=input_ids,
                 position_ids=position_ids.expand(3, *input_ids.shape),
-                **masks(self.config, self.pg_collection.tp, attention_mask),
+                **tokens.masks(self.config, self.pg_collection.tp),
                 decoder_input=self._embed(input_ids) if embeds else None,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -77,27 +75,36 @@ class QwenModel(Qwen3VLTextModel):
             return output[..., : self.config.vocab_size]
         return output
 
-    def check_inputs(
+    def check_inputs(self, **batch: Any) -> None:
+        """Refuse what `forward` would refuse; see `Qwen3VLModel.check_inputs`.
+
+        Args:
+            batch: arguments of `forward`, by name.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._inputs(**batch)
+
+    def _inputs(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        **_: Any,
-    ) -> None:
-        """Refuse what `forward` would refuse, on every pipeline stage alike; see Qwen3VLModel.
-
-        Raises:
-            InputError: as `forward`.
-        """
-        config, training = self.config, self.training
-        check_text(config, input_ids, attention_mask, labels, packed_seq_params, training=training)
-        if position_ids is not None and position_ids.shape != input_ids.shape:
-            raise InputError(
-                f"position_ids has shape {list(position_ids.shape)}, expected "
-                f"{list(input_ids.shape)} like input_ids"
-            )
+    ) -> TextInputs:
+        tokens = TextInputs.of(
+            self.config,
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            packed_seq_params=packed_seq_params,
+            training=self.training,
+        )
+        tokens.check_labels(self.config, labels=labels, loss_mask=loss_mask)
+        return tokens
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [s, b, h]; with sequence parallelism this rank's part of the sequence."""
@@ -108,10 +115,10 @@ class QwenModel(Qwen3VLTextModel):
         return tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group)
 
 
-def _positions(input_ids: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
-    """[b, s] or [1, s], each sequence from 0."""
-    device = input_ids.device
-    if packed_seq_params is None:
-        return torch.arange(input_ids.shape[1], device=device)[None]
-    lengths = packed_boundaries(packed_seq_params).diff().tolist()
+def _positions(tokens: TextInputs) -> Tensor:
+    """[1, s], each sequence from 0."""
+    device = tokens.input_ids.device
+    if (boundaries := tokens.boundaries) is None:
+        return torch.arange(tokens.input_ids.shape[1], device=device)[None]
+    lengths = boundaries.diff().tolist()
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]

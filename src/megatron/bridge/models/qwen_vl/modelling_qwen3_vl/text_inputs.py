@@ -1,7 +1,10 @@
 """What a language model is called with, the same beside a vision tower and alone."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Self
 
+import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -12,53 +15,162 @@ if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
 
 
-def check_text(
-    config: "QwenModelProvider",
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    packed_seq_params: PackedSeqParams | None,
-    *,
-    training: bool,
-) -> None:
-    """Refuse inputs that contradict each other, on every pipeline stage alike.
+@dataclass(frozen=True)
+class TextInputs:
+    """The tokens of a batch as the layers take them.
 
-    Args:
-        config: the provider.
-        input_ids: [b, s].
-        attention_mask: [b, s], nonzero for real tokens; None if all are real.
-        labels: None if there are none.
+    Attributes:
+        input_ids: [b, s]; of a packed batch [1, t].
+        position_ids: [..., b, s] as given; None for those that the tokens have.
+        token_types: [b, s] as given, 0 for text; None for those that `input_ids` tell.
+        padding: bool [b, s], True for padding; None if there is none.
         packed_seq_params: where packed sequences begin; None for a batch that is not packed.
-        training: whether the model trains.
-
-    Raises:
-        InputError: a classifier is given labels, the shapes do not fit together, a packed batch is
-            not [1, tokens] without a mask or is given to a classifier of sequences, nothing tells
-            such a classifier where sequences end, sequence parallelism cannot split s, or the
-            layout is not for training.
     """
-    if labels is not None and config.scores is not None:
-        raise InputError(
-            "labels were given to a classifier: compute the loss of its scores, which are "
-            "what it returns without labels"
-        )
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    token_types: Tensor | None
+    padding: Tensor | None
+    packed_seq_params: PackedSeqParams | None
+
+    @classmethod
+    def of(
+        cls,
+        config: "QwenModelProvider",
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        token_types: Tensor | None = None,
+        training: bool,
+    ) -> Self:
+        """Take what a model is called with; rows with `packed_seq_params` are packed here.
+
+        What contradicts itself is refused on every pipeline stage alike.
+
+        Args:
+            config: the provider.
+            input_ids: [b, s].
+            position_ids: [b, s] or [3, b, s]; None computes them.
+            attention_mask: [b, s], nonzero for real tokens; or bool [b, 1, 1, s], True for padding;
+                None if all are real.
+            packed_seq_params: where packed sequences begin; None for a batch that is not packed.
+                Without a mask one row is packed already. With one, or with several rows, each row
+                is a sequence, whose real tokens come first in its place in the pack.
+            token_types: [b, s]; None if they are not given.
+            training: whether the model trains.
+
+        Raises:
+            InputError: the shapes do not fit together, rows do not fit into the pack, a classifier
+                of sequences is given a packed batch, or is not told where sequences end, sequence
+                parallelism cannot split s, or the layout is not for training.
+        """
+        real = _real_tokens(attention_mask, input_ids)
+        _check_positions(position_ids, input_ids, has_pictures=bool(config.placeholders))
+        if packed_seq_params is not None:
+            if config.scores and not config.scores.each_token:
+                raise InputError(
+                    "packed_seq_params was given to a classifier of sequences, which scores the "
+                    "last token of each row: give the sequences as a padded batch"
+                )
+            if real is not None or len(input_ids) > 1:
+                pack = _Pack(packed_seq_params, input_ids, real)
+                no_picture = next(token for token in count() if token not in config.placeholders)
+                input_ids = pack(input_ids, no_picture)
+                position_ids = None if position_ids is None else pack(position_ids, 0)
+                token_types = None if token_types is None else pack(token_types, 0)
+                real = pack.real
+        _check_layout(config, input_ids, training=training)
+        padding = None if real is None or bool(real.all()) else ~real
+        return cls(input_ids, position_ids, token_types, padding, packed_seq_params)
+
+    @property
+    def boundaries(self) -> Tensor | None:
+        """int [sequences + 1], where each sequence of a pack begins, with the padding behind it."""
+        return None if self.packed_seq_params is None else packed_boundaries(self.packed_seq_params)
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """bool [b, s], True for real tokens; None if all are real, or in a pack, which has none."""
+        if self.padding is None or self.packed_seq_params is not None:
+            return None
+        return ~self.padding
+
+    def masks(
+        self, config: "QwenModelProvider", group: dist.ProcessGroup
+    ) -> dict[str, Tensor | None]:
+        """The masks of GPTModel: of attention, and of what the balance of experts does not count.
+
+        Args:
+            config: the provider.
+            group: the tensor-parallel ranks.
+
+        Returns:
+            attention_mask: bool [b, 1, 1, s], True for padding; None if there is none.
+            padding_mask: bool [b, s], this rank's part of s; None also for a model without experts.
+        """
+        of_experts = None if config.num_moe_experts is None else self.padding
+        if of_experts is not None and config.sequence_parallel:
+            of_experts = of_experts.chunk(group.size(), dim=1)[group.rank()]
+        padding = None if self.packed_seq_params is not None else self.padding
+        return {
+            "attention_mask": None if padding is None else padding[:, None, None, :],
+            "padding_mask": of_experts,
+        }
+
+    def check_labels(self, config: "QwenModelProvider", **given: Tensor | None) -> None:
+        """Raise InputError unless labels, by name, are one for each token, or None."""
+        if config.scores is not None and given["labels"] is not None:
+            raise InputError(
+                "labels were given to a classifier: compute the loss of its scores, which are "
+                "what it returns without labels"
+            )
+        for name, labels in given.items():
+            if labels is not None and labels.shape != self.input_ids.shape:
+                raise InputError(
+                    f"{name} has shape {list(labels.shape)}, expected "
+                    f"{list(self.input_ids.shape)}, one for each token as the model returns them"
+                )
+
+
+def packed_boundaries(packed_seq_params: PackedSeqParams) -> Tensor:
+    """int [sequences + 1], where each sequence of a pack begins, padding between them included."""
+    padded: Tensor | None = packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q if padded is None else padded
+
+
+def _real_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """bool [b, s], True for real tokens; None if there is no mask."""
+    if attention_mask is None:
+        return None
     batch, length = input_ids.shape
-    if attention_mask is not None and attention_mask.shape != (batch, length):
+    if attention_mask.dtype == torch.bool and attention_mask.shape == (batch, 1, 1, length):
+        return ~attention_mask[:, 0, 0, :]
+    if attention_mask.shape != (batch, length):
         raise InputError(
-            f"attention_mask has shape {list(attention_mask.shape)}, expected "
-            f"{[batch, length]} with 1 for real tokens"
+            f"attention_mask is {attention_mask.dtype} of shape {list(attention_mask.shape)}, "
+            f"expected {[batch, length]} with 1 for real tokens, or torch.bool of shape "
+            f"{[batch, 1, 1, length]} with True for padding"
         )
-    if packed_seq_params is not None and (batch != 1 or attention_mask is not None):
-        raise InputError(
-            f"packed_seq_params was given with input_ids of shape {[batch, length]} and "
-            f"attention_mask {'None' if attention_mask is None else 'set'}: a packed batch is "
-            f"[1, tokens], without a mask"
-        )
-    if packed_seq_params is not None and config.scores and not config.scores.each_token:
-        raise InputError(
-            "packed_seq_params was given to a classifier of sequences, which scores the last token "
-            "of each row: give the sequences as a padded batch"
-        )
+    return attention_mask.bool()
+
+
+def _check_positions(position_ids: Tensor | None, input_ids: Tensor, *, has_pictures: bool) -> None:
+    if position_ids is None:
+        return
+    found, one_each = list(position_ids.shape), list(input_ids.shape)
+    three_each = [3, *one_each]
+    if found != one_each and not (has_pictures and found == three_each):
+        expected = f"{one_each} like input_ids"
+        if has_pictures:
+            expected = f"{three_each}, temporal, height and width, or {one_each} for text alone"
+        raise InputError(f"position_ids has shape {found}, expected {expected}")
+
+
+def _check_layout(config: "QwenModelProvider", input_ids: Tensor, *, training: bool) -> None:
+    """Refuse a batch that the model's layout or head is not for."""
+    batch, length = input_ids.shape
     scores = config.scores
     if batch > 1 and scores and not scores.each_token and scores.pad_token_id is None:
         raise InputError(
@@ -81,30 +193,39 @@ def check_text(
         )
 
 
-def packed_boundaries(packed_seq_params: PackedSeqParams) -> Tensor:
-    """int [sequences + 1], where each sequence of a pack begins, padding between them included."""
-    padded: Tensor | None = packed_seq_params.cu_seqlens_q_padded
-    return packed_seq_params.cu_seqlens_q if padded is None else padded
-
-
-def masks(
-    config: "QwenModelProvider", group: dist.ProcessGroup, attention_mask: Tensor | None
-) -> dict[str, Tensor | None]:
-    """The masks of GPTModel: of attention, and of what the balance of the experts does not count.
+class _Pack:
+    """Moves the rows of a batch, each with its padding, to their places in a pack.
 
     Args:
-        config: the provider.
-        group: the tensor-parallel ranks.
-        attention_mask: [b, s], nonzero for real tokens; None if all are real.
-
-    Returns:
-        attention_mask: bool [b, 1, 1, s], True for padding; None if there is none.
-        padding_mask: bool [b, s], this rank's part of s; None also for a model without experts.
+        packed_seq_params: of the pack.
+        input_ids: [b, s].
+        real: bool [b, s]; None if all tokens are real.
     """
-    if attention_mask is None or bool(attention_mask.all()):
-        return {"attention_mask": None, "padding_mask": None}
-    padding = ~attention_mask.bool()
-    of_experts = None if config.num_moe_experts is None else padding
-    if of_experts is not None and config.sequence_parallel:
-        of_experts = padding.chunk(group.size(), dim=1)[group.rank()]
-    return {"attention_mask": padding[:, None, None, :], "padding_mask": of_experts}
+
+    def __init__(
+        self, packed_seq_params: PackedSeqParams, input_ids: Tensor, real: Tensor | None
+    ) -> None:
+        boundaries = packed_boundaries(packed_seq_params)
+        self.chosen = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real
+        lengths, room = self.chosen.sum(1), boundaries.diff().to(input_ids.device)
+        if len(room) != len(lengths):
+            raise InputError(
+                f"packed_seq_params has {len(room)} sequences, and input_ids {len(lengths)} rows: "
+                f"with an attention_mask or several rows each row is a sequence. One row of "
+                f"packed sequences is given without a mask."
+            )
+        if bool((lengths > room).any()):
+            raise InputError(
+                f"the rows of input_ids have {lengths.tolist()} real tokens, and their sequences "
+                f"in packed_seq_params {room.tolist()}: cut them to the same lengths"
+            )
+        within = (self.chosen.cumsum(1) - 1) + boundaries[:-1, None].to(input_ids.device)
+        self.places = within[self.chosen]
+        self.tokens = int(boundaries[-1])
+        self.real = self(self.chosen, False)
+
+    def __call__(self, rows: Tensor, padding: int) -> Tensor:
+        """[..., b, s] -> [..., 1, t], padding behind each sequence."""
+        packed = rows.new_full((*rows.shape[:-2], 1, self.tokens), padding)
+        packed[..., 0, self.places] = rows[..., self.chosen]
+        return packed

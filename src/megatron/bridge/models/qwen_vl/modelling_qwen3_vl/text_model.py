@@ -157,7 +157,7 @@ class Qwen3VLTextModel(GPTModel):
             return logits.transpose(0, 1).contiguous()
         if mtp_in_postprocess:
             padding = None
-            if given["padding_mask"] is not None:
+            if given["padding_mask"] is not None and given["attention_mask"] is not None:
                 padding = given["attention_mask"][:, 0, 0, :]
             hidden_states = self.mtp(
                 input_ids=input_ids,

@@ -22,13 +22,21 @@ from megatron.bridge.models.backends.layer_spec import layer_spec
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
 
 
+class PatchProjection(nn.Conv3d):
+    """A convolution whose kernel is as large as its stride, of patches that are cut out already."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[patches, channels * frames * height * width] -> [patches, h], in the weight's dtype."""
+        return F.linear(pixel_values.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
-    """Every patch to a vector: a convolution whose kernel is as large as its stride."""
+    """Every patch to a vector."""
 
     def __init__(self, vision: VisionConfig, config: TransformerConfig) -> None:
         super().__init__()
         kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        self.proj = nn.Conv3d(
+        self.proj = PatchProjection(
             vision.in_channels,
             vision.hidden_size,
             kernel_size=kernel,
@@ -37,9 +45,9 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """[patches, channels * frames * height * width] -> [patches, h], in the weights' dtype."""
-        weight = self.proj.weight
-        return F.linear(pixel_values.to(weight.dtype), weight.flatten(1), self.proj.bias)
+        """[patches, channels * frames * height * width] -> [patches, h]."""
+        projected: Tensor = self.proj(pixel_values)
+        return projected
 
 
 class PatchMerger(MegatronModule):

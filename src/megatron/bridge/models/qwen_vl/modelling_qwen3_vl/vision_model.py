@@ -15,7 +15,7 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_block import (
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_config import VisionConfig
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_positions import (
-    interpolated_embedding,
+    InterpolatedEmbedding,
     patch_positions,
     rotary_angles,
 )
@@ -40,7 +40,7 @@ class Qwen3VLVisionModel(MegatronModule):
         self.vision = vision
         backend = get_backend(config.transformer_impl)
         self.patch_embed = PatchEmbed(vision, config)
-        self.pos_embed = nn.Embedding(
+        self.pos_embed = InterpolatedEmbedding(
             vision.num_position_embeddings, vision.hidden_size, dtype=config.params_dtype
         )
         self.decoder = VisionTransformerBlock(vision, config, backend, pg_collection)
@@ -60,10 +60,7 @@ class Qwen3VLVisionModel(MegatronModule):
         grid_thw = grid_thw.to(pixel_values.device)
         positions = patch_positions(grid_thw, self.vision.spatial_merge_size)
         hidden_states = self.patch_embed(pixel_values)
-        position_embedding = interpolated_embedding(
-            self.pos_embed.weight, positions, self.vision.position_grid_size
-        )
-        hidden_states = hidden_states + position_embedding.to(hidden_states.dtype)
+        hidden_states = hidden_states + self.pos_embed(positions).to(hidden_states.dtype)
         head_size = self.vision.hidden_size // self.vision.num_heads
         hidden_states, deepstack = self.decoder(
             hidden_states[:, None, :].contiguous(),
@@ -71,6 +68,21 @@ class Qwen3VLVisionModel(MegatronModule):
             _one_sequence_per_frame(grid_thw),
         )
         return self.merger(hidden_states), deepstack
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any parameter is to have a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def nothing(self, device: torch.device) -> Tensor:
+        """A zero that depends on every parameter, for a batch without pictures.
+
+        Data parallelism waits for the gradient of each parameter, and other ranks have pictures.
+        """
+        side = self.vision.spatial_merge_size
+        pixels = torch.zeros(side * side, self.vision.patch_values, device=device)
+        features, deepstack = self(pixels, torch.tensor([[1, side, side]], device=device))
+        return (0.0 * torch.stack([features, *deepstack])).sum()
 
 
 def _one_sequence_per_frame(grid_thw: Tensor) -> PackedSeqParams:

@@ -5,11 +5,12 @@ order: block row, block column, row in the block, column in the block, where a b
 `spatial_merge_size` square that becomes one language token.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,11 @@ def interpolated_embedding(table: Tensor, positions: PatchPositions, grid_size: 
         for column, column_weight in ((left, 1 - across), (right, across))
     ]
     return corners[0] + corners[1] + corners[2] + corners[3]
+
+
+class InterpolatedEmbedding(nn.Embedding):
+    """A learned table of grid_size**2 vectors, see `interpolated_embedding`."""
+
+    def forward(self, positions: PatchPositions) -> Tensor:  # type: ignore[override]
+        """fp32 [patches, h], for the positions of all patches."""
+        return interpolated_embedding(self.weight, positions, math.isqrt(self.num_embeddings))
