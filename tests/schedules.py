@@ -14,8 +14,8 @@ type Batch = dict[str, Tensor]
 
 
 @contextmanager
-def distributed_chunks(folder: Path, fields: dict[str, Any]) -> Iterator[list[Any]]:
-    """The chunks of this rank with the weights of a folder, in DistributedDataParallel."""
+def built_chunks(folder: Path, fields: dict[str, Any], **options: Any) -> Iterator[list[Any]]:
+    """The chunks of this rank with the weights of a folder, and options of how they are built."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
@@ -26,7 +26,7 @@ def distributed_chunks(folder: Path, fields: dict[str, Any]) -> Iterator[list[An
     provider.params_dtype, provider.bf16 = torch.float32, False
     provider.make_vocab_size_divisible_by = 64
     provider.set_fields(fields)
-    chunks = provider.provide_distributed_model()
+    chunks = provider.provide_distributed_model(**{"wrap_with_ddp": False} | options)
     bridge.load_hf_weights(chunks)
     yield chunks
     destroy_moe_metrics_tracker()  # which is as long as the first model is deep
