@@ -63,13 +63,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         pipeline(num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=2),
     ),
     "interleaved_tied": ("vl_tied", pipeline("Et|t|tt|tL")),
-    "embedding_is_a_layer": ("vl", pipeline(account_for_embedding_in_pipeline_split=True)),
     "even": ("hybrid", pipeline()),
     "predictors": ("hybrid_mtp", pipeline("Etttt|ttmL")),
     "predictors_tied": ("hybrid_mtp_tied", pipeline()),
     "predictors_on_a_chunk": ("hybrid_moe_mtp", pipeline("Et|t|tt|tmL")),
     "predictors_before_the_last": ("hybrid_mtp", pipeline("Ettttttm|L")),
-    "predictors_before_the_last_tied": ("hybrid_mtp_tied", pipeline("Ettttttm|L")),
     "text": ("text", pipeline("Etttt|tL")),
 }
 
@@ -86,6 +84,8 @@ OF_FOUR: dict[str, tuple[str, dict[str, Any]]] = {
     "deepstack_on_five_chunks": ("vl_deep", pipeline("E|t|t|t|t||t|L", 4)),
     "tied_chunks": ("vl_tied", pipeline("E|t|t|t|t||t|L", 4)),
     "no_layer_on_two_stages": ("vl_moe", pipeline("E||ttt|ttL", 4)),
+    "embedding_is_a_layer": ("vl", pipeline(account_for_embedding_in_pipeline_split=True)),
+    "predictors_before_the_last_tied": ("hybrid_mtp_tied", pipeline("Ettttttm|L")),
     "replicas": ("vl_deep", pipeline("Et|ttttL")),
     "tensor": ("vl_deep", TENSOR | pipeline("Et|ttttL")),
     "tensor_and_chunks": ("vl_deep", TENSOR | pipeline("Et|t|tt|tL")),
