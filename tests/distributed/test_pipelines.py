@@ -138,7 +138,14 @@ def run_case(folder: Path, model: str, fields: dict[str, Any]) -> dict[str, Any]
     if logits:
         size = reference["hf"][0].shape[-1]
         found["logits"] = max(
-            float((mine[..., :size] - theirs)[one.get("attention_mask", mine[..., 0] == mine[..., 0]).bool()].abs().max() / theirs.abs().max())
+            float(
+                (mine[..., :size] - theirs)[
+                    one.get("attention_mask", mine[..., 0] == mine[..., 0]).bool()
+                ]
+                .abs()
+                .max()
+                / theirs.abs().max()
+            )
             for mine, theirs, one in zip(logits, reference["hf"], batches, strict=True)
         )
         found["same logits"] = all(map(torch.equal, logits, reference["logits"]))
@@ -175,7 +182,7 @@ def test_logits(results: list[dict[str, Any]], case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_gradient(results: list[dict[str, Any]], case: str) -> None:
     errors = [ranks[case]["gradients"] for ranks in results]
-    print(case, sorted(((e,k) for x in errors for k,e in x.items()))[-3:])
+    print(case, sorted(((e, k) for x in errors for k, e in x.items()))[-3:])
     for one in errors:
         worst = {key: error for key, error in one.items() if error > 0}
         assert not worst, worst

@@ -89,6 +89,18 @@ class HybridFields(_Mixin):
                 f"recompute_method is {chunk[0]!r} and recompute_num_layers is {chunk[1]}: full "
                 f"recomputation with mtp_num_layers needs 'uniform' and 1"
             )
+        ranks = (self.tensor_model_parallel_size, self.context_parallel_size)
+        problems += [
+            f"{name} is {heads}, not a multiple of tensor_model_parallel_size = {ranks[0]} times "
+            f"context_parallel_size = {ranks[1]}, which share these heads out"
+            for name in ("linear_num_key_heads", "linear_num_value_heads")
+            if ranks[1] > 1 and (heads := getattr(self, name)) % (ranks[0] * ranks[1])
+        ]
+        if self.mtp_num_layers and ranks[1] > 1:
+            problems.append(
+                f"context_parallel_size is {ranks[1]} with mtp_num_layers = {self.mtp_num_layers}: "
+                f"set one of them to 1 or None"
+            )
         return problems
 
     def rotary_problems(self) -> list[str]:

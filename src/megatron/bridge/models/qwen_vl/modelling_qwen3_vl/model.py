@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -133,12 +132,15 @@ class Qwen3VLModel(MegatronModule):
 
         Args:
             input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+                With context parallelism all ranks take all tokens and all pictures, and each
+                returns its part, cut as by `SequenceParts`.
             position_ids: int64 [3, b, s], or [b, s] for a batch of text; None computes them from
                 tokens and grids.
             attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
                 bool [b, 1, 1, s], True for padding; None if all are real.
             labels: int64, one per token of what is returned, already shifted: the token that
-                follows. -100 has no loss.
+                follows. -100 has no loss. With context parallelism they are cut already, as by
+                megatron-core's get_batch_on_this_cp_rank.
             loss_mask: [b, s], for multi-token prediction, whose loss reaches the gradients only;
                 None for the tokens with a label. The returned loss is not multiplied by it, as
                 usual in Megatron.
@@ -167,6 +169,7 @@ class Qwen3VLModel(MegatronModule):
         visual.check(config.vision.patch_values, merge)
         tokens = TextInputs.of(
             config,
+            self.pg_collection,
             input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -174,21 +177,20 @@ class Qwen3VLModel(MegatronModule):
             token_types=mm_token_type_ids,
             training=self.training,
         )
-        tokens.check_labels(labels=labels, loss_mask=loss_mask)
-        input_ids = tokens.input_ids
-        positions = visual.token_positions(input_ids, *config.placeholders, merge)
+        tokens.check_labels(config, labels=labels, loss_mask=loss_mask)
+        positions = visual.token_positions(tokens.input_ids, *config.placeholders, merge)
         has_pictures = len(positions[0]) > 0
         with megatron_on_cpu():
             position_ids = self._position_ids(tokens, visual)
             decoder_input, context = None, None
             if self.pre_process:
-                decoder_input, context = self._embed(input_ids, visual, positions)
+                decoder_input, context = self._embed(tokens, visual, positions)
             elif self.receives and has_pictures:
-                decoder_input, context = self._receive(input_ids, positions)
+                decoder_input, context = self._receive(tokens, positions)
             output = self.language_model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                **tokens.masks(config, self.pg_collection.tp),
+                input_ids=tokens.of_context(tokens.input_ids, 1),
+                position_ids=tokens.angles_of(position_ids),
+                **tokens.masks(config),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -222,25 +224,25 @@ class Qwen3VLModel(MegatronModule):
         return get_rope_index(types, *grids, tokens.attention_mask, merge)
 
     def _embed(
-        self, input_ids: Tensor, visual: VisualInputs, positions: tuple[Tensor, Tensor]
+        self, tokens: TextInputs, visual: VisualInputs, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings [s, b, h] with the visual features in place, and the deepstack context.
 
-        With sequence parallelism both are this rank's part of the sequence.
+        Both are this rank's part of the sequence.
         """
-        embeddings, context = self.language_model.embedding(input_ids, None), None
+        embeddings, context = self.language_model.embedding(tokens.input_ids, None), None
         if (joined := visual.joined()) is not None:
             features, deepstack = self.vision_model(*joined)
             context = deepstack_context(deepstack, embeddings, positions)
             embeddings = place(features, embeddings, positions)
         elif self.training and torch.is_grad_enabled() and self.vision_model.is_trained:
-            embeddings = embeddings + self.vision_model.nothing(input_ids.device)
+            embeddings = embeddings + self.vision_model.nothing(embeddings.device)
         if context is not None:
-            context = self._local_part(context)
-        return self._local_part(embeddings), context
+            context = tokens.of_rank(context)
+        return tokens.of_rank(embeddings), context
 
     def _receive(
-        self, input_ids: Tensor, positions: tuple[Tensor, Tensor]
+        self, tokens: TextInputs, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The same of a later stage, whose hidden states are set; None for what it has no use for.
 
@@ -252,16 +254,10 @@ class Qwen3VLModel(MegatronModule):
         hidden_states, embeddings, context = received
         model.set_input_tensor(hidden_states)
         if embeddings is not None and model.mtp_process:
-            tokens = model.embedding(input_ids, None)
-            is_visual = torch.zeros_like(tokens[..., :1], dtype=torch.bool)
+            of_words = model.embedding(tokens.input_ids, None)
+            is_visual = torch.zeros_like(of_words[..., :1], dtype=torch.bool)
             is_visual[positions] = True
             embeddings = torch.where(
-                self._local_part(is_visual), embeddings, self._local_part(tokens)
+                tokens.of_rank(is_visual), embeddings, tokens.of_rank(of_words)
             )
         return embeddings, context
-
-    def _local_part(self, whole: Tensor) -> Tensor:
-        """This rank's part [s, ...] of something that has the whole sequence first."""
-        if not self.config.sequence_parallel:
-            return whole
-        return tensor_parallel.scatter_to_sequence_parallel_region(whole, self.pg_collection.tp)
