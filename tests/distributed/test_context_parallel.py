@@ -45,7 +45,7 @@ RECOMPUTE = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
-PIPELINE = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|ttttL"}
+PIPELINE = {"pipeline_model_parallel_size": 2}
 # case: (model, batches, fields of the provider), by the number of ranks
 CASES: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {
     2: {
@@ -62,7 +62,11 @@ CASES: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {
         "sequence_packed": ("hybrid_moe", "packed", CONTEXT | SEQUENCE),
         "sequence_hybrid": ("hybrid_moe", "padded", CONTEXT | SEQUENCE | RECOMPUTE),
         "sequence_counted_together": ("counted_together", "padded", CONTEXT | SEQUENCE),
-        "pipeline": ("vl", "padded", CONTEXT | PIPELINE),
+        "pipeline": (
+            "vl",
+            "padded",
+            CONTEXT | PIPELINE | {"pipeline_model_parallel_layout": "Et|ttttL"},
+        ),
         "pipeline_hybrid": ("hybrid", "padded", CONTEXT | PIPELINE),
         "experts": ("hybrid_moe", "padded", CONTEXT | {"expert_model_parallel_size": 4}),
         "four": ("vl", "padded", {"context_parallel_size": 4}),

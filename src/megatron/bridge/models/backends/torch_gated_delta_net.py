@@ -45,19 +45,22 @@ class CausalConv1d(nn.Conv1d):
 
 
 class GatedDeltaNetParameters(MegatronModule):
-    """What both implementations need beyond megatron-core: dtype and gradient of a few parameters.
+    """What both implementations need beyond megatron-core: dtype, gradient and sections.
 
     megatron-core makes every parameter in `params_dtype`, and its Float16Module casts them all
     once more. Models are released with A_log and the output norm in fp32.
     """
 
     def finish_parameters(self, ssm_dtype: torch.dtype | None) -> None:
-        """Call it once A_log and out_norm exist.
+        """Call it once all parameters exist.
 
         Args:
             ssm_dtype: of A_log and out_norm; casting the model to a narrower dtype does not touch
                 them. None: `params_dtype`, and they are cast like the others.
         """
+        # Each section is split over the ranks by itself: megatron-core's resharding reads this.
+        self.in_proj.weight.partition_sizes = [*self.in_proj_split_sections]
+        self.conv1d.weight.partition_sizes = [*self.in_proj_split_sections[:3]]
         self.ssm_dtype = ssm_dtype
         for parameter in self._of_ssm_dtype():
             parameter.data = parameter.data.to(ssm_dtype)
