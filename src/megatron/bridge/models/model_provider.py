@@ -206,9 +206,10 @@ class ModelProvider(TransformerConfig, ABC):
                 "sequence_parallel is True with tensor_model_parallel_size = 1: set it to False"
             )
         problems += self._pipeline_problems()
-        if self.context_parallel_size != 1:
+        if self.hybrid_context_parallel:
             problems.append(
-                f"context_parallel_size is {self.context_parallel_size}: only 1 is implemented"
+                "hybrid_context_parallel is True: all batches have the one context_parallel_size, "
+                "set it to False"
             )
         return problems
 

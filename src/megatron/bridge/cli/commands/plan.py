@@ -60,7 +60,7 @@ def plan(
     etp: Annotated[
         int | None, size_option("Tensor-parallel size of routed experts; --tp if not given.")
     ] = None,
-    cp: Annotated[int | None, size_option("Context-parallel size; only 1 so far.")] = None,
+    cp: Annotated[int | None, size_option("Context-parallel size.")] = None,
     world_size: Annotated[
         int | None, size_option("Number of ranks; as few as possible if not given.")
     ] = None,

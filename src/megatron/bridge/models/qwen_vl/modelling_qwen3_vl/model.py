@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -142,12 +141,15 @@ class Qwen3VLModel(MegatronModule):
 
         Args:
             input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+                With context parallelism all ranks take all tokens and all pictures, and each
+                returns its part, cut as by `SequenceParts`.
             position_ids: int64 [3, b, s], or [b, s] for a batch of text; None computes them from
                 tokens and grids.
             attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
                 bool [b, 1, 1, s], True for padding; None if all are real.
             labels: int64, one per token of what is returned, already shifted: the token that
-                follows. -100 has no loss.
+                follows. -100 has no loss. With context parallelism they are cut already, as by
+                megatron-core's get_batch_on_this_cp_rank.
             loss_mask: [b, s], for multi-token prediction, whose loss reaches the gradients only;
                 None for the tokens with a label. The returned loss is not multiplied by it, as
                 usual in Megatron.
@@ -186,16 +188,15 @@ class Qwen3VLModel(MegatronModule):
                 video_grid_thw,
                 mm_token_type_ids,
             )
-            input_ids = tokens.input_ids
             decoder_input: Tensor | None
             if self.pre_process:
-                decoder_input, context = self._embed(input_ids, visual, positions)
+                decoder_input, context = self._embed(tokens, visual, positions)
             else:
-                decoder_input, context = self._receive(input_ids, positions)
+                decoder_input, context = self._receive(tokens, positions)
             output = self.language_model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                **tokens.masks(config, self.pg_collection.tp),
+                input_ids=tokens.of_context(tokens.input_ids, 1),
+                position_ids=tokens.angles_of(position_ids),
+                **tokens.masks(config),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -243,6 +244,7 @@ class Qwen3VLModel(MegatronModule):
         visual.check(config.vision.patch_values, merge)
         tokens = TextInputs.of(
             config,
+            self.pg_collection,
             input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -276,25 +278,25 @@ class Qwen3VLModel(MegatronModule):
         return get_rope_index(types, *grids, tokens.attention_mask, merge)
 
     def _embed(
-        self, input_ids: Tensor, visual: VisualInputs, positions: tuple[Tensor, Tensor]
+        self, tokens: TextInputs, visual: VisualInputs, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings [s, b, h] with the visual features in place, and the deepstack context.
 
-        With sequence parallelism both are this rank's part of the sequence.
+        Both are this rank's part of the sequence.
         """
-        embeddings, context = self.language_model.embedding(input_ids, None), None
+        embeddings, context = self.language_model.embedding(tokens.input_ids, None), None
         if (joined := visual.joined()) is not None:
             features, deepstack = self.vision_model(*joined)
             context = deepstack_context(deepstack, embeddings, positions)
             embeddings = place(features, embeddings, positions)
         elif self.training and torch.is_grad_enabled() and self.vision_model.is_trained:
-            embeddings = embeddings + self.vision_model.nothing(input_ids.device)
+            embeddings = embeddings + self.vision_model.nothing(embeddings.device)
         if context is not None:
-            context = self._local_part(context)
-        return self._local_part(embeddings), context
+            context = tokens.of_rank(context)
+        return tokens.of_rank(embeddings), context
 
     def _receive(
-        self, input_ids: Tensor, positions: tuple[Tensor, Tensor]
+        self, tokens: TextInputs, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The same on a later stage, whose hidden states are set; None for what it has no use for.
 
@@ -308,16 +310,10 @@ class Qwen3VLModel(MegatronModule):
             model.set_input_tensor(hidden_states)
         if not model.mtp_process:
             return received, context
-        embeddings = model.embedding(input_ids, None)
+        embeddings = model.embedding(tokens.input_ids, None)
         is_visual = torch.zeros_like(embeddings[..., :1], dtype=torch.bool)
         is_visual[positions] = True
-        embeddings = self._local_part(embeddings)
+        embeddings = tokens.of_rank(embeddings)
         if received is not None:
-            embeddings = torch.where(self._local_part(is_visual), received, embeddings)
+            embeddings = torch.where(tokens.of_rank(is_visual), received, embeddings)
         return embeddings, context
-
-    def _local_part(self, whole: Tensor) -> Tensor:
-        """This rank's part [s, ...] of something that has the whole sequence first."""
-        if not self.config.sequence_parallel:
-            return whole
-        return tensor_parallel.scatter_to_sequence_parallel_region(whole, self.pg_collection.tp)

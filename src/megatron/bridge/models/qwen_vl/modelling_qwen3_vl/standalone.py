@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -56,16 +55,14 @@ class QwenModel(Qwen3VLTextModel):
         tokens = self._inputs(
             input_ids, position_ids, attention_mask, labels, loss_mask, packed_seq_params
         )
-        input_ids, position_ids = tokens.input_ids, tokens.position_ids
         embeds = self.pre_process or self.mtp_process  # predictors look at the tokens, too
         with megatron_on_cpu():
-            if position_ids is None:
-                position_ids = _positions(tokens)
+            positions = tokens.position_ids if position_ids is not None else _positions(tokens)
             output: Tensor = super().forward(
-                input_ids=input_ids,
-                position_ids=position_ids.expand(3, *input_ids.shape),
-                **tokens.masks(self.config, self.pg_collection.tp),
-                decoder_input=self._embed(input_ids) if embeds else None,
+                input_ids=tokens.of_context(tokens.input_ids, 1),
+                position_ids=tokens.angles_of(positions.expand(3, *tokens.input_ids.shape)),
+                **tokens.masks(self.config),
+                decoder_input=self._embed(tokens) if embeds else None,
                 labels=labels,
                 loss_mask=loss_mask,
                 packed_seq_params=packed_seq_params,
@@ -97,6 +94,7 @@ class QwenModel(Qwen3VLTextModel):
     ) -> TextInputs:
         tokens = TextInputs.of(
             self.config,
+            self.pg_collection,
             input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -106,13 +104,9 @@ class QwenModel(Qwen3VLTextModel):
         tokens.check_labels(self.config, labels=labels, loss_mask=loss_mask)
         return tokens
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [s, b, h]; with sequence parallelism this rank's part of the sequence."""
-        embeddings: Tensor = self.embedding(input_ids=input_ids, position_ids=None)
-        if not self.config.sequence_parallel:
-            return embeddings
-        group = self.pg_collection.tp
-        return tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group)
+    def _embed(self, tokens: TextInputs) -> Tensor:
+        """Embeddings [s, b, h], this rank's part of the sequence."""
+        return tokens.of_rank(self.embedding(input_ids=tokens.input_ids, position_ids=None))
 
 
 def _positions(tokens: TextInputs) -> Tensor:

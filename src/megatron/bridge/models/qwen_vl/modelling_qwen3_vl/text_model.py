@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -113,14 +114,21 @@ class Qwen3VLTextModel(GPTModel):
         finally:
             self.router_loss.counts = None
         if counts is not None:
-            counts.close(self.pg_collection.tp if self.config.sequence_parallel else None)
+            groups, config = self.pg_collection, self.config
+            counts.close(
+                [groups.tp] * config.sequence_parallel
+                + [groups.cp] * (config.context_parallel_size > 1)
+            )
         return self.router_loss.attach(output, counts)
 
     def _router_loss_weight(self, labels: Tensor, loss_mask: Tensor | None) -> Tensor | float:
         coef: float = self.config.router_aux_loss_coef
         if not self.config.calculate_per_token_loss:
             return coef
-        return coef * (labels != IGNORED_LABEL if loss_mask is None else loss_mask).sum()
+        tokens = (labels != IGNORED_LABEL if loss_mask is None else loss_mask).sum()
+        if self.config.context_parallel_size > 1:
+            dist.all_reduce(tokens, group=self.pg_collection.cp)
+        return coef * tokens
 
     def _postprocess(
         self,
