@@ -65,6 +65,8 @@ class ModelProvider(TransformerConfig, ABC):
         share_embeddings_and_output_weights: one weight for embedding and output layer.
         parallel_output: return logits split over the tensor-parallel ranks.
         transformer_impl: "local" (plain torch) or "transformer_engine"; None chooses.
+        pipeline_model_parallel_layout: which layers each stage has, as in megatron-core, such as
+            "Ettt|tttL"; None deals them out evenly.
         pipeline_dtype: of what pipeline stages exchange; None for `params_dtype`.
         moe_grouped_gemm: multiply by all experts of a rank at once, which needs TransformerEngine;
             None where it is used. The plain torch backend runs one expert after the other.
@@ -78,6 +80,7 @@ class ModelProvider(TransformerConfig, ABC):
     parallel_output: bool = False
     transformer_impl: str | None = None
     pipeline_dtype: torch.dtype | None = None
+    pipeline_model_parallel_layout: Any = None
     moe_grouped_gemm: bool | None = None
     moe_router_pre_softmax: bool = False
 

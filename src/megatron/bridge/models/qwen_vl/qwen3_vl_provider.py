@@ -78,7 +78,7 @@ class Qwen3VLModelProvider(QwenModelProvider):
             tensor_model_parallel_size=self.tensor_model_parallel_size,
         )
         # Without stages there is nothing to send, and what is wrong with them is told elsewhere.
-        return problems if problems else self._sending_problems()
+        return problems or self._sending_problems()
 
     def fill_in(self) -> None:
         """Set fields that are None and follow from others."""
@@ -114,7 +114,7 @@ class Qwen3VLModelProvider(QwenModelProvider):
         return bool(self.vision.deepstack_visual_indexes)
 
     @property
-    def placeholders(self) -> tuple[int, int]:
+    def placeholders(self) -> tuple[int, ...]:
         """Tokens that stand for features of images and videos, which no token predicts."""
         return (self.image_token_id, self.video_token_id)
 

@@ -55,6 +55,48 @@ class QwenModel(Qwen3VLTextModel):
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
+        tokens = self._inputs(
+            input_ids, position_ids, attention_mask, labels, loss_mask, packed_seq_params
+        )
+        embeds = self.pre_process or self.mtp_process  # predictors look at the tokens, too
+        with megatron_on_cpu():
+            positions = tokens.position_ids
+            if positions is None:
+                positions = _positions(tokens)
+            output: Tensor = super().forward(
+                input_ids=tokens.of_context(tokens.input_ids, 1),
+                position_ids=tokens.angles_of(positions.expand(3, *tokens.input_ids.shape)),
+                **tokens.masks(self.config),
+                decoder_input=self._embed(tokens) if embeds else None,
+                labels=labels,
+                loss_mask=loss_mask,
+                packed_seq_params=packed_seq_params,
+                runtime_gather_output=labels is None and not self.config.parallel_output,
+            )
+        if trim_vocab_padding and self.post_process and labels is None:
+            return output[..., : self.config.vocab_size]
+        return output
+
+    def check_inputs(self, **batch: Any) -> None:
+        """Refuse what `forward` would refuse; see `Qwen3VLModel.check_inputs`.
+
+        Args:
+            batch: arguments of `forward`, by name.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._inputs(**batch)
+
+    def _inputs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> TextInputs:
         tokens = TextInputs.of(
             self.config,
             self.pg_collection,
@@ -66,23 +108,7 @@ class QwenModel(Qwen3VLTextModel):
             training=self.training,
         )
         tokens.check_labels(self.config, labels=labels, loss_mask=loss_mask)
-        with megatron_on_cpu():
-            positions = tokens.position_ids
-            if positions is None:
-                positions = _positions(tokens)
-            output: Tensor = super().forward(
-                input_ids=tokens.of_context(tokens.input_ids, 1),
-                position_ids=tokens.angles_of(positions.expand(3, *tokens.input_ids.shape)),
-                **tokens.masks(self.config),
-                decoder_input=self._embed(tokens) if self.pre_process else None,
-                labels=labels,
-                loss_mask=loss_mask,
-                packed_seq_params=packed_seq_params,
-                runtime_gather_output=labels is None and not self.config.parallel_output,
-            )
-        if trim_vocab_padding and self.post_process and labels is None:
-            return output[..., : self.config.vocab_size]
-        return output
+        return tokens
 
     def _embed(self, tokens: TextInputs) -> Tensor:
         """Embeddings [s, b, h], this rank's part of the sequence."""

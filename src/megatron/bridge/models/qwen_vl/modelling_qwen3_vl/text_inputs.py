@@ -175,6 +175,11 @@ class TextInputs:
 
     def check_labels(self, config: "QwenModelProvider", **given: Tensor | None) -> None:
         """Raise InputError unless labels, by name, are one for each token, or None."""
+        if config.scores is not None and given["labels"] is not None:
+            raise InputError(
+                "labels were given to a classifier: compute the loss of its scores, which are "
+                "what it returns without labels"
+            )
         batch, length = self.input_ids.shape
         ranks = config.context_parallel_size
         expected = [batch, length // ranks]

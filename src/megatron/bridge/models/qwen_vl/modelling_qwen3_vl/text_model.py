@@ -8,7 +8,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron.bridge.errors import InputError
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     predictor_spec,
     stage_spec,
@@ -79,10 +78,10 @@ class Qwen3VLTextModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.unpadded_vocab_size = config.vocab_size
-        if self.mtp_process and post_process and not pre_process:
-            if self.share_embeddings_and_output_weights:
-                # The predictors' copy of the embedding is what the output layer is called with.
-                self.output_layer.weight = None
+        tied = self.share_embeddings_and_output_weights
+        if tied and self.mtp_process and post_process and not pre_process:
+            # The predictors' copy of the embedding is what the output layer is called with.
+            self.output_layer.register_parameter("weight", None)
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(config.rotary_frequencies)
         if config.scores is not None and post_process:
             self.output_layer = ScoreHead(config, groups)
@@ -102,15 +101,7 @@ class Qwen3VLTextModel(GPTModel):
 
         That loss is meant for a mean over the tokens: the gradients of the mean of what is
         returned are those of that mean plus `router_aux_loss_coef` times the routers' loss.
-
-        Raises:
-            InputError: labels are given to a classifier.
         """
-        if labels is not None and self.config.scores is not None:
-            raise InputError(
-                "labels were given to a classifier: compute the loss of its scores, which are "
-                "what it returns without labels"
-            )
         given |= {"labels": labels, "loss_mask": loss_mask}
         if not self.config.has_router_loss:
             return super().forward(*args, **given)
@@ -145,7 +136,7 @@ class Qwen3VLTextModel(GPTModel):
         *,
         input_ids: Tensor,
         labels: Tensor | None,
-        decoder_input: Tensor | None,
+        decoder_input: Any,  # a Tensor where there are predictors
         mtp_in_postprocess: bool,
         runtime_gather_output: bool,
         **given: Any,
