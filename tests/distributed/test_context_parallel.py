@@ -68,7 +68,7 @@ CASES: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {
             CONTEXT | PIPELINE | {"pipeline_model_parallel_layout": "Et|ttttL"},
         ),
         "pipeline_hybrid": ("hybrid", "padded", CONTEXT | PIPELINE),
-        "experts": ("hybrid_moe", "padded", CONTEXT | {"expert_model_parallel_size": 4}),
+        "experts": ("vl_moe", "padded", CONTEXT | {"expert_model_parallel_size": 4}),
         "four": ("vl", "padded", {"context_parallel_size": 4}),
         "four_packed": ("hybrid_moe", "packed", {"context_parallel_size": 4}),
     },
@@ -156,7 +156,7 @@ def batches_of(kind: str) -> list[dict[str, Any]]:
         return text_batches()
     batches: list[dict[str, Any]] = padded_batches()
     if kind == "packed":
-        return [packed(one, by_the_model=index != 1) for index, one in enumerate(batches)]
+        return [packed(one, by_the_model=index < 1) for index, one in enumerate(batches)]
     return batches
 
 
@@ -217,6 +217,10 @@ def run_case(folder: Path, model: str, kind: str, fields: dict[str, Any]) -> dic
 
         for batch in batches:
             labels = of_rank(batch["labels"], batch)
+            if kind == "text" or (kind == "packed" and batch is batches[-1]):
+                # A model of text takes what trainers cut; of a pack the length tells.
+                names = ("input_ids", "attention_mask", "mm_token_type_ids")
+                batch |= {name: of_rank(batch[name], batch) for name in names if name in batch}
             if "packed_seq_params" not in batch:
                 theirs = _get_batch_on_this_cp_rank_per_sequence_balancing(
                     {"labels": batch["labels"]}, group
@@ -276,7 +280,7 @@ def assert_right(results: list[dict[str, Any]], case: str) -> None:
         assert found["loss"] <= 1e-4
     for ranks in results:
         errors = ranks[case]["gradients"]
-        assert len(errors) > 20
+        assert len(errors) >= 10  # of the last of two stages
         assert max(errors.values()) <= 1e-3, max(errors.items(), key=lambda item: item[1])
 
 

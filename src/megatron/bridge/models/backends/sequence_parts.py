@@ -53,15 +53,15 @@ class SequenceParts:
         """This rank's part of something that every rank has whole."""
         return whole.index_select(dim, self.own(whole.device))
 
-    def gather(self, part: Tensor) -> Tensor:
-        """The parts of all ranks, [tokens of this rank, ...] -> [tokens, ...].
+    def gather(self, part: Tensor, dim: int = 0) -> Tensor:
+        """The parts of all ranks, with the tokens of this rank for those of all at `dim`.
 
         Each rank uses the whole in its own way: the gradients are summed up.
         """
         parts = tensor_parallel.gather_from_sequence_parallel_region(
-            part.contiguous(), group=self.group
+            part.movedim(dim, 0).contiguous(), group=self.group
         )
-        return parts.index_select(0, self._in_order.to(part.device))
+        return parts.index_select(0, self._in_order.to(part.device)).movedim(0, dim)
 
     def to_heads(self, part: Tensor) -> Tensor:
         """Some channels of all tokens for all channels of some: [s / n, b, f] -> [s, b, f / n]."""

@@ -250,6 +250,7 @@ class Qwen3VLModel(MegatronModule):
             attention_mask=attention_mask,
             packed_seq_params=packed_seq_params,
             token_types=mm_token_type_ids,
+            is_part=False,
             training=self.training,
         )
         tokens.check_labels(config, labels=labels, loss_mask=loss_mask)

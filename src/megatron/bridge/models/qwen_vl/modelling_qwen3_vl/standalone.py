@@ -34,6 +34,9 @@ class QwenModel(Qwen3VLTextModel):
 
         Args:
             input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+                With context parallelism this rank's part, as GPTModel takes it and megatron-core's
+                get_batch_on_this_cp_rank cuts it: also positions, masks and labels. Rows that are
+                packed here, and packed sequences if they are, are whole.
             position_ids: int64 [b, s]; None counts from 0 in each sequence, padding included,
                 as transformers does.
             attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
@@ -57,7 +60,9 @@ class QwenModel(Qwen3VLTextModel):
         )
         embeds = self.pre_process or self.mtp_process  # predictors look at the tokens, too
         with megatron_on_cpu():
-            positions = tokens.position_ids if position_ids is not None else _positions(tokens)
+            positions = tokens.position_ids
+            if positions is None:
+                positions = _positions(tokens)
             output: Tensor = super().forward(
                 input_ids=tokens.of_context(tokens.input_ids, 1),
                 position_ids=tokens.angles_of(positions.expand(3, *tokens.input_ids.shape)),
@@ -99,6 +104,7 @@ class QwenModel(Qwen3VLTextModel):
             position_ids=position_ids,
             attention_mask=attention_mask,
             packed_seq_params=packed_seq_params,
+            is_part=True,
             training=self.training,
         )
         tokens.check_labels(self.config, labels=labels, loss_mask=loss_mask)

@@ -52,6 +52,7 @@ class TextInputs:
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         token_types: Tensor | None = None,
+        is_part: bool,
         training: bool,
     ) -> Self:
         """Take what a model is called with; rows with `packed_seq_params` are packed here.
@@ -61,7 +62,7 @@ class TextInputs:
         Args:
             config: the provider.
             groups: process groups.
-            input_ids: [b, s], with context parallelism all of s.
+            input_ids: [b, s].
             position_ids: [b, s] or [3, b, s]; None computes them.
             attention_mask: [b, s], nonzero for real tokens; or bool [b, 1, 1, s], True for padding;
                 None if all are real.
@@ -69,6 +70,8 @@ class TextInputs:
                 Without a mask one row is packed already. With one, or with several rows, each row
                 is a sequence, whose real tokens come first in its place in the pack.
             token_types: [b, s]; None if they are not given.
+            is_part: with context parallelism s is this rank's part, and is put together here. Of a
+                pack its length tells.
             training: whether the model trains.
 
         Raises:
@@ -78,6 +81,7 @@ class TextInputs:
         """
         real = _real_tokens(attention_mask, input_ids)
         _check_positions(position_ids, input_ids, has_pictures=bool(config.placeholders))
+        ranks, lengths = config.context_parallel_size, [input_ids.shape[1]]
         if packed_seq_params is not None:
             if config.scores and not config.scores.each_token:
                 raise InputError(
@@ -91,13 +95,22 @@ class TextInputs:
                 position_ids = None if position_ids is None else pack(position_ids, 0)
                 token_types = None if token_types is None else pack(token_types, 0)
                 real = pack.real
+            lengths = packed_boundaries(packed_seq_params).diff().tolist()
+            is_part = input_ids.shape[1] * ranks == sum(lengths)
+            if not is_part and input_ids.shape[1] != sum(lengths):
+                raise InputError(
+                    f"packed_seq_params covers {sum(lengths)} tokens, and input_ids has "
+                    f"{input_ids.shape[1]}"
+                )
+        elif is_part:
+            lengths = [length * ranks for length in lengths]
+        parts = SequenceParts(groups.cp, lengths) if ranks > 1 else None
+        if parts is not None and is_part:
+            input_ids = parts.gather(input_ids, -1)
+            position_ids = None if position_ids is None else parts.gather(position_ids, -1)
+            token_types = None if token_types is None else parts.gather(token_types, -1)
+            real = None if real is None else parts.gather(real.int(), -1).bool()
         padding = None if real is None or bool(real.all()) else ~real
-        parts = None
-        if config.context_parallel_size > 1:
-            lengths = [input_ids.shape[1]]
-            if packed_seq_params is not None:
-                lengths = packed_boundaries(packed_seq_params).diff().tolist()
-            parts = SequenceParts(groups.cp, lengths)
         tokens = cls(
             input_ids=input_ids,
             position_ids=position_ids,
