@@ -20,7 +20,7 @@ from torch import Tensor
 
 from forked import run_ranks
 from oracle import text_models, tiny
-from schedules import distributed_chunks, gradient_errors, logits_of, train_step, whole_gradients
+from schedules import built_chunks, gradient_errors, logits_of, train_step, whole_gradients
 
 EVEN_VISION_HEADS = {"vision_config": {"num_heads": 6}}
 BALANCE = {"moe_aux_loss_coeff": 10.0}
@@ -193,7 +193,7 @@ def save_reference(folder: Path, model: str, kinds: set[str]) -> None:
             packs = [Pack(mask) for mask in real]
             logits = [pack(one) for pack, one in zip(packs, logits, strict=True)]
             real = [pack(one) for pack, one in zip(packs, real, strict=True)]
-        with distributed_chunks(folder / model, fields) as chunks:
+        with built_chunks(folder / model, fields, wrap_with_ddp=True) as chunks:
             loss = train_step(chunks, batches_of(kind))
             gradients = whole_gradients(chunks)
         reference = {"logits": logits, "real": real, "loss": loss, "gradients": gradients}
@@ -206,7 +206,8 @@ def run_case(folder: Path, model: str, kind: str, fields: dict[str, Any]) -> dic
 
     reference = torch.load(folder / f"{model}.{kind}.pt")
     batches, found = batches_of(kind), {}
-    with distributed_chunks(folder / model, MODELS[model][2] | fields) as chunks:
+    fields = MODELS[model][2] | fields
+    with built_chunks(folder / model, fields, wrap_with_ddp=True) as chunks:
         group = parallel_state.get_context_parallel_group()
 
         def of_rank(whole: Tensor, batch: dict[str, Any]) -> Tensor:

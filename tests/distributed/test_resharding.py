@@ -41,9 +41,12 @@ def worker(rank: int, folder: str) -> None:
     from megatron.core.resharding import swap_model_weights
     from megatron.core.resharding.refit import clear_all_caches
 
-    # Its buffers of gloo are pinned, which takes a GPU.
     empty = torch.empty
-    torch.empty = lambda *args, pin_memory=False, **options: empty(*args, **options)  # type: ignore[assignment]
+
+    def unpinned(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
+        return empty(*args, **options)
+
+    torch.empty = unpinned  # its buffers of gloo are pinned, which takes a GPU
     found = {}
     for name in MODELS:
         source, target = model_of(Path(folder, name), FROM), model_of(Path(folder, name), TO)
