@@ -14,8 +14,8 @@ type Batch = dict[str, Tensor]
 
 
 @contextmanager
-def distributed_chunks(folder: Path, fields: dict[str, Any]) -> Iterator[list[Any]]:
-    """The chunks of this rank with the weights of a folder, in DistributedDataParallel."""
+def built_chunks(folder: Path, fields: dict[str, Any], **options: Any) -> Iterator[list[Any]]:
+    """The chunks of this rank with the weights of a folder, and options of how they are built."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
@@ -26,7 +26,7 @@ def distributed_chunks(folder: Path, fields: dict[str, Any]) -> Iterator[list[An
     provider.params_dtype, provider.bf16 = torch.float32, False
     provider.make_vocab_size_divisible_by = 64
     provider.set_fields(fields)
-    chunks = provider.provide_distributed_model()
+    chunks = provider.provide_distributed_model(**{"wrap_with_ddp": False} | options)
     bridge.load_hf_weights(chunks)
     yield chunks
     destroy_moe_metrics_tracker()  # which is as long as the first model is deep
@@ -114,7 +114,10 @@ def gradient_errors(chunks: Sequence[Any], expected: dict[str, Tensor]) -> dict[
     for key, _, box, gradient in gradients_of(chunks):
         theirs = expected[key]
         # The vocabulary is padded by the number of ranks that share it.
-        cut = [slice(start, min(end, size)) for (start, end), size in zip(box, theirs.shape)]
+        cut = [
+            slice(start, min(end, size))
+            for (start, end), size in zip(box, theirs.shape, strict=True)
+        ]
         mine = gradient[tuple(slice(0, one.stop - one.start) for one in cut)]
         wanted = theirs[tuple(cut)]
         error = float((mine - wanted).norm() / wanted.norm().clamp(min=1e-6))

@@ -259,6 +259,23 @@ def test_more_ranks_share_the_optimizer(
     assert one["optimizer_bytes"] == 4 * four["optimizer_bytes"]
 
 
+def test_context_parallel_ranks_share_the_optimizer(
+    moe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Multi-token prediction is refused beside it, with the way out."""
+    found = document(capsys, moe, "--tp", "2", "--cp", "2", "--without", "mtp")
+    assert found["parallel"]["cp"] == 2
+    ranks = found["ranks"]
+    assert [(rank["tp"], rank["cp"]) for rank in ranks] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    [alone, _] = document(capsys, moe, "--tp", "2", "--without", "mtp")["ranks"]
+    assert {rank["parameters"] for rank in ranks} == {alone["parameters"]}
+    assert ranks[0]["optimizer_bytes"] * 1.9 < alone["optimizer_bytes"]
+    status, _, err = run(capsys, moe, "--cp", "2")
+    assert status == 2
+    assert "context_parallel_size is 2 with mtp_num_layers = 1" in words(err)
+    assert "legal without" in words(err)
+
+
 def test_without_the_mtp_layer(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [with_it], [without] = (
         document(capsys, moe, "--tp", "1", *more)["ranks"] for more in ([], ["--without", "mtp"])

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: tensor, sequence and pipeline parallelism.
+"""Two gloo processes against one: tensor and sequence parallelism; test_pipelines has pipelines.
 
 Logits and loss are Hugging Face's, gradients those of our model in one process, which the oracle
 tests compare with Hugging Face. megatron-core's own DistributedDataParallel and
@@ -6,7 +6,6 @@ finalize_model_grads reduce the gradients, as in training. The processes are sta
 every case; the tests look at what they found.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,19 +28,12 @@ RECOMPUTE = {
     "recompute_method": "uniform",
     "recompute_num_layers": 2,
 }
-PIPELINE = {
-    "pipeline_model_parallel_size": 2,
-    "num_layers_in_first_pipeline_stage": 3,
-    "num_layers_in_last_pipeline_stage": 2,
-}
 # case: (config of the model, fields of the provider)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor": ("untied", TENSOR),
     "tensor_tied_biased": ("tied_biased", TENSOR),
     "fewer_kv_heads_than_ranks": ("one_kv_head", TENSOR),
     "sequence": ("untied", SEQUENCE),
-    "pipeline": ("untied", PIPELINE),
-    "pipeline_tied_biased": ("tied_biased", PIPELINE),
     "data": ("untied", {}),
     # In training, megatron-core has experts and tensor parallelism with sequence parallelism only.
     "experts_sequence": ("experts", SEQUENCE),
@@ -54,7 +45,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "hybrid_experts",
         SEQUENCE | RECOMPUTE | {"recompute_num_layers": 1},
     ),
-    "hybrid_experts_pipeline": ("hybrid_experts_of_one_loss", PIPELINE),
 }
 EVEN_VISION_HEADS = {"vision_config": {"num_heads": 6}}
 # Large, so that the loss that balances the experts counts beside the sum of that of the tokens.
@@ -79,7 +69,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "hybrid": ("qwen3_5-3x_value_heads-one_kv_head", {}, {}),
     "hybrid_experts": (HYBRID_EXPERTS, MTP_CONFIG, BALANCE | PREDICTOR),
-    "hybrid_experts_of_one_loss": (HYBRID_EXPERTS, {}, BALANCE),
 }
 
 
@@ -104,63 +93,26 @@ def distributed_model(folder: str, fields: dict[str, Any]) -> Iterator[Any]:
     parallel_state.destroy_model_parallel()
 
 
-def run_stage(
-    model: Any, rank: int, inputs: dict[str, Tensor]
-) -> tuple[Tensor, Tensor | None] | None:
-    """Forward over both pipeline stages: the last returns its output and its input."""
-    if rank == 0:
-        output = model(**inputs)
-        dist.send(output.detach(), dst=1)
-        return output, None
-    batch, length = inputs["input_ids"].shape
-    hidden_states = torch.empty(length, batch, 80)
-    dist.recv(hidden_states, src=0)
-    hidden_states.requires_grad_()
-    model.module.set_input_tensor(hidden_states)
-    return model(**inputs), hidden_states
-
-
-def train_step(model: Any, rank: int, pipeline: bool, inputs: dict[str, Tensor]) -> Tensor | None:
-    """Loss [b, s], on the last stage, and gradients in `main_grad`."""
+def train_step(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Loss [b, s]; the gradients are in `main_grad`."""
     from megatron.core.distributed import finalize_model_grads
 
     model.train()
     model.zero_grad_buffer()
-    if not pipeline:
-        loss = model(**inputs)
-        loss.sum().backward()
-    else:
-        output, stage_input = run_stage(model, rank, inputs)
-        if rank == 0:
-            gradient = torch.empty_like(output)
-            dist.recv(gradient, src=1)
-            output.backward(gradient)
-            loss = None
-        else:
-            output.sum().backward()
-            dist.send(stage_input.grad, dst=0)
-            loss = output
+    loss: Tensor = model(**inputs)
+    loss.sum().backward()
     finalize_model_grads([model])
     return loss
 
 
 def gradient_errors(model: Any, rank: int, expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative error of each gradient against this rank's part of the full one."""
-    layers = model.module.language_model.decoder.layers
-    first_layer = layers[0].layer_number - 1
     errors = {}
     for name, parameter in model.module.named_parameters():
-        global_name = re.sub(
-            r"^(language_model\.decoder\.layers\.)(\d+)",
-            lambda match: f"{match[1]}{int(match[2]) + first_layer}",
-            name,
-        )
-        if name == "language_model.output_layer.weight" and name not in expected:
-            global_name = "language_model.embedding.word_embeddings.weight"
-        full, found = expected[global_name], parameter.main_grad
+        full, found = expected[name], parameter.main_grad
         if parameter.shape != full.shape:
             full = local_part(full, parameter, rank, sections_of(model.module, name))
-        errors[global_name] = float((found - full).norm() / full.norm().clamp(min=1e-6))
+        errors[name] = float((found - full).norm() / full.norm().clamp(min=1e-6))
     return errors
 
 
@@ -190,20 +142,18 @@ def run_case(
 ) -> dict[str, Any]:
     config, fields = CASES[case]
     reference = torch.load(f"{folder}/{config}.pt")
-    pipeline = "pipeline_model_parallel_size" in fields
     found: dict[str, Any] = {}
     with distributed_model(f"{folder}/{config}", CONFIGS[config][2] | fields) as model:
         with torch.no_grad():
             model.eval()
-            logits = run_stage(model, rank, inputs)[0] if pipeline else model(**inputs)
-        loss = train_step(model, rank, pipeline, inputs | {"labels": labels})
+            logits = model(**inputs)
+        loss = train_step(model, inputs | {"labels": labels})
         found["gradients"] = gradient_errors(model, rank, reference["gradients"])
-    if loss is not None:
-        real = inputs["attention_mask"].bool()
-        difference = logits[..., : tiny.VOCAB_SIZE] - reference["logits"]
-        found["vocabulary"] = logits.shape[-1]
-        found["logits"] = float(difference[real].abs().max())
-        found["loss"] = float((loss.detach() - reference["loss"]).abs().max())
+    real = inputs["attention_mask"].bool()
+    difference = logits[..., : tiny.VOCAB_SIZE] - reference["logits"]
+    found["vocabulary"] = logits.shape[-1]
+    found["logits"] = float(difference[real].abs().max())
+    found["loss"] = float((loss.detach() - reference["loss"]).abs().max())
     return found
 
 
@@ -224,7 +174,7 @@ def save_reference(folder: Path, processor: Any, inputs: dict[str, Tensor], labe
             logits = hf(**inputs).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         with distributed_model(str(folder / name), fields) as model:
-            train_step(model, 0, False, inputs | {"labels": labels})
+            train_step(model, inputs | {"labels": labels})
             gradients = {key: one.main_grad for key, one in model.module.named_parameters()}
         torch.save(
             {"logits": logits, "loss": loss.view_as(labels), "gradients": gradients},
@@ -259,9 +209,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_loss(results: list[dict[str, Any]], case: str) -> None:
-    found = [ranks[case] for ranks in results if "logits" in ranks[case]]
-    assert len(found) == (1 if "pipeline" in case else WORLD)
-    for one in found:
+    for one in (ranks[case] for ranks in results):
         assert one["logits"] <= 1e-4
         assert one["loss"] <= 1e-4
 
@@ -279,4 +227,4 @@ def test_every_gradient(results: list[dict[str, Any]], case: str) -> None:
 def test_padded_vocabulary_has_no_part_in_the_loss(results: list[dict[str, Any]]) -> None:
     """The padding differs between the runs, the loss (see above) does not."""
     assert results[0]["tensor"]["vocabulary"] == 384
-    assert results[1]["pipeline"]["vocabulary"] == 320
+    assert results[1]["data"]["vocabulary"] == 320

@@ -13,27 +13,33 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from forked import run_ranks
 from oracle import text_models, tiny
 from oracle.predictor import Predictor
-from schedules import distributed_chunks, gradient_errors, logits_of, train_step, whole_gradients
+from schedules import built_chunks, gradient_errors, logits_of, train_step, whole_gradients
 
 EVEN_VISION_HEADS = {"vision_config": {"num_heads": 6}}
 BALANCE = {"moe_aux_loss_coeff": 10.0}
 PREDICTOR = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 40.0}
 MTP_CONFIG = {"text_config": {"mtp_num_hidden_layers": 1}}
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
 LENGTH = 112
+EIGHT_EXPERTS = {"text_config": {"num_experts": 8}}
+EIGHT_EXPERTS_MTP = {"text_config": {"num_experts": 8, "mtp_num_hidden_layers": 1}}
+DEEP = {"vision_config": {"deepstack_visual_indexes": [0, 1, 3], "num_heads": 6}}
 TIED = {"tie_word_embeddings": True}
 # model: (case of tiny.CASES or class of text_models, entries of its config, fields in every run)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "vl": ("qwen3_vl", {}, {}),
     "vl_tied": ("qwen3_vl", TIED, {}),
-    "vl_moe": ("qwen3_vl_moe", {}, BALANCE),
+    "vl_deep": ("qwen3_vl", DEEP, {}),
+    "vl_moe": ("qwen3_vl_moe", EIGHT_EXPERTS, BALANCE),
     "hybrid": ("qwen3_5-3x_value_heads-one_kv_head", {}, {}),
     "hybrid_mtp": ("qwen3_5-3x_value_heads-one_kv_head", MTP_CONFIG, PREDICTOR),
     "hybrid_mtp_tied": ("qwen3_5-3x_value_heads-one_kv_head", MTP_CONFIG | TIED, PREDICTOR),
-    "hybrid_moe_mtp": ("qwen3_5_moe-2x_value_heads", MTP_CONFIG, BALANCE | PREDICTOR),
+    "hybrid_moe_mtp": ("qwen3_5_moe-2x_value_heads", EIGHT_EXPERTS_MTP, BALANCE | PREDICTOR),
     "text": ("Qwen3ForCausalLM", {}, {}),
 }
 
@@ -57,14 +63,54 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         pipeline(num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=2),
     ),
     "interleaved_tied": ("vl_tied", pipeline("Et|t|tt|tL")),
-    "embedding_is_a_layer": ("vl", pipeline(account_for_embedding_in_pipeline_split=True)),
     "even": ("hybrid", pipeline()),
     "predictors": ("hybrid_mtp", pipeline("Etttt|ttmL")),
     "predictors_tied": ("hybrid_mtp_tied", pipeline()),
     "predictors_on_a_chunk": ("hybrid_moe_mtp", pipeline("Et|t|tt|tmL")),
     "predictors_before_the_last": ("hybrid_mtp", pipeline("Ettttttm|L")),
-    "predictors_before_the_last_tied": ("hybrid_mtp_tied", pipeline("Ettttttm|L")),
     "text": ("text", pipeline("Etttt|tL")),
+}
+
+
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+OF_FOUR: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepstack_on_three_stages": ("vl_deep", pipeline("Et|t|t|ttL", 4)),
+    "deepstack_on_three_stages_recomputed": ("vl_deep", pipeline("Et|t|t|ttL", 4) | RECOMPUTE),
+    "deepstack_on_five_chunks": ("vl_deep", pipeline("E|t|t|t|t||t|L", 4)),
+    "tied_chunks": ("vl_tied", pipeline("E|t|t|t|t||t|L", 4)),
+    "no_layer_on_two_stages": ("vl_moe", pipeline("E||ttt|ttL", 4)),
+    "embedding_is_a_layer": ("vl", pipeline(account_for_embedding_in_pipeline_split=True)),
+    "predictors_before_the_last_tied": ("hybrid_mtp_tied", pipeline("Ettttttm|L")),
+    "replicas": ("vl_deep", pipeline("Et|ttttL")),
+    "tensor": ("vl_deep", TENSOR | pipeline("Et|ttttL")),
+    "tensor_and_chunks": ("vl_deep", TENSOR | pipeline("Et|t|tt|tL")),
+    "tensor_recomputed": ("vl_moe", TENSOR | RECOMPUTE | pipeline("Et|ttttL")),
+    "experts": ("vl_moe", {"expert_model_parallel_size": 2} | pipeline("Et|ttttL")),
+    "experts_and_predictors": (
+        "hybrid_moe_mtp",
+        {"expert_model_parallel_size": 2} | pipeline("Etttt|tmL"),
+    ),
+    "tensor_and_predictors": ("hybrid_moe_mtp", TENSOR | pipeline("Etttt|tmL")),
+    "tensor_and_tied_predictors": ("hybrid_mtp_tied", TENSOR | pipeline("Etttt|ttmL")),
+    "predictors_on_a_stage": ("hybrid_mtp", pipeline("Ettt|tt|tm|L", 4)),
+    "predictors_on_a_stage_tied": ("hybrid_mtp_tied", pipeline("Ettt|tt|tm|L", 4)),
+    "predictors_alone_on_a_stage": ("hybrid_moe_mtp", pipeline("Ettt|tt|m|L", 4)),
+    "predictors_recomputed": ("hybrid_mtp", pipeline("Ett|tt|tt|mL", 4) | RECOMPUTE),
+    "uneven": ("hybrid", pipeline(stages=4, num_layers_in_first_pipeline_stage=3)),
+    "embedding_and_loss_are_layers": (
+        "hybrid",
+        pipeline(
+            stages=4,
+            account_for_embedding_in_pipeline_split=True,
+            account_for_loss_in_pipeline_split=True,
+        ),
+    ),
+    "text": ("text", pipeline("Et|t|tt|tL", 4)),
 }
 
 
@@ -104,6 +150,12 @@ def without_labels(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: one[key] for key in one if key != "labels"} for one in batches]
 
 
+def save_references(_rank: int, folder: str, models: set[str]) -> None:
+    """In a process of its own: the schedules leave scales of losses behind."""
+    for model in models:
+        save_reference(Path(folder), model)
+
+
 def save_reference(folder: Path, model: str) -> None:
     """The files, and the logits and gradients of one process."""
     name, entries, fields = MODELS[model]
@@ -112,7 +164,7 @@ def save_reference(folder: Path, model: str) -> None:
         text_models.save(hf, folder / model)
     else:
         processor = tiny.build_processor()
-        hf = tiny.build_hf_model(tiny.build_case(processor, name, **EVEN_VISION_HEADS, **entries))
+        hf = tiny.build_hf_model(tiny.build_case(processor, name, **EVEN_VISION_HEADS | entries))
         hf.save_pretrained(folder / model)
         processor.save_pretrained(folder / model)
         if "mtp_num_layers" in fields:
@@ -120,7 +172,7 @@ def save_reference(folder: Path, model: str) -> None:
     batches = batches_of(model)
     with torch.no_grad():
         theirs = [hf(**one, use_cache=False).logits for one in without_labels(batches)]
-    with distributed_chunks(folder / model, fields) as chunks:
+    with built_chunks(folder / model, fields, wrap_with_ddp=True) as chunks:
         logits = logits_of(chunks, without_labels(batches))
         loss = train_step(chunks, batches)
         gradients = whole_gradients(chunks)
@@ -128,28 +180,31 @@ def save_reference(folder: Path, model: str) -> None:
     torch.save(reference | {"batches": batches}, folder / f"{model}.pt")
 
 
+def difference(logits: Tensor, theirs: Tensor, batch: dict[str, Tensor]) -> float:
+    """The largest of real tokens, over the largest logit."""
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return float((logits[..., : theirs.shape[-1]] - theirs)[real].abs().max() / theirs.abs().max())
+
+
 def run_case(folder: Path, model: str, fields: dict[str, Any]) -> dict[str, Any]:
     reference = torch.load(folder / f"{model}.pt")
     batches, found = reference["batches"], {}
-    with distributed_chunks(folder / model, MODELS[model][2] | fields) as chunks:
+    fields = MODELS[model][2] | fields
+    with built_chunks(folder / model, fields, wrap_with_ddp=True) as chunks:
         logits = logits_of(chunks, without_labels(batches))
         loss = train_step(chunks, batches)
         found["gradients"] = gradient_errors(chunks, reference["gradients"])
     if logits:
-        size = reference["hf"][0].shape[-1]
-        found["logits"] = max(
-            float(
-                (mine[..., :size] - theirs)[
-                    one.get("attention_mask", mine[..., 0] == mine[..., 0]).bool()
-                ]
-                .abs()
-                .max()
-                / theirs.abs().max()
-            )
-            for mine, theirs, one in zip(logits, reference["hf"], batches, strict=True)
+        found["logits"] = max(map(difference, logits, reference["hf"], batches))
+        found["loss"] = max(
+            float((mine - theirs).abs().max())
+            for mine, theirs in zip(loss, reference["loss"], strict=True)
         )
-        found["same logits"] = all(map(torch.equal, logits, reference["logits"]))
-        found["same loss"] = all(map(torch.equal, loss, reference["loss"]))
+        pairs = zip(logits + loss, reference["logits"] + reference["loss"], strict=True)
+        found["same"] = all(
+            mine.shape == one.shape and torch.equal(mine, one) for mine, one in pairs
+        )
+        found["losses"] = [float(one.sum()) for one in loss]
     return found
 
 
@@ -158,31 +213,59 @@ def worker(rank: int, folder: str, cases: dict[str, tuple[str, dict[str, Any]]])
     torch.save(results, f"{folder}/results{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results_of(
+    folder: Path, cases: dict[str, tuple[str, dict[str, Any]]], world: int
+) -> list[dict[str, Any]]:
     """What each rank found, case by case."""
-    from megatron.bridge.runtime.parallel import destroy_process_groups
-
-    folder = tmp_path_factory.mktemp("pipelines")
-    for model in {model for model, _ in CASES.values()}:
-        save_reference(folder, model)
-    destroy_process_groups()
-    run_ranks(worker, str(folder), CASES)
-    return [torch.load(folder / f"results{rank}.pt") for rank in range(2)]
+    run_ranks(save_references, str(folder), {model for model, _ in cases.values()}, world=1)
+    run_ranks(worker, str(folder), cases, world=world, seconds=900)
+    return [torch.load(folder / f"results{rank}.pt") for rank in range(world)]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits(results: list[dict[str, Any]], case: str) -> None:
-    [found] = [ranks[case] for ranks in results if "logits" in ranks[case]]
-    assert found["logits"] <= 1e-4
-    assert found["same logits"]
-    assert found["same loss"]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_gradient(results: list[dict[str, Any]], case: str) -> None:
-    errors = [ranks[case]["gradients"] for ranks in results]
-    print(case, sorted(((e, k) for x in errors for k, e in x.items()))[-3:])
+def check(model: str, fields: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """What all ranks found of a case."""
+    last = [found for found in results if "logits" in found]
+    ranks_of_stage = len(results) // fields["pipeline_model_parallel_size"]
+    assert len(last) == ranks_of_stage
+    # A pipeline alone moves work, and computes all of it in the same order.
+    moves = ranks_of_stage == 1 and "recompute_granularity" not in fields
+    for found in last:
+        assert found["logits"] <= 1e-4
+        assert found["loss"] <= 1e-4
+        assert found["same"] or not moves
+    errors = [found["gradients"] for found in results]
+    assert len({key for one in errors for key in one}) > (10 if model == "text" else 40)
     for one in errors:
-        worst = {key: error for key, error in one.items() if error > 0}
-        assert not worst, worst
+        # The sum over the places where this weight is used begins with those of each stage.
+        if moves and ("tied" in model or "mtp" in model):
+            assert one.pop(EMBEDDING, 0.0) <= 1e-6
+        assert not {key: error for key, error in one.items() if error > (0 if moves else 1e-3)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results_of(tmp_path_factory.mktemp("two"), CASES, 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks(two_ranks: list[dict[str, Any]], case: str) -> None:
+    check(*CASES[case], [found[case] for found in two_ranks])
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results_of(tmp_path_factory.mktemp("four"), OF_FOUR, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_FOUR)
+def test_four_ranks(four_ranks: list[dict[str, Any]], case: str) -> None:
+    check(*OF_FOUR[case], [found[case] for found in four_ranks])
+
+
+def test_a_step_depends_on_every_batch(two_ranks: list[dict[str, Any]]) -> None:
+    """The comparison would notice a batch that is left out: no two losses are alike."""
+    [losses] = [
+        found["uneven_tied"]["losses"] for found in two_ranks if "logits" in found["uneven_tied"]
+    ]
+    assert len(set(losses)) == 4

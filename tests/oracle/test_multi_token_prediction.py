@@ -85,14 +85,21 @@ def test_pictures_matter_to_the_predictor(
     from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import text_model
 
     following = text_model.FollowingTokens
-    monkeypatch.setattr(
-        text_model,
-        "FollowingTokens",
-        lambda model, _input, padding: following(model, None, padding),
-    )
-    assert_equal_predictions(pair, tiny.prompt(processor, "Only words are not affected."))
-    with pytest.raises(AssertionError):
-        assert_equal_predictions(pair, image_and_video(processor))
+    words, pictures = tiny.prompt(processor, "Only words do not."), image_and_video(processor)
+    for inputs in words, pictures:
+        ids = inputs["input_ids"]
+        monkeypatch.setattr(
+            text_model,
+            "FollowingTokens",
+            lambda model, _, padding, ids=ids: following(
+                model, model.embedding(ids, None), padding
+            ),
+        )
+        if inputs is words:
+            assert_equal_predictions(pair, inputs)
+        else:
+            with pytest.raises(AssertionError):
+                assert_equal_predictions(pair, inputs)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -211,8 +211,6 @@ def test_inputs_that_do_not_fit() -> None:
 def test_configs_that_are_refused() -> None:
     with pytest.raises(ConfigError, match="experimental_attention_variant=None"):
         build(config(experimental_attention_variant=None))
-    with pytest.raises(ConfigError, match="context_parallel_size=2"):
-        build(config(context_parallel_size=2))
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["gdn_norm_out"]}
     with pytest.raises(ConfigError, match="does not implement 'gdn_norm_out'"):
         build(config(**recompute))

@@ -34,7 +34,7 @@ SIZE_OF_2B = qwen3_vl(2048, 24, 16, 8, 6144, VISION_24, tied=True)
         ({"vision": None}, "vision is None"),
         ({"image_token_id": 307}, "image_token_id is 307, outside of vocab_size = 307"),
         ({"sequence_parallel": True}, "sequence_parallel is True"),
-        ({"context_parallel_size": 2}, "context_parallel_size is 2"),
+        ({"hybrid_context_parallel": True}, "hybrid_context_parallel is True: .* set it to False"),
         (
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
             "is 2 with pipeline_model_parallel_size = 2: interleaving needs more than 2 stages",
@@ -101,6 +101,16 @@ def test_what_cannot_be_built(fields: dict[str, Any], message: str) -> None:
             "with mtp_num_layers needs 'uniform' and 1",
         ),
         ("qwen3_5", {"pipeline_model_parallel_size": 2}, "refuses: num_layers=5 should be"),
+        (
+            "qwen3_5",
+            {"context_parallel_size": 4},
+            "linear_num_key_heads is 2, not a multiple of .* = 1 times context_parallel_size = 4",
+        ),
+        (
+            "qwen3_5",
+            {"context_parallel_size": 2, "mtp_num_layers": 1},
+            "context_parallel_size is 2 with mtp_num_layers = 1: .* or mtp_num_layers=None",
+        ),
         (
             "qwen3_5_moe",
             {"moe_shared_expert_intermediate_size": None},

@@ -47,11 +47,13 @@ def _copy_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     """A copy with the notes on the parameter; torch's own has none."""
     copied = copy.deepcopy(parameter)
     notes = vars(parameter).items()
-    vars(copied).update((name, note) for name, note in notes if _is_plain(note))
+    vars(copied).update((name, copy.copy(note)) for name, note in notes if _is_plain(note))
     return copied
 
 
 def _is_plain(note: object) -> bool:
+    if isinstance(note, (list, tuple)):
+        return all(map(_is_plain, note))
     return note is None or isinstance(note, (bool, int, float, str))
 
 

@@ -81,6 +81,8 @@ class ModelProvider(TransformerConfig, ABC):
         share_embeddings_and_output_weights: one weight for embedding and output layer.
         parallel_output: return logits split over the tensor-parallel ranks.
         transformer_impl: "local" (plain torch) or "transformer_engine"; None chooses.
+        pipeline_model_parallel_layout: which layers each stage has, as in megatron-core, such as
+            "Ettt|tttL"; None deals them out evenly.
         pipeline_dtype: of what pipeline stages exchange; None for `params_dtype`.
         moe_grouped_gemm: multiply by all experts of a rank at once, which needs TransformerEngine;
             None where it is used. The plain torch backend runs one expert after the other.
@@ -94,6 +96,7 @@ class ModelProvider(TransformerConfig, ABC):
     parallel_output: bool = False
     transformer_impl: str | None = None
     pipeline_dtype: torch.dtype | None = None
+    pipeline_model_parallel_layout: Any = None
     moe_grouped_gemm: bool | None = None
     moe_router_pre_softmax: bool = False
 
@@ -221,9 +224,10 @@ class ModelProvider(TransformerConfig, ABC):
                 "sequence_parallel is True with tensor_model_parallel_size = 1: set it to False"
             )
         problems += self._pipeline_problems()
-        if self.context_parallel_size != 1:
+        if self.hybrid_context_parallel:
             problems.append(
-                f"context_parallel_size is {self.context_parallel_size}: only 1 is implemented"
+                "hybrid_context_parallel is True: all batches have the one context_parallel_size, "
+                "set it to False"
             )
         return problems
 

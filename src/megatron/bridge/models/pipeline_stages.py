@@ -6,6 +6,7 @@ refuse is found before there are ranks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -103,7 +104,7 @@ def parsed_layout(config: TransformerConfig) -> PipelineParallelLayerLayout | No
     return PipelineParallelLayerLayout(layout, config.pipeline_model_parallel_size)
 
 
-def as_given(layout: str | list | PipelineParallelLayerLayout | None) -> str | list | None:
+def as_given(layout: Any) -> str | list[Any] | None:
     """What a layout was parsed from: megatron-core puts the parsed one in the place of it."""
     return layout.input_data if isinstance(layout, PipelineParallelLayerLayout) else layout
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @parameters.size("--vpp", "Chunks of each pipeline stage, interleaved.")
 @parameters.size("--ep", "Expert-parallel size.")
 @parameters.size("--etp", "Tensor-parallel size of routed experts; --tp if not given.")
-@parameters.size("--cp", "Context-parallel size; only 1 so far.")
+@parameters.size("--cp", "Context-parallel size.")
 @parameters.size("--world-size", "Number of ranks; as few as possible if not given.")
 @click.option(
     "--without",

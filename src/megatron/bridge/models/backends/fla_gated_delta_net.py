@@ -12,6 +12,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron.bridge.models.backends.sequence_parts import SequenceParts
 from megatron.bridge.models.backends.torch_gated_delta_net import GatedDeltaNetParameters
 
 
@@ -44,6 +45,8 @@ class FlaGatedDeltaNet(GatedDeltaNetParameters, GatedDeltaNet):
         """As megatron-core's; `attention_mask` [b, 1, 1, s] is True for padding, taken as zero."""
         if attention_mask is not None:
             padding = attention_mask[:, 0, 0, :].t()
+            if (group := self.pg_collection.cp).size() > 1:
+                padding = SequenceParts(group, [len(padding)]).cut(padding)
             if self.config.sequence_parallel:
                 padding = padding.chunk(self.tp_size)[self.tp_group.rank()]
             # A norm that is fused into in_proj keeps a zero what it is.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.backends.delta_rule import causal_conv, gated_delta_rule
+from megatron.bridge.models.backends.sequence_parts import SequenceParts
 from megatron.bridge.models.backends.torch_attention import packed_lengths
 
 # As megatron-core initializes A: uniform, then its logarithm.
@@ -30,25 +31,36 @@ A_RANGE = (1.0, 16.0)
 class CausalConv1d(nn.Conv1d):
     """A depthwise convolution that looks back, and not over the borders of sequences."""
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
-        """[tokens, channels] to the same, of sequences laid end to end; see `causal_conv`."""
-        return causal_conv(x, self.weight, lengths)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, lengths: Sequence[int], channels: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Convolve some channels of sequences laid end to end.
+
+        Args:
+            x: [tokens, those channels].
+            lengths: tokens of each sequence.
+            channels: picks them from the weight.
+        """
+        return causal_conv(x, channels(self.weight), lengths)
 
 
 class GatedDeltaNetParameters(MegatronModule):
-    """What both implementations need beyond megatron-core: dtype and gradient of a few parameters.
+    """What both implementations need beyond megatron-core: dtype, gradient and sections.
 
     megatron-core makes every parameter in `params_dtype`, and its Float16Module casts them all
     once more. Models are released with A_log and the output norm in fp32.
     """
 
     def finish_parameters(self, ssm_dtype: torch.dtype | None) -> None:
-        """Call it once A_log and out_norm exist.
+        """Call it once all parameters exist.
 
         Args:
             ssm_dtype: of A_log and out_norm; casting the model to a narrower dtype does not touch
                 them. None: `params_dtype`, and they are cast like the others.
         """
+        # Each section is split over the ranks by itself: megatron-core's resharding reads this.
+        self.in_proj.weight.partition_sizes = [*self.in_proj_split_sections]
+        self.conv1d.weight.partition_sizes = [*self.in_proj_split_sections[:3]]
         self.ssm_dtype = ssm_dtype
         # A plain torch module, of which a row has to know how many heads its channels are.
         self.conv1d.config = self.config
@@ -85,10 +97,11 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
     """`self_attention` of a TransformerLayer; parameters as in megatron-core's GatedDeltaNet.
 
     The heads are split over the tensor-parallel ranks. This rank's rows of in_proj.weight are
-    [query; key; value; z; beta; alpha], those of conv1d.weight [query; key; value].
+    [query; key; value; z; beta; alpha], those of conv1d.weight [query; key; value]. With context
+    parallelism ranks that hold the same weights share their heads out, each for all tokens.
 
-    Shapes: s length, b batch, h hidden size; per rank n key heads of size k, m value heads of size
-    v (m a multiple of n).
+    Shapes: s length, of which hidden states are this rank's part, b batch, h hidden size; per rank
+    n key heads of size k, m value heads of size v (m a multiple of n).
 
     Args:
         config: of the layer; the `linear_*` fields give heads and sizes.
@@ -121,6 +134,7 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
         self.layer_number = layer_number
         self.pg_collection = pg_collection
         self.tp_size = pg_collection.tp.size()
+        self.cp_size = pg_collection.cp.size()
         self.act_fn = config.activation_func
         self.conv_bias = False
 
@@ -230,7 +244,8 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
         if inference_context is not None:
             raise InputError("inference_context: GatedDeltaNet keeps no state, pass None")
         projected, _unused = self.in_proj(hidden_states)
-        length, batch, _features = projected.shape
+        part_length, batch, _features = projected.shape
+        length = part_length * self.cp_size
         lengths = [length] * batch
         if packed_seq_params is not None:
             if batch != 1 or attention_mask is not None:
@@ -240,6 +255,11 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
                     f"[tokens, 1, hidden size], without a mask"
                 )
             lengths = packed_lengths(packed_seq_params, length, causal=True)
+        parts = None
+        if self.cp_size > 1:
+            cut = lengths if packed_seq_params is not None else [length]
+            parts = SequenceParts(self.pg_collection.cp, cut)
+            projected = parts.to_heads(self._heads_of_ranks(projected))
         if attention_mask is not None:
             if attention_mask.shape != (batch, 1, 1, length):
                 raise InputError(
@@ -252,18 +272,21 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
             )
 
         mixed = self._mix(projected.transpose(0, 1).flatten(0, 1), lengths)
-        mixed = mixed.view(batch, length, self.v_dim_local_tp).transpose(0, 1)
+        mixed = mixed.view(batch, length, -1).transpose(0, 1).contiguous()
+        if parts is not None:
+            mixed = parts.to_tokens(mixed)
         output, bias = self.out_proj(mixed.contiguous())
         return output, bias
 
     def _mix(self, projected: Tensor, lengths: list[int]) -> Tensor:
         """[tokens, in_proj_dim of this rank] -> [tokens, m * v], gated and normed."""
-        sections = self.in_proj_split_sections
+        sections = [size // self.cp_size for size in self.in_proj_split_sections]
         qkv, z, beta, alpha = projected.split([sum(sections[:3]), *sections[3:]], dim=-1)
-        qkv = self.act_fn(self.conv1d(qkv, lengths))
+        qkv = self.act_fn(self.conv1d(qkv, lengths, self._own_channels))
         query, key, value = qkv.split(sections[:3], dim=-1)
         # fp32: a decay close to 1 has few digits in bf16.
-        g = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)
+        a_log, dt_bias = self._own_heads(self.A_log), self._own_heads(self.dt_bias)
+        g = -a_log.float().exp() * F.softplus(alpha.float() + dt_bias)
         mixed = gated_delta_rule(
             query.unflatten(-1, (-1, self.key_head_dim)),
             key.unflatten(-1, (-1, self.key_head_dim)),
@@ -276,17 +299,29 @@ class TorchGatedDeltaNet(GatedDeltaNetParameters):
         gate = F.silu(z.unflatten(-1, (-1, self.value_head_dim)).float())
         return (self.out_norm(mixed) * gate).to(mixed.dtype).flatten(1)
 
+    def _heads_of_ranks(self, projected: Tensor) -> Tensor:
+        """[..., in_proj_dim of this rank], the heads of the first context-parallel rank first."""
+        sections = projected.split(list(self.in_proj_split_sections), dim=-1)
+        by_rank = zip(*(section.chunk(self.cp_size, dim=-1) for section in sections), strict=True)
+        return torch.cat([part for parts in by_rank for part in parts], dim=-1)
+
+    def _own_heads(self, heads: Tensor) -> Tensor:
+        """Of something that begins with heads, those of this context-parallel rank."""
+        return heads.chunk(self.cp_size)[self.pg_collection.cp.rank()]
+
+    def _own_channels(self, weight: Tensor) -> Tensor:
+        """Of the rows [query; key; value], those of this context-parallel rank."""
+        if self.cp_size == 1:
+            return weight
+        sections = weight.split(list(self.in_proj_split_sections[:3]))
+        return torch.cat([self._own_heads(section) for section in sections])
+
 
 def _check(config: TransformerConfig) -> None:
     if config.experimental_attention_variant != "gated_delta_net":
         raise ConfigError(
             f"experimental_attention_variant={config.experimental_attention_variant!r}: expected "
             f"'gated_delta_net', with which megatron-core checks the linear_* fields."
-        )
-    if config.context_parallel_size != 1:
-        raise ConfigError(
-            f"context_parallel_size={config.context_parallel_size!r}: the torch backend implements "
-            f"only 1. Set it, or install flash-linear-attention and use a GPU."
         )
     selective = config.recompute_granularity == "selective"
     if selective and "gdn_norm_out" in config.recompute_modules:

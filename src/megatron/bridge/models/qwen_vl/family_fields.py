@@ -89,6 +89,25 @@ class HybridFields(_Mixin):
                 f"recompute_method is {chunk[0]!r} and recompute_num_layers is {chunk[1]}: full "
                 f"recomputation with mtp_num_layers needs 'uniform' and 1"
             )
+        return problems + self._context_parallel_problems()
+
+    def _context_parallel_problems(self) -> list[str]:
+        """What keeps ranks from sharing sequences."""
+        ranks, parts = self.tensor_model_parallel_size, self.context_parallel_size
+        if parts == 1:
+            return []
+        problems = [
+            f"{name} is {heads}, not a multiple of tensor_model_parallel_size = {ranks} times "
+            f"context_parallel_size = {parts}, which share these heads out: lower one of them"
+            for name in ("linear_num_key_heads", "linear_num_value_heads")
+            if (heads := getattr(self, name)) % (ranks * parts)
+        ]
+        if self.mtp_num_layers:
+            problems.append(
+                f"context_parallel_size is {parts} with mtp_num_layers = {self.mtp_num_layers}: "
+                f"megatron-core takes the mean of the second loss rank by rank then. Set one of "
+                f"them: context_parallel_size=1, or mtp_num_layers=None"
+            )
         return problems
 
     def rotary_problems(self) -> list[str]:

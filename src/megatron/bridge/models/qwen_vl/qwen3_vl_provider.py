@@ -119,7 +119,7 @@ class Qwen3VLModelProvider(QwenModelProvider):
         return bool(self.vision.deepstack_visual_indexes)
 
     @property
-    def placeholders(self) -> tuple[int, int]:
+    def placeholders(self) -> tuple[int, ...]:
         """Tokens that stand for features of images and videos, which no token predicts."""
         return (self.image_token_id, self.video_token_id)
 

@@ -155,6 +155,12 @@ class QwenModelProvider(ModelProvider):
                 "share_embeddings_and_output_weights is True in a classifier, whose head is no "
                 "embedding: set it to False"
             )
+        of_sequences = self.scores is not None and not self.scores.each_token
+        if of_sequences and self.context_parallel_size > 1:
+            problems.append(
+                f"context_parallel_size is {self.context_parallel_size} in a classifier of "
+                f"sequences, whose last tokens one rank has: set it to 1"
+            )
         return problems
 
     @property

@@ -21,39 +21,34 @@ class FollowingTokens:
 
     Args:
         model: the language model.
-        decoder_input: [s, b, h], with sequence parallelism this rank's part of s. None on a
-            pipeline stage that is not the first: then the tokens are embedded, and the prompt must
-            have no pictures.
+        embeddings: [s, b, h], with sequence parallelism this rank's part of s.
         padding: bool [b, s], True for padding, all of s; None if there is none.
     """
 
     def __init__(
-        self, model: "Qwen3VLTextModel", decoder_input: Tensor | None, padding: Tensor | None
+        self, model: "Qwen3VLTextModel", embeddings: Tensor, padding: Tensor | None
     ) -> None:
         self.model = model
         self.sequence_parallel = model.config.sequence_parallel
-        self.following = decoder_input
+        self.following = embeddings
         self.padding = padding
-        if decoder_input is not None and self.sequence_parallel:
+        if self.sequence_parallel:
             # What follows it is the same on every rank, so the gradient is not summed.
             self.following = tensor_parallel.gather_from_sequence_parallel_region(
-                decoder_input, tensor_parallel_output_grad=False, group=model.pg_collection.tp
+                embeddings, tensor_parallel_output_grad=False, group=model.pg_collection.tp
             )
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Embeddings of the tokens that follow.
 
         Args:
-            input_ids: [b, s], shifted already.
+            input_ids: not used.
             position_ids: not used.
 
         Returns:
             [s, b, h], with sequence parallelism this rank's part of s.
         """
-        if self.following is None:
-            embeddings = self.model.embedding(input_ids=input_ids, position_ids=None)
-        else:
-            self.following = embeddings = torch.roll(self.following, -1, dims=0)
+        self.following = embeddings = torch.roll(self.following, -1, dims=0)
         if self.padding is not None:
             self.padding = torch.roll(self.padding, -1, dims=1)
         if self.sequence_parallel:

@@ -1,9 +1,8 @@
 """Vision encoder and language model in one megatron-core module, for all Qwen families."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -31,6 +30,15 @@ from megatron.bridge.runtime.cpu import megatron_on_cpu
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider
+
+
+class _Inputs(NamedTuple):
+    """A batch that nothing is wrong with, and where the features of its pictures belong."""
+
+    tokens: TextInputs
+    visual: VisualInputs
+    positions: tuple[Tensor, Tensor]
+    position_ids: Tensor
 
 
 class Qwen3VLModel(MegatronModule):
@@ -144,16 +152,19 @@ class Qwen3VLModel(MegatronModule):
     ) -> Tensor:
         """Run this pipeline stage on what the Hugging Face processor returns.
 
-        Every stage takes the same batch: what is wrong with it, all refuse, and none waits.
+        Every stage takes the same batch, and refuses the same; see `check_inputs`.
 
         Args:
             input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+                With context parallelism all ranks take all tokens and all pictures, and each
+                returns its part, cut as by `SequenceParts`.
             position_ids: int64 [3, b, s], or [b, s] for a batch of text; None computes them from
                 tokens and grids.
             attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
                 bool [b, 1, 1, s], True for padding; None if all are real.
             labels: int64, one per token of what is returned, already shifted: the token that
-                follows. -100 has no loss.
+                follows. -100 has no loss. With context parallelism they are cut already, as by
+                megatron-core's get_batch_on_this_cp_rank.
             loss_mask: [b, s], for multi-token prediction, whose loss reaches the gradients only;
                 None for the tokens with a label. The returned loss is not multiplied by it, as
                 usual in Megatron.
@@ -177,33 +188,30 @@ class Qwen3VLModel(MegatronModule):
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
-        visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        config, merge = self.config, self.config.vision.spatial_merge_size
-        visual.check(config.vision.patch_values, merge)
-        tokens = TextInputs.of(
-            config,
-            input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            packed_seq_params=packed_seq_params,
-            token_types=mm_token_type_ids,
-            training=self.training,
-        )
-        tokens.check_labels(labels=labels, loss_mask=loss_mask)
-        input_ids = tokens.input_ids
-        positions = visual.token_positions(input_ids, *config.placeholders, merge)
-        has_pictures = len(positions[0]) > 0
+        config = self.config
         with megatron_on_cpu():
-            position_ids = self._position_ids(tokens, visual)
-            decoder_input, context = None, None
+            tokens, visual, positions, position_ids = self._inputs(
+                input_ids,
+                position_ids,
+                attention_mask,
+                labels,
+                loss_mask,
+                packed_seq_params,
+                pixel_values,
+                image_grid_thw,
+                pixel_values_videos,
+                video_grid_thw,
+                mm_token_type_ids,
+            )
+            decoder_input: Tensor | None
             if self.pre_process:
-                decoder_input, context = self._embed(input_ids, visual, positions)
-            elif self.receives and has_pictures:
-                decoder_input, context = self._receive(input_ids, positions)
+                decoder_input, context = self._embed(tokens, visual, positions)
+            else:
+                decoder_input, context = self._receive(tokens, positions)
             output = self.language_model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                **tokens.masks(config, self.pg_collection.tp),
+                input_ids=tokens.of_context(tokens.input_ids, 1),
+                position_ids=tokens.angles_of(position_ids),
+                **tokens.masks(config),
                 decoder_input=decoder_input,
                 labels=labels,
                 loss_mask=loss_mask,
@@ -211,11 +219,60 @@ class Qwen3VLModel(MegatronModule):
                 extra_block_kwargs=None if context is None else {"context": context},
                 runtime_gather_output=labels is None and not config.parallel_output,
             )
-            if self.sends and has_pictures:
+            if self.sends and len(positions[0]):
                 output = self.sends.join(output, decoder_input, context)
         if trim_vocab_padding and self.post_process and labels is None:
             return output[..., : config.vocab_size]
         return output
+
+    def check_inputs(self, **batch: Any) -> None:
+        """Refuse what `forward` would refuse, the same on every pipeline stage.
+
+        In a schedule, a stage waits for the one before it and calls `forward` then. A loop that
+        checks its batches before the schedule lets no stage wait for one that has refused.
+
+        Args:
+            batch: arguments of `forward`, by name.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._inputs(**{key: value for key, value in batch.items() if key != "trim_vocab_padding"})
+
+    def _inputs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+    ) -> _Inputs:
+        """What a stage needs of a batch; all that can be wrong with one is refused here."""
+        visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        config, merge = self.config, self.config.vision.spatial_merge_size
+        visual.check(config.vision.patch_values, merge)
+        tokens = TextInputs.of(
+            config,
+            self.pg_collection,
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            packed_seq_params=packed_seq_params,
+            token_types=mm_token_type_ids,
+            is_part=False,
+            training=self.training,
+        )
+        tokens.check_labels(config, labels=labels, loss_mask=loss_mask)
+        positions = visual.token_positions(
+            tokens.input_ids, config.image_token_id, config.video_token_id, merge
+        )
+        return _Inputs(tokens, visual, positions, self._position_ids(tokens, visual))
 
     def _position_ids(self, tokens: TextInputs, visual: VisualInputs) -> Tensor:
         """[3, b, s] on the device of the tokens."""
@@ -237,46 +294,42 @@ class Qwen3VLModel(MegatronModule):
         return get_rope_index(types, *grids, tokens.attention_mask, merge)
 
     def _embed(
-        self, input_ids: Tensor, visual: VisualInputs, positions: tuple[Tensor, Tensor]
+        self, tokens: TextInputs, visual: VisualInputs, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings [s, b, h] with the visual features in place, and the deepstack context.
 
-        With sequence parallelism both are this rank's part of the sequence.
+        Both are this rank's part of the sequence.
         """
-        embeddings, context = self.language_model.embedding(input_ids, None), None
+        embeddings, context = self.language_model.embedding(tokens.input_ids, None), None
         if (joined := visual.joined()) is not None:
             features, deepstack = self.vision_model(*joined)
             context = deepstack_context(deepstack, embeddings, positions)
             embeddings = place(features, embeddings, positions)
         elif self.training and torch.is_grad_enabled() and self.vision_model.is_trained:
-            embeddings = embeddings + self.vision_model.nothing(input_ids.device)
+            embeddings = embeddings + self.vision_model.nothing(embeddings.device)
         if context is not None:
-            context = self._local_part(context)
-        return self._local_part(embeddings), context
+            context = tokens.of_rank(context)
+        return tokens.of_rank(embeddings), context
 
     def _receive(
-        self, input_ids: Tensor, positions: tuple[Tensor, Tensor]
+        self, tokens: TextInputs, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The same of a later stage, whose hidden states are set; None for what it has no use for.
+        """The same on a later stage, whose hidden states are set; None for what it has no use for.
 
         A stage that predicts embeds the tokens itself, and takes the features alone: then its copy
         of the embedding has a gradient whether the batch has pictures or not.
         """
         model = self.language_model
-        received = self.receives.split(model.decoder.input_tensor)
-        hidden_states, embeddings, context = received
-        model.set_input_tensor(hidden_states)
-        if embeddings is not None and model.mtp_process:
-            tokens = model.embedding(input_ids, None)
-            is_visual = torch.zeros_like(tokens[..., :1], dtype=torch.bool)
-            is_visual[positions] = True
-            embeddings = torch.where(
-                self._local_part(is_visual), embeddings, self._local_part(tokens)
-            )
+        received, context = None, None
+        if self.receives and len(positions[0]):
+            hidden_states, received, context = self.receives.split(model.decoder.input_tensor)
+            model.set_input_tensor(hidden_states)
+        if not model.mtp_process:
+            return received, context
+        embeddings = model.embedding(tokens.input_ids, None)
+        is_visual = torch.zeros_like(embeddings[..., :1], dtype=torch.bool)
+        is_visual[positions] = True
+        embeddings = tokens.of_rank(embeddings)
+        if received is not None:
+            embeddings = torch.where(tokens.of_rank(is_visual), received, embeddings)
         return embeddings, context
-
-    def _local_part(self, whole: Tensor) -> Tensor:
-        """This rank's part [s, ...] of something that has the whole sequence first."""
-        if not self.config.sequence_parallel:
-            return whole
-        return tensor_parallel.scatter_to_sequence_parallel_region(whole, self.pg_collection.tp)

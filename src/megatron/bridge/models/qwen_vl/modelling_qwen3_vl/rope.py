@@ -37,7 +37,7 @@ class InterleavedMultimodalRotaryEmbedding(nn.Module):
         Args:
             position_ids: [3, b, s].
             mrope_section: how many frequencies turn with each axis.
-            cp_group: megatron-core passes it; context parallelism is not implemented.
+            cp_group: megatron-core passes it; the positions are what they are.
 
         Returns:
             fp32 [s, b, 1, rotated channels], the angles repeated for both halves of the rotation.

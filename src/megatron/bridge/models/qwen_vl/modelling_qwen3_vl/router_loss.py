@@ -7,6 +7,7 @@ a time, does not. Every router counts when it routes, and what all have counted 
 gradient comes back to it: d loss / d probability = experts * tokens of the expert / all tokens^2.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,16 +44,15 @@ class RouterCounts:
         if self.total is None:
             self.layers.append(torch.cat((chosen, tokens.view(1))))
 
-    def close(self, sequence_parts: dist.ProcessGroup | None) -> None:
+    def close(self, sequence_parts: Sequence[dist.ProcessGroup]) -> None:
         """Sum up: all routers have counted.
 
         Args:
-            sequence_parts: ranks that have counted a part of the sequence each; None if each has
-                counted all of it.
+            sequence_parts: groups of ranks that have counted a part of the sequence each.
         """
         total = torch.stack(self.layers).sum(0)
-        if sequence_parts is not None:
-            dist.all_reduce(total, group=sequence_parts)
+        for group in sequence_parts:
+            dist.all_reduce(total, group=group)
         self.total = total
 
     def loss_by_probability(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What pipeline stages hand on beside hidden states: the features of pictures that are still needed.
+"""What pipeline stages hand on beside hidden states: features of pictures that are needed later.
 
 Pictures are encoded on the first stage. Layers that take features of deepstack, and the layers of
 multi-token prediction, can be on any stage. megatron-core sends one tensor from stage to stage, so

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -35,6 +34,9 @@ class QwenModel(Qwen3VLTextModel):
 
         Args:
             input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
+                With context parallelism this rank's part, as GPTModel takes it and megatron-core's
+                get_batch_on_this_cp_rank cuts it: also positions, masks and labels. Rows that are
+                packed here, and packed sequences if they are, are whole.
             position_ids: int64 [b, s]; None counts from 0 in each sequence, padding included,
                 as transformers does.
             attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
@@ -53,24 +55,19 @@ class QwenModel(Qwen3VLTextModel):
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
-        tokens = TextInputs.of(
-            self.config,
-            input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            packed_seq_params=packed_seq_params,
-            training=self.training,
+        tokens = self._inputs(
+            input_ids, position_ids, attention_mask, labels, loss_mask, packed_seq_params
         )
-        tokens.check_labels(labels=labels, loss_mask=loss_mask)
-        input_ids, position_ids = tokens.input_ids, tokens.position_ids
+        embeds = self.pre_process or self.mtp_process  # predictors look at the tokens, too
         with megatron_on_cpu():
-            if position_ids is None:
-                position_ids = _positions(tokens)
+            positions = tokens.position_ids
+            if positions is None:
+                positions = _positions(tokens)
             output: Tensor = super().forward(
-                input_ids=input_ids,
-                position_ids=position_ids.expand(3, *input_ids.shape),
-                **tokens.masks(self.config, self.pg_collection.tp),
-                decoder_input=self._embed(input_ids) if self.pre_process else None,
+                input_ids=tokens.of_context(tokens.input_ids, 1),
+                position_ids=tokens.angles_of(positions.expand(3, *tokens.input_ids.shape)),
+                **tokens.masks(self.config),
+                decoder_input=self._embed(tokens) if embeds else None,
                 labels=labels,
                 loss_mask=loss_mask,
                 packed_seq_params=packed_seq_params,
@@ -80,13 +77,42 @@ class QwenModel(Qwen3VLTextModel):
             return output[..., : self.config.vocab_size]
         return output
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [s, b, h]; with sequence parallelism this rank's part of the sequence."""
-        embeddings: Tensor = self.embedding(input_ids=input_ids, position_ids=None)
-        if not self.config.sequence_parallel:
-            return embeddings
-        group = self.pg_collection.tp
-        return tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group)
+    def check_inputs(self, **batch: Any) -> None:
+        """Refuse what `forward` would refuse; see `Qwen3VLModel.check_inputs`.
+
+        Args:
+            batch: arguments of `forward`, by name.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._inputs(**{key: value for key, value in batch.items() if key != "trim_vocab_padding"})
+
+    def _inputs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> TextInputs:
+        tokens = TextInputs.of(
+            self.config,
+            self.pg_collection,
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            packed_seq_params=packed_seq_params,
+            is_part=True,
+            training=self.training,
+        )
+        tokens.check_labels(self.config, labels=labels, loss_mask=loss_mask)
+        return tokens
+
+    def _embed(self, tokens: TextInputs) -> Tensor:
+        """Embeddings [s, b, h], this rank's part of the sequence."""
+        return tokens.of_rank(self.embedding(input_ids=tokens.input_ids, position_ids=None))
 
 
 def _positions(tokens: TextInputs) -> Tensor:

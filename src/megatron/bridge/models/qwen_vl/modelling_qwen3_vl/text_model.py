@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron.bridge.errors import InputError
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     predictor_spec,
     stage_spec,
@@ -78,10 +78,10 @@ class Qwen3VLTextModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.unpadded_vocab_size = config.vocab_size
-        if self.mtp_process and post_process and not pre_process:
-            if self.share_embeddings_and_output_weights:
-                # The predictors' copy of the embedding is what the output layer is called with.
-                self.output_layer.weight = None
+        tied = self.share_embeddings_and_output_weights
+        if tied and self.mtp_process and post_process and not pre_process:
+            # The predictors' copy of the embedding is what the output layer is called with.
+            self.get_submodule("output_layer").register_parameter("weight", None)
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(config.rotary_frequencies)
         if config.scores is not None and post_process:
             self.output_layer = ScoreHead(config, groups)
@@ -101,15 +101,7 @@ class Qwen3VLTextModel(GPTModel):
 
         That loss is meant for a mean over the tokens: the gradients of the mean of what is
         returned are those of that mean plus `router_aux_loss_coef` times the routers' loss.
-
-        Raises:
-            InputError: labels are given to a classifier.
         """
-        if labels is not None and self.config.scores is not None:
-            raise InputError(
-                "labels were given to a classifier: compute the loss of its scores, which are "
-                "what it returns without labels"
-            )
         given |= {"labels": labels, "loss_mask": loss_mask}
         if not self.config.has_router_loss:
             return super().forward(*args, **given)
@@ -122,14 +114,21 @@ class Qwen3VLTextModel(GPTModel):
         finally:
             self.router_loss.counts = None
         if counts is not None:
-            counts.close(self.pg_collection.tp if self.config.sequence_parallel else None)
+            groups, config = self.pg_collection, self.config
+            counts.close(
+                [groups.tp] * config.sequence_parallel
+                + [groups.cp] * (config.context_parallel_size > 1)
+            )
         return self.router_loss.attach(output, counts)
 
     def _router_loss_weight(self, labels: Tensor, loss_mask: Tensor | None) -> Tensor | float:
         coef: float = self.config.router_aux_loss_coef
         if not self.config.calculate_per_token_loss:
             return coef
-        return coef * (labels != IGNORED_LABEL if loss_mask is None else loss_mask).sum()
+        tokens = (labels != IGNORED_LABEL if loss_mask is None else loss_mask).sum()
+        if self.config.context_parallel_size > 1:
+            dist.all_reduce(tokens, group=self.pg_collection.cp)
+        return coef * tokens
 
     def _postprocess(
         self,
@@ -137,7 +136,7 @@ class Qwen3VLTextModel(GPTModel):
         *,
         input_ids: Tensor,
         labels: Tensor | None,
-        decoder_input: Tensor | None,
+        decoder_input: Any,  # a Tensor where there are predictors
         mtp_in_postprocess: bool,
         runtime_gather_output: bool,
         **given: Any,

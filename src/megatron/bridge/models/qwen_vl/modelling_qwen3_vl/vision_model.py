@@ -1,5 +1,7 @@
 """The vision encoder: patches of images and videos to vectors of the language model."""
 
+import copy
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -8,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron.bridge.models.backends.selection import get_backend
+from megatron.bridge.models.backends.sequence_parts import OneRank
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_block import (
     PatchEmbed,
     PatchMerger,
@@ -38,6 +41,10 @@ class Qwen3VLVisionModel(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.vision = vision
+        if pg_collection.cp.size() > 1:
+            # Every context-parallel rank encodes all pictures, whose sequences are not cut.
+            pg_collection = copy.copy(pg_collection)
+            pg_collection.cp = OneRank()
         backend = get_backend(config.transformer_impl)
         self.patch_embed = PatchEmbed(vision, config)
         self.pos_embed = InterpolatedEmbedding(

@@ -1,0 +1,146 @@
+"""What is wrong with a batch, every pipeline stage refuses, and none waits for one that has."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from forked import run_ranks
+from megatron.bridge.errors import InputError
+from oracle import text_models, tiny
+from schedules import built_chunks, logits_of
+
+SECONDS = 120
+PIPELINE = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|ttttL"}
+GRID = torch.tensor([[1, 4, 6]])
+PIXELS = torch.zeros(24, 3 * 2 * 16 * 16)
+POSITIONS = torch.zeros(3, 2, 12).long()
+PACK = PackedSeqParams(
+    qkv_format="thd", cu_seqlens_q=torch.tensor([0, 7, 12]), cu_seqlens_kv=torch.tensor([0, 7, 12])
+)
+# what is wrong: (model, arguments over those of a batch, what every stage says)
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no pictures": ("vl", {"pixel_values": None, "image_grid_thw": None}, "give 0 features"),
+    "no pictures, positions given": (
+        "vl",
+        {"pixel_values": None, "image_grid_thw": None, "position_ids": POSITIONS},
+        "6 image tokens (id 261), and the images give 0 features",
+    ),
+    "too many pictures": (
+        "vl",
+        {"pixel_values": PIXELS.repeat(2, 1), "image_grid_thw": GRID.repeat(2, 1)},
+        "give 12 features",
+    ),
+    "no grid": ("vl", {"image_grid_thw": None}, "pixel_values was given without image_grid_thw"),
+    "no pixels": ("vl", {"pixel_values": None}, "image_grid_thw was given without pixel_values"),
+    "pixels cut": ("vl", {"pixel_values": PIXELS[:20]}, "asks for [24, 1536]"),
+    "an odd grid": ("vl", {"image_grid_thw": torch.tensor([[1, 3, 8]])}, "not a multiple of"),
+    "two frames": ("vl", {"image_grid_thw": torch.tensor([[2, 2, 6]])}, "an image of 2 frames"),
+    "a long mask": (
+        "vl",
+        {"attention_mask": torch.ones(2, 13)},
+        "expected [2, 12] with 1 for real tokens",
+    ),
+    "one position": ("vl", {"position_ids": POSITIONS[:1]}, "position_ids has shape [1, 2, 12]"),
+    "few labels": ("vl", {"labels": torch.zeros(2, 11).long()}, "labels has shape [2, 11]"),
+    "a small pack": (
+        "vl",
+        {"packed_seq_params": PACK},
+        "have [12, 12] real tokens, and their sequences in packed_seq_params [7, 5]",
+    ),
+    "labels of a classifier": (
+        "classifier",
+        {"input_ids": torch.arange(12)[None], "labels": torch.zeros(1, 12).long()},
+        "labels were given to a classifier",
+    ),
+    "no padding token": ("classifier", {}, "has 2 sequences, and the config has no pad_token_id"),
+}
+
+
+def batch_of(model: str) -> dict[str, Any]:
+    ids = torch.arange(2 * 12).view(2, 12)
+    if model == "classifier":
+        return {"input_ids": ids}
+    ids[0, 3:9] = 261
+    return {"input_ids": ids, "pixel_values": PIXELS, "image_grid_thw": GRID}
+
+
+def refusal_of(function: Any, batch: dict[str, Any]) -> str:
+    try:
+        function(**batch)
+    except InputError as error:
+        return str(error)
+    return "not refused"
+
+
+def ask_every_stage(rank: int, folder: str) -> None:
+    found: dict[str, tuple[str, str]] = {}
+    for model in ("vl", "classifier"):
+        with built_chunks(Path(folder, model), PIPELINE) as [chunk]:
+            for name, (wrong_model, arguments, _) in WRONG.items():
+                if wrong_model == model:
+                    batch = batch_of(model) | arguments
+                    found[name] = refusal_of(chunk.check_inputs, batch), refusal_of(chunk, batch)
+            right = batch_of(model)
+            if model == "classifier":
+                right["input_ids"] = right["input_ids"][:1]
+            found[f"right for {model}"] = (refusal_of(chunk.check_inputs, right), "")
+    torch.save(found, f"{folder}/refusals{rank}.pt")
+
+
+def refuse_in_a_schedule(rank: int, folder: str) -> None:
+    """The second of four batches is wrong; each rank says how it ended, and when."""
+    batches = [batch_of("vl") for _ in range(4)]
+    batches[1]["pixel_values"] = PIXELS[:20]
+    with built_chunks(Path(folder, "vl"), PIPELINE) as chunks:
+        begun, ended = time.monotonic(), "not refused"
+        try:
+            logits_of(chunks, batches)
+        except (InputError, RuntimeError) as error:
+            ended = f"{type(error).__name__}: {error}"
+        torch.save((ended, time.monotonic() - begun), f"{folder}/schedule{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("refusals")
+    processor = tiny.build_processor()
+    vl = tiny.build_hf_model(tiny.build_case(processor, "qwen3_vl"))
+    vl.save_pretrained(folder / "vl")
+    processor.save_pretrained(folder / "vl")
+    name = "Qwen3ForSequenceClassification"
+    text_models.save(text_models.build(name, pad_token_id=None), folder / "classifier")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refusals(folder: Path) -> list[dict[str, tuple[str, str]]]:
+    run_ranks(ask_every_stage, str(folder), seconds=SECONDS)
+    return [torch.load(folder / f"refusals{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_stage_refuses(refusals: list[dict[str, tuple[str, str]]], wrong: str) -> None:
+    """By `forward`, before anything is sent, and by `check_inputs` in the same words."""
+    messages = {message for rank in refusals for message in rank[wrong]}
+    assert len(messages) == 1, messages
+    assert WRONG[wrong][2] in messages.pop()
+
+
+def test_every_stage_accepts(refusals: list[dict[str, tuple[str, str]]]) -> None:
+    for rank in refusals:
+        assert rank["right for vl"][0] == rank["right for classifier"][0] == "not refused"
+
+
+def test_nobody_waits_for_a_stage_that_has_refused(folder: Path) -> None:
+    """The first stage refuses in the middle of a schedule, and its process ends: so do all."""
+    run_ranks(refuse_in_a_schedule, str(folder), seconds=SECONDS)
+    (first, _), (second, seconds) = (torch.load(folder / f"schedule{rank}.pt") for rank in range(2))
+    assert first.startswith("InputError: pixel_values has shape [20, 1536]")
+    assert second != "not refused"
+    assert seconds < SECONDS / 2
