@@ -50,7 +50,6 @@ PIPELINE = {"pipeline_model_parallel_size": 2}
 CASES: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {
     2: {
         "padded": ("vl", "padded", CONTEXT),
-        "packed": ("vl", "packed", CONTEXT),
         "experts": ("vl_moe", "padded", CONTEXT | {"expert_model_parallel_size": 2}),
         "experts_counted_together": ("counted_together", "padded", CONTEXT),
         "hybrid": ("hybrid", "padded", CONTEXT | RECOMPUTE),
@@ -59,7 +58,8 @@ CASES: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {
     },
     4: {
         "sequence_padded": ("vl", "padded", CONTEXT | SEQUENCE),
-        "sequence_packed": ("hybrid_moe", "packed", CONTEXT | SEQUENCE),
+        "sequence_packed": ("vl", "packed", CONTEXT | SEQUENCE),
+        "sequence_hybrid_packed": ("hybrid_moe", "packed", CONTEXT | SEQUENCE),
         "sequence_hybrid": ("hybrid_moe", "padded", CONTEXT | SEQUENCE | RECOMPUTE),
         "sequence_counted_together": ("counted_together", "padded", CONTEXT | SEQUENCE),
         "pipeline": (
