@@ -9,7 +9,7 @@ from megatron.bridge.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig):  # type: ignore[misc]
+class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig):
     """megatron-core's, whose fields may be set after construction.
 
     It is checked by `finalize`, which `provide_distributed_model` calls, too.
