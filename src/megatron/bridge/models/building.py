@@ -20,9 +20,13 @@ _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def refuse_fsdp(**asked: bool) -> None:
-    """Raise ConfigError if a wrapper is asked for, by the name of its argument, that is not made.
+    """Refuse wrappers whose parameters are split in a way that `sharded_state_dict()` hides.
 
-    Their parameters are split in a way that `sharded_state_dict()` does not show.
+    Args:
+        **asked: whether each is asked for, by the name of its argument.
+
+    Raises:
+        ConfigError: one is.
     """
     for name, is_asked in asked.items():
         if is_asked:
