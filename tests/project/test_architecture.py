@@ -21,6 +21,7 @@ ALIASES = {
     "checkpoint.torch_dist_reader": "formats.torch_dist.reader",
     "models.conversion.auto_bridge": "auto_bridge",
     "models.conversion.boxes": "tensors.boxes",
+    "training.config": "runtime.ddp_config",
 }
 
 

@@ -3,7 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import megatron.bridge.runtime  # noqa: F401  (before megatron-core is imported: silences it)
+import megatron
+from megatron.bridge.other_bridges import check_places
+
+check_places(__path__[0], __doc__ or "", megatron.__path__)
+
+import megatron.bridge.runtime  # noqa: E402  (before megatron-core: silences it)
 
 if TYPE_CHECKING:
     from megatron.bridge.auto_bridge import AutoBridge

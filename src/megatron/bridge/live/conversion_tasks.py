@@ -123,7 +123,7 @@ def _with_global_expert(name: str, chunk: torch.nn.Module) -> str:
     if found is None:
         return name
     ranks = parallel_state.get_expert_model_parallel_world_size()
-    experts: int = chunk.config.num_moe_experts // ranks  # type: ignore[union-attr, operator]
+    experts: int = chunk.config.num_moe_experts // ranks  # type: ignore[union-attr]
     number = int(found[0]) + experts * parallel_state.get_expert_model_parallel_rank()
     return f"{name[: found.start()]}{number}{name[found.end() :]}"
 

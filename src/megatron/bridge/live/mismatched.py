@@ -46,7 +46,8 @@ def _is_part_of(part: torch.Tensor, whole: torch.Tensor) -> bool:
     """Whether a tensor is a view of (a part of) the memory of another one."""
     if part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
         return False
-    return 0 <= part.storage_offset() - whole.storage_offset() < whole.numel()
+    start = int(part.storage_offset() - whole.storage_offset())
+    return 0 <= start < whole.numel()
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -14,14 +14,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.wrapping import Chunks, MixedPrecisionWrapper
 from megatron.bridge.runtime.cpu import megatron_on_cpu
+from megatron.bridge.runtime.ddp_config import DistributedDataParallelConfig as CheckedWhenUsed
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def refuse_fsdp(**asked: bool) -> None:
-    """Raise ConfigError if a wrapper is asked for, by the name of its argument, that is not made.
+    """Refuse wrappers whose parameters are split in a way that `sharded_state_dict()` hides.
 
-    Their parameters are split in a way that `sharded_state_dict()` does not show.
+    Args:
+        **asked: whether each is asked for, by the name of its argument.
+
+    Raises:
+        ConfigError: one is.
     """
     for name, is_asked in asked.items():
         if is_asked:
@@ -126,8 +131,8 @@ def in_ddp(
         ddp_config: of the wrapper.
         in_one_bucket: also the first chunk, as the others always are.
     """
-    if (finalize := getattr(ddp_config, "finalize", None)) is not None:
-        finalize()  # of a config that is checked when it is used
+    if isinstance(ddp_config, CheckedWhenUsed):
+        ddp_config.finalize()
     with megatron_on_cpu():
         return [
             DistributedDataParallel(

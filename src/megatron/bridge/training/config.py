@@ -1,31 +1,5 @@
-"""Configs as trainers fill them in: checked when they are finished, not when they are made."""
+"""Where trainers look for configs; this one is in `runtime.ddp_config`."""
 
-from dataclasses import dataclass
-from typing import Any
+from megatron.bridge.runtime.ddp_config import DistributedDataParallelConfig
 
-from megatron.core import distributed
-
-from megatron.bridge.errors import ConfigError
-
-
-@dataclass(kw_only=True)
-class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig):  # type: ignore[misc]
-    """megatron-core's, whose fields may be set after construction.
-
-    It is checked by `finalize`, which `provide_distributed_model` calls, too.
-    """
-
-    def __post_init__(self) -> None:
-        """Deferred to `finalize()`."""
-
-    def finalize(self) -> None:
-        """Validate and derive; call it again after a change.
-
-        Raises:
-            ConfigError: megatron-core refuses the fields.
-        """
-        check: Any = super().__post_init__
-        try:
-            check()
-        except (AssertionError, ValueError) as error:
-            raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
+__all__ = ["DistributedDataParallelConfig"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.building import refuse_fsdp
-from megatron.bridge.training.config import DistributedDataParallelConfig
+from megatron.bridge.runtime.ddp_config import DistributedDataParallelConfig
 
 
 def create_ddp_config(

@@ -60,7 +60,7 @@ def make_value_model(hidden_size: int, sequence_parallel: bool) -> ModelHook:
 
     def hook(chunks: Chunks) -> None:
         for chunk in unwrapped(chunks):
-            language = getattr(chunk, "language_model", chunk)
+            language: Any = getattr(chunk, "language_model", chunk)
             if not language.post_process:
                 continue
             old = getattr(language, "output_layer", None)
