@@ -6,6 +6,9 @@ import random
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron.bridge.errors import ConfigError
@@ -174,3 +177,39 @@ def test_embeddings_go_to_the_predictors(
     provider.finalize()
     assert [one.embeddings for one in stage_boundaries(provider)] == embeddings
     assert embedding_stages(provider) == weights
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "layout", ["Etttttm|L", "Ettt|ttmL", "Ettt|tt|m|L", "E|ttt||ttmL", "Et|t|t|t||tmL"]
+)
+def test_checkpoints_have_everything_once(layout: str, tied: bool) -> None:
+    """Copies of the embedding are copies; nothing is hidden, nothing is saved twice."""
+    chunks = 2 if layout.count("|") == 5 else 1
+    stages = (layout.count("|") + 1) // chunks
+    shapes: dict[str, tuple[int, ...]] = {}
+    saved: dict[str, int] = {}
+    for rank in range(stages):
+        provider = small_provider(
+            "qwen3_5",
+            mtp_num_layers=1,
+            share_embeddings_and_output_weights=tied,
+            pipeline_model_parallel_size=stages,
+            pipeline_model_parallel_layout=layout,
+            **(INTERLEAVED if chunks > 1 else {}),
+        )
+        provider.finalize()
+        sizes = ParallelSizes.from_config(provider)
+        with fake_cluster(rank, stages, sizes), torch.device("meta"):
+            for chunk in range(chunks) if chunks > 1 else [None]:
+                state = provider.provide(vp_stage=chunk).sharded_state_dict()
+                apply_factories(state)
+                for entry in nested_values(state):
+                    if isinstance(entry, ShardedTensor):
+                        shapes[entry.key] = tuple(entry.global_shape)
+                        saved.setdefault(entry.key, 0)
+                        if set(entry.replica_id) == {0}:
+                            saved[entry.key] += entry.data.numel()
+    assert saved == {key: torch.Size(shape).numel() for key, shape in shapes.items()}
+    assert ("language_model.output_layer.weight" in saved) is not tied
+    assert any(key.startswith("language_model.mtp.") for key in saved)

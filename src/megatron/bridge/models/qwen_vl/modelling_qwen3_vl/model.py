@@ -222,7 +222,7 @@ class Qwen3VLModel(MegatronModule):
         Raises:
             InputError: as `forward`.
         """
-        self._inputs(**batch)
+        self._inputs(**{key: value for key, value in batch.items() if key != "trim_vocab_padding"})
 
     def _inputs(
         self,

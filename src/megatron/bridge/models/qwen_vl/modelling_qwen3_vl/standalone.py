@@ -86,7 +86,7 @@ class QwenModel(Qwen3VLTextModel):
         Raises:
             InputError: as `forward`.
         """
-        self._inputs(**batch)
+        self._inputs(**{key: value for key, value in batch.items() if key != "trim_vocab_padding"})
 
     def _inputs(
         self,

@@ -81,7 +81,7 @@ class Qwen3VLTextModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         if tied and self.mtp_process and post_process and not pre_process:
             # The predictors' copy of the embedding is what the output layer is called with.
-            self.output_layer.register_parameter("weight", None)
+            self.get_submodule("output_layer").register_parameter("weight", None)
         self.rotary_pos_emb = InterleavedMultimodalRotaryEmbedding(config.rotary_frequencies)
         if config.scores is not None and post_process:
             self.output_layer = ScoreHead(config, groups)
