@@ -98,6 +98,7 @@ CASES = {
     "bf16": Case("bf16", {}, SHARDED | IN_FP32, within=1e-4),
     "fp16": Case("fp16", {}, IN_FP32, within=1e-4),
     "to_pipeline": Case("dense", SEQUENCE, SHARDED, PIPELINE, RESHARDABLE, quick=True),
+    "from_pipeline_bf16": Case("bf16", PIPELINE, SHARDED | IN_FP32, {}, RESHARDABLE, within=1e-4),
     "to_itself": Case("dense", {}, SHARDED, {}, "dp_reshardable"),
     "to_itself_fp32": Case("dense", {}, {}, {}),
     "to_itself_bf16": Case("bf16", {}, IN_FP32, {}, within=1e-4),

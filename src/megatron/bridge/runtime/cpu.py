@@ -3,6 +3,7 @@
 megatron-core asks `torch.cuda` for the current device, for streams and events, and for the random
 state of the device. Where CUDA is not available these few questions are answered for the CPU while
 `megatron_on_cpu()` is active; where it is available nothing is touched, unless that is asked for.
+What else training asks of a GPU has a file each: `device_names`, `expert_splits`, `adam_state`.
 """
 
 import contextlib
@@ -119,7 +120,7 @@ class _Runtime:
             logger.addFilter(same_generator)
             self.undo.callback(logger.removeFilter, same_generator)
             compile_nothing(self.undo)
-            if not torch.cuda.is_available():  # what runs, beyond what builds
+            if not torch.cuda.is_available():  # nothing runs on the CPU where there is a GPU
                 name_the_cpu(self.undo)
                 splits_are_numbers(self.undo)
                 checkpoints_of_torch_adam(self.undo)
@@ -136,7 +137,7 @@ _runtime = _Runtime()
 
 @contextlib.contextmanager
 def megatron_on_cpu(*, even_with_cuda: bool = False) -> Iterator[None]:
-    """Let megatron-core build, run and differentiate models on the CPU inside this context.
+    """Let megatron-core build, run and train models on the CPU inside this context.
 
     Re-entrant; the outermost exit restores `torch.cuda`. What is wrapped in `torch.compile` runs as
     it is written: a C++ compiler need not be there. While it is active `Tensor.cuda()` leaves a
