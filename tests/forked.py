@@ -31,6 +31,9 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["preloaded"])
 
 
+_spawn = util.spawnv_passfds
+
+
 def ensure_running() -> None:
     """Start the process that is forked, if it does not run. To be called before the first test."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -49,6 +52,7 @@ def _fork(_program: Any, _args: Any, descriptors: list[int]) -> int:
     """In place of starting a program that imports it all again."""
     if child := os.fork():
         return child
+    util.spawnv_passfds = _spawn  # what is forked may start programs
     try:
         _to_stderr[:] = {int(path.name) for path in Path("/dev/fd").iterdir()} - {
             0,

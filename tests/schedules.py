@@ -82,6 +82,11 @@ def _run(
     return found
 
 
+def number(error: Tensor) -> float:
+    """One that is no number is infinite: a comparison of NaN says nothing."""
+    return float(error.nan_to_num(nan=torch.inf))
+
+
 @torch.no_grad()
 def gradients_of(chunks: Sequence[Any]) -> list[tuple[str, tuple[int, ...], Any, Tensor]]:
     """(checkpoint key, its shape, box, gradient) of everything that this rank holds.
@@ -120,6 +125,6 @@ def gradient_errors(chunks: Sequence[Any], expected: dict[str, Tensor]) -> dict[
         ]
         mine = gradient[tuple(slice(0, one.stop - one.start) for one in cut)]
         wanted = theirs[tuple(cut)]
-        error = float((mine - wanted).norm() / wanted.norm().clamp(min=1e-6))
-        errors[key] = max(errors.get(key, 0.0), error)
+        error = (mine - wanted).norm() / wanted.norm().clamp(min=1e-6)
+        errors[key] = max(errors.get(key, 0.0), number(error))
     return errors

@@ -5,8 +5,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+import forked
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.runtime.cpu import megatron_on_cpu
+from megatron.bridge.runtime.device_names import functions_that_name_the_gpu
 from megatron.bridge.runtime.parallel import (
     fake_cluster,
     initialize_process_groups,
@@ -91,3 +93,27 @@ def test_world_that_does_not_fit() -> None:
         pytest.raises(ConfigError, match=r"tensor_model_parallel_size is 3, .* made for 1"),
     ):
         initialize_process_groups(sizes)
+
+
+def test_functions_that_name_the_gpu_name_the_cpu_inside_only() -> None:
+    done = forked.run(compare_constants)  # another test may have activated it here for good
+    assert done.returncode == 0, done.stderr
+
+
+def compare_constants() -> None:
+    from megatron.core.transformer.utils import get_default_causal_mask
+
+    functions = [*functions_that_name_the_gpu()]
+    outside = [function.__code__ for function in functions]
+    with megatron_on_cpu():
+        assert get_default_causal_mask(2).tolist() == [[False, True], [False, False]]
+        for function, code in zip(functions, outside, strict=True):
+            assert function.__code__.co_consts != code.co_consts, function.__qualname__
+    assert [function.__code__ for function in functions] == outside
+
+
+def test_a_batch_is_broadcast_on_the_cpu() -> None:
+    batch = {"tokens": torch.arange(6).view(2, 3)}
+    with one_process(), megatron_on_cpu():
+        found = tensor_parallel.broadcast_data(["tokens"], batch, torch.int64)
+    assert torch.equal(found["tokens"], batch["tokens"])

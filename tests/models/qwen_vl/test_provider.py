@@ -405,3 +405,36 @@ def test_hooks_see_the_chunks_before_they_are_wrapped() -> None:
         provider.register_pre_wrap_hook(seen.extend)
         [wrapped] = provider.provide_distributed_model()
     assert seen == [wrapped.module]
+
+
+@pytest.fixture
+def one_of_two_context_ranks() -> Iterator[Any]:
+    with fake_cluster(0, 2, ParallelSizes(cp=2)), torch.device("meta"):
+        yield small_provider(context_parallel_size=2).provide()
+
+
+@pytest.mark.parametrize(
+    ("length", "labels", "message"),
+    [
+        (10, None, r"sequence lengths \[10\]: context_parallel_size = 2 cuts each into 4 .* of 4"),
+        (12, 12, r"labels has shape \[1, 12\], expected \[1, 6\], .* of context_.* = 2 this rank's"),
+    ],
+)
+def test_batches_that_context_parallelism_cannot_take(
+    one_of_two_context_ranks: Any, length: int, labels: int | None, message: str
+) -> None:
+    ids = torch.zeros(1, length, dtype=torch.long, device="cpu")
+    with pytest.raises(InputError, match=message):
+        one_of_two_context_ranks(ids, labels=None if labels is None else ids[:, :labels])
+
+
+def test_pictures_are_not_cut(one_of_two_context_ranks: Any) -> None:
+    """megatron-core's own attention would turn each rank's part of the patches by other angles."""
+    [words, patches] = (
+        part.decoder.layers[0].self_attention.pg_collection.cp.size()
+        for part in (
+            one_of_two_context_ranks.language_model,
+            one_of_two_context_ranks.vision_model,
+        )
+    )
+    assert (words, patches) == (2, 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron.bridge.runtime.adam_state import checkpoints_of_torch_adam
 from megatron.bridge.runtime.as_written import compile_nothing
 from megatron.bridge.runtime.device_names import name_the_cpu
 from megatron.bridge.runtime.expert_splits import splits_are_numbers
@@ -121,6 +122,7 @@ class _Runtime:
             if not torch.cuda.is_available():  # what runs, beyond what builds
                 name_the_cpu(self.undo)
                 splits_are_numbers(self.undo)
+                checkpoints_of_torch_adam(self.undo)
         self.depth += 1
 
     def leave(self) -> None:

@@ -5,10 +5,12 @@ could be answered. Only the constants of these functions are changed, so that no
 another torch: to anyone else "cuda" stays a device that is not there.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import reduce
 from importlib import import_module
 from inspect import unwrap
+from types import FunctionType
 from typing import Any
 
 _ON_CPU = {
@@ -40,22 +42,39 @@ _FUNCTIONS = {
         "clip_grad_by_total_norm_fp32": "174, gradients by type; 180, a flag",
         "count_zeros_fp32": "231, the count",
     },
+    "optimizer.grad_scaler": {
+        "MegatronGradScaler.__init__": "20, the scale of the loss in fp16",
+        "DynamicGradScaler.__init__": "111, 114, 117, how it changes",
+    },
     "utils": {
         "local_multi_tensor_l2_norm": "1332, the norm of this rank",
+    },
+    "tensor_parallel.data": {
+        "_build_key_size_numel_dictionaries": "37, the sizes of a batch",
+    },
+    "transformer.utils": {
+        "get_default_causal_mask": "39, the mask where none is given",
+    },
+    "dist_checkpointing.exchange_utils": {
+        "_get_empty_tensor_for_exchange": "97, 103, 105, 109, what another rank has loaded",
     },
 }
 
 
 def name_the_cpu(undo: ExitStack) -> None:
     """Let the functions of the table name the CPU until `undo` is closed."""
+    for function in functions_that_name_the_gpu():
+        code = function.__code__
+        undo.callback(setattr, function, "__code__", code)
+        function.__code__ = code.replace(co_consts=tuple(map(_on_cpu, code.co_consts)))
+
+
+def functions_that_name_the_gpu() -> Iterator[FunctionType]:
+    """Those of the table."""
     for module, functions in _FUNCTIONS.items():
         for name in functions:
             found: Any = reduce(getattr, name.split("."), import_module(f"megatron.core.{module}"))
-            function = unwrap(getattr(found, "__func__", found))
-            undo.callback(setattr, function, "__code__", function.__code__)
-            function.__code__ = function.__code__.replace(
-                co_consts=tuple(map(_on_cpu, function.__code__.co_consts))
-            )
+            yield unwrap(getattr(found, "__func__", found))  # of a class method, of a decorated one
 
 
 def _on_cpu(constant: Any) -> Any:
