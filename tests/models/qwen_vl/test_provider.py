@@ -417,7 +417,11 @@ def one_of_two_context_ranks() -> Iterator[Any]:
     ("length", "labels", "message"),
     [
         (10, None, r"sequence lengths \[10\]: context_parallel_size = 2 cuts each into 4 .* of 4"),
-        (12, 12, r"labels has shape \[1, 12\], expected \[1, 6\], .* of context_.* = 2 this rank's"),
+        (
+            12,
+            12,
+            r"labels has shape \[1, 12\], expected \[1, 6\], .* of context_.* = 2 this rank's",
+        ),
     ],
 )
 def test_batches_that_context_parallelism_cannot_take(
