@@ -94,19 +94,17 @@ def worker(rank: int, folder: str) -> None:
             model = provider.provide_distributed_model(wrap_with_ddp=True, pg_collection=groups)
             bridge.load_hf_weights(model)
             found[case] = by_task(bridge, model)
+            bridge.save_hf_weights(model, f"{folder}/saved/{case}", distributed_save=True)
             if case == "TP2":
                 other = ProcessGroupCollection()
                 other.tp = groups.dp
                 found["groups"] = refused(
                     lambda: provider.provide_distributed_model(pg_collection=other)  # noqa: B023
                 )
-                found["split"] = refused(
-                    lambda: bridge.save_hf_weights(model, f"{folder}/split")  # noqa: B023
-                )
             if case in ("TP2", "PP2"):
                 found[f"{case}, critic"] = critic(bridge, provider)
             if case == "DP2":
-                found["replicas"] = replicas(bridge, provider, model, f"{folder}/saved")
+                found["replicas"] = replicas(bridge, provider, model, f"{folder}/of replicas")
     torch.save(found, f"{folder}/found{rank}.pt")
 
 
@@ -193,30 +191,37 @@ def test_sizes_that_rows_tell(found: list[dict[str, Any]]) -> None:
     assert found[0]["EP2"]["sizes"] == {(False, 1, 2), (True, 1, 2)}
 
 
-def test_refusals_on_every_rank(found: list[dict[str, Any]], folder: Path) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_saved(case: str, folder: Path, found: list[dict[str, Any]]) -> None:
+    assert_same_files(folder / "saved" / case, folder / CASES[case][0])
+
+
+def assert_same_files(saved_to: Path, made_in: Path) -> None:
+    from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
+
+    saved, stored = (TensorIndex.from_folder(one) for one in (saved_to, made_in))
+    assert list(saved) == list(stored)
+    assert all(torch.equal(saved.read(name), stored.read(name)) for name in stored)
+
+
+def test_refusals_on_every_rank(found: list[dict[str, Any]]) -> None:
     for rank, one in enumerate(found):
         assert one["groups"].startswith(f"pg_collection.tp has the ranks [{rank}]; expected [0, 1]")
-        assert "this rank holds only a part of it" in one["split"]
-    assert not (folder / "split").exists()
 
 
 def test_a_value_head(found: list[dict[str, Any]]) -> None:
     for case in ("TP2, critic", "PP2, critic"):
         for one in (rank[case] for rank in found):
-            assert ("output_layer.weight" in one["strict"]) is one["has head"]
+            assert "output_layer.weight" in one["strict"]
     assert [one["PP2, critic"]["has head"] for one in found] == [False, True]
 
 
 def test_replicas(found: list[dict[str, Any]], folder: Path) -> None:
-    from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
-
     first, second = (one["replicas"] for one in found)
     assert first["same"]
     assert second["same"]
-    saved, stored = (TensorIndex.from_folder(folder / name) for name in ("saved", DENSE))
-    assert list(saved) == list(stored)
-    assert all(torch.equal(saved.read(name), stored.read(name)) for name in stored)
+    assert_same_files(folder / "of replicas", folder / DENSE)
     for one in (first, second):
-        assert "saved exists already" in one["again"]
+        assert "of replicas exists already" in one["again"]
     assert not torch.equal(first["drawn"][0], second["drawn"][0])
     assert torch.equal(first["drawn"][1], second["drawn"][1])

@@ -10,20 +10,20 @@ from megatron.bridge.live.local_tensors import LocalTensor, named_parameters
 from megatron.bridge.models.conversion.plan import ConversionPlan
 
 
-def without_mismatched(
+def replaced_keys(
     plan: ConversionPlan,
     model: Sequence[torch.nn.Module],
     tensors: Sequence[LocalTensor],
     allowed: Collection[str],
-) -> tuple[ConversionPlan, list[LocalTensor]]:
-    """A plan and what this rank holds, but for what was replaced.
+) -> frozenset[str]:
+    """The keys of what this rank has in the place of a parameter of the plan, or beside them all.
 
     Args:
         plan: of the model that the files hold.
         model: the chunks of this rank.
         tensors: all that they hold.
         allowed: names of parameters, their ends behind a dot, or patterns with ``*``. One that is
-            as the plan says stays.
+            as the plan says is no other.
     """
     listed = [
         parameter
@@ -37,9 +37,15 @@ def without_mismatched(
             return False
         return any(_is_part_of(local.data, parameter) for parameter in listed)
 
-    gone = {local.key for local in tensors if is_replaced(local)}
-    kept = {key: spec for key, spec in plan.megatron.items() if key not in gone}
-    return replace(plan, megatron=kept), [local for local in tensors if local.key not in gone]
+    return frozenset(local.key for local in tensors if is_replaced(local))
+
+
+def without_keys(
+    plan: ConversionPlan, tensors: Sequence[LocalTensor], keys: Collection[str]
+) -> tuple[ConversionPlan, list[LocalTensor]]:
+    """A plan and what this rank holds, but for these keys."""
+    kept = {key: spec for key, spec in plan.megatron.items() if key not in keys}
+    return replace(plan, megatron=kept), [local for local in tensors if local.key not in keys]
 
 
 def _is_part_of(part: torch.Tensor, whole: torch.Tensor) -> bool:

@@ -41,14 +41,14 @@ class SaveOptions:
         weight_dtype: `dtype`, as other bridges call it.
         round: round values that do not fit instead of raising InexactCast.
         force: replace a folder that holds a model.
-        show_progress: as lines on stderr.
-        progress: is told how many bytes are written.
+        show_progress: as lines on stderr, where one process writes; of several nothing is shown.
+        progress: is told how many bytes are written, likewise.
         source_path: another model than the bridge's own to be laid out like.
         strict: accepted as other bridges have it; what is not proven is never written.
         merge_adapter_weights: accepted likewise; a model whose adapters are not merged into its
             weights is refused by the names of their parameters.
-        distributed_save: accepted likewise; the files are those of one process.
-        save_every_n_ranks: accepted likewise, a whole number from 1; one process writes.
+        distributed_save: accepted likewise; each rank always writes its part.
+        save_every_n_ranks: accepted likewise, a whole number from 1.
     """
 
     dtype: DType | None = None

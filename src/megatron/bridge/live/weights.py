@@ -16,7 +16,7 @@ from megatron.bridge.live.local_tensors import (
     check_planned,
     local_tensors,
 )
-from megatron.bridge.live.mismatched import without_mismatched
+from megatron.bridge.live.mismatched import replaced_keys, without_keys
 from megatron.bridge.live.ranks import Ranks
 from megatron.bridge.live.roster import Roster
 from megatron.bridge.models.catalog import bridge_for
@@ -115,7 +115,7 @@ def load_weights(
         source: of Hugging Face tensors.
         progress: is told how many bytes are loaded.
         casting: of a norm's w - 1 that its parameter does not hold.
-        allowed: parameters that may be others than those of the plan, see `without_mismatched`;
+        allowed: parameters that may be others than those of the plan, see `replaced_keys`;
             they are left as they are.
 
     Raises:
@@ -126,14 +126,10 @@ def load_weights(
     """
     ranks, shown = Ranks(), progress or Silent()
 
-    def held() -> tuple[ConversionPlan, list[LocalTensor]]:
-        if not allowed:
-            return plan, planned_tensors(model, plan)
-        rest, tensors = without_mismatched(plan, model, local_tensors(model), allowed)
-        check_planned(rest, tensors)
-        return rest, tensors
-
-    filled, tensors = ranks.together(held)
+    tensors = ranks.together(lambda: local_tensors(model))
+    replaced = ranks.all_of(lambda: replaced_keys(plan, model, tensors, allowed))
+    filled, tensors = without_keys(plan, tensors, frozenset().union(*replaced))
+    ranks.together(lambda: check_planned(filled, tensors))
     Roster.of(ranks, tensors).check_held(filled.megatron)
     shown.start("load", sum(local.data.nbytes for local in tensors))
     ranks.together(lambda: fill_all(filled, tensors, source, casting, shown))
