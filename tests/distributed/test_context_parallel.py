@@ -251,14 +251,15 @@ def worker(rank: int, folder: str, world: int) -> None:
     torch.save(results, f"{folder}/results{rank}.pt")
 
 
-def results_of(folder: Path, world: int) -> list[dict[str, Any]]:
-    """What each rank found, case by case."""
-    from megatron.bridge.runtime.parallel import destroy_process_groups
-
+def save_references(_: int, folder: str, world: int) -> None:
     cases = CASES[world].values()
     for model in {model for model, _, _ in cases}:
-        save_reference(folder, model, {kind for one, kind, _ in cases if one == model})
-    destroy_process_groups()
+        save_reference(Path(folder), model, {kind for one, kind, _ in cases if one == model})
+
+
+def results_of(folder: Path, world: int) -> list[dict[str, Any]]:
+    """What each rank found, case by case."""
+    run_ranks(save_references, str(folder), world, world=1)
     run_ranks(worker, str(folder), world, world=world, seconds=900)
     return [torch.load(folder / f"results{rank}.pt") for rank in range(world)]
 
