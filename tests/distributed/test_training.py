@@ -98,7 +98,8 @@ CASES = {
     "bf16": Case("bf16", {}, SHARDED | IN_FP32, within=1e-4),
     "fp16": Case("fp16", {}, IN_FP32, within=1e-4),
     "to_pipeline": Case("dense", SEQUENCE, SHARDED, PIPELINE, RESHARDABLE, quick=True),
-    "from_pipeline_bf16": Case("bf16", PIPELINE, SHARDED | IN_FP32, {}, RESHARDABLE, within=1e-4),
+    # Gradients are summed in another order. After some steps a weight is rounded to its neighbour.
+    "from_pipeline_bf16": Case("bf16", PIPELINE, SHARDED | IN_FP32, {}, RESHARDABLE, within=1e-3),
     "to_itself": Case("dense", {}, SHARDED, {}, "dp_reshardable"),
     "to_itself_fp32": Case("dense", {}, {}, {}),
     "to_itself_bf16": Case("bf16", {}, IN_FP32, {}, within=1e-4),
@@ -222,7 +223,7 @@ def run_cases(folder: Path, names: list[str]) -> dict[str, list[Steps]]:
         with built(REFERENCES[name], folder) as trained:
             expected[name] = trained.steps(STEPS_WITH_CHECKPOINT, batches[REFERENCES[name].batches])
     destroy_process_groups()
-    run_ranks(worker, str(folder), names, world=WORLD)
+    run_ranks(worker, str(folder), names, world=WORLD, seconds=600)
     ranks = [torch.load(folder / f"found{rank}.pt") for rank in range(WORLD)]
     return {
         name: [expected[CASES[name].reference], *(found[name] for found in ranks)] for name in names
