@@ -21,6 +21,7 @@ ALLOWED = {
     # MTP is megatron-core's word, too, for a part that a model may be built without.
     "cli/commands/plan.py": r"such as mtp",
     "cli/commands/convert.py": r"MTP layer",
+    "models/pipeline_stages.py": r"LayerType\.mtp",
 }
 
 

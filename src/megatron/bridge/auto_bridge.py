@@ -92,7 +92,7 @@ class AutoBridge:
             torch_dtype: `dtype`, as transformers called it before 5.
             device_map: no model of transformers is loaded, so only "cpu" or "auto".
             **config_values: in the place of those in config.json, as if set on
-                `hf_pretrained.config`; a dict for a part of it: text_config={...}.
+                `hf_pretrained.config`; a dict for a part of it sets values on that part.
 
         Raises:
             InputError: an argument cannot be honoured, or the config has no value of a name.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
@@ -60,18 +61,25 @@ def make_value_model(hidden_size: int, sequence_parallel: bool) -> ModelHook:
 
     def hook(chunks: Chunks) -> None:
         for chunk in unwrapped(chunks):
-            language: Any = getattr(chunk, "language_model", chunk)
-            if not language.post_process:
-                continue
-            old = getattr(language, "output_layer", None)
-            if old is None:
-                raise InputError(f"{type(language).__name__} has no output_layer to replace")
-            head = LinearForLastLayer(hidden_size, 1, sequence_parallel=sequence_parallel)
-            # A tied output layer has no weight of its own.
-            place = next(language.decoder.parameters())
-            language.output_layer = head.to(place.device, place.dtype)
+            language = _language_module(chunk)
+            if language.post_process:
+                head = LinearForLastLayer(hidden_size, 1, sequence_parallel=sequence_parallel)
+                # A tied output layer has no weight of its own.
+                place = next(language.decoder.parameters())
+                language.output_layer = head.to(place.device, place.dtype)
 
     return hook
+
+
+def _language_module(chunk: torch.nn.Module) -> Any:
+    """The part of a chunk that computes logits."""
+    for module in chunk.modules():
+        if isinstance(module, LanguageModule) and hasattr(module, "decoder"):
+            return module
+    raise InputError(
+        f"{type(chunk).__name__} holds no LanguageModule of megatron-core, whose output_layer a "
+        "head of values could replace"
+    )
 
 
 def freeze_moe_router(model: Sequence[torch.nn.Module] | torch.nn.Module) -> Chunks:
