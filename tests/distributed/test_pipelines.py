@@ -18,7 +18,14 @@ from torch import Tensor
 from forked import run_ranks
 from oracle import text_models, tiny
 from oracle.predictor import Predictor
-from schedules import built_chunks, gradient_errors, logits_of, train_step, whole_gradients
+from schedules import (
+    built_chunks,
+    gradient_errors,
+    logits_of,
+    number,
+    train_step,
+    whole_gradients,
+)
 
 EVEN_VISION_HEADS = {"vision_config": {"num_heads": 6}}
 BALANCE = {"moe_aux_loss_coeff": 10.0}
@@ -190,7 +197,8 @@ def save_reference(folder: Path, model: str) -> None:
 def difference(logits: Tensor, theirs: Tensor, batch: dict[str, Tensor]) -> float:
     """The largest of real tokens, over the largest logit."""
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    return float((logits[..., : theirs.shape[-1]] - theirs)[real].abs().max() / theirs.abs().max())
+    error = (logits[..., : theirs.shape[-1]] - theirs)[real].abs().max()
+    return number(error / theirs.abs().max())
 
 
 def run_case(folder: Path, model: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def run_case(folder: Path, model: str, fields: dict[str, Any]) -> dict[str, Any]
     if logits:
         found["logits"] = max(map(difference, logits, reference["hf"], batches))
         found["loss"] = max(
-            float((mine - theirs).abs().max())
+            number((mine - theirs).abs().max())
             for mine, theirs in zip(loss, reference["loss"], strict=True)
         )
         pairs = zip(logits + loss, reference["logits"] + reference["loss"], strict=True)

@@ -558,11 +558,13 @@ class AutoBridge:
     def _save(
         self, model: Model, path: PathLike, options: SaveOptions, *, side_files: bool
     ) -> None:
+        from megatron.bridge.live.ranks import Ranks
         from megatron.bridge.live.save import save_folder
 
         like = options.source_path
         source = self if like is None else type(self).from_hf_pretrained(like)
-        with shown(options.progress, as_lines=options.show_progress)() as progress:
+        as_lines = options.show_progress and Ranks().is_first
+        with shown(options.progress, as_lines=as_lines)() as progress:
             save_folder(
                 model,
                 local_path(path),

@@ -1,13 +1,12 @@
 """Live Megatron models to and from torch_dist checkpoints."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.bridge.dtypes import TORCH_NAME_OF, can_be_cast, safetensors_dtype, widest
+from megatron.bridge.dtypes import TORCH_NAME_OF, can_be_cast, safetensors_dtype
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import PlanError
 from megatron.bridge.formats.config_record import TokenizerRecord
@@ -38,7 +37,7 @@ from megatron.bridge.tensors.boxes import (
     slices,
 )
 from megatron.bridge.tensors.source import read_box
-from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype
+from megatron.bridge.tensors.spec import TensorSpec, differences, main_dtype, widened
 from megatron.bridge.tensors.torch_views import as_torch, numpy_dtype_of
 
 
@@ -145,10 +144,7 @@ def _provider_settings(
     """
     tensors = as_stored(plan, stored)
     if dtype is not None:
-        tensors = {
-            name: replace(spec, dtype=widest(spec.dtype, dtype) or spec.dtype)
-            for name, spec in tensors.items()
-        }
+        tensors = widened(tensors, dtype)
     bridge = bridge_for(hf.hf_config.architecture)
     return bridge.provider_settings(hf.hf_config, dtype or main_dtype(stored.values()), tensors)
 

@@ -80,7 +80,7 @@ def save_folder(
     with staged_by_ranks(target, ranks, force=force, beside_files=True) as staged:
         if ranks.count > 1:
             shared = SharedFiles(staged, files, plan.hf)
-            write_by_ranks(shared, ranks, plan, main, lambda: reference.weights, casting)
+            write_by_ranks(shared, ranks, plan, main, lambda: reference.weights, casting, progress)
         else:
             _write_alone(staged, files, plan, LiveTensors(main), reference, casting, progress)
 

@@ -41,8 +41,8 @@ class SaveOptions:
         weight_dtype: `dtype`, as other bridges call it.
         round: round values that do not fit instead of raising InexactCast.
         force: replace a folder that holds a model.
-        show_progress: as lines on stderr, where one process writes; of several nothing is shown.
-        progress: is told how many bytes are written, likewise.
+        show_progress: as lines on stderr; of several ranks the first shows its own share.
+        progress: is told how many bytes this rank writes.
         source_path: another model than the bridge's own to be laid out like.
         strict: accepted as other bridges have it; what is not proven is never written.
         merge_adapter_weights: accepted likewise; a model whose adapters are not merged into its

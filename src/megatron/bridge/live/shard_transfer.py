@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from megatron.bridge.dtypes import safetensors_dtype
+from megatron.bridge.dtypes import itemsize, safetensors_dtype
 from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.live.local_tensors import LocalTensor
 from megatron.bridge.live.ranks import Ranks
@@ -11,9 +11,10 @@ from megatron.bridge.live.shared_files import SharedFiles
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_hf
+from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.tensors.arrays import Array, copy
 from megatron.bridge.tensors.box_pairs import hf_part
-from megatron.bridge.tensors.boxes import Box, box_shape, relative, slices
+from megatron.bridge.tensors.boxes import Box, box_shape, relative, slices, volume
 from megatron.bridge.tensors.source import Source
 from megatron.bridge.tensors.torch_views import as_array
 
@@ -25,6 +26,7 @@ def write_by_ranks(
     tensors: Sequence[LocalTensor],
     reference: Callable[[], Source],
     casting: Casting,
+    progress: Progress | None = None,
 ) -> None:
     """Write Hugging Face files together: one rank what is not of the model, each what it holds.
 
@@ -35,6 +37,7 @@ def write_by_ranks(
         tensors: those that this rank holds the main replica of.
         reference: gives the source of what is carried; it is asked for such a tensor only.
         casting: of values that the dtypes in the files do not hold.
+        progress: told of the bytes that this rank writes of what it holds.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -49,7 +52,15 @@ def write_by_ranks(
         return name not in plan.carried or name in plan.equal
 
     ranks.first(lambda: files.make(carry, is_shared))
-    ranks.together(lambda: files.write(own_boxes(plan, tensors, casting)))
+    shown = progress or Silent()
+
+    def write() -> None:
+        boxes = list(own_boxes(plan, tensors, casting))
+        sizes = (volume(box) * itemsize(plan.hf[name].dtype) for name, box, _ in boxes)
+        shown.start("save", sum(sizes))
+        files.write(boxes, shown)
+
+    ranks.together(write)
 
 
 def own_boxes(

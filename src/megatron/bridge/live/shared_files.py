@@ -6,6 +6,7 @@ Every place in every file is known before a byte is written, so ranks need not w
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.bridge.engine.pieces import PIECE_BYTES, FillTensor, OutputFile, T
 from megatron.bridge.engine.stream import Budget
 from megatron.bridge.engine.worker_threads import run_in_threads
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.progress import Progress
 from megatron.bridge.tensors.arrays import array_over
 from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, volume
 from megatron.bridge.tensors.runs import Runs
@@ -72,16 +74,18 @@ class SharedFiles:
                             write_all(stream.fileno(), memoryview(content), offset)
                         offset += part.nbytes
 
-    def write(self, boxes: Iterable[tuple[str, Box, FillTensor]]) -> None:
+    def write(self, boxes: Iterable[tuple[str, Box, FillTensor]], progress: Progress) -> None:
         """Write boxes of tensors, and bring them to the disk.
 
         Args:
             boxes: (name, box, what makes a part of it); no two of them overlap on any rank.
+            progress: told of the bytes that are written.
 
         Raises:
             CheckpointError: a file cannot be written.
         """
         descriptors: dict[str, int] = {}
+        lock = threading.Lock()
 
         def blocks() -> Iterator[_Block]:
             for name, box, fill in boxes:
@@ -103,6 +107,8 @@ class SharedFiles:
                 for start in runs.starts():
                     run, content = content[: runs.length * width], content[runs.length * width :]
                     write_all(block.descriptor, run, block.offset + start * width)
+                with lock:
+                    progress.advance(array.nbytes)
 
         with ExitStack() as opened, writing(self._folder):
             run_in_threads(blocks(), work, Budget.of().threads)
