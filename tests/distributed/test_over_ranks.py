@@ -43,17 +43,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen3-vl", {"tie_word_embeddings": True}),
     "experts": ("qwen3-vl-moe", {}),
     "hybrid": ("qwen3.5-moe", {}),
-    "text": ("qwen3.5-text", {}),
 }
 # Case: the model, fields of the provider, and those of another one that loads what this one saves.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "tied-tp2": ("tied", TP2, halves(5)),
     "tied-pp2": ("tied", halves(5), TP2),
     "experts-ep2": ("experts", EP2, halves(7)),
     "experts-pp2": ("experts", halves(7), EP2),
     "hybrid-tp2": ("hybrid", TP2, {}),
     "hybrid-dp2": ("hybrid", {}, EP2),
-    "text-tp2": ("text", TP2, {}),
 }
 
 

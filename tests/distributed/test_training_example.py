@@ -20,6 +20,7 @@ def example(_rank: int, printed: str, arguments: list[str]) -> None:
         Path(printed).write_text(out.getvalue())
 
 
+@pytest.mark.slow
 def test_goes_on_at_another_layout(tmp_path: Path) -> None:
     model = make_model("qwen3-vl", tmp_path / "model", {"text.num_hidden_layers": 8}, seed=6)
 

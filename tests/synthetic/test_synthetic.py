@@ -273,10 +273,12 @@ def test_unknown_family(tmp_path: Path) -> None:
 
 
 def test_an_existing_target(tmp_path: Path) -> None:
-    with pytest.raises(TargetExists):
-        make_model("qwen3-vl", tmp_path)
     (tmp_path / "tiny").mkdir()
-    made = make_model("qwen3-vl", tmp_path / "tiny", {"text.num_hidden_layers": 2}, force=True)
+    made = make_model("qwen3-vl", tmp_path / "tiny", {"text.num_hidden_layers": 2})
+    with pytest.raises(TargetExists):
+        make_model("qwen3-vl", tmp_path / "tiny")
+    (made / "model.safetensors").unlink()
+    make_model("qwen3-vl", tmp_path / "tiny", {"text.num_hidden_layers": 2}, force=True)
     assert (made / "model.safetensors").exists()
 
 
