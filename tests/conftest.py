@@ -59,6 +59,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_scale_of_the_loss() -> Iterator[None]:
+    """megatron-core keeps, in a class, the scale of the last loss, whose shape then has to stay.
+
+    A backward pass without a schedule makes it a scalar, and a schedule has it of one element.
+    """
+    yield
+    if moe_utils := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
+        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
 @pytest.fixture(scope="module")
 def on_the_gpu() -> Iterator[None]:
     """Where there is a GPU, tensors of a test are made there, as the models that it builds are."""
