@@ -1,36 +1,27 @@
-"""Weights of live Megatron models: filled from and read as Hugging Face tensors, by the plan."""
+"""Weights of live Megatron models: their plan, and filling them from Hugging Face tensors."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.live.filling import fill_all
-from megatron.bridge.live.local_tensors import (
-    LiveTensors,
-    LocalTensor,
-    check_planned,
-    local_tensors,
-)
+from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
 from megatron.bridge.live.mismatched import replaced_keys, without_keys
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.live.roster import Roster
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import KeyForms
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.conversion.transfer import read_hf
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
-from megatron.bridge.tensors.boxes import full_box
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.source import Source
-from megatron.bridge.tensors.torch_views import as_torch
 
 
 def options_of_model(hf: PreTrainedVLM, model: Sequence[torch.nn.Module]) -> PlanOptions:
@@ -140,41 +131,3 @@ def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> l
     tensors = local_tensors(model)
     check_planned(plan, tensors)
     return tensors
-
-
-def whole_model(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> LiveTensors:
-    """The tensors of a model that this rank holds all of.
-
-    Raises:
-        PlanError: the model and the plan do not have the same tensors.
-    """
-    tensors = planned_tensors(model, plan)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        Roster.alone(tensors).check_held(plan.megatron)
-    return LiveTensors(tensors)
-
-
-@torch.no_grad()
-def export_weights(
-    model: Sequence[torch.nn.Module], plan: ConversionPlan, casting: Casting = EXACTLY
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every Hugging Face tensor that the model holds, by name, on the model's device.
-
-    Args:
-        model: the chunks of this rank.
-        plan: of the model.
-        casting: of values that the plan's dtypes do not hold.
-
-    Yields:
-        Name and tensor.
-
-    Raises:
-        PlanError: the model and the plan do not have the same tensors.
-        InputError: this rank does not hold all of the model.
-        InexactCast: see `casting`.
-    """
-    source = whole_model(model, plan)
-    for name, spec in plan.hf.items():
-        if name in plan.carried:
-            continue
-        yield name, as_torch(read_hf(plan, name, full_box(spec.shape), source, casting))
