@@ -32,10 +32,13 @@ from megatron.bridge.target.targets import check_target
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
     from transformers import PretrainedConfig
 
+    from megatron.bridge.exchange.landing import Targets
     from megatron.bridge.live.conversion_tasks import ConversionTask
     from megatron.bridge.live.export import Receivers
+    from megatron.bridge.live.refit import Refit
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.model_provider import ModelProvider
     from megatron.bridge.models.wrapping import BuildKeywords
@@ -335,6 +338,55 @@ class AutoBridge:
         export = Export(plan, _casting_of(round=round), to, window)
         for name, tensor in export.tensors(model, conversion_tasks, show):
             yield HFWeight(name, tensor.cpu() if cpu else tensor)
+
+    def refit(
+        self,
+        model: Model,
+        targets: "Targets",
+        *,
+        group: "ProcessGroup | None" = None,
+        window_bytes: int | None = None,
+        ranks_per_node: int | None = None,
+        dtype: DType | None = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+    ) -> "Refit":
+        """Prepare to move a live model's weights into the memory of other ranks, step by step.
+
+        Every rank of the group calls this, and the refit that it gives for each step: those with a
+        part of the model, those with targets, and those with both.
+
+        Args:
+            model: the chunks of this rank; an empty list where it has no part of the model.
+            targets: the memory that this rank wants filled: whole tensors by name, such as a
+                `state_dict()`, or landings.
+            group: of the ranks, None for all of them.
+            window_bytes: that a rank sends, and receives, at a time; None for 256 MiB. Buffers
+                take four times as much.
+            ranks_per_node: consecutive ranks that share a node, within which a tensor stays where
+                it can.
+            dtype: of the tensors on the way; None for the dtype that each has in its file.
+            round: round values that do not fit instead of raising InexactCast.
+
+        Raises:
+            PlanError: the ranks do not hold the model, or it cannot give what a target wants.
+            InputError: a target does not fit, or another rank cannot go on.
+        """
+        from megatron.bridge.exchange.route import Affinity
+        from megatron.bridge.exchange.windows import WINDOW_BYTES
+        from megatron.bridge.live.refit import Refit
+        from megatron.bridge.live.weights import plan_of_ranks
+        from megatron.bridge.runtime.ranks import Ranks
+
+        hf, ranks = self.hf_pretrained, Ranks(group)
+        return Refit(
+            model,
+            targets,
+            plan_of_ranks(hf, model, ranks, experts=self.experts, dtype=dtype),
+            group=group,
+            window_bytes=WINDOW_BYTES if window_bytes is None else window_bytes,
+            affinity=Affinity(ranks_per_node),
+            casting=_casting_of(round=round),
+        )
 
     def save_hf_weights(
         self, model: Model, path: PathLike, **options: Unpack[SaveKeywords]

@@ -187,6 +187,10 @@ def _in_hf_axes(values: torch.Tensor, copy: Copy) -> torch.Tensor:
     """A part of the Megatron box, its axes as those of the Hugging Face box; the same memory."""
     order = axes_in_hf_order(copy)
     others = [axis for axis in range(values.dim()) if axis not in order]
-    long = values.permute(*order, *others)[(..., *(0 for _ in others))]
-    index = tuple(slice(None) if stop - start > 1 else None for start, stop in copy.hf_box)
-    return long[(*index, ...)]
+    long = values.permute(*order, *others)
+    for _ in others:
+        long = long.select(-1, 0)
+    for axis, (start, stop) in enumerate(copy.hf_box):
+        if stop - start == 1:
+            long = long.unsqueeze(axis)
+    return long

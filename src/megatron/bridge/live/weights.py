@@ -18,6 +18,7 @@ from megatron.bridge.models.conversion.layer_keys import KeyForms
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
 from megatron.bridge.runtime.ranks import Ranks
@@ -28,12 +29,50 @@ def options_of_model(hf: PreTrainedVLM, model: Sequence[torch.nn.Module]) -> Pla
     """What a live model was built with: rows of the embedding, its parts, forms of keys."""
     if not model:
         raise InputError("model is an empty list; give the chunks that the provider built")
+    return _options(hf, unwrapped(model)[0].config, _keys(model))
+
+
+def plan_of_ranks(
+    hf: PreTrainedVLM,
+    model: Sequence[torch.nn.Module],
+    ranks: Ranks,
+    *,
+    experts: str | None = None,
+    dtype: DType | None = None,
+) -> ConversionPlan:
+    """`plan_of_model` of a model that not every rank has a part of; the same on all of them.
+
+    Raises:
+        InputError: no rank has a part of it, or another rank cannot go on.
+    """
+
+    def own() -> tuple[PlanOptions, set[str]] | None:
+        if not model:
+            return None
+        keys = _keys(model)
+        return _options(hf, unwrapped(model)[0].config, keys), keys
+
+    told = [one for one in ranks.all_of(own) if one is not None]
+
+    def planned() -> ConversionPlan:
+        if not told:
+            raise InputError("no rank has a part of the model; give its chunks where they are")
+        keys = set().union(*(keys for _, keys in told))
+        paths = bridge_for(hf.hf_config.architecture).layer_paths
+        options = replace(told[0][0], keys=KeyForms.of(keys, paths))
+        return _planned(hf, options, experts, dtype)
+
+    return ranks.together(planned)
+
+
+def _keys(model: Sequence[torch.nn.Module]) -> set[str]:
+    return {local.key for local in local_tensors(model)}
+
+
+def _options(hf: PreTrainedVLM, config: ModelProvider, keys: set[str]) -> PlanOptions:
     bridge = bridge_for(hf.hf_config.architecture)
-    keys = {local.key for local in local_tensors(model)}
-    return replace(
-        bridge.options_of_model(unwrapped(model)[0].config),
-        keys=KeyForms.of(keys, bridge.layer_paths),
-    )
+    forms = KeyForms.of(keys, bridge.layer_paths)
+    return replace(bridge.options_of_model(config), keys=forms)
 
 
 def plan_of_model(
@@ -57,7 +96,13 @@ def plan_of_model(
         ConfigError: the config cannot be used.
         CheckpointError: the files cannot be read.
     """
-    plan = plan_of(hf, replace(options_of_model(hf, model), experts=experts))
+    return _planned(hf, options_of_model(hf, model), experts, dtype)
+
+
+def _planned(
+    hf: PreTrainedVLM, options: PlanOptions, experts: str | None, dtype: DType | None
+) -> ConversionPlan:
+    plan = plan_of(hf, replace(options, experts=experts))
     if dtype is None:
         return plan
     bridge = bridge_for(hf.hf_config.architecture)
