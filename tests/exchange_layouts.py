@@ -38,6 +38,8 @@ def layout(
         fields["expert_tensor_parallel_size"] = etp
     if stages is not None:
         fields["pipeline_model_parallel_layout"] = stages
+        if stages.count("|") >= pp:  # what chunks of two stages send must overlap
+            fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return fields
 
 
@@ -66,7 +68,7 @@ QUICK: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tensor_stages_experts": (
         "hybrid_moe_mtp",
         4,
-        layout(tp=2, pp=2, ep=2, etp=1, stages="Etttt|ttmL"),
+        layout(tp=2, pp=2, ep=2, etp=1, stages="Etttt|tttmL"),
     ),
     "expert_tensors": ("vl_moe", 4, layout(tp=4, ep=2, etp=2)),
     "text": ("text_hybrid", 4, layout(tp=2, pp=2, stages="Ettt|tttL")),
