@@ -21,7 +21,7 @@ from megatron.bridge.tensors.boxes import Box, full_box, slices
 from model_folders import read_tensors
 
 WORLD = 4
-WINDOW = 24_000
+WINDOW = 250_000
 """Bytes: less than the largest tensors have."""
 
 
@@ -100,6 +100,33 @@ def refitted(
     return found | {"wrong again": wrong(targets, files), "versions": [before, again.version]}
 
 
+def changed(model: Any, part: float, seed: int) -> None:
+    """Change some of the values of every parameter."""
+    draw = torch.Generator().manual_seed(seed)
+    for chunk in model:
+        for parameter in chunk.parameters():
+            values = parameter.data.view(-1)
+            places = torch.randperm(len(values), generator=draw)[: round(len(values) * part)]
+            values[places] = values[places] * 2 + 1
+
+
+def refitted_by_changes(bridge: AutoBridge, model: Any, targets: list[Landing]) -> dict[str, Any]:
+    """After changes of the model: what differs from what it is exported as, and what was sent."""
+    refit = bridge.refit(model, targets, window_bytes=WINDOW, delta=True)
+    found = []
+    for number, part in enumerate((0.0, 0.03, 0.6, 0.03)):
+        changed(model, part, 31 * number)
+        refit()
+        changed(model, part, 37 * number)
+        if number == 3 and torch.distributed.get_rank() == 1:
+            for target in targets:  # somebody has been at what was received
+                target.out.zero_()
+        report = refit()
+        model_now = dict(bridge.export_hf_weights(model))
+        found.append((wrong(targets, model_now), report))
+    return {"steps": found}
+
+
 def run_case(folder: Path, rank: int, name: str) -> dict[str, Any]:
     model_name, _, fields = QUICK[name]
     bridge = AutoBridge.from_hf_pretrained(folder / model_name)
@@ -107,7 +134,10 @@ def run_case(folder: Path, rank: int, name: str) -> dict[str, Any]:
     files = read_tensors(folder / model_name)
     export = exported(bridge, model, files)
     targets = landings(files, export["all"][0], rank)
-    return {"export": export, "refit": refitted(bridge, model, targets, files)}
+    found = {"export": export, "refit": refitted(bridge, model, targets, files)}
+    if name in ("tensor", "tensor_stages_experts"):
+        found["delta"] = refitted_by_changes(bridge, model, targets)
+    return found
 
 
 def worker(rank: int, folder: str) -> None:
@@ -151,3 +181,13 @@ def test_what_arrives_is_what_the_files_have(case: str, found: list[dict[str, An
         report = one[case]["refit"]["report"]
         assert report.windows > 3
         assert report.buffer_bytes <= 4 * WINDOW
+
+
+@pytest.mark.parametrize("case", ["tensor", "tensor_stages_experts"])
+def test_only_what_changed_is_sent(case: str, found: list[dict[str, Any]]) -> None:
+    steps = [one[case]["delta"]["steps"] for one in found]
+    assert [[wrong for wrong, _ in step] for step in steps] == [[[]] * 4] * WORLD
+    for none, few, many, touched in ([report for _, report in step] for step in steps):
+        assert [one.is_delta for one in (none, few, many, touched)] == [True, True, True, False]
+        assert none.sent_bytes < few.sent_bytes < many.sent_bytes < 1.1 * touched.sent_bytes
+        assert few.sent_bytes < touched.sent_bytes / 4

@@ -347,6 +347,7 @@ class AutoBridge:
         group: "ProcessGroup | None" = None,
         window_bytes: int | None = None,
         ranks_per_node: int | None = None,
+        delta: bool = False,
         dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
     ) -> "Refit":
@@ -364,6 +365,7 @@ class AutoBridge:
                 take four times as much.
             ranks_per_node: consecutive ranks that share a node, within which a tensor stays where
                 it can.
+            delta: from the second refit on send only what changed, see Refit.
             dtype: of the tensors on the way; None for the dtype that each has in its file.
             round: round values that do not fit instead of raising InexactCast.
 
@@ -386,6 +388,7 @@ class AutoBridge:
             window_bytes=WINDOW_BYTES if window_bytes is None else window_bytes,
             affinity=Affinity(ranks_per_node),
             casting=_casting_of(round=round),
+            delta=delta,
         )
 
     def save_hf_weights(

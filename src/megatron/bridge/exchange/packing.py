@@ -82,6 +82,12 @@ class Copies:
             culprit = f"{move.name} from {move.copy.megatron_key}"
             out.copy_(as_torch(to_hf(array, move.copy, shape, dtype, self.casting, culprit)))
 
+    @torch.no_grad()
+    def back(self) -> None:
+        """Copy from where `make` copies to, as far as that is bit by bit."""
+        if self._to:
+            torch._foreach_copy_(self._of, self._to)
+
 
 @dataclass(frozen=True)
 class Side:

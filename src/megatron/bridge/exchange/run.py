@@ -98,7 +98,21 @@ class Exchange:
         """That the buffers of this rank take."""
         return sum(buffer.nbytes for buffer in (*self._send, *self._receive))
 
-    def packed(self, number: int, packing: Packing, destination: Destination) -> PackedWindow:
+    def send_buffer(self, number: int) -> torch.Tensor:
+        """One of two."""
+        return self._send[number]
+
+    def receive_buffer(self, number: int) -> torch.Tensor:
+        """One of two."""
+        return self._receive[number]
+
+    def packed(
+        self,
+        number: int,
+        packing: Packing,
+        destination: Destination,
+        buffer: int | None = None,
+    ) -> PackedWindow:
         """The views of one window.
 
         Args:
@@ -106,12 +120,14 @@ class Exchange:
             packing: of what this rank holds.
             destination: of what it wants; the memory has to stay where it is until the window is
                 done.
+            buffer: which of two buffers of each direction; None for the one that `run` uses.
         """
+        buffer = number % _BUFFERS if buffer is None else buffer
         return packing.window(
             self.sent[number],
             self.received[number],
-            self._send[number % _BUFFERS],
-            self._receive[number % _BUFFERS],
+            self._send[buffer],
+            self._receive[buffer],
             destination,
         )
 

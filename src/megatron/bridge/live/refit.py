@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
 import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.delta_run import DeltaRun
 from megatron.bridge.exchange.demand import Demand, Wanted
 from megatron.bridge.exchange.landing import Landing, Targets, check_landings, landings_of
 from megatron.bridge.exchange.packing import Packing
@@ -39,6 +40,7 @@ class RefitReport:
         version: of the weights that have arrived, from 1.
         windows: how many there were.
         collectives: how many calls all ranks made together.
+        is_delta: whether only what changed since the last refit was sent.
         sent_bytes: to other ranks.
         received_bytes: from other ranks.
         own_bytes: that this rank copied to itself.
@@ -49,6 +51,7 @@ class RefitReport:
     version: int
     windows: int
     collectives: int
+    is_delta: bool
     sent_bytes: int
     received_bytes: int
     own_bytes: int
@@ -70,6 +73,9 @@ class Refit:
         window_bytes: that a rank sends, and receives, at a time. Buffers take four times as much.
         affinity: who of several ranks that hold the same sends it.
         casting: of values that the plan's dtypes do not hold.
+        delta: from the second refit on send only what changed, found bit by bit. Then the model's
+            memory is kept once more, and targets have to stay as the last refit left them: where
+            one has not, all is sent.
         transport: moves the bytes; None chooses.
 
     Raises:
@@ -91,9 +97,12 @@ class Refit:
         window_bytes: int = WINDOW_BYTES,
         affinity: Affinity = Affinity(),  # noqa: B008 - frozen
         casting: Casting = EXACTLY,
+        delta: bool = False,
         transport: Transport | None = None,
     ) -> None:
         begin = time.perf_counter()
+        self._delta, self._transport = delta, transport or transport_between(Ranks(group))
+        self._then: list[LocalTensor] = []
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
         self._model = list(model)
         self._check_same_plan()
@@ -106,7 +115,7 @@ class Refit:
         self._exchange = Exchange(
             routes,
             self._ranks,
-            transport or transport_between(self._ranks),
+            self._transport,
             window_bytes,
             self._device,
         )
@@ -136,13 +145,17 @@ class Refit:
         """
         begin = time.perf_counter()
         self._check_versions(self._ranks.all_of(self._ready))
-        self._version[_BEGUN] = self.version + 1
-        for _ in self._exchange.run(self._windows):
-            pass
+        is_delta = self._delta and self.is_whole and self.version > 0
+        self._version[_BEGUN] += 1
+        if is_delta:
+            is_delta = not any(self._ranks.largest([not self._changes().run()], self._device))
+        if not is_delta:
+            for _ in self._exchange.run(self._windows):
+                pass
         # Nobody has the new version before everybody has.
-        self._ranks.agreed(self._copy_again, self._device)
+        self._ranks.agreed(self._after, self._device)
         self._version[_ARRIVED] = self._version[_BEGUN]
-        return self._report(time.perf_counter() - begin)
+        return self._report(is_delta, time.perf_counter() - begin)
 
     def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
         landings = landings_of(targets)
@@ -190,17 +203,43 @@ class Refit:
         self._copies_again = [
             (other, first) for first, *others in places.values() for other in others
         ]
-        packing = Packing(self._plan, held, self._casting, self._ranks.count)
+        self._place = lambda demand: places[demand][0]
+        self._held: Sequence[LocalTensor] = held
+        self._changed: DeltaRun | None = None
+        packing = self._packing(held)
         self._windows = [
-            self._exchange.packed(number, packing, lambda demand: places[demand][0])
+            self._exchange.packed(number, packing, self._place)
             for number in range(self._exchange.count)
         ]
         self._memory = self._memory_now()
 
-    def _copy_again(self) -> None:
-        """To each further place that wants the same."""
+    def _packing(self, held: Sequence[LocalTensor]) -> Packing:
+        return Packing(self._plan, held, self._casting, self._ranks.count)
+
+    def _changes(self) -> DeltaRun:
+        """What moves only what changed, once there is something that it could have changed from."""
+        if self._changed is None:
+            packings = self._packing(self._held), self._packing(self._then)
+            self._changed = DeltaRun(
+                self._exchange, self._ranks, self._transport, packings, self._place, self._device
+            )
+        return self._changed
+
+    def _after(self) -> None:
+        """Copy to each further place that wants the same, and keep what was sent."""
         for other, first in self._copies_again:
             other.copy_(first)
+        if not self._delta:
+            return
+        if not self._then:
+            self._then = [
+                replace(one, data=torch.empty_like(one.data, memory_format=torch.contiguous_format))
+                for one in self._held
+            ]
+        if self._then:
+            torch._foreach_copy_(
+                [one.data for one in self._then], [one.data for one in self._held]
+            )
 
     def _memory_now(self) -> list[tuple[object, ...]]:
         tensors = chain(
@@ -209,17 +248,24 @@ class Refit:
         )
         return [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in tensors]
 
-    def _report(self, seconds: float) -> RefitReport:
-        sent = sum(window.send.nbytes for window in self._windows)
-        received = sum(window.receive.nbytes for window in self._windows)
+    def _report(self, is_delta: bool, seconds: float) -> RefitReport:
+        count, buffers = self._exchange.count, self._exchange.buffer_bytes
+        if is_delta:
+            changes = self._changes()
+            sent, received = changes.sent_bytes, changes.received_bytes
+            buffers += changes.message_bytes
+        else:
+            sent = sum(window.send.nbytes for window in self._windows)
+            received = sum(window.receive.nbytes for window in self._windows)
         return RefitReport(
             version=self.version,
-            windows=self._exchange.count,
-            collectives=2 * self._exchange.count + 2,
+            windows=count,
+            collectives=3 * count + 3 if is_delta else 2 * count + 2,
+            is_delta=is_delta,
             sent_bytes=sent,
             received_bytes=received,
             own_bytes=self._exchange.own_bytes,
-            buffer_bytes=self._exchange.buffer_bytes,
+            buffer_bytes=buffers,
             seconds=seconds,
         )
 
