@@ -18,6 +18,7 @@ from megatron.bridge.exchange.delta import apply, encoded
 from megatron.bridge.exchange.packing import Destination, PackedWindow, Packing, Side
 from megatron.bridge.exchange.run import Exchange
 from megatron.bridge.exchange.transport import Transport
+from megatron.bridge.runtime.lost_ranks import naming_lost
 from megatron.bridge.runtime.ranks import Ranks
 
 
@@ -85,7 +86,7 @@ class DeltaRun:
     def _exchanged(self, window: _Window) -> bool:
         messages = self._ranks.agreed(lambda: self._messages(window), self._device)
         sizes = [message.numel() for message in messages]
-        with self._ranks.naming_lost():
+        with naming_lost(self._ranks.group):
             received_sizes = self._sizes_of_others(sizes)
             send = torch.cat([*messages, self._empty(0)])
             receive = self._empty(sum(received_sizes))
@@ -127,7 +128,8 @@ class DeltaRun:
         received = torch.empty_like(sent)
         if not dist.is_initialized():
             return [0]
-        dist.all_to_all_single(received, sent, group=self._ranks.group)
+        group = self._ranks.group
+        self._ranks.done(lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))
         return [int(size) for size in received.tolist()]
 
     def _empty(self, nbytes: int) -> torch.Tensor:

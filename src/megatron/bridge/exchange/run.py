@@ -12,6 +12,7 @@ from megatron.bridge.exchange.packing import Destination, PackedWindow, Packing
 from megatron.bridge.exchange.route import Move, Routes
 from megatron.bridge.exchange.transport import Transport, Wait
 from megatron.bridge.exchange.windows import Schedule, schedule, slot_bytes
+from megatron.bridge.runtime.lost_ranks import naming_lost
 from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.boxes import volume
 
@@ -160,7 +161,7 @@ class Exchange:
                 buffer[: side.nbytes]
                 for buffer, side in zip(buffers, (window.send, window.receive), strict=True)
             )
-            with self._ranks.naming_lost():
+            with naming_lost(self._ranks.group):
                 wait = self._transport.start(send, window.send.sizes, receive, window.receive.sizes)
             if under_way is not None:
                 self._finish(under_way)
@@ -171,7 +172,7 @@ class Exchange:
             yield self.count - 1
 
     def _finish(self, under_way: _UnderWay) -> None:
-        with self._ranks.naming_lost():
+        with naming_lost(self._ranks.group):
             under_way.wait()
         under_way.window.receive.copies.make()
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.runtime.lost_ranks import wait_for
 from megatron.bridge.runtime.ranks import Ranks
 
 type Wait = Callable[[], None]
@@ -47,6 +48,13 @@ class Transport(ABC):
             What waits until `receive` is filled.
         """
 
+    def _waiting(self, works: Sequence[dist.Work | None]) -> Wait:
+        def wait() -> None:
+            for work in works:
+                wait_for(work, self.group)
+
+        return wait
+
 
 class AllToAll(Transport):
     """One collective for all bytes."""
@@ -62,7 +70,7 @@ class AllToAll(Transport):
         work = dist.all_to_all_single(
             receive, send, list(receive_sizes), list(send_sizes), group=self.group, async_op=True
         )
-        return _waiting([] if work is None else [work])
+        return self._waiting([work])
 
 
 class PointToPoint(Transport):
@@ -85,7 +93,7 @@ class PointToPoint(Transport):
             for peer, part in enumerate(_parts(buffer, sizes))
             if len(part)
         ]
-        return _waiting(dist.batch_isend_irecv(messages) if messages else [])
+        return self._waiting(dist.batch_isend_irecv(messages) if messages else [])
 
 
 class Alone(Transport):
@@ -101,7 +109,7 @@ class Alone(Transport):
         """As of Transport."""
         if any(send_sizes) or any(receive_sizes):
             raise InputError("one process has nobody to exchange with")
-        return _waiting([])
+        return self._waiting([])
 
 
 def transport_between(ranks: Ranks) -> Transport:
@@ -112,11 +120,3 @@ def transport_between(ranks: Ranks) -> Transport:
 def _parts(buffer: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     ends = list(accumulate(sizes))
     return [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
-def _waiting(works: Sequence[dist.Work]) -> Wait:
-    def wait() -> None:
-        for work in works:
-            work.wait()
-
-    return wait

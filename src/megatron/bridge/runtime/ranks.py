@@ -1,20 +1,16 @@
 """Ranks that go on together, or not at all."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from time import monotonic, sleep
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
-
-_THERE = "megatron-bridge/there/{}"
-_ANSWER_SECONDS = 5.0
-"""That a rank has to hear that another is gone, and to say so."""
+from megatron.bridge.runtime.lost_ranks import naming_lost, wait_for
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,7 @@ class Ranks:
         message = None if error is None else str(error) or type(error).__name__
         told: list[Any] = [(outcome, message)]
         if dist.is_initialized():
-            told *= self.count
-            with self.naming_lost():
-                dist.all_gather_object(told, (outcome, message), self.group)
+            told = self._gathered((outcome, message))
         if error is not None:
             raise error
         for rank, (_, refusal) in enumerate(told):
@@ -115,43 +109,41 @@ class Ranks:
         """
         numbers = torch.tensor(own, dtype=torch.int64, device=device)
         if dist.is_initialized():
-            with self.naming_lost():
-                dist.all_reduce(numbers, dist.ReduceOp.MAX, self.group)
+            largest = dist.ReduceOp.MAX
+            self.done(lambda: dist.all_reduce(numbers, largest, self.group, async_op=True))
         return [int(number) for number in numbers.tolist()]
 
-    @contextmanager
-    def naming_lost(self) -> Iterator[None]:
-        """Where torch says that a connection broke, say which rank is gone.
+    def done(self, start: Callable[[], dist.Work | None]) -> None:
+        """Begin a collective and wait for it.
 
         Raises:
-            InputError: with the ranks that do not answer within some seconds.
+            InputError: a rank is gone.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            lost = self._lost()
-            if not lost:
-                raise
-            names = ", ".join(map(str, lost))
-            raise InputError(
-                f"rank {names} is gone: look for its own message, or for what killed it. The last "
-                f"word from torch: {_first_line(error)}"
-            ) from error
+        with naming_lost(self.group):
+            wait_for(start(), self.group)
 
-    def _lost(self) -> list[int]:
-        """The ranks of the job that do not say within some seconds that they are there."""
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            own = dist.get_rank()
-            store.set(_THERE.format(own), "")
-            end = monotonic() + _ANSWER_SECONDS
-            missing = [rank for rank in dist.get_process_group_ranks(self.group) if rank != own]
-            while missing and monotonic() < end:
-                missing = [rank for rank in missing if not store.check([_THERE.format(rank)])]
-                sleep(0.05)
-        except RuntimeError:
-            return []  # who serves the store is gone: torch's own words are all there is
-        return missing
+    def _gathered(self, own: object) -> list[Any]:
+        """What every rank has, in the order of the ranks; any object that can be pickled."""
+        # As torch's own, but that it can be waited for while a rank is gone.
+        content = bytearray(pickle.dumps(own))
+        size = torch.tensor([len(content)], dtype=torch.int64, device=self._device)
+        sizes = [torch.empty_like(size) for _ in range(self.count)]
+        self.done(lambda: dist.all_gather(sizes, size, self.group, async_op=True))
+        most = max(int(one) for one in sizes)
+        padded = torch.zeros(most, dtype=torch.uint8, device=self._device)
+        padded[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
+        all_padded = [torch.empty_like(padded) for _ in sizes]
+        self.done(lambda: dist.all_gather(all_padded, padded, self.group, async_op=True))
+        return [
+            pickle.loads(one[: int(size)].cpu().numpy().tobytes())  # noqa: S301 - of our own job
+            for one, size in zip(all_padded, sizes, strict=True)
+        ]
+
+    @property
+    def _device(self) -> torch.device:
+        """That takes what is gathered."""
+        of_cpu = "gloo" in dist.get_backend(self.group) or not torch.cuda.is_available()
+        return torch.device("cpu" if of_cpu else "cuda")
 
     @property
     def count(self) -> int:
@@ -167,7 +159,3 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the one that does what is to be done once."""
         return self.index == 0
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[0][:200]
