@@ -73,3 +73,29 @@ QUICK: dict[str, tuple[str, int, dict[str, Any]]] = {
     "expert_tensors": ("vl_moe", 4, layout(tp=4, ep=2, etp=2)),
     "text": ("text_hybrid", 4, layout(tp=2, pp=2, stages="Ettt|tttL")),
 }
+
+OF_TWO: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "replicas": ("vl", 2, layout()),
+    "tensor_tied": ("vl_tied", 2, layout(tp=2)),
+    "stages": ("hybrid", 2, layout(pp=2)),
+    "stages_tied": ("vl_tied", 2, layout(pp=2, stages="Et|ttttL")),
+    "chunks": ("vl", 2, layout(pp=2, stages="Et|t|tt|tL")),
+    "predictors": ("hybrid_mtp", 2, layout(pp=2, stages="Etttt|ttmL")),
+    "experts": ("hybrid_moe", 2, layout(ep=2)),
+    "expert_tensors": ("vl_moe", 2, layout(tp=2, ep=2, etp=1)),
+    "text": ("text", 2, layout(tp=2)),
+    "text_moe": ("text_moe", 2, layout(tp=2, ep=2, etp=1)),
+}
+OF_EIGHT: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "tensor_stages_replicas": ("hybrid", 8, layout(tp=2, pp=2)),
+    "tensor_stages_experts": (
+        "hybrid_moe",
+        8,
+        layout(tp=2, pp=2, ep=2, etp=1, stages="Etttt|tttL"),
+    ),
+    "experts_of_two_tensors": ("vl_moe", 8, layout(tp=2, ep=4, etp=2)),
+    "stages_tied": ("vl_tied", 8, layout(pp=4, stages="Et|t|t|ttL")),
+    "chunks": ("vl", 8, layout(tp=2, pp=2, stages="Et|t|tt|tL")),
+    "experts": ("hybrid_moe_mtp", 8, layout(ep=8)),
+    "text": ("text_hybrid", 8, layout(tp=2, pp=2, stages="Ettt|tttL")),
+}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from exchange_layouts import MODELS, QUICK, built, make_models
+from exchange_layouts import MODELS, OF_EIGHT, OF_TWO, QUICK, built, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.exchange.landing import Landing
@@ -23,6 +23,9 @@ from model_folders import read_tensors
 WORLD = 4
 WINDOW = 250_000
 """Bytes: less than the largest tensors have."""
+WITH_DELTA = ("tensor", "tensor_stages_experts")
+
+type Case = tuple[str, int, dict[str, Any]]
 
 
 def differences(given: dict[str, torch.Tensor], files: dict[str, torch.Tensor]) -> list[str]:
@@ -43,7 +46,7 @@ def wanted_box(name: str, shape: tuple[int, ...], rank: int) -> Box | None:
         return full_box(shape)
     axis = number % len(shape)
     size = shape[axis]
-    cuts = [0, size // 5, size // 2, size * 4 // 5, size]
+    cuts = [0, size // 5, size // 2, size * 4 // 5, *[size] * 5]
     if cuts[rank] == cuts[rank + 1]:
         return None
     box = list(full_box(shape))
@@ -79,7 +82,7 @@ def wrong(found: list[Landing], files: dict[str, torch.Tensor]) -> list[str]:
 def exported(bridge: AutoBridge, model: Any, files: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Names and differences of what this rank is given."""
     found: dict[str, Any] = {}
-    for to in ("all", "spread", 2):
+    for to in ("all", "spread", 1):
         given = dict(bridge.export_hf_weights(model, to=to, window_bytes=WINDOW))
         found[str(to)] = list(given), differences(given, files)
     given = dict(bridge.export_hf_weights(model))
@@ -127,63 +130,93 @@ def refitted_by_changes(bridge: AutoBridge, model: Any, targets: list[Landing]) 
     return {"steps": found}
 
 
-def run_case(folder: Path, rank: int, name: str) -> dict[str, Any]:
-    model_name, _, fields = QUICK[name]
+def run_case(folder: Path, rank: int, case: Case, *, delta: bool) -> dict[str, Any]:
+    model_name, _, fields = case
     bridge = AutoBridge.from_hf_pretrained(folder / model_name)
     model = built(bridge, MODELS[model_name][2] | fields)
     files = read_tensors(folder / model_name)
     export = exported(bridge, model, files)
     targets = landings(files, export["all"][0], rank)
     found = {"export": export, "refit": refitted(bridge, model, targets, files)}
-    if name in ("tensor", "tensor_stages_experts"):
+    if delta:
         found["delta"] = refitted_by_changes(bridge, model, targets)
     return found
 
 
-def worker(rank: int, folder: str) -> None:
-    found = {name: run_case(Path(folder), rank, name) for name in QUICK}
+def worker(rank: int, folder: str, cases: dict[str, Case]) -> None:
+    found = {
+        name: run_case(Path(folder), rank, case, delta=name in WITH_DELTA)
+        for name, case in cases.items()
+    }
     torch.save(found, f"{folder}/found{rank}.pt")
     destroy_process_groups()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exchange")
-    make_models(folder, {model for model, _, _ in QUICK.values()})
-    run_ranks(worker, str(folder), world=WORLD)
-    return folder
+def found_by_ranks(folder: Path, cases: dict[str, Case], world: int) -> list[dict[str, Any]]:
+    """What each rank found, case by case."""
+    make_models(folder, {model for model, _, _ in cases.values()})
+    run_ranks(worker, str(folder), cases, world=world, seconds=900)
+    return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return found_by_ranks(tmp_path_factory.mktemp("four"), QUICK, WORLD)
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_what_is_given_is_what_the_files_have(case: str, found: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return found_by_ranks(tmp_path_factory.mktemp("two"), OF_TWO, 2)
+
+
+@pytest.fixture(scope="module")
+def of_eight(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return found_by_ranks(tmp_path_factory.mktemp("eight"), OF_EIGHT, 8)
+
+
+def check_export(case: str, found: list[dict[str, Any]]) -> None:
     whole = found[0][case]["export"]["all"][0]
     assert len(whole) > 20
     for rank, one in enumerate(found):
         assert [wrong for _, wrong in one[case]["export"].values()] == [[]] * 4
         assert one[case]["export"]["all"][0] == one[case]["export"]["one window"][0] == whole
-        assert one[case]["export"]["2"][0] == (whole if rank == 2 else [])
+        assert one[case]["export"]["1"][0] == (whole if rank == 1 else [])
     spread = [one[case]["export"]["spread"][0] for one in found]
     assert sorted(name for names in spread for name in names) == sorted(whole)
     assert all(spread)
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_what_arrives_is_what_the_files_have(case: str, found: list[dict[str, Any]]) -> None:
+def check_refit(case: str, found: list[dict[str, Any]]) -> None:
     for one in found:
-        assert one[case]["refit"]["wanted"] > 20
+        assert one[case]["refit"]["wanted"] > 5
         assert one[case]["refit"]["wrong"] == one[case]["refit"]["wrong again"] == []
         assert one[case]["refit"]["versions"] == [(0, True), 2]
         report = one[case]["refit"]["report"]
-        assert report.windows > 3
         assert report.buffer_bytes <= 4 * WINDOW
 
 
-@pytest.mark.parametrize("case", ["tensor", "tensor_stages_experts"])
+@pytest.mark.parametrize("case", QUICK)
+def test_four_ranks(case: str, found: list[dict[str, Any]]) -> None:
+    check_export(case, found)
+    check_refit(case, found)
+    assert all(one[case]["refit"]["report"].windows > 3 for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_TWO)
+def test_two_ranks(case: str, of_two: list[dict[str, Any]]) -> None:
+    check_export(case, of_two)
+    check_refit(case, of_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_EIGHT)
+def test_eight_ranks(case: str, of_eight: list[dict[str, Any]]) -> None:
+    check_export(case, of_eight)
+    check_refit(case, of_eight)
+
+
+@pytest.mark.parametrize("case", WITH_DELTA)
 def test_only_what_changed_is_sent(case: str, found: list[dict[str, Any]]) -> None:
     steps = [one[case]["delta"]["steps"] for one in found]
     assert [[wrong for wrong, _ in step] for step in steps] == [[[]] * 4] * WORLD

@@ -178,7 +178,6 @@ def refusals(folder: Path, rank: int) -> dict[str, str]:
         if rank == 1:
             patch.setattr("megatron.bridge.live.shared_files.write_all", full_disk)
         found["weights not writable"] = said(lambda: bridge.save_hf_pretrained([model], target))
-    found["not whole"] = said(lambda: [*bridge.export_hf_weights([model])])
     dist.barrier()
     found["left"] = str(sorted(path.name for path in folder.glob("*refused*")))
     found["saved"] = said(lambda: bridge.save_megatron_model([model], target))
@@ -271,7 +270,6 @@ REFUSALS = {
     "weights not shared": "refused: not every rank sees it; choose a shared folder",
     "weights not writable": "no space left on device",
     "not the same": "refused-1 on rank 1; give the same one on every rank",
-    "not whole": "save_hf_pretrained writes models that are split over ranks",
     "again": "refused exists already; choose another name",
 }
 
