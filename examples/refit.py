@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     refit = bridge.refit([model], engine.landings(), dtype="float32", delta=True)
 
     image = load_sample_image("china.jpg")[::4, ::4]
-    batch = dict(bridge.hf_pretrained.processor(PROMPT, images=[image], return_tensors="pt"))
+    batch = dict(bridge.hf_pretrained.processor(text=[PROMPT], images=[image], return_tensors="pt"))
     labels = batch["input_ids"].roll(-1, 1)
     labels[batch["mm_token_type_ids"] != 0] = -100
     for step in range(given.steps):
