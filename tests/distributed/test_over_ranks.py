@@ -16,13 +16,13 @@ import torch.distributed as dist
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.live.local_tensors import local_tensors
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.live.roster import Roster, Shard
 from megatron.bridge.live.weights import load_weights, plan_of_model
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import export_checkpoint
 from megatron.bridge.runtime.parallel import destroy_process_groups
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.synthetic import make_model
 from model_folders import read_tensors, same_tensors
 
@@ -178,7 +178,6 @@ def refusals(folder: Path, rank: int) -> dict[str, str]:
         if rank == 1:
             patch.setattr("megatron.bridge.live.shared_files.write_all", full_disk)
         found["weights not writable"] = said(lambda: bridge.save_hf_pretrained([model], target))
-    found["not whole"] = said(lambda: [*bridge.export_hf_weights([model])])
     dist.barrier()
     found["left"] = str(sorted(path.name for path in folder.glob("*refused*")))
     found["saved"] = said(lambda: bridge.save_megatron_model([model], target))
@@ -271,7 +270,6 @@ REFUSALS = {
     "weights not shared": "refused: not every rank sees it; choose a shared folder",
     "weights not writable": "no space left on device",
     "not the same": "refused-1 on rank 1; give the same one on every rank",
-    "not whole": "save_hf_pretrained writes models that are split over ranks",
     "again": "refused exists already; choose another name",
 }
 

@@ -1,0 +1,99 @@
+"""Which rank is gone, where torch only says that a connection broke or says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic, sleep
+
+import torch.distributed as dist
+
+from megatron.bridge.errors import InputError
+
+_THERE = "megatron-bridge/there/{}"
+_NOTICED = "megatron-bridge/noticed"
+
+_ASKED_EVERY = timedelta(seconds=1)
+"""How often a rank that waits asks whether another has noticed that one is gone."""
+
+_ANSWER_SECONDS = 8.0
+"""That a rank has to hear that another is gone, and to say so."""
+
+_TIMED_OUT = "timed out"
+
+
+@contextmanager
+def naming_lost(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Where torch says that a connection broke, say which rank is gone.
+
+    Args:
+        group: of the ranks that work together, None for all of them.
+
+    Raises:
+        InputError: with the ranks that do not answer within some seconds.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = _lost(group)
+        if not lost:
+            raise
+        names = ("rank " if len(lost) == 1 else "ranks ") + ", ".join(map(str, lost))
+        verb = "is" if len(lost) == 1 else "are"
+        raise InputError(
+            f"{names} {verb} gone: look for its own message, or for what killed it. The last word "
+            f"from torch: {str(error).strip().splitlines()[0][:200]}"
+        ) from error
+
+
+def wait_for(work: dist.Work | None, group: dist.ProcessGroup | None) -> None:
+    """Wait for a collective, unless another rank has noticed that one is gone.
+
+    With gloo, a rank that waits for one that lives is not told that a third is gone.
+
+    Args:
+        work: of the collective; None is done.
+        group: as of `naming_lost`.
+
+    Raises:
+        RuntimeError: it did not succeed, or a rank is gone.
+    """
+    if work is None:
+        return
+    if "gloo" not in dist.get_backend(group):
+        work.wait()
+        return
+    while True:
+        try:
+            work.wait(_ASKED_EVERY)
+        except RuntimeError as error:
+            if work.is_completed() or _TIMED_OUT not in str(error).lower() or _is_noticed():
+                raise
+        else:
+            return
+
+
+def _store() -> dist.Store:
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
+def _is_noticed() -> bool:
+    return bool(_store().check([_NOTICED]))
+
+
+def _lost(group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks that do not say within some seconds that they are there."""
+    try:
+        store, own = _store(), dist.get_rank()
+        store.set(_THERE.format(own), "")
+        store.set(_NOTICED, "")
+        end = monotonic() + _ANSWER_SECONDS
+        missing = [rank for rank in dist.get_process_group_ranks(group) if rank != own]
+        while missing and monotonic() < end:
+            missing = [rank for rank in missing if not store.check([_THERE.format(rank)])]
+            sleep(0.05)
+    except RuntimeError:
+        return []  # who serves the store is gone: torch's own words are all there is
+    return missing
