@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 
 from forked import run_ranks
 from megatron.bridge.errors import TargetExists
-from megatron.bridge.live.ranks import Ranks
 from megatron.bridge.live.shared_staging import filled_by_ranks
 from megatron.bridge.models.conversion.layer_keys import SPARSE_NORM, SPARSE_NORM_AS_FUSED
 from megatron.bridge.models.hf_pretrained.tensors import TensorIndex
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import import_checkpoint
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.synthetic import make_model
 from model_folders import read_tensors, same_tensors
 from oracle.gpt_models import stock_gpt_model

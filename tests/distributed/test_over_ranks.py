@@ -16,13 +16,13 @@ import torch.distributed as dist
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.errors import CheckpointError
+from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.live.local_tensors import local_tensors
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.live.roster import Roster, Shard
 from megatron.bridge.live.weights import load_weights, plan_of_model
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.convert import export_checkpoint
 from megatron.bridge.runtime.parallel import destroy_process_groups
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.synthetic import make_model
 from model_folders import read_tensors, same_tensors
 

@@ -32,9 +32,13 @@ from megatron.bridge.target.targets import check_target
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
     from transformers import PretrainedConfig
 
+    from megatron.bridge.exchange.landing import Targets
     from megatron.bridge.live.conversion_tasks import ConversionTask
+    from megatron.bridge.live.export import Receivers
+    from megatron.bridge.live.refit import Refit
     from megatron.bridge.models.conversion.casting import Casting
     from megatron.bridge.models.model_provider import ModelProvider
     from megatron.bridge.models.wrapping import BuildKeywords
@@ -290,8 +294,13 @@ class AutoBridge:
         dtype: DType | None = None,
         weight_dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
+        to: "Receivers" = "all",
+        window_bytes: int | None = None,
     ) -> Iterator[HFWeight]:
         """Every Hugging Face tensor of a live model, by name, in the order of the files.
+
+        The model may be split over ranks in any way. Then every rank calls this and goes on to the
+        end; values go straight from the ranks that hold them to those that are given them.
 
         Args:
             model: the chunks of this rank.
@@ -305,25 +314,82 @@ class AutoBridge:
                 that each has in its file.
             weight_dtype: `dtype`, as other bridges call it.
             round: round values that do not fit instead of raising InexactCast.
+            to: "all" gives every tensor to every rank, a number to that rank alone, "spread" each
+                to one of the ranks, about as many bytes to each.
+            window_bytes: that a rank sends, and receives, at a time; None for 256 MiB. Four times
+                as much memory, and that of the tensors given, is all that it takes.
 
         Yields:
-            The tensors.
+            The tensors that this rank is given.
 
         Raises:
-            InputError: this rank does not hold the whole model, or the tasks do not make whole
-                tensors.
+            PlanError: the ranks do not hold the model.
+            InputError: the tasks do not make whole tensors, or another rank cannot go on.
             InexactCast: values do not fit their dtype.
         """
-        from megatron.bridge.live.task_export import export_some
+        from megatron.bridge.exchange.windows import WINDOW_BYTES
+        from megatron.bridge.live.export import Export
         from megatron.bridge.live.weights import plan_of_model
 
         kept = one_dtype(dtype, weight_dtype)
         plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=kept)
         show = shown(None, as_lines=show_progress)
-        for name, tensor in export_some(
-            model, plan, conversion_tasks, _casting_of(round=round), show
-        ):
+        window = WINDOW_BYTES if window_bytes is None else window_bytes
+        export = Export(plan, _casting_of(round=round), to, window)
+        for name, tensor in export.tensors(model, conversion_tasks, show):
             yield HFWeight(name, tensor.cpu() if cpu else tensor)
+
+    def refit(
+        self,
+        model: Model,
+        targets: "Targets",
+        *,
+        group: "ProcessGroup | None" = None,
+        window_bytes: int | None = None,
+        ranks_per_node: int | None = None,
+        delta: bool = False,
+        dtype: DType | None = None,
+        round: bool = False,  # noqa: A002 - the name of the option
+    ) -> "Refit":
+        """Prepare to move a live model's weights into the memory of other ranks, step by step.
+
+        Every rank of the group calls this, and the refit that it gives for each step: those with a
+        part of the model, those with targets, and those with both.
+
+        Args:
+            model: the chunks of this rank; an empty list where it has no part of the model.
+            targets: the memory that this rank wants filled: whole tensors by name, such as a
+                `state_dict()`, or landings.
+            group: of the ranks, None for all of them.
+            window_bytes: that a rank sends, and receives, at a time; None for 256 MiB. Buffers
+                take four times as much.
+            ranks_per_node: consecutive ranks that share a node, within which a tensor stays where
+                it can.
+            delta: from the second refit on send only what changed, see Refit.
+            dtype: of the tensors on the way; None for the dtype that each has in its file.
+            round: round values that do not fit instead of raising InexactCast.
+
+        Raises:
+            PlanError: the ranks do not hold the model, or it cannot give what a target wants.
+            InputError: a target does not fit, or another rank cannot go on.
+        """
+        from megatron.bridge.exchange.route import Affinity
+        from megatron.bridge.exchange.windows import WINDOW_BYTES
+        from megatron.bridge.live.refit import Refit
+        from megatron.bridge.live.weights import plan_of_ranks
+        from megatron.bridge.runtime.ranks import Ranks
+
+        hf, ranks = self.hf_pretrained, Ranks(group)
+        return Refit(
+            model,
+            targets,
+            plan_of_ranks(hf, model, ranks, experts=self.experts, dtype=dtype),
+            group=group,
+            window_bytes=WINDOW_BYTES if window_bytes is None else window_bytes,
+            affinity=Affinity(ranks_per_node),
+            casting=_casting_of(round=round),
+            delta=delta,
+        )
 
     def save_hf_weights(
         self, model: Model, path: PathLike, **options: Unpack[SaveKeywords]
@@ -558,8 +624,8 @@ class AutoBridge:
     def _save(
         self, model: Model, path: PathLike, options: SaveOptions, *, side_files: bool
     ) -> None:
-        from megatron.bridge.live.ranks import Ranks
         from megatron.bridge.live.save import save_folder
+        from megatron.bridge.runtime.ranks import Ranks
 
         like = options.source_path
         source = self if like is None else type(self).from_hf_pretrained(like)

@@ -32,13 +32,12 @@ from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.engine.pieces import OutputFile
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.roster import Shard, check_held_once, global_tensors
 from megatron.bridge.formats.file_plans import Sides, plan_of
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.formats.torch_dist.file_layout import torch_dist_files
 from megatron.bridge.live.filling import fill_all
 from megatron.bridge.live.local_tensors import LocalTensor
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.live.roster import Shard, check_held_once, global_tensors
 from megatron.bridge.live.shard_transfer import write_by_ranks
 from megatron.bridge.live.sharded_state import (
     Holding,
@@ -58,6 +57,7 @@ from megatron.bridge.models.hf_pretrained.fp8 import check_scales
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.paths import PathLike, local_path
 from megatron.bridge.progress import Silent
+from megatron.bridge.runtime.ranks import Ranks
 
 _BACKEND, _VERSION = "hugging_face", 1
 _WAYS_OUT = "round=True rounds them"

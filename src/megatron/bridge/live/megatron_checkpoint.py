@@ -9,14 +9,13 @@ import torch
 from megatron.bridge.dtypes import TORCH_NAME_OF, can_be_cast, safetensors_dtype
 from megatron.bridge.engine.stream import write_files
 from megatron.bridge.errors import PlanError
+from megatron.bridge.exchange.roster import Roster, Shard, global_tensors
 from megatron.bridge.formats.config_record import TokenizerRecord
 from megatron.bridge.formats.file_plans import as_stored, weight_tensors
 from megatron.bridge.formats.megatron_folder import megatron_files
 from megatron.bridge.formats.torch_dist.file_layout import writer_of
 from megatron.bridge.formats.torch_dist.reader import TorchDistCheckpoint
 from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor, local_tensors
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.live.roster import Roster, Shard, global_tensors
 from megatron.bridge.live.shared_staging import staged_by_ranks
 from megatron.bridge.live.weights import plan_of_model, planned_tensors
 from megatron.bridge.models.catalog import bridge_for
@@ -26,6 +25,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.model_provider import ModelProvider
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.boxes import (

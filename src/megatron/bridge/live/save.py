@@ -8,10 +8,9 @@ import torch
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.engine.pieces import OutputFile
 from megatron.bridge.engine.stream import write_files
+from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.live.roster import Roster
 from megatron.bridge.live.shard_transfer import write_by_ranks
 from megatron.bridge.live.shared_files import SharedFiles
 from megatron.bridge.live.shared_staging import staged_by_ranks
@@ -21,6 +20,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_export
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.arrays import Array

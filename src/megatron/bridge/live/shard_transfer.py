@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from megatron.bridge.dtypes import itemsize, safetensors_dtype
 from megatron.bridge.engine.pieces import FillTensor
 from megatron.bridge.live.local_tensors import LocalTensor
-from megatron.bridge.live.ranks import Ranks
 from megatron.bridge.live.shared_files import SharedFiles
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_hf
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.arrays import Array, copy
 from megatron.bridge.tensors.box_pairs import hf_part
 from megatron.bridge.tensors.boxes import Box, box_shape, relative, slices, volume

@@ -11,9 +11,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from megatron.bridge.dtypes import can_be_cast
 from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.exchange.roster import Shard, global_tensors
 from megatron.bridge.formats.file_plans import Sides, is_state
 from megatron.bridge.live.local_tensors import LocalTensor
-from megatron.bridge.live.roster import Shard, global_tensors
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge, PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.boxes import full_box, intersect

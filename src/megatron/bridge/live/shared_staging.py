@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron.bridge.errors import InputError, TargetExists
-from megatron.bridge.live.ranks import Ranks
 from megatron.bridge.live.shared_files import writing
 from megatron.bridge.models.hf_pretrained.config import CONFIG_FILE
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.target.folder_sync import sync, sync_all
 from megatron.bridge.target.staging import staged_folder
 

@@ -1,48 +1,78 @@
-"""Weights of live Megatron models: filled from and read as Hugging Face tensors, by the plan."""
+"""Weights of live Megatron models: their plan, and filling them from Hugging Face tensors."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.live.filling import fill_all
-from megatron.bridge.live.local_tensors import (
-    LiveTensors,
-    LocalTensor,
-    check_planned,
-    local_tensors,
-)
+from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
 from megatron.bridge.live.mismatched import replaced_keys, without_keys
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.live.roster import Roster
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import KeyForms
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.conversion.transfer import read_hf
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
+from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
-from megatron.bridge.tensors.boxes import full_box
+from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.source import Source
-from megatron.bridge.tensors.torch_views import as_torch
 
 
 def options_of_model(hf: PreTrainedVLM, model: Sequence[torch.nn.Module]) -> PlanOptions:
     """What a live model was built with: rows of the embedding, its parts, forms of keys."""
     if not model:
         raise InputError("model is an empty list; give the chunks that the provider built")
+    return _options(hf, unwrapped(model)[0].config, _keys(model))
+
+
+def plan_of_ranks(
+    hf: PreTrainedVLM,
+    model: Sequence[torch.nn.Module],
+    ranks: Ranks,
+    *,
+    experts: str | None = None,
+    dtype: DType | None = None,
+) -> ConversionPlan:
+    """`plan_of_model` of a model that not every rank has a part of; the same on all of them.
+
+    Raises:
+        InputError: no rank has a part of it, or another rank cannot go on.
+    """
+
+    def own() -> tuple[PlanOptions, set[str]] | None:
+        if not model:
+            return None
+        keys = _keys(model)
+        return _options(hf, unwrapped(model)[0].config, keys), keys
+
+    told = [one for one in ranks.all_of(own) if one is not None]
+
+    def planned() -> ConversionPlan:
+        if not told:
+            raise InputError("no rank has a part of the model; give its chunks where they are")
+        keys = set().union(*(keys for _, keys in told))
+        paths = bridge_for(hf.hf_config.architecture).layer_paths
+        options = replace(told[0][0], keys=KeyForms.of(keys, paths))
+        return _planned(hf, options, experts, dtype)
+
+    return ranks.together(planned)
+
+
+def _keys(model: Sequence[torch.nn.Module]) -> set[str]:
+    return {local.key for local in local_tensors(model)}
+
+
+def _options(hf: PreTrainedVLM, config: ModelProvider, keys: set[str]) -> PlanOptions:
     bridge = bridge_for(hf.hf_config.architecture)
-    keys = {local.key for local in local_tensors(model)}
-    return replace(
-        bridge.options_of_model(unwrapped(model)[0].config),
-        keys=KeyForms.of(keys, bridge.layer_paths),
-    )
+    forms = KeyForms.of(keys, bridge.layer_paths)
+    return replace(bridge.options_of_model(config), keys=forms)
 
 
 def plan_of_model(
@@ -66,7 +96,13 @@ def plan_of_model(
         ConfigError: the config cannot be used.
         CheckpointError: the files cannot be read.
     """
-    plan = plan_of(hf, replace(options_of_model(hf, model), experts=experts))
+    return _planned(hf, options_of_model(hf, model), experts, dtype)
+
+
+def _planned(
+    hf: PreTrainedVLM, options: PlanOptions, experts: str | None, dtype: DType | None
+) -> ConversionPlan:
+    plan = plan_of(hf, replace(options, experts=experts))
     if dtype is None:
         return plan
     bridge = bridge_for(hf.hf_config.architecture)
@@ -140,41 +176,3 @@ def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> l
     tensors = local_tensors(model)
     check_planned(plan, tensors)
     return tensors
-
-
-def whole_model(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> LiveTensors:
-    """The tensors of a model that this rank holds all of.
-
-    Raises:
-        PlanError: the model and the plan do not have the same tensors.
-    """
-    tensors = planned_tensors(model, plan)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        Roster.alone(tensors).check_held(plan.megatron)
-    return LiveTensors(tensors)
-
-
-@torch.no_grad()
-def export_weights(
-    model: Sequence[torch.nn.Module], plan: ConversionPlan, casting: Casting = EXACTLY
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every Hugging Face tensor that the model holds, by name, on the model's device.
-
-    Args:
-        model: the chunks of this rank.
-        plan: of the model.
-        casting: of values that the plan's dtypes do not hold.
-
-    Yields:
-        Name and tensor.
-
-    Raises:
-        PlanError: the model and the plan do not have the same tensors.
-        InputError: this rank does not hold all of the model.
-        InexactCast: see `casting`.
-    """
-    source = whole_model(model, plan)
-    for name, spec in plan.hf.items():
-        if name in plan.carried:
-            continue
-        yield name, as_torch(read_hf(plan, name, full_box(spec.shape), source, casting))

@@ -1,17 +1,40 @@
 """Which rank holds which part of which tensor."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import cached_property
 from itertools import chain, compress
-from typing import Self
+from typing import Any, Protocol, Self
 
 from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
-from megatron.bridge.live.local_tensors import LocalTensor
-from megatron.bridge.live.ranks import Ranks
-from megatron.bridge.tensors.boxes import Box, Shape, tiling_faults
+from megatron.bridge.tensors.boxes import Box, BoxIndex, Shape, tiling_faults
 from megatron.bridge.tensors.spec import TensorSpec
+
+
+class Held(Protocol):
+    """What a rank holds of a checkpoint tensor, see `live.local_tensors.LocalTensor`."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def key_shape(self) -> Shape: ...
+    @property
+    def box(self) -> Box: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def is_padded(self) -> bool: ...
+    @property
+    def is_main(self) -> bool: ...
+
+
+class Telling(Protocol):
+    """Ranks that tell one another, see `runtime.ranks.Ranks`."""
+
+    def all_once[T](self, own: T) -> list[T]: ...
+    def all_of[T](self, step: Callable[[], T]) -> list[T]: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +56,7 @@ class Shard:
     is_padded: bool
 
     @classmethod
-    def of(cls, local: LocalTensor) -> Self:
+    def of(cls, local: Held) -> Self:
         """What is told of a tensor."""
         dtype = safetensors_dtype(local.data.dtype)
         return cls(local.key, local.key_shape, local.box, dtype, local.is_padded)
@@ -52,7 +75,7 @@ class Roster:
     main: tuple[tuple[bool, ...], ...]
 
     @classmethod
-    def of(cls, ranks: Ranks, tensors: Sequence[LocalTensor]) -> Self:
+    def of(cls, ranks: Telling, tensors: Sequence[Held]) -> Self:
         """What all ranks hold, once each has told it. Of replicas one tells all.
 
         Args:
@@ -60,19 +83,11 @@ class Roster:
             tensors: those of this rank.
         """
         own = tuple(map(Shard.of, tensors))
-        told = ranks.all_of(
-            lambda: (sha256(repr(own).encode()).digest(), tuple(one.is_main for one in tensors))
-        )
-        digests = [digest for digest, _ in told]
-        teller = digests.index(digests[ranks.index])
-        shards = ranks.all_of(lambda: own if teller == ranks.index else ())
-        return cls(
-            tuple(shards[digests.index(digest)] for digest in digests),
-            tuple(main for _, main in told),
-        )
+        main = ranks.all_of(lambda: tuple(one.is_main for one in tensors))
+        return cls(tuple(ranks.all_once(own)), tuple(main))
 
     @classmethod
-    def alone(cls, tensors: Sequence[LocalTensor]) -> Self:
+    def alone(cls, tensors: Sequence[Held]) -> Self:
         """What one rank holds, without the others."""
         return cls((tuple(map(Shard.of, tensors)),), (tuple(one.is_main for one in tensors),))
 
@@ -89,6 +104,26 @@ class Roster:
     def main_shards(self) -> Iterator[Shard]:
         """The main replicas of all ranks."""
         return chain.from_iterable(map(self.main_of, range(len(self.by_rank))))
+
+    def holders(self, key: str, box: Box) -> Iterator[tuple[Box, Box, tuple[int, ...]]]:
+        """(shared part, box that is held, its ranks) of every held box that overlaps `box`."""
+        if key in self._holders:
+            for shared, (held, ranks) in self._holders[key].overlapping(box):
+                yield shared, held, ranks
+
+    @cached_property
+    def _holders(self) -> dict[str, BoxIndex[tuple[Box, tuple[int, ...]]]]:
+        replicas: dict[int, list[int]] = defaultdict(list)
+        for rank, own in enumerate(self.by_rank):
+            replicas[id(own)].append(rank)
+        of_key: dict[str, dict[Box, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for ranks in replicas.values():
+            for shard in self.by_rank[ranks[0]]:
+                of_key[shard.key][shard.box].update(ranks)
+        return {
+            key: BoxIndex((box, (box, tuple(sorted(ranks)))) for box, ranks in boxes.items())
+            for key, boxes in of_key.items()
+        }
 
     def check_held(self, tensors: Mapping[str, TensorSpec]) -> None:
         """Refuse ranks that together do not hold all of some tensors.

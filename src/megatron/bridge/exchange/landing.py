@@ -1,0 +1,87 @@
+"""Where a box of a Hugging Face tensor goes: a place in somebody's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from megatron.bridge.dtypes import holds_all, safetensors_dtype
+from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.demand import Demand
+from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.tensors.boxes import Box, box_shape, format_box, full_box
+from megatron.bridge.text.quoting import quoted
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A box of a Hugging Face tensor and the memory that it fills.
+
+    Attributes:
+        name: of the tensor.
+        box: of it.
+        out: memory of the box's shape, in any strides: a view of a parameter, for example.
+    """
+
+    name: str
+    box: Box
+    out: torch.Tensor
+
+    @classmethod
+    def whole(cls, name: str, out: torch.Tensor) -> Self:
+        """All of a tensor."""
+        return cls(name, full_box(out.shape), out)
+
+    @property
+    def demand(self) -> Demand:
+        """What it wants."""
+        return Demand(self.name, self.box)
+
+
+type Targets = Mapping[str, torch.Tensor] | Iterable[Landing]
+"""Whole tensors by name, a `state_dict()` for example, or landings."""
+
+
+def landings_of(targets: Targets) -> list[Landing]:
+    """The landings of what a caller gives.
+
+    Raises:
+        InputError: memory is not of the shape of its box.
+    """
+    if isinstance(targets, Mapping):
+        return [Landing.whole(name, tensor) for name, tensor in targets.items()]
+    found = list(targets)
+    for landing in found:
+        if not isinstance(landing, Landing):
+            raise InputError(f"a target is {quoted(landing)}; expected a Landing")
+        if tuple(landing.out.shape) != box_shape(landing.box):
+            raise InputError(
+                f"{landing.name}{format_box(landing.box)}: its memory is of shape "
+                f"{tuple(landing.out.shape)}; expected {box_shape(landing.box)}"
+            )
+    return found
+
+
+def check_landings(plan: ConversionPlan, landings: Sequence[Landing], *, rounds: bool) -> None:
+    """Refuse memory that does not hold the values.
+
+    Args:
+        plan: of the model.
+        landings: of this rank.
+        rounds: whether values may be rounded to the dtype of the memory.
+
+    Raises:
+        InputError: memory has a dtype that does not hold all values of its tensor.
+    """
+    for landing in landings:
+        if (spec := plan.hf.get(landing.name)) is None:
+            continue  # refused with all that the model cannot give
+        dtype = safetensors_dtype(landing.out.dtype)
+        if not holds_all(dtype, spec.dtype) and not rounds:
+            raise InputError(
+                f"{landing.name}: its memory is {dtype}, which does not hold all values of "
+                f"{spec.dtype}; give memory of that dtype, or round=True"
+            )

@@ -1,0 +1,179 @@
+"""Running an exchange, window by window: while one is under way, the next is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from megatron.bridge.dtypes import itemsize
+from megatron.bridge.exchange.packing import Destination, PackedWindow, Packing
+from megatron.bridge.exchange.route import Move, Routes
+from megatron.bridge.exchange.transport import Transport, Wait
+from megatron.bridge.exchange.windows import Schedule, schedule, slot_bytes
+from megatron.bridge.runtime.ranks import Ranks
+from megatron.bridge.tensors.boxes import volume
+
+_BUFFERS = 2
+"""Of each direction: one is under way while the other is packed or unpacked."""
+
+
+class _UnderWay(NamedTuple):
+    window: PackedWindow
+    wait: Wait
+
+
+class Exchange:
+    """What a rank does in an exchange, ready to be done again and again.
+
+    Args:
+        routes: of all ranks.
+        ranks: all of them make one, and do all that follows together.
+        transport: moves the bytes.
+        window_bytes: see `schedule`.
+        device: where the buffers are.
+
+    Attributes:
+        schedule: of the windows.
+        sent: the moves of this rank, window by window.
+        received: likewise.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        ranks: Ranks,
+        transport: Transport,
+        window_bytes: int,
+        device: torch.device,
+    ) -> None:
+        self._ranks, self._transport = ranks, transport
+        self._plan, self._device = routes.plan, device
+
+        def prepared() -> tuple[list[Move], list[Move]]:
+            return routes.sends(ranks.index), routes.receives(ranks.index)
+
+        sends, receives = ranks.together(prepared)
+        self.schedule: Schedule = schedule(
+            routes.plan,
+            routes.wanted.names(routes.plan),
+            (sends, receives),
+            window_bytes,
+            lambda own: ranks.largest(own, device),
+        )
+        self.sent = self.schedule.by_window(sends)
+        self.received = self.schedule.by_window(receives)
+        sizes = [max(map(self._slots, moves), default=0) for moves in (self.sent, self.received)]
+        self._send, self._receive = (
+            [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
+            for size in sizes
+        )
+
+    @property
+    def count(self) -> int:
+        """How many windows there are."""
+        return len(self.schedule.windows)
+
+    def complete_in(self, number: int) -> list[str]:
+        """The tensors of which the last part is in a window, in order."""
+        return [
+            unit.name
+            for unit in self.schedule.windows[number].units
+            if unit.part == self.schedule.cutting.parts[unit.name] - 1
+        ]
+
+    @property
+    def own_bytes(self) -> int:
+        """That this rank holds and wants."""
+        return sum(
+            volume(move.box) * itemsize(self._plan.hf[move.name].dtype)
+            for moves in self.sent
+            for move in moves
+            if move.sender == move.receiver
+        )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """That the buffers of this rank take."""
+        return sum(buffer.nbytes for buffer in (*self._send, *self._receive))
+
+    def send_buffer(self, number: int) -> torch.Tensor:
+        """One of two."""
+        return self._send[number]
+
+    def receive_buffer(self, number: int) -> torch.Tensor:
+        """One of two."""
+        return self._receive[number]
+
+    def packed(
+        self,
+        number: int,
+        packing: Packing,
+        destination: Destination,
+        buffer: int | None = None,
+    ) -> PackedWindow:
+        """The views of one window.
+
+        Args:
+            number: of the window.
+            packing: of what this rank holds.
+            destination: of what it wants; the memory has to stay where it is until the window is
+                done.
+            buffer: which of two buffers of each direction; None for the one that `run` uses.
+        """
+        buffer = number % _BUFFERS if buffer is None else buffer
+        return packing.window(
+            self.sent[number],
+            self.received[number],
+            self._send[buffer],
+            self._receive[buffer],
+            destination,
+        )
+
+    def run(self, windows: Iterable[PackedWindow]) -> Iterator[int]:
+        """Move all windows; every rank does this.
+
+        Args:
+            windows: those of `packed`, in order; each is asked for when it is to be packed.
+
+        Yields:
+            The number of each window, when all of it has arrived on this rank.
+
+        Raises:
+            InputError: another rank cannot go on, or is gone.
+            InexactCast: values do not fit the dtype that they are to have.
+        """
+        windows = iter(windows)
+        under_way: _UnderWay | None = None
+        for number in range(self.count):
+            buffers = self._send[number % _BUFFERS], self._receive[number % _BUFFERS]
+
+            def pack() -> PackedWindow:
+                window = next(windows)
+                window.send.copies.make()
+                window.own.make()
+                return window
+
+            window = self._ranks.agreed(pack, self._device)
+            send, receive = (
+                buffer[: side.nbytes]
+                for buffer, side in zip(buffers, (window.send, window.receive), strict=True)
+            )
+            with self._ranks.naming_lost():
+                wait = self._transport.start(send, window.send.sizes, receive, window.receive.sizes)
+            if under_way is not None:
+                self._finish(under_way)
+                yield number - 1
+            under_way = _UnderWay(window, wait)
+        if under_way is not None:
+            self._finish(under_way)
+            yield self.count - 1
+
+    def _finish(self, under_way: _UnderWay) -> None:
+        with self._ranks.naming_lost():
+            under_way.wait()
+        under_way.window.receive.copies.make()
+
+    def _slots(self, moves: Sequence[Move]) -> int:
+        return sum(slot_bytes(self._plan, move) for move in moves if move.sender != move.receiver)

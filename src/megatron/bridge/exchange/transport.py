@@ -1,0 +1,122 @@
+"""Bytes between ranks: what each of them has for each of the others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+
+from megatron.bridge.errors import InputError
+from megatron.bridge.runtime.ranks import Ranks
+
+type Wait = Callable[[], None]
+"""Returns when what was begun is done."""
+
+
+class Transport(ABC):
+    """How bytes go from rank to rank.
+
+    Args:
+        group: of the ranks, None for all of them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    @abstractmethod
+    def start(
+        self,
+        send: torch.Tensor,
+        send_sizes: Sequence[int],
+        receive: torch.Tensor,
+        receive_sizes: Sequence[int],
+    ) -> Wait:
+        """Begin to exchange; every rank calls this.
+
+        Args:
+            send: uint8 [sum of send_sizes], for each rank in turn. It stays as it is until the
+                exchange is done.
+            send_sizes: bytes for each rank.
+            receive: uint8 [sum of receive_sizes], of each rank in turn.
+            receive_sizes: bytes of each rank.
+
+        Returns:
+            What waits until `receive` is filled.
+        """
+
+
+class AllToAll(Transport):
+    """One collective for all bytes."""
+
+    def start(
+        self,
+        send: torch.Tensor,
+        send_sizes: Sequence[int],
+        receive: torch.Tensor,
+        receive_sizes: Sequence[int],
+    ) -> Wait:
+        """As of Transport."""
+        work = dist.all_to_all_single(
+            receive, send, list(receive_sizes), list(send_sizes), group=self.group, async_op=True
+        )
+        return _waiting([] if work is None else [work])
+
+
+class PointToPoint(Transport):
+    """A message for each pair of ranks that has bytes; the others do not meet."""
+
+    def start(
+        self,
+        send: torch.Tensor,
+        send_sizes: Sequence[int],
+        receive: torch.Tensor,
+        receive_sizes: Sequence[int],
+    ) -> Wait:
+        """As of Transport."""
+        messages = [
+            dist.P2POp(operation, part, group=self.group, group_peer=peer)
+            for operation, buffer, sizes in (
+                (dist.irecv, receive, receive_sizes),
+                (dist.isend, send, send_sizes),
+            )
+            for peer, part in enumerate(_parts(buffer, sizes))
+            if len(part)
+        ]
+        return _waiting(dist.batch_isend_irecv(messages) if messages else [])
+
+
+class Alone(Transport):
+    """One process, which has nobody to send to."""
+
+    def start(
+        self,
+        send: torch.Tensor,
+        send_sizes: Sequence[int],
+        receive: torch.Tensor,
+        receive_sizes: Sequence[int],
+    ) -> Wait:
+        """As of Transport."""
+        if any(send_sizes) or any(receive_sizes):
+            raise InputError("one process has nobody to exchange with")
+        return _waiting([])
+
+
+def transport_between(ranks: Ranks) -> Transport:
+    """The usual way between some ranks."""
+    return AllToAll(ranks.group) if dist.is_initialized() else Alone()
+
+
+def _parts(buffer: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    ends = list(accumulate(sizes))
+    return [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _waiting(works: Sequence[dist.Work]) -> Wait:
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait

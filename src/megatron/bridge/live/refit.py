@@ -1,0 +1,275 @@
+"""Refit: the weights of a live model into the memory of others, again and again.
+
+What is to move is worked out once. Each refit after that packs, sends and unpacks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+
+import torch
+import torch.distributed as dist
+
+from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.delta_run import DeltaRun
+from megatron.bridge.exchange.demand import Demand, Wanted
+from megatron.bridge.exchange.landing import Landing, Targets, check_landings, landings_of
+from megatron.bridge.exchange.packing import Packing
+from megatron.bridge.exchange.roster import Roster, Shard
+from megatron.bridge.exchange.route import Affinity, Routes
+from megatron.bridge.exchange.run import Exchange
+from megatron.bridge.exchange.transport import Transport, transport_between
+from megatron.bridge.exchange.windows import WINDOW_BYTES
+from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
+from megatron.bridge.models.conversion.casting import EXACTLY, Casting
+from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.runtime.ranks import Ranks
+
+_BEGUN, _ARRIVED = 0, 1
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit moved, on this rank.
+
+    Attributes:
+        version: of the weights that have arrived, from 1.
+        windows: how many there were.
+        collectives: how many calls all ranks made together.
+        is_delta: whether only what changed since the last refit was sent.
+        sent_bytes: to other ranks.
+        received_bytes: from other ranks.
+        own_bytes: that this rank copied to itself.
+        buffer_bytes: of memory beside the model and the targets.
+        seconds: that it took.
+    """
+
+    version: int
+    windows: int
+    collectives: int
+    is_delta: bool
+    sent_bytes: int
+    received_bytes: int
+    own_bytes: int
+    buffer_bytes: int
+    seconds: float
+
+
+class Refit:
+    """The weights of a live model into memory of any ranks, prepared once and called each step.
+
+    Every rank of the group makes one, whether it has a part of the model, targets, or both, and
+    every rank calls it. Values go straight from a rank that holds them to each that wants them.
+
+    Args:
+        model: the chunks of this rank; none where it has no part of the model.
+        targets: the memory that this rank wants filled.
+        plan: of the model, the same on every rank.
+        group: of the ranks, None for all of them.
+        window_bytes: that a rank sends, and receives, at a time. Buffers take four times as much.
+        affinity: who of several ranks that hold the same sends it.
+        casting: of values that the plan's dtypes do not hold.
+        delta: from the second refit on send only what changed, found bit by bit. Then the model's
+            memory is kept once more, and targets have to stay as the last refit left them: where
+            one has not, all is sent.
+        transport: moves the bytes; None chooses.
+
+    Raises:
+        PlanError: the ranks do not hold the model, or it cannot give what a target wants.
+        InputError: a target does not fit, the ranks have different plans, or another rank cannot
+            go on.
+
+    Attributes:
+        prepare_seconds: that it took to make.
+    """
+
+    def __init__(
+        self,
+        model: Sequence[torch.nn.Module],
+        targets: Targets,
+        plan: ConversionPlan,
+        *,
+        group: dist.ProcessGroup | None = None,
+        window_bytes: int = WINDOW_BYTES,
+        affinity: Affinity = Affinity(),  # noqa: B008 - frozen
+        casting: Casting = EXACTLY,
+        delta: bool = False,
+        transport: Transport | None = None,
+    ) -> None:
+        begin = time.perf_counter()
+        self._delta, self._transport = delta, transport or transport_between(Ranks(group))
+        self._then: list[LocalTensor] = []
+        self._ranks, self._plan, self._casting = Ranks(group), plan, casting
+        self._model = list(model)
+        self._check_same_plan()
+        self._landings, held = self._ranks.together(lambda: self._checked(targets))
+        self._device = _device_of(held, self._landings)
+        roster = Roster.of(self._ranks, held)
+        wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
+        routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
+        self._shards = roster.by_rank[self._ranks.index]
+        self._exchange = Exchange(
+            routes,
+            self._ranks,
+            self._transport,
+            window_bytes,
+            self._device,
+        )
+        self._ranks.together(lambda: self._make_views(held))
+        self._version = torch.zeros(2, dtype=torch.int64)
+        self.prepare_seconds = time.perf_counter() - begin
+
+    @property
+    def version(self) -> int:
+        """Of the weights in the targets of this rank, 0 before the first refit has arrived."""
+        return int(self._version[_ARRIVED])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all targets have the weights of one version: not while a refit is under way."""
+        return bool(self._version[_BEGUN] == self._version[_ARRIVED])
+
+    @torch.no_grad()
+    def __call__(self) -> RefitReport:
+        """Move the weights that the model has now; every rank calls this.
+
+        Raises:
+            InputError: the ranks are not at the same version, a rank's model is split otherwise
+                than it was, or another rank cannot go on or is gone. Then targets may have weights
+                of two versions (`is_whole`) until the next refit.
+            InexactCast: values do not fit the dtype that they are to have.
+        """
+        begin = time.perf_counter()
+        self._check_versions(self._ranks.all_of(self._ready))
+        is_delta = self._delta and self.is_whole and self.version > 0
+        self._version[_BEGUN] += 1
+        if is_delta:
+            is_delta = not any(self._ranks.largest([not self._changes().run()], self._device))
+        if not is_delta:
+            for _ in self._exchange.run(self._windows):
+                pass
+        # Nobody has the new version before everybody has.
+        self._ranks.agreed(self._after, self._device)
+        self._version[_ARRIVED] = self._version[_BEGUN]
+        return self._report(is_delta, time.perf_counter() - begin)
+
+    def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
+        landings = landings_of(targets)
+        check_landings(self._plan, landings, rounds=self._casting.rounds)
+        held = local_tensors(self._model) if self._model else []
+        check_planned(self._plan, held)
+        return landings, held
+
+    def _check_same_plan(self) -> None:
+        specs = (*self._plan.hf.values(), *self._plan.megatron.values())
+        told = self._ranks.all_once(specs)
+        for rank, others in enumerate(told):
+            if others == told[0]:
+                continue
+            first = next(
+                f"rank 0 has {here}, rank {rank} has {there}"
+                for here, there in zip_longest(told[0], others)
+                if here != there
+            )
+            raise InputError(f"the ranks have different plans: {first}")
+
+    def _ready(self) -> int:
+        """The version of this rank, once its views are of the memory that is used now."""
+        if self._memory_now() != self._memory:
+            held = local_tensors(self._model) if self._model else []
+            if tuple(map(Shard.of, held)) != self._shards:
+                raise InputError(
+                    "the model is split otherwise than when the refit was prepared; make a new one"
+                )
+            self._make_views(held)
+        return int(self._version[_BEGUN])
+
+    def _check_versions(self, versions: Sequence[int]) -> None:
+        for rank, version in enumerate(versions):
+            if version != versions[0]:
+                raise InputError(
+                    f"rank 0 has begun {versions[0]} refits and rank {rank} {version}; every rank "
+                    f"has to call each of them"
+                )
+
+    def _make_views(self, held: Sequence[LocalTensor]) -> None:
+        places: dict[Demand, list[torch.Tensor]] = defaultdict(list)
+        for landing in self._landings:
+            places[landing.demand].append(landing.out.detach())
+        self._copies_again = [
+            (other, first) for first, *others in places.values() for other in others
+        ]
+        self._place = lambda demand: places[demand][0]
+        self._held: Sequence[LocalTensor] = held
+        self._changed: DeltaRun | None = None
+        packing = self._packing(held)
+        self._windows = [
+            self._exchange.packed(number, packing, self._place)
+            for number in range(self._exchange.count)
+        ]
+        self._memory = self._memory_now()
+
+    def _packing(self, held: Sequence[LocalTensor]) -> Packing:
+        return Packing(self._plan, held, self._casting, self._ranks.count)
+
+    def _changes(self) -> DeltaRun:
+        """What moves only what changed, once there is something that it could have changed from."""
+        if self._changed is None:
+            packings = self._packing(self._held), self._packing(self._then)
+            self._changed = DeltaRun(
+                self._exchange, self._ranks, self._transport, packings, self._place, self._device
+            )
+        return self._changed
+
+    def _after(self) -> None:
+        """Copy to each further place that wants the same, and keep what was sent."""
+        for other, first in self._copies_again:
+            other.copy_(first)
+        if not self._delta:
+            return
+        if not self._then:
+            self._then = [
+                replace(one, data=torch.empty_like(one.data, memory_format=torch.contiguous_format))
+                for one in self._held
+            ]
+        if self._then:
+            torch._foreach_copy_(
+                [one.data for one in self._then], [one.data for one in self._held]
+            )
+
+    def _memory_now(self) -> list[tuple[object, ...]]:
+        tensors = chain(
+            *(chunk.parameters() for chunk in self._model),
+            (landing.out for landing in self._landings),
+        )
+        return [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in tensors]
+
+    def _report(self, is_delta: bool, seconds: float) -> RefitReport:
+        count, buffers = self._exchange.count, self._exchange.buffer_bytes
+        if is_delta:
+            changes = self._changes()
+            sent, received = changes.sent_bytes, changes.received_bytes
+            buffers += changes.message_bytes
+        else:
+            sent = sum(window.send.nbytes for window in self._windows)
+            received = sum(window.receive.nbytes for window in self._windows)
+        return RefitReport(
+            version=self.version,
+            windows=count,
+            collectives=3 * count + 3 if is_delta else 2 * count + 2,
+            is_delta=is_delta,
+            sent_bytes=sent,
+            received_bytes=received,
+            own_bytes=self._exchange.own_bytes,
+            buffer_bytes=buffers,
+            seconds=seconds,
+        )
+
+
+def _device_of(held: Sequence[LocalTensor], landings: Sequence[Landing]) -> torch.device:
+    tensors = [one.data for one in held] + [landing.out for landing in landings]
+    return tensors[0].device if tensors else torch.device("cpu")

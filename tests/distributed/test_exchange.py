@@ -1,0 +1,193 @@
+"""Export and refit of models that are split over ranks: all bit for bit that of the files.
+
+The processes are started once and run every case; the tests look at what they found.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exchange_layouts import MODELS, QUICK, built, make_models
+from forked import run_ranks
+from megatron.bridge import AutoBridge
+from megatron.bridge.exchange.landing import Landing
+from megatron.bridge.runtime.parallel import destroy_process_groups
+from megatron.bridge.tensors.boxes import Box, full_box, slices
+from model_folders import read_tensors
+
+WORLD = 4
+WINDOW = 250_000
+"""Bytes: less than the largest tensors have."""
+
+
+def differences(given: dict[str, torch.Tensor], files: dict[str, torch.Tensor]) -> list[str]:
+    """Of what is given, what is not the file's."""
+    return [
+        name
+        for name, tensor in given.items()
+        if tensor.dtype != files[name].dtype
+        or tensor.shape != files[name].shape
+        or not torch.equal(tensor.view(torch.uint8), files[name].view(torch.uint8))
+    ]
+
+
+def wanted_box(name: str, shape: tuple[int, ...], rank: int) -> Box | None:
+    """An uneven part of a tensor, along an axis that its name chooses; some tensors whole."""
+    number = int.from_bytes(sha256(name.encode()).digest()[:4])
+    if not shape or number % 5 == 0:
+        return full_box(shape)
+    axis = number % len(shape)
+    size = shape[axis]
+    cuts = [0, size // 5, size // 2, size * 4 // 5, size]
+    if cuts[rank] == cuts[rank + 1]:
+        return None
+    box = list(full_box(shape))
+    box[axis] = cuts[rank], cuts[rank + 1]
+    return tuple(box)
+
+
+def landings(files: dict[str, torch.Tensor], names: list[str], rank: int) -> list[Landing]:
+    """What a rank wants, in memory that every other time has the axes turned round."""
+    found = []
+    for number, name in enumerate(names):
+        box = wanted_box(name, tuple(files[name].shape), rank)
+        if box is None:
+            continue
+        out = torch.zeros_like(files[name][slices(box)])
+        if number % 2 and out.dim() > 1:
+            out = torch.zeros_like(out.mT.contiguous()).mT
+        found.append(Landing(name, box, out))
+    return found
+
+
+def wrong(found: list[Landing], files: dict[str, torch.Tensor]) -> list[str]:
+    return [
+        one.name
+        for one in found
+        if not torch.equal(
+            one.out.contiguous().view(torch.uint8),
+            files[one.name][slices(one.box)].contiguous().view(torch.uint8),
+        )
+    ]
+
+
+def exported(bridge: AutoBridge, model: Any, files: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Names and differences of what this rank is given."""
+    found: dict[str, Any] = {}
+    for to in ("all", "spread", 2):
+        given = dict(bridge.export_hf_weights(model, to=to, window_bytes=WINDOW))
+        found[str(to)] = list(given), differences(given, files)
+    given = dict(bridge.export_hf_weights(model))
+    return found | {"one window": (list(given), differences(given, files))}
+
+
+def refitted(
+    bridge: AutoBridge, model: Any, targets: list[Landing], files: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What two refits leave in memory of this rank."""
+    refit = bridge.refit(model, targets, window_bytes=WINDOW)
+    before = refit.version, refit.is_whole
+    report = refit()
+    found = {"wrong": wrong(targets, files), "wanted": len(targets), "report": report}
+    for target in targets:
+        target.out.zero_()
+    again = refit()
+    return found | {"wrong again": wrong(targets, files), "versions": [before, again.version]}
+
+
+def changed(model: Any, part: float, seed: int) -> None:
+    """Change some of the values of every parameter."""
+    draw = torch.Generator().manual_seed(seed)
+    for chunk in model:
+        for parameter in chunk.parameters():
+            values = parameter.data.view(-1)
+            places = torch.randperm(len(values), generator=draw)[: round(len(values) * part)]
+            values[places] = values[places] * 2 + 1
+
+
+def refitted_by_changes(bridge: AutoBridge, model: Any, targets: list[Landing]) -> dict[str, Any]:
+    """After changes of the model: what differs from what it is exported as, and what was sent."""
+    refit = bridge.refit(model, targets, window_bytes=WINDOW, delta=True)
+    found = []
+    for number, part in enumerate((0.0, 0.03, 0.6, 0.03)):
+        changed(model, part, 31 * number)
+        refit()
+        changed(model, part, 37 * number)
+        if number == 3 and torch.distributed.get_rank() == 1:
+            for target in targets:  # somebody has been at what was received
+                target.out.zero_()
+        report = refit()
+        model_now = dict(bridge.export_hf_weights(model))
+        found.append((wrong(targets, model_now), report))
+    return {"steps": found}
+
+
+def run_case(folder: Path, rank: int, name: str) -> dict[str, Any]:
+    model_name, _, fields = QUICK[name]
+    bridge = AutoBridge.from_hf_pretrained(folder / model_name)
+    model = built(bridge, MODELS[model_name][2] | fields)
+    files = read_tensors(folder / model_name)
+    export = exported(bridge, model, files)
+    targets = landings(files, export["all"][0], rank)
+    found = {"export": export, "refit": refitted(bridge, model, targets, files)}
+    if name in ("tensor", "tensor_stages_experts"):
+        found["delta"] = refitted_by_changes(bridge, model, targets)
+    return found
+
+
+def worker(rank: int, folder: str) -> None:
+    found = {name: run_case(Path(folder), rank, name) for name in QUICK}
+    torch.save(found, f"{folder}/found{rank}.pt")
+    destroy_process_groups()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exchange")
+    make_models(folder, {model for model, _, _ in QUICK.values()})
+    run_ranks(worker, str(folder), world=WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_what_is_given_is_what_the_files_have(case: str, found: list[dict[str, Any]]) -> None:
+    whole = found[0][case]["export"]["all"][0]
+    assert len(whole) > 20
+    for rank, one in enumerate(found):
+        assert [wrong for _, wrong in one[case]["export"].values()] == [[]] * 4
+        assert one[case]["export"]["all"][0] == one[case]["export"]["one window"][0] == whole
+        assert one[case]["export"]["2"][0] == (whole if rank == 2 else [])
+    spread = [one[case]["export"]["spread"][0] for one in found]
+    assert sorted(name for names in spread for name in names) == sorted(whole)
+    assert all(spread)
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_what_arrives_is_what_the_files_have(case: str, found: list[dict[str, Any]]) -> None:
+    for one in found:
+        assert one[case]["refit"]["wanted"] > 20
+        assert one[case]["refit"]["wrong"] == one[case]["refit"]["wrong again"] == []
+        assert one[case]["refit"]["versions"] == [(0, True), 2]
+        report = one[case]["refit"]["report"]
+        assert report.windows > 3
+        assert report.buffer_bytes <= 4 * WINDOW
+
+
+@pytest.mark.parametrize("case", ["tensor", "tensor_stages_experts"])
+def test_only_what_changed_is_sent(case: str, found: list[dict[str, Any]]) -> None:
+    steps = [one[case]["delta"]["steps"] for one in found]
+    assert [[wrong for wrong, _ in step] for step in steps] == [[[]] * 4] * WORLD
+    for none, few, many, touched in ([report for _, report in step] for step in steps):
+        assert [one.is_delta for one in (none, few, many, touched)] == [True, True, True, False]
+        assert none.sent_bytes < few.sent_bytes < many.sent_bytes < 1.1 * touched.sent_bytes
+        assert few.sent_bytes < touched.sent_bytes / 4
