@@ -24,8 +24,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 import released_configs as released
 from megatron.bridge import AutoBridge
+from megatron.bridge.exchange.roster import Shard
 from megatron.bridge.live.local_tensors import LocalTensor, local_tensors
-from megatron.bridge.live.roster import Shard
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.model_provider import ModelProvider

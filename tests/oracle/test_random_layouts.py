@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from megatron.bridge.errors import PlanError
+from megatron.bridge.exchange.roster import Shard, check_held_once
 from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
-from megatron.bridge.live.roster import Shard, check_held_once
 from megatron.bridge.operations.inspection.cluster_layout import lay_out, on_rank, without_advice
 from megatron.bridge.operations.inspection.cluster_legality import REFUSED, layout_error
 from megatron.bridge.runtime.parallel_sizes import DEFAULTS, ParallelSizes

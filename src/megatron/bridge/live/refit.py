@@ -237,9 +237,7 @@ class Refit:
                 for one in self._held
             ]
         if self._then:
-            torch._foreach_copy_(
-                [one.data for one in self._then], [one.data for one in self._held]
-            )
+            torch._foreach_copy_([one.data for one in self._then], [one.data for one in self._held])
 
     def _memory_now(self) -> list[tuple[object, ...]]:
         tensors = chain(

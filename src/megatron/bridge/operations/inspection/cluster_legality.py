@@ -182,7 +182,7 @@ def _world_problems(asked: ParallelSizes, mended: ParallelSizes) -> list[str]:
     if mended.expert_ranks != mended.dense_ranks:
         holders += f", {mended.expert_ranks} its experts (etp x ep x pp)"
     problem = f"--world-size {ranks}: not a multiple of what is needed: {holders}"
-    changed = _changed(asked, mended, FIELDS)
+    changed = _changed(asked, mended, (name for name in FIELDS if name != "vpp"))
     return [f"{problem} ({changed}the nearest legal: {_or(nearest)})"]
 
 
