@@ -193,8 +193,8 @@ ILLEGAL = [
     ("qwen3_vl", {}, ParallelSizes(ep=2), "num_moe_experts must be non None", "1"),
     ("qwen3_vl", {}, ParallelSizes(vpp=2), "interleaving needs more than 2 stages", None),
     ("qwen3_5", {"num_layers": 12}, ParallelSizes(pp=3, vpp=3), "should be divisible", "2 or 4"),
-    ("qwen3_vl_moe", _MOE, ParallelSizes(ep=5), "assert self.config.num_moe_experts %", "4 or 6"),
-    ("qwen3_vl_moe", _MOE, ParallelSizes(etp=6), "56 is not divisible by 6", "4 or 7"),
+    ("qwen3_vl_moe", _MOE, ParallelSizes(ep=5), "num_moe_experts is 12, not a multiple", "4 or 6"),
+    ("qwen3_vl_moe", _MOE, ParallelSizes(etp=6), "moe_ffn_hidden_size is 28, not a", "4 or 7"),
 ]  # fmt: skip
 
 
@@ -219,8 +219,9 @@ def test_all_illegal_sizes_are_told_at_once() -> None:
     assert pp.startswith("--pp 3: ")
     assert ep.startswith("--ep 7: ")
     assert world == (
-        "--world-size 50: not a multiple of what is needed: 15 ranks hold the model (tp x pp x "
-        "cp), 105 its experts (etp x ep x pp) (the nearest legal: 105)"
+        "--world-size 50: not a multiple of what is needed: 4 ranks hold the model (tp x pp x cp), "
+        "24 its experts (etp x ep x pp) (with --tp 2, with --pp 2, with --ep 6, the nearest legal: "
+        "48 or 72)"
     )
 
 

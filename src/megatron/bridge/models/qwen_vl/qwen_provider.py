@@ -1,6 +1,6 @@
 """The provider of a Qwen language model: what all families have in common."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -121,15 +121,7 @@ class QwenModelProvider(ModelProvider):
                 f"moe_router_topk is {self.moe_router_topk}, more than num_moe_experts = "
                 f"{self.num_moe_experts}"
             )
-        # megatron-core says so as well, but of groups of ranks, and these take minutes to make.
-        if self.num_moe_experts:
-            for name, split in (
-                ("num_moe_experts", "expert_model_parallel_size"),
-                ("moe_ffn_hidden_size", "expert_tensor_parallel_size"),
-            ):
-                size, parts = getattr(self, name) or 0, getattr(self, split) or 1
-                if 0 < size < parts:
-                    problems.append(f"{name} is {size}, and {split} is {parts}: it splits no more")
+        problems += self._problems_of_split_experts()
         if self.kv_channels is None:
             problems.append("kv_channels is None: it must be set")
         else:
@@ -162,6 +154,22 @@ class QwenModelProvider(ModelProvider):
                 f"sequences, whose last tokens one rank has: set it to 1"
             )
         return problems
+
+    def _problems_of_split_experts(self) -> Iterator[str]:
+        # megatron-core says so as well, but of groups of ranks, and these take minutes to make.
+        if not self.num_moe_experts:
+            return
+        given = self.expert_tensor_parallel_size is not None
+        for name, split in (
+            ("num_moe_experts", "expert_model_parallel_size"),
+            (
+                "moe_ffn_hidden_size",
+                "expert_tensor_parallel_size" if given else "tensor_model_parallel_size",
+            ),
+        ):
+            size, parts = getattr(self, name) or 0, getattr(self, split)
+            if size > 0 and size % parts:
+                yield f"{name} is {size}, not a multiple of {split} = {parts}"
 
     @property
     def takes_deepstack(self) -> bool:

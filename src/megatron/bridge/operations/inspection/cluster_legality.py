@@ -1,8 +1,8 @@
 """The parallel layout of a planned model, or which it can have, as megatron-core and providers say.
 
 There is no rule here. A layout is tried: the provider is finalized with it, and one layer of each
-kind is built on a small imagined cluster. The nearest legal sizes are found by trying, too; what
-was tried is kept.
+kind is built on a small imagined cluster. The nearest legal sizes are found by trying, too, one
+after the other: each beside those that were legal, or found, before it. What was tried is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.bridge.operations.inspection.cluster_layout import (
 )
 from megatron.bridge.operations.inspection.hf_report import HFReport
 from megatron.bridge.progress import Progress
-from megatron.bridge.runtime.parallel_sizes import ParallelSizes
+from megatron.bridge.runtime.parallel_sizes import FIELDS, ParallelSizes
 from megatron.bridge.text.quoting import quoted
 
 type Refusals = Callable[[ParallelSizes], list[str]]
@@ -35,8 +35,8 @@ type Refusals = Callable[[ParallelSizes], list[str]]
 REFUSED = (AssertionError, ValueError, RuntimeError, ConfigError)
 """What megatron-core and the providers raise for sizes that they do not take."""
 
-_BESIDE = {"vpp": ("pp",)}
-"""Sizes that mean something only beside others."""
+_BESIDE = {"vpp": ("pp",), "cp": ("tp",)}
+"""Sizes of which others say which are legal."""
 
 _LARGEST = 1024
 """Where the search for legal sizes ends."""
@@ -109,36 +109,49 @@ def layout_error(
     """
     refusals = partial(_refusals, model)
     with without_advice():
-        problems = _size_problems(sizes, refusals)
+        problems, mended = _size_problems(sizes, refusals)
         for part, lesser in without.items():
             if problems and not _refusals(lesser, sizes):
                 words = model.bridge.optional_parts[part]
                 problems[-1] += f"; legal without {words}: --without {part}"
-        problems += _world_problems(sizes)
+        problems += _world_problems(sizes, mended)
     heading = f"the model cannot be laid out by {str(sizes) or 'any layout'}"
     return PlanError(problems or [_reason(error)], heading=heading)
 
 
-def _size_problems(sizes: ParallelSizes, refusals: Refusals) -> list[str]:
-    """Each size that is refused by itself."""
-    alone = {option: sizes.only(option, *_BESIDE.get(option, ())) for option in sizes.given()}
-    found = (_problem(option, one, refusals) for option, one in alone.items())
-    return [problem for problem in found if problem is not None]
+def _size_problems(sizes: ParallelSizes, refusals: Refusals) -> tuple[list[str], ParallelSizes]:
+    """Each size that is refused beside those before it, and legal sizes in the place of all."""
+    mended, problems = ParallelSizes(), []
+    if refusals(mended):
+        return [], sizes  # it is no size's fault
+    for option, size in sizes.given().items():
+        asked = mended.with_size(option, size)
+        if not (reasons := refusals(asked)):
+            mended = asked
+            continue
+        nearest = _nearest(asked, option, refusals)
+        if nearest:
+            legal = f"the nearest legal: {_or(nearest)}"
+            mended = mended.with_size(option, nearest[0])
+        else:
+            legal = "legal without it"
+            for other in _BESIDE.get(option, ()):
+                found = _nearest(asked, other, refusals)
+                if larger := [n for n in found if n > getattr(asked, other)]:
+                    legal += f", or with --{other} {larger[0]}"
+        changed = _changed(sizes, mended, _BESIDE.get(option, ()))
+        problems.append(f"--{option} {size}: {'; '.join(reasons)} ({changed}{legal})")
+    return problems, mended
 
 
-def _problem(option: str, sizes: ParallelSizes, refusals: Refusals) -> str | None:
-    """Why a size is refused, and the nearest that are not; None if it is not this size's fault."""
-    reasons = refusals(sizes)
-    if not reasons or refusals(sizes.without(option)):
-        return None
-    if nearest := _nearest(sizes, option, refusals):
-        legal = f"the nearest legal: {_or(nearest)}"
-    else:
-        legal = "legal without it"
-        for other in _BESIDE.get(option, ()):
-            if larger := [n for n in _nearest(sizes, other, refusals) if n > getattr(sizes, other)]:
-                legal += f", or with --{other} {larger[0]}"
-    return f"--{option} {getattr(sizes, option)}: {'; '.join(reasons)} ({legal})"
+def _changed(asked: ParallelSizes, mended: ParallelSizes, options: Iterable[str]) -> str:
+    """Which of these sizes a proposal needs to be others than were asked for."""
+    changed = [
+        f"without --{name}" if size is None else f"with --{name} {size}"
+        for name in options
+        if (size := getattr(mended, name)) != getattr(asked, name)
+    ]
+    return "".join(f"{one}, " for one in changed)
 
 
 def _nearest(sizes: ParallelSizes, option: str, refusals: Refusals) -> list[int]:
@@ -158,26 +171,19 @@ def _nearest(sizes: ParallelSizes, option: str, refusals: Refusals) -> list[int]
     return found
 
 
-def _world_problems(sizes: ParallelSizes) -> list[str]:
-    if sizes.world_size is None or _forms_groups(sizes):
+def _world_problems(asked: ParallelSizes, mended: ParallelSizes) -> list[str]:
+    """Why there cannot be so many ranks, once all other sizes are legal."""
+    least, ranks = mended.ranks_per_replica, asked.world_size
+    if ranks is None or ranks % least == 0:
         return []
-    least = sizes.ranks_per_replica
-    below = sizes.ranks // least * least
+    below = ranks // least * least
     nearest = [size for size in (below, below + least) if size]
-    holders = f"{sizes.dense_ranks} ranks hold the model (tp x pp x cp)"
-    if sizes.expert_ranks != sizes.dense_ranks:
-        holders += f", {sizes.expert_ranks} its experts (etp x ep x pp)"
-    problem = f"--world-size {sizes.ranks}: not a multiple of what is needed: {holders}"
-    return [f"{problem} (the nearest legal: {_or(nearest)})"]
-
-
-def _forms_groups(sizes: ParallelSizes) -> bool:
-    """Whether megatron-core makes process groups of these sizes."""
-    try:
-        with on_rank(0, sizes):
-            return True
-    except REFUSED:
-        return False
+    holders = f"{mended.dense_ranks} ranks hold the model (tp x pp x cp)"
+    if mended.expert_ranks != mended.dense_ranks:
+        holders += f", {mended.expert_ranks} its experts (etp x ep x pp)"
+    problem = f"--world-size {ranks}: not a multiple of what is needed: {holders}"
+    changed = _changed(asked, mended, (name for name in FIELDS if name != "vpp"))
+    return [f"{problem} ({changed}the nearest legal: {_or(nearest)})"]
 
 
 @cache
