@@ -79,7 +79,8 @@ class ModelProvider(TransformerConfig, ABC):
         should_pad_vocab: pad the vocabulary at all.
         seq_length: longest sequence the model was made for, in tokens.
         share_embeddings_and_output_weights: one weight for embedding and output layer.
-        parallel_output: return logits split over the tensor-parallel ranks.
+        parallel_output: return logits split over the tensor-parallel ranks, as clients expect that
+            compute probabilities of tokens; False gathers them.
         transformer_impl: "local" (plain torch) or "transformer_engine"; None chooses.
         pipeline_model_parallel_layout: which layers each stage has, as in megatron-core, such as
             "Ettt|tttL"; None deals them out evenly.
@@ -93,7 +94,7 @@ class ModelProvider(TransformerConfig, ABC):
     should_pad_vocab: bool = True
     seq_length: int = 0
     share_embeddings_and_output_weights: bool = False
-    parallel_output: bool = False
+    parallel_output: bool = True
     transformer_impl: str | None = None
     pipeline_dtype: torch.dtype | None = None
     pipeline_model_parallel_layout: Any = None
