@@ -59,7 +59,7 @@ def check_tokens(input_ids: Any, token_types: Tensor | None) -> None:
 
 
 def check_values(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    """Raise InputError unless all are tokens of the vocabulary.
+    """Refuse tokens that are not of the vocabulary.
 
     An embedding that is split over ranks takes no notice of another token, and a loss neither.
 
@@ -68,6 +68,9 @@ def check_values(name: str, ids: Tensor, vocab_size: int, ignored: int | None = 
         ids: the tokens.
         vocab_size: how many there are, without padding.
         ignored: may stand for none.
+
+    Raises:
+        InputError: one is not.
     """
     also = "" if ignored is None else f", or {ignored} for a token without a loss"
     _check_range(
