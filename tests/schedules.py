@@ -25,6 +25,7 @@ def built_chunks(folder: Path, fields: dict[str, Any], **options: Any) -> Iterat
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.params_dtype, provider.bf16 = torch.float32, False
     provider.make_vocab_size_divisible_by = 64
+    provider.parallel_output = False
     provider.set_fields(fields)
     chunks = provider.provide_distributed_model(**{"wrap_with_ddp": False} | options)
     bridge.load_hf_weights(chunks)

@@ -96,6 +96,8 @@ def worker(rank: int, folder: str) -> None:
             found[case] = by_task(bridge, model)
             bridge.save_hf_weights(model, f"{folder}/saved/{case}", distributed_save=True)
             if case == "TP2":
+                found["log of probabilities"] = log_of_probabilities(model[0])
+            if case == "TP2":
                 other = ProcessGroupCollection()
                 other.tp = groups.dp
                 found["groups"] = refused(
@@ -106,6 +108,21 @@ def worker(rank: int, folder: str) -> None:
             if case == "DP2":
                 found["replicas"] = replicas(bridge, provider, model, f"{folder}/of replicas")
     torch.save(found, f"{folder}/found{rank}.pt")
+
+
+@torch.no_grad()
+def log_of_probabilities(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As clients compute them, of logits split over the vocabulary; and of all of them."""
+    tokens = torch.arange(3, 16)[None]
+    logits = model(input_ids=tokens, position_ids=None, attention_mask=None).float()
+    first = dist.get_rank() * logits.shape[-1]
+    here = (tokens >= first) & (tokens < first + logits.shape[-1])
+    own = logits.gather(-1, (tokens - first).clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
+    chosen, total = own * here, logits.exp().sum(-1)
+    dist.all_reduce(chosen)
+    dist.all_reduce(total)
+    whole = model(input_ids=tokens, runtime_gather_output=True).float().log_softmax(-1)
+    return chosen - total.log(), whole.gather(-1, tokens[..., None])[..., 0]
 
 
 def critic(bridge: Any, provider: Any) -> dict[str, Any]:
@@ -202,6 +219,12 @@ def assert_same_files(saved_to: Path, made_in: Path) -> None:
     saved, stored = (TensorIndex.from_folder(one) for one in (saved_to, made_in))
     assert list(saved) == list(stored)
     assert all(torch.equal(saved.read(name), stored.read(name)) for name in stored)
+
+
+def test_probabilities_of_tokens(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        split, whole = one["log of probabilities"]
+        assert (split - whole).abs().max() <= 1e-4
 
 
 def test_refusals_on_every_rank(found: list[dict[str, Any]]) -> None:

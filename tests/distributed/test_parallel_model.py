@@ -84,6 +84,7 @@ def distributed_model(folder: str, fields: dict[str, Any]) -> Iterator[Any]:
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.params_dtype, provider.bf16 = torch.float32, False
     provider.make_vocab_size_divisible_by = 64
+    provider.parallel_output = False
     for name, value in fields.items():
         setattr(provider, name, value)
     [model] = provider.provide_distributed_model(wrap_with_ddp=True)

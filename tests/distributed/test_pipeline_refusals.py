@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,19 @@ PIPELINE = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout":
 GRID = torch.tensor([[1, 4, 6]])
 PIXELS = torch.zeros(24, 3 * 2 * 16 * 16)
 POSITIONS = torch.zeros(3, 2, 12).long()
-PACK = PackedSeqParams(
-    qkv_format="thd", cu_seqlens_q=torch.tensor([0, 7, 12]), cu_seqlens_kv=torch.tensor([0, 7, 12])
-)
+NO_PICTURES = {"pixel_values": None, "image_grid_thw": None}
+
+
+def pack(qkv_format: str = "thd", **boundaries: list[int]) -> PackedSeqParams:
+    """Boundaries by the ends of their names; those of keys are those of queries."""
+    boundaries = {"kv": boundaries.get("q", [0, 12, 24]), **boundaries}
+    found: dict[str, Any] = {
+        f"cu_seqlens_{k}": torch.tensor(ends) for k, ends in boundaries.items()
+    }
+    return PackedSeqParams(qkv_format=qkv_format, **found)
+
+
+PACK = pack(q=[0, 7, 12])
 # what is wrong: (model, arguments over those of a batch, what every stage says)
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "no pictures": ("vl", {"pixel_values": None, "image_grid_thw": None}, "give 0 features"),
@@ -53,6 +64,68 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         {"packed_seq_params": PACK},
         "have [12, 12] real tokens, and their sequences in packed_seq_params [7, 5]",
     ),
+    "no type of each token": (
+        "vl",
+        {"mm_token_type_ids": torch.zeros(2, 11).long()},
+        "mm_token_type_ids has shape [2, 11], expected [2, 12]",
+    ),
+    "no such type": ("vl", {"mm_token_type_ids": torch.full((2, 12), 3)}, "has 3: expected 0 to 2"),
+    "one row without a batch": ("vl", {"input_ids": torch.arange(12)}, "is of shape [12]"),
+    "no tokens": ("vl", {"input_ids": torch.zeros(2, 0).long()}, "is of shape [2, 0]"),
+    "tokens of another model": (
+        "vl",
+        NO_PICTURES | {"input_ids": torch.full((2, 12), 307)},
+        "input_ids has 307: expected 0 to 306",
+    ),
+    "the placeholder of a client": (
+        "vl",
+        NO_PICTURES | {"input_ids": torch.full((2, 12), -200)},
+        "input_ids has -200: expected 0 to 306",
+    ),
+    "another ignored label": (
+        "vl",
+        {"labels": torch.full((2, 12), -1)},
+        "labels has -1: expected 0 to 306, or -100 for a token without a loss",
+    ),
+    "labels that are no numbers": ("vl", {"labels": torch.zeros(2, 12)}, "expected integers"),
+    "a grid of fractions": ("vl", {"image_grid_thw": GRID / 2}, "integers from 1"),
+    "a list of grids": ("vl", {"image_grid_thw": GRID.tolist()}, "is of type list"),
+    "another format of packs": ("vl", {"packed_seq_params": pack("sbhd")}, "is 'sbhd'"),
+    "no boundaries": (
+        "vl",
+        {"packed_seq_params": PackedSeqParams(qkv_format="thd")},
+        "packed_seq_params.cu_seqlens_q is None",
+    ),
+    "boundaries that go back": (
+        "vl",
+        {"packed_seq_params": pack(q=[0, 12, 7, 24])},
+        "packed_seq_params.cu_seqlens_q is [0, 12, 7, 24]: expected integers",
+    ),
+    "boundaries from a later token": (
+        "vl",
+        {"packed_seq_params": pack(q=[2, 14, 26])},
+        "packed_seq_params.cu_seqlens_q is [2, 14, 26]: expected integers",
+    ),
+    "keys of other sequences": (
+        "vl",
+        {"packed_seq_params": pack(q=[0, 12, 24], kv=[0, 10, 24])},
+        "cu_seqlens_kv differs from cu_seqlens_q",
+    ),
+    "more tokens than room": (
+        "vl",
+        {
+            "packed_seq_params": pack(
+                q=[0, 12, 24], q_padded=[0, 11, 24], kv=[0, 12, 24], kv_padded=[0, 11, 24]
+            )
+        },
+        "cu_seqlens_q has sequences of [12, 12] tokens, and cu_seqlens_q_padded room for [11, 13]",
+    ),
+    "a size of context parallelism of its own": (
+        "vl",
+        {"packed_seq_params": replace(PACK, local_cp_size=2)},
+        "packed_seq_params.local_cp_size is 2",
+    ),
+    "a state": ("vl", {"inference_context": object()}, "inference_context was given"),
     "labels of a classifier": (
         "classifier",
         {"input_ids": torch.arange(12)[None], "labels": torch.zeros(1, 12).long()},
@@ -90,6 +163,15 @@ def ask_every_stage(rank: int, folder: str) -> None:
             if model == "classifier":
                 right["input_ids"] = right["input_ids"][:1]
             found[f"right for {model}"] = (refusal_of(chunk.check_inputs, right), "")
+    with built_chunks(Path(folder, "text"), PIPELINE) as [chunk]:
+        # A client packs the rows on the first stage alone, and gives the positions of the rows.
+        rows = torch.arange(2 * 12).view(2, 12)
+        lengths = {"packed_seq_params": pack(q=[0, 10, 20])}
+        positions = {"position_ids": torch.arange(12).clamp(max=9).expand(2, 12)}
+        own = {"input_ids": rows[:, :10].reshape(1, 20) if rank == 0 else rows}
+        refusal = refusal_of(chunk.check_inputs, own | lengths | positions)
+        strange = {"position_ids": positions["position_ids"] + 1}
+        found["right for text"] = refusal, refusal_of(chunk.check_inputs, own | lengths | strange)
     torch.save(found, f"{folder}/refusals{rank}.pt")
 
 
@@ -115,6 +197,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.save_pretrained(folder / "vl")
     name = "Qwen3ForSequenceClassification"
     text_models.save(text_models.build(name, pad_token_id=None), folder / "classifier")
+    text_models.save(text_models.build("Qwen3ForCausalLM"), folder / "text")
     return folder
 
 
@@ -135,6 +218,11 @@ def test_every_stage_refuses(refusals: list[dict[str, tuple[str, str]]], wrong: 
 def test_every_stage_accepts(refusals: list[dict[str, tuple[str, str]]]) -> None:
     for rank in refusals:
         assert rank["right for vl"][0] == rank["right for classifier"][0] == "not refused"
+        right, strange = rank["right for text"]
+        assert right == "not refused"
+        assert strange.endswith(
+            "expected [1, 20] like input_ids, or None, which counts each sequence from 0"
+        )
 
 
 def test_nobody_waits_for_a_stage_that_has_refused(folder: Path) -> None:

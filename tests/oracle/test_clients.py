@@ -310,3 +310,13 @@ def test_square_experts_as_transformers_saves_them_load(
         pair.bridge.load_hf_weights([pair.ours], pair.folder, experts="fused-transposed")
     with pytest.raises(InputError, match=said):
         AutoBridge.from_hf_pretrained(pair.folder, experts="fused-transposed").plan()
+
+
+@pytest.mark.usefixtures("process_groups")
+def test_a_model_without_memory_is_not_filled(bridge: AutoBridge) -> None:
+    provider = bridge.to_megatron_provider(load_weights=False)
+    model = provider.provide_distributed_model(
+        wrap_with_ddp=False, init_model_with_meta_device=True
+    )
+    with pytest.raises(InputError, match=r"parameter is on the meta device .*to_empty"):
+        bridge.load_hf_weights(model)

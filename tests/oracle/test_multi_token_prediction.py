@@ -15,7 +15,7 @@ from oracle.predictor import Predictor
 from oracle.test_gradients import assert_equal_gradients, gradients_in_hf_names, gradients_on_disk
 from oracle.test_gradients import labels_of as all_labels_of
 from oracle.test_logits import image_and_video
-from oracle.test_packed import packed
+from oracle.test_packed import batch_of_rows, packed, packed_by_the_model
 
 TOLERANCE = 1e-4
 CASES = {
@@ -171,3 +171,23 @@ def expected_gradients(
     for name, weight in pair.predictor.named_parameters():
         gradients[f"mtp.{name}"] = weight.grad.cpu()
     return loss.detach(), gradients
+
+
+def test_gradients_of_a_batch_do_not_depend_on_its_padding(
+    pair: SimpleNamespace, processor: Any
+) -> None:
+    """Rows padded on the right, on the left, and in a pack that tells of its padding or not."""
+    found = []
+    for given in ("right", "left", "pack", "pack that tells"):
+        inputs: dict[str, Any] = batch_of_rows(processor, "left" if given == "left" else "right")
+        labels = labels_of(inputs).masked_fill(inputs["attention_mask"] == 0, -100)
+        labels[:, -1] = -100
+        if "pack" in given:
+            tells = given == "pack that tells"
+            inputs, labels = packed_by_the_model(inputs, labels, 16, tells_padding=tells)
+        pair.ours.train().zero_grad()
+        pair.ours(**inputs, labels=labels).sum().backward()
+        found.append({name: one.grad.clone() for name, one in pair.ours.named_parameters()})
+    pair.ours.eval()
+    for gradients in found[1:]:
+        assert_equal_gradients(gradients, found[0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from oracle.test_gradients import assert_equal_gradients, labels_of
 def packed(prompts: list[dict[str, Tensor]]) -> dict[str, Any]:
     """The prompts one after the other in one row."""
     lengths = torch.tensor([prompt["input_ids"].shape[1] for prompt in prompts])
-    boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    boundaries = F.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     visual = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     inputs: dict[str, Any] = {
@@ -62,24 +63,25 @@ def batch_of_rows(processor: Any, padding_side: str = "right") -> dict[str, Tens
 
 
 def packed_by_the_model(
-    inputs: dict[str, Tensor], labels: Tensor, multiple: int = 4
+    inputs: dict[str, Tensor], labels: Tensor, multiple: int = 4, *, tells_padding: bool = False
 ) -> tuple[dict[str, Any], Tensor]:
     """The rows as they are and where they are to go, as clients pass them; and packed labels."""
     real = inputs["attention_mask"].bool()
     lengths = real.sum(1)
     room = -(-lengths // multiple) * multiple
-    boundaries = torch.nn.functional.pad(room.cumsum(0), (1, 0)).int()
+    boundaries = F.pad(room.cumsum(0), (1, 0)).int()
+    without = F.pad(lengths.cumsum(0), (1, 0)).int()
     given = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
+        cu_seqlens_q=without if tells_padding else boundaries,
+        cu_seqlens_kv=without if tells_padding else boundaries,
         cu_seqlens_q_padded=boundaries,
         cu_seqlens_kv_padded=boundaries,
         max_seqlen_q=int(room.max()),
         max_seqlen_kv=int(room.max()),
     )
     rows = [
-        torch.nn.functional.pad(row[there], (0, int(free)), value=-100)
+        F.pad(row[there], (0, int(free)), value=-100)
         for row, there, free in zip(labels, real, room - lengths, strict=True)
     ]
     return inputs | {"packed_seq_params": given}, torch.cat(rows)[None]
@@ -113,13 +115,26 @@ def test_the_balance_of_experts_does_not_count_the_padding_of_a_pack(
 ) -> None:
     ours = build(fields={"moe_aux_loss_coeff": 10.0}, case="qwen3_vl_moe").ours.train()
     inputs = batch_of_rows(processor)
+    real = inputs["attention_mask"].bool()
     found = []
-    for multiple in (1, 16):
-        rows, labels = packed_by_the_model(inputs, labels_of(inputs), multiple)
+    for multiple in (1, 16, 0):
+        rows, labels = packed_by_the_model(
+            inputs, labels_of(inputs), multiple or 16, tells_padding=not multiple
+        )
+        if not multiple:  # packed already: only the boundaries tell what is padding
+            ends = rows["packed_seq_params"].cu_seqlens_q_padded.diff().tolist()
+            for name in ("input_ids", "mm_token_type_ids"):
+                parts = [row[one] for row, one in zip(rows[name], real, strict=True)]
+                parts = [
+                    F.pad(one, (0, end - len(one))) for one, end in zip(parts, ends, strict=True)
+                ]
+                rows[name] = torch.cat(parts)[None]
+            del rows["attention_mask"]
         ours.zero_grad()
         ours(**rows, labels=labels).sum().backward()
         found.append({name: one.grad.clone() for name, one in ours.named_parameters()})
     assert_equal_gradients(found[1], found[0])
+    assert_equal_gradients(found[2], found[0])
 
 
 def test_rows_that_do_not_fit(build: Any, processor: Any) -> None:
@@ -180,3 +195,26 @@ def test_bf16(build: Any, processor: Any, case: str) -> None:
     of_prompts = median if "top1" in case else max
     assert of_prompts(ratios) <= 1.25
     assert of_prompts(errors) < 0.05
+
+
+def test_empty_tensors_of_pictures_are_none(pair: SimpleNamespace, processor: Any) -> None:
+    text = tiny.prompt(processor, "Only words.")
+    empty = {"image_grid_thw": torch.zeros(0, 3).long(), "pixel_values": torch.zeros(0, 1536)}
+    with torch.no_grad():
+        expected = pair.ours(**text)
+        assert torch.equal(pair.ours(**text, **empty), expected)
+        assert torch.equal(pair.ours.train()(**text, **empty), expected)
+    pair.ours.eval()
+
+
+def test_padding_of_the_vocabulary_has_no_share(pair: SimpleNamespace, processor: Any) -> None:
+    text = tiny.prompt(processor, "Only words.")
+    with torch.no_grad():
+        logits = pair.ours(**text)
+        trimmed = pair.ours(**text, trim_vocab_padding=True)
+    assert logits.shape[-1] > trimmed.shape[-1]
+    for temperature in (0.01, 1.0):
+        found, expected = ((one / temperature).log_softmax(-1) for one in (logits, trimmed))
+        assert torch.equal(found[..., : trimmed.shape[-1]], expected)
+        entropy = found.exp() * logits / temperature
+        assert entropy.isfinite().all()

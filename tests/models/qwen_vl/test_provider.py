@@ -57,7 +57,15 @@ SIZE_OF_2B = qwen3_vl(2048, 24, 16, 8, 6144, VISION_24, tied=True)
             {"tensor_model_parallel_size": 2, "vision": small_vision(num_heads=3)},
             "vision.num_heads is 3, not a multiple of tensor_model_parallel_size = 2",
         ),
-        # megatron-core's own checks arrive as the same kind of error.
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size is 0: expected 1 or more"),
+        ({"pipeline_model_parallel_size": -1}, "pipeline_model_parallel_size is -1: expected 1"),
+        ({"context_parallel_size": 0}, "context_parallel_size is 0: expected 1 or more"),
+        ({"gtp_weight_remat_size": 2}, "gtp_weight_remat_size is 2: no process groups .* 1"),
+        ({"tensor_parallel_num_weight_shards": 2}, "num_weight_shards is 2: .* expected None"),
+        ({"qk_l2_norm": True}, "qk_l2_norm is True: .* needs False"),
+        ({"heterogeneous_block_specs": True}, "heterogeneous_block_specs is True"),
+        # megatron-core's own checks arrive as the same kind of error, its mistakes too.
+        ({"fine_grained_activation_offloading": True}, "refuses: AssertionError .*in '.+'"),
         ({"fp16": True, "bf16": True}, "megatron-core refuses: Only one of"),
         (
             {"pipeline_model_parallel_size": 5, "variable_seq_lengths": False},

@@ -157,18 +157,29 @@ def load_weights(
     Raises:
         PlanError: before anything is written, if the model and the plan do not have the same
             tensors.
-        InputError: another rank cannot go on.
+        InputError: parameters are on the meta device; another rank cannot go on.
         InexactCast: see `casting`.
     """
     ranks, shown = Ranks(), progress or Silent()
 
-    tensors = ranks.together(lambda: local_tensors(model))
+    tensors = ranks.together(lambda: _with_memory(local_tensors(model)))
     replaced = ranks.all_of(lambda: replaced_keys(plan, model, tensors, allowed))
     filled, tensors = without_keys(plan, tensors, frozenset().union(*replaced))
     ranks.together(lambda: check_planned(filled, tensors))
     Roster.of(ranks, tensors).check_held(filled.megatron)
     shown.start("load", sum(local.data.nbytes for local in tensors))
     ranks.together(lambda: fill_all(filled, tensors, source, casting, shown))
+
+
+def _with_memory(tensors: list[LocalTensor]) -> list[LocalTensor]:
+    """The tensors. Raises InputError where there is no memory to fill."""
+    for local in tensors:
+        if local.data.is_meta:
+            raise InputError(
+                f"{local.key}: its parameter is on the meta device and holds no values; give the "
+                f"chunks memory first, as by chunk.to_empty(device='cpu')"
+            )
+    return tensors
 
 
 def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> list[LocalTensor]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
+from traceback import extract_tb
 from typing import Any, Self
 
 import torch
@@ -54,6 +55,26 @@ from megatron.bridge.runtime.cpu import activate_megatron_on_cpu
 from megatron.bridge.runtime.parallel import initialize_process_groups
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
+# What megatron-core raises for values that it does not take, some of them by mistake.
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+
+
+def _reason(error: Exception) -> str:
+    """Its message; where megatron-core gives none that says more, the line that raised it."""
+    if str(error) and isinstance(error, AssertionError | NotImplementedError | ValueError):
+        return str(error)
+    line = extract_tb(error.__traceback__)[-1].line or ""
+    return f"{type(error).__name__} {error} in {line!r}"
+
 
 @cache
 def _field_names(provider: type["ModelProvider"]) -> frozenset[str]:
@@ -79,7 +100,8 @@ class ModelProvider(TransformerConfig, ABC):
         should_pad_vocab: pad the vocabulary at all.
         seq_length: longest sequence the model was made for, in tokens.
         share_embeddings_and_output_weights: one weight for embedding and output layer.
-        parallel_output: return logits split over the tensor-parallel ranks.
+        parallel_output: return logits split over the tensor-parallel ranks, as clients expect that
+            compute probabilities of tokens; False gathers them.
         transformer_impl: "local" (plain torch) or "transformer_engine"; None chooses.
         pipeline_model_parallel_layout: which layers each stage has, as in megatron-core, such as
             "Ettt|tttL"; None deals them out evenly.
@@ -93,7 +115,7 @@ class ModelProvider(TransformerConfig, ABC):
     should_pad_vocab: bool = True
     seq_length: int = 0
     share_embeddings_and_output_weights: bool = False
-    parallel_output: bool = False
+    parallel_output: bool = True
     transformer_impl: str | None = None
     pipeline_dtype: torch.dtype | None = None
     pipeline_model_parallel_layout: Any = None
@@ -155,7 +177,7 @@ class ModelProvider(TransformerConfig, ABC):
                 setattr(self, name, None)
         self.pipeline_model_parallel_layout = as_given(self.pipeline_model_parallel_layout)
         self.mtp_standalone = False
-        if problems := self.problems():
+        if problems := self._size_problems() or self.problems():
             raise ConfigError.of_problems(f"{type(self).__name__} cannot be built", problems)
         names = [one.name for one in fields(self)]
         open_names = [name for name in names if getattr(self, name) is None]
@@ -166,8 +188,10 @@ class ModelProvider(TransformerConfig, ABC):
             with self._admitted_by_megatron_core():
                 TransformerConfig.__post_init__(self)
             pipeline_stages(self)
-        except (AssertionError, NotImplementedError, ValueError) as error:
-            raise ConfigError(f"{type(self).__name__}: megatron-core refuses: {error}") from error
+        except _REFUSALS as error:
+            raise ConfigError(
+                f"{type(self).__name__}: megatron-core refuses: {_reason(error)}"
+            ) from error
         finally:
             self._set_by_megatron_core |= known - before
         self._derived = {
@@ -195,6 +219,28 @@ class ModelProvider(TransformerConfig, ABC):
             yield
         finally:
             self.moe_router_pre_softmax = pre_softmax
+
+    def _size_problems(self) -> list[str]:
+        """Sizes of parallelism that are none, and such as no process groups are made for."""
+        sizes = ParallelSizes.from_config(self).fields
+        if wrong := {name: size for name, size in sizes.items() if size is not None and size < 1}:
+            return [f"{name} is {size!r}: expected 1 or more" for name, size in wrong.items()]
+        ranks = self.tensor_model_parallel_size
+        only: dict[str, tuple[Any, ...]] = {
+            "gtp_weight_remat_size": (1,),
+            "expert_gtp_weight_remat_size": (1,),
+            "tensor_parallel_num_weight_shards": (None, ranks),
+            "expert_tensor_parallel_num_weight_shards": (
+                None,
+                self.expert_tensor_parallel_size or ranks,
+            ),
+            "hierarchical_context_parallel_sizes": (None,),
+        }
+        return [
+            f"{name} is {found!r}: no process groups are made for that, expected {values[0]!r}"
+            for name, values in only.items()
+            if (found := getattr(self, name)) not in values
+        ]
 
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""

@@ -44,7 +44,12 @@ class TorchCoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        for field, only in (("softmax_type", "vanilla"), ("window_size", None)):
+        for field, only in (
+            ("softmax_type", "vanilla"),
+            ("window_size", None),
+            ("qk_clip", False),
+            ("log_max_attention_logit", False),
+        ):
             if (found := getattr(config, field)) != only:
                 raise ConfigError(
                     f"{field}={found!r}: the torch attention backend implements only {only!r}. "

@@ -25,6 +25,8 @@ COMMON: Fixed = {
     "multi_latent_attention": False,
     "cpu_offloading": False,
     "window_size": None,
+    "qk_l2_norm": False,
+    "heterogeneous_block_specs": False,
 }
 """Fixed in every language model."""
 ATTENTION: Fixed = {"experimental_attention_variant": None, "mtp_num_layers": None}
@@ -43,11 +45,15 @@ EXPERTS: Fixed = {
     "moe_router_num_groups": None,
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
 }
 """Fixed in models with ExpertFields."""
 NORMALIZED: Fixed = {"moe_router_pre_softmax": False}
 """Fixed where the router normalizes the weights of the chosen experts to 1."""
-SHARED_EXPERT: Fixed = {"moe_shared_expert_gate": True}
+SHARED_EXPERT: Fixed = {
+    "moe_shared_expert_gate": True,
+    "moe_shared_expert_glu_interleave_size": None,
+}
 """Fixed in models with SharedExpertFields."""
 
 _EXPERTS_REQUIRED = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")

@@ -1,6 +1,7 @@
 """Putting the features of images and videos where their tokens are."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,6 +25,27 @@ class VisualInputs:
     pixel_values_videos: Tensor | None
     video_grid_thw: Tensor | None
 
+    @classmethod
+    def of(
+        cls,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor | None,
+        pixel_values_videos: Tensor | None,
+        video_grid_thw: Tensor | None,
+    ) -> Self:
+        """Take what a model is called with; no rows of pixels and grids are none of them."""
+
+        def given(
+            pixels: Tensor | None, grid: Tensor | None
+        ) -> tuple[Tensor | None, Tensor | None]:
+            both = isinstance(pixels, Tensor) and isinstance(grid, Tensor)
+            nothing = both and not len(pixels) and not len(grid)  # type: ignore[arg-type]
+            return (None, None) if nothing else (pixels, grid)
+
+        return cls(
+            *given(pixel_values, image_grid_thw), *given(pixel_values_videos, video_grid_thw)
+        )
+
     def check(self, patch_values: int, spatial_merge_size: int) -> None:
         """Raise InputError if pixels and grids do not belong together."""
         for name, grid_name in (
@@ -37,8 +59,18 @@ class VisualInputs:
                 raise InputError(f"{present} was given without {missing}: pass both or neither")
             if pixels is None or grid is None:
                 continue
+            for tensor_name, tensor in ((name, pixels), (grid_name, grid)):
+                if not isinstance(tensor, Tensor):
+                    raise InputError(
+                        f"{tensor_name} is of type {type(tensor).__name__}, expected a tensor"
+                    )
             if grid.ndim != 2 or grid.shape[1] != 3:
                 raise InputError(f"{grid_name} has shape {list(grid.shape)}, expected [n, 3]")
+            if grid.is_floating_point() or bool((grid < 1).any()):
+                raise InputError(
+                    f"{grid_name} is {grid.tolist()}, expected numbers of frames, rows and "
+                    f"columns: integers from 1"
+                )
             if bool((grid[:, 1:] % spatial_merge_size).any()):
                 raise InputError(
                     f"{grid_name} has a side that is not a multiple of spatial_merge_size = "

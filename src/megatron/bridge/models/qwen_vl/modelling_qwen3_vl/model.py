@@ -23,7 +23,12 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope_index import (
     token_types,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.stage_boundary import stage_boundaries
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import TextInputs
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_checks import refuse_others
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
+    TextInputs,
+    batch_of,
+    gathers_logits,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
@@ -148,7 +153,9 @@ class Qwen3VLModel(MegatronModule):
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         *,
+        runtime_gather_output: bool | None = None,
         trim_vocab_padding: bool = False,
+        **others: None,
     ) -> Tensor:
         """Run this pipeline stage on what the Hugging Face processor returns.
 
@@ -177,11 +184,15 @@ class Qwen3VLModel(MegatronModule):
             video_grid_thw: as image_grid_thw.
             mm_token_type_ids: int [b, s], 0 text, 1 image, 2 video; None derives it from
                 `input_ids`.
-            trim_vocab_padding: return logits of the real vocabulary only.
+            runtime_gather_output: whether logits are of the whole vocabulary; None for that if the
+                provider's `parallel_output` is False.
+            trim_vocab_padding: return logits of the real vocabulary only, all of it.
+            **others: further arguments of megatron-core's GPTModel, all of them None.
 
         Returns:
-            Last stage: logits [b, s, padded vocabulary], of this rank's vocabulary if the
-            provider's `parallel_output` is set; with labels the loss per token, fp32 [b, s].
+            Last stage: logits [b, s, vocabulary], by default of the part of the padded vocabulary
+            that this tensor-parallel rank has; those of padding have no share in a softmax. With
+            labels the loss per token, fp32 [b, s].
             Other stages: hidden states [s, b, h], and behind them the features of pictures that
             later stages need (`StageBoundary`).
 
@@ -189,6 +200,7 @@ class Qwen3VLModel(MegatronModule):
             InputError: inputs that contradict each other, with both numbers.
         """
         config = self.config
+        refuse_others(others)
         with megatron_on_cpu():
             tokens, visual, positions, position_ids = self._inputs(
                 input_ids,
@@ -217,7 +229,9 @@ class Qwen3VLModel(MegatronModule):
                 loss_mask=loss_mask,
                 packed_seq_params=packed_seq_params,
                 extra_block_kwargs=None if context is None else {"context": context},
-                runtime_gather_output=labels is None and not config.parallel_output,
+                runtime_gather_output=gathers_logits(
+                    config, labels, runtime_gather_output, trim_vocab_padding
+                ),
             )
             if self.sends and len(positions[0]):
                 output = self.sends.join(output, decoder_input, context)
@@ -237,7 +251,7 @@ class Qwen3VLModel(MegatronModule):
         Raises:
             InputError: as `forward`.
         """
-        self._inputs(**{key: value for key, value in batch.items() if key != "trim_vocab_padding"})
+        self._inputs(**batch_of(batch))
 
     def _inputs(
         self,
@@ -254,7 +268,7 @@ class Qwen3VLModel(MegatronModule):
         mm_token_type_ids: Tensor | None = None,
     ) -> _Inputs:
         """What a stage needs of a batch; all that can be wrong with one is refused here."""
-        visual = VisualInputs(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        visual = VisualInputs.of(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         config, merge = self.config, self.config.vision.spatial_merge_size
         visual.check(config.vision.patch_values, merge)
         tokens = TextInputs.of(

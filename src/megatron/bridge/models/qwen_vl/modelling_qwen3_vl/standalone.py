@@ -7,7 +7,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron.bridge.models.model_copy import deep_copy
-from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import TextInputs
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_checks import refuse_others
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_inputs import (
+    TextInputs,
+    batch_of,
+    gathers_logits,
+    stand_in,
+)
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model import Qwen3VLTextModel
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 
@@ -28,15 +34,19 @@ class QwenModel(Qwen3VLTextModel):
         loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         *,
+        runtime_gather_output: bool | None = None,
         trim_vocab_padding: bool = False,
+        **others: None,
     ) -> Tensor:
         """Run this pipeline stage.
 
         Args:
-            input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here.
-                With context parallelism this rank's part, as GPTModel takes it and megatron-core's
+            input_ids: int64 [b, s]; packed sequences are [1, t], or rows that are packed here. With
+                context parallelism this rank's part, as GPTModel takes it and megatron-core's
                 get_batch_on_this_cp_rank cuts it: also positions, masks and labels. Rows that are
-                packed here, and packed sequences if they are, are whole.
+                packed here, and packed sequences if they are, are whole. A stage that has no use
+                for tokens takes any in the place of those of a pack, or of a mask: clients prepare
+                them on the first stage alone.
             position_ids: int64 [b, s]; None counts from 0 in each sequence, padding included,
                 as transformers does.
             attention_mask: bool or int [b, s], nonzero for real tokens, padding on either side; or
@@ -44,17 +54,19 @@ class QwenModel(Qwen3VLTextModel):
             labels: int64 [b, s], already shifted: the token that follows. -100 has no loss.
             loss_mask: [b, s], for multi-token prediction, as in Qwen3VLModel.
             packed_seq_params: "thd" packing, sequences do not see each other.
-            trim_vocab_padding: return logits of the real vocabulary only.
+            runtime_gather_output: as in Qwen3VLModel.
+            trim_vocab_padding: as in Qwen3VLModel.
+            **others: further arguments of megatron-core's GPTModel, all of them None.
 
         Returns:
-            Last stage: logits [b, s, padded vocabulary], of this rank's vocabulary if the
-            provider's `parallel_output` is set; with labels the loss per token, fp32 [b, s]; of a
-            classifier the scores, [b, labels] or [b, s, labels]. Other stages: hidden states
-            [s, b, h].
+            Last stage: logits [b, s, vocabulary], as of Qwen3VLModel; with labels the loss per
+            token, fp32 [b, s]; of a classifier the scores, [b, labels] or [b, s, labels]. Other
+            stages: hidden states [s, b, h].
 
         Raises:
             InputError: inputs that contradict each other, with both numbers.
         """
+        refuse_others(others)
         tokens = self._inputs(
             input_ids, position_ids, attention_mask, labels, loss_mask, packed_seq_params
         )
@@ -71,7 +83,9 @@ class QwenModel(Qwen3VLTextModel):
                 labels=labels,
                 loss_mask=loss_mask,
                 packed_seq_params=packed_seq_params,
-                runtime_gather_output=labels is None and not self.config.parallel_output,
+                runtime_gather_output=gathers_logits(
+                    self.config, labels, runtime_gather_output, trim_vocab_padding
+                ),
             )
         if trim_vocab_padding and self.post_process and labels is None:
             return output[..., : self.config.vocab_size]
@@ -86,7 +100,7 @@ class QwenModel(Qwen3VLTextModel):
         Raises:
             InputError: as `forward`.
         """
-        self._inputs(**{key: value for key, value in batch.items() if key != "trim_vocab_padding"})
+        self._inputs(**batch_of(batch))
 
     def _inputs(
         self,
@@ -100,7 +114,9 @@ class QwenModel(Qwen3VLTextModel):
         tokens = TextInputs.of(
             self.config,
             self.pg_collection,
-            input_ids,
+            input_ids
+            if self._reads_tokens
+            else stand_in(input_ids, attention_mask, packed_seq_params),
             position_ids=position_ids,
             attention_mask=attention_mask,
             packed_seq_params=packed_seq_params,
@@ -109,6 +125,12 @@ class QwenModel(Qwen3VLTextModel):
         )
         tokens.check_labels(self.config, labels=labels, loss_mask=loss_mask)
         return tokens
+
+    @property
+    def _reads_tokens(self) -> bool:
+        """Whether this stage embeds tokens, predicts from them, or looks for the last one."""
+        looks = self.post_process and self.config.scores is not None
+        return bool(self.pre_process or self.mtp_process or looks)
 
     def _embed(self, tokens: TextInputs) -> Tensor:
         """Embeddings [s, b, h], this rank's part of the sequence."""

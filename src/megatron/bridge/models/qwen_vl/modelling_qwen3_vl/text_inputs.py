@@ -1,8 +1,9 @@
 """What a language model is called with, the same beside a vision tower and alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,16 @@ from torch import Tensor
 from megatron.bridge.errors import InputError
 from megatron.bridge.models.backends.selection import uses_transformer_engine
 from megatron.bridge.models.backends.sequence_parts import SequenceParts
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.packing import Packing
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_checks import (
+    IGNORED_LABEL,
+    NOT_TAKEN,
+    check_positions,
+    check_tokens,
+    check_values,
+    real_tokens,
+    refuse_others,
+)
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
@@ -28,7 +39,7 @@ class TextInputs:
         position_ids: [..., b, s] as given; None for those that the tokens have.
         token_types: [b, s] as given, 0 for text; None for those that `input_ids` tell.
         padding: bool [b, s], True for padding; None if there is none.
-        packed_seq_params: where packed sequences begin; None for a batch that is not packed.
+        packing: where packed sequences are; None for a batch that is not packed.
         context_parts: how context parallelism cuts s; None without it.
         tensor_ranks: the ranks that share this part of s by sequence parallelism; None without it.
     """
@@ -37,7 +48,7 @@ class TextInputs:
     position_ids: Tensor | None
     token_types: Tensor | None
     padding: Tensor | None
-    packed_seq_params: PackedSeqParams | None
+    packing: Packing | None
     context_parts: SequenceParts | None
     tensor_ranks: dist.ProcessGroup | None
 
@@ -79,27 +90,31 @@ class TextInputs:
                 of sequences is given a packed batch, or is not told where sequences end, sequence
                 or context parallelism cannot split s, or the layout is not for training.
         """
-        real = _real_tokens(attention_mask, input_ids)
-        _check_positions(position_ids, input_ids, has_pictures=bool(config.placeholders))
+        packing = None if packed_seq_params is None else Packing.of(packed_seq_params)
+        check_tokens(input_ids, token_types)
+        real = real_tokens(attention_mask, input_ids)
+        position_ids = check_positions(
+            position_ids, input_ids, packing, has_pictures=bool(config.placeholders)
+        )
         ranks, lengths = config.context_parallel_size, [input_ids.shape[1]]
-        if packed_seq_params is not None:
+        if packing is not None:
             if config.scores and not config.scores.each_token:
                 raise InputError(
                     "packed_seq_params was given to a classifier of sequences, which scores the "
                     "last token of each row: give the sequences as a padded batch"
                 )
+            lengths = packing.lengths
             if real is not None or len(input_ids) > 1:
-                pack = _Pack(packed_seq_params, input_ids, real)
+                pack = _Pack(packing, input_ids, real)
                 no_picture = next(token for token in count() if token not in config.placeholders)
                 input_ids = pack(input_ids, no_picture)
                 position_ids = None if position_ids is None else pack(position_ids, 0)
                 token_types = None if token_types is None else pack(token_types, 0)
                 real = pack.real
-            lengths = packed_boundaries(packed_seq_params).diff().tolist()
-            is_part = input_ids.shape[1] * ranks == sum(lengths)
-            if not is_part and input_ids.shape[1] != sum(lengths):
+            is_part = input_ids.shape[1] * ranks == packing.tokens
+            if not is_part and input_ids.shape[1] != packing.tokens:
                 raise InputError(
-                    f"packed_seq_params covers {sum(lengths)} tokens, and input_ids has "
+                    f"packed_seq_params covers {packing.tokens} tokens, and input_ids has "
                     f"{input_ids.shape[1]}"
                 )
         elif is_part:
@@ -110,13 +125,16 @@ class TextInputs:
             position_ids = None if position_ids is None else parts.gather(position_ids, -1)
             token_types = None if token_types is None else parts.gather(token_types, -1)
             real = None if real is None else parts.gather(real.int(), -1).bool()
+        if packing is not None and real is None:
+            real = packing.real_tokens(input_ids.device)
+        check_values("input_ids", input_ids, config.vocab_size)
         padding = None if real is None or bool(real.all()) else ~real
         tokens = cls(
             input_ids=input_ids,
             position_ids=position_ids,
             token_types=token_types,
             padding=padding,
-            packed_seq_params=packed_seq_params,
+            packing=packing,
             context_parts=parts,
             tensor_ranks=groups.tp if config.sequence_parallel else None,
         )
@@ -126,12 +144,12 @@ class TextInputs:
     @property
     def boundaries(self) -> Tensor | None:
         """int [sequences + 1], where each sequence of a pack begins, with the padding behind it."""
-        return None if self.packed_seq_params is None else packed_boundaries(self.packed_seq_params)
+        return None if self.packing is None else self.packing.boundaries(self.input_ids.device)
 
     @property
     def attention_mask(self) -> Tensor | None:
         """bool [b, s], True for real tokens; None if all are real, or in a pack, which has none."""
-        if self.padding is None or self.packed_seq_params is not None:
+        if self.padding is None or self.packing is not None:
             return None
         return ~self.padding
 
@@ -151,7 +169,7 @@ class TextInputs:
 
         Those of a pack it cuts itself.
         """
-        if self.packed_seq_params is not None:
+        if self.packing is not None:
             return position_ids
         return self.of_context(position_ids, -1)
 
@@ -167,7 +185,7 @@ class TextInputs:
             of_experts = self.of_context(of_experts, 1)
             if (group := self.tensor_ranks) is not None:
                 of_experts = of_experts.chunk(group.size(), dim=1)[group.rank()]
-        padding = None if self.packed_seq_params is not None else self.padding
+        padding = None if self.packing is not None else self.padding
         return {
             "attention_mask": None if padding is None else padding[:, None, None, :],
             "padding_mask": of_experts,
@@ -184,46 +202,53 @@ class TextInputs:
         ranks = config.context_parallel_size
         expected = [batch, length // ranks]
         for name, labels in given.items():
-            if labels is not None and list(labels.shape) != expected:
+            if labels is None:
+                continue
+            if list(labels.shape) != expected:
                 part = f"of context_parallel_size = {ranks} this rank's part" if ranks > 1 else ""
                 raise InputError(
                     f"{name} has shape {list(labels.shape)}, expected {expected}, one for each "
                     f"token that the model returns{part and ': '}{part}"
                 )
+            if name == "labels":
+                check_values(name, labels, config.vocab_size, ignored=IGNORED_LABEL)
 
 
-def packed_boundaries(packed_seq_params: PackedSeqParams) -> Tensor:
-    """int [sequences + 1], where each sequence of a pack begins, padding between them included."""
-    padded: Tensor | None = packed_seq_params.cu_seqlens_q_padded
-    return packed_seq_params.cu_seqlens_q if padded is None else padded
+def stand_in(
+    input_ids: Tensor, attention_mask: Tensor | None, packed_seq_params: PackedSeqParams | None
+) -> Tensor:
+    """Tokens that fit to the pack or the mask, for a stage that does not read them.
+
+    Those given are kept if they fit. Others are what clients pack, or strip of padding, on the
+    first stage alone; they may be nested.
+    """
+    if attention_mask is not None:
+        fits = attention_mask.ndim != 2 or input_ids.shape == attention_mask.shape
+        return input_ids if fits else torch.zeros_like(attention_mask, dtype=torch.long)
+    if packed_seq_params is None:
+        return input_ids
+    tokens = Packing.of(packed_seq_params).tokens
+    packed = not input_ids.is_nested and len(input_ids) == 1 and tokens % input_ids.shape[1] == 0
+    if packed:
+        return input_ids
+    return torch.zeros(1, tokens, dtype=torch.long, device=input_ids.device)
 
 
-def _real_tokens(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """bool [b, s], True for real tokens; None if there is no mask."""
-    if attention_mask is None:
-        return None
-    batch, length = input_ids.shape
-    if attention_mask.dtype == torch.bool and attention_mask.shape == (batch, 1, 1, length):
-        return ~attention_mask[:, 0, 0, :]
-    if attention_mask.shape != (batch, length):
-        raise InputError(
-            f"attention_mask is {attention_mask.dtype} of shape {list(attention_mask.shape)}, "
-            f"expected {[batch, length]} with 1 for real tokens, or torch.bool of shape "
-            f"{[batch, 1, 1, length]} with True for padding"
-        )
-    return attention_mask.bool()
+def gathers_logits(
+    config: "QwenModelProvider", labels: Tensor | None, asked: bool | None, trimmed: bool
+) -> bool:
+    """Whether each tensor-parallel rank gets all logits: a loss needs them split."""
+    if labels is not None:
+        return False
+    return trimmed or (not config.parallel_output if asked is None else asked)
 
 
-def _check_positions(position_ids: Tensor | None, input_ids: Tensor, *, has_pictures: bool) -> None:
-    if position_ids is None:
-        return
-    found, one_each = list(position_ids.shape), list(input_ids.shape)
-    three_each = [3, *one_each]
-    if found != one_each and not (has_pictures and found == three_each):
-        expected = f"{one_each} like input_ids"
-        if has_pictures:
-            expected = f"{three_each}, temporal, height and width, or {one_each} for text alone"
-        raise InputError(f"position_ids has shape {found}, expected {expected}")
+def batch_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments of a model those that are its batch; those that it refuses are refused."""
+    of_output = ("runtime_gather_output", "trim_vocab_padding")
+    refuse_others({name: value for name, value in arguments.items() if name in NOT_TAKEN})
+    taken = {*of_output, *NOT_TAKEN}
+    return {name: value for name, value in arguments.items() if name not in taken}
 
 
 def _check_layout(config: "QwenModelProvider", tokens: TextInputs, *, training: bool) -> None:
@@ -243,7 +268,7 @@ def _check_layout(config: "QwenModelProvider", tokens: TextInputs, *, training: 
             f"tensor_model_parallel_size = {ranks}, which sequence_parallel needs. Pad the "
             f"batch on the right."
         )
-    padded_batch = tokens.padding is not None and tokens.packed_seq_params is None
+    padded_batch = tokens.padding is not None and tokens.packing is None
     if parts > 1 and padded_batch and uses_transformer_engine(config.transformer_impl):
         raise InputError(
             f"attention_mask has padding, and TransformerEngine's attention with "
@@ -263,17 +288,15 @@ class _Pack:
     """Moves the rows of a batch, each with its padding, to their places in a pack.
 
     Args:
-        packed_seq_params: of the pack.
+        packing: of the pack.
         input_ids: [b, s].
         real: bool [b, s]; None if all tokens are real.
     """
 
-    def __init__(
-        self, packed_seq_params: PackedSeqParams, input_ids: Tensor, real: Tensor | None
-    ) -> None:
-        boundaries = packed_boundaries(packed_seq_params)
+    def __init__(self, packing: Packing, input_ids: Tensor, real: Tensor | None) -> None:
+        boundaries = packing.boundaries(input_ids.device)
         self.chosen = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real
-        lengths, room = self.chosen.sum(1), boundaries.diff().to(input_ids.device)
+        lengths, room = self.chosen.sum(1), boundaries.diff()
         if len(room) != len(lengths):
             raise InputError(
                 f"packed_seq_params has {len(room)} sequences, and input_ids {len(lengths)} rows: "
@@ -285,9 +308,9 @@ class _Pack:
                 f"the rows of input_ids have {lengths.tolist()} real tokens, and their sequences "
                 f"in packed_seq_params {room.tolist()}: cut them to the same lengths"
             )
-        within = (self.chosen.cumsum(1) - 1) + boundaries[:-1, None].to(input_ids.device)
+        within = (self.chosen.cumsum(1) - 1) + boundaries[:-1, None]
         self.places = within[self.chosen]
-        self.tokens = int(boundaries[-1])
+        self.tokens = packing.tokens
         self.real = self(self.chosen, False)
 
     def __call__(self, rows: Tensor, padding: int) -> Tensor:

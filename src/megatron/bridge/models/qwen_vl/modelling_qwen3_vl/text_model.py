@@ -13,6 +13,7 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import (
     stage_spec,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.following_token import FollowingTokens
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.packing import with_padding_inside
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import (
     InterleavedMultimodalRotaryEmbedding,
 )
@@ -22,11 +23,13 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.router_loss import (
     RouterLoss,
 )
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.score_head import ScoreHead
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_checks import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from megatron.bridge.models.qwen_vl.qwen_provider import QwenModelProvider
 
-IGNORED_LABEL = -100
+PADDING_LOGIT = -1e4
+"""Of rows that no token has. It survives fp16, and a division by a temperature."""
 
 # What GPTModel hands from its forward to the predictors as it is.
 _FOR_PREDICTORS = (
@@ -104,13 +107,13 @@ class Qwen3VLTextModel(GPTModel):
         """
         given |= {"labels": labels, "loss_mask": loss_mask}
         if not self.config.has_router_loss:
-            return super().forward(*args, **given)
+            return self._without_padding(super().forward(*args, **given), **given)
         counts = None
         if labels is not None and torch.is_grad_enabled():
             counts = RouterCounts(self._router_loss_weight(labels, loss_mask))
         self.router_loss.counts = counts
         try:
-            output = super().forward(*args, **given)
+            output = self._without_padding(super().forward(*args, **given), **given)
         finally:
             self.router_loss.counts = None
         if counts is not None:
@@ -120,6 +123,26 @@ class Qwen3VLTextModel(GPTModel):
                 + [groups.cp] * (config.context_parallel_size > 1)
             )
         return self.router_loss.attach(output, counts)
+
+    def _without_padding(
+        self, output: Tensor, *, labels: Tensor | None, runtime_gather_output: bool, **_: Any
+    ) -> Tensor:
+        """Give the padding of the vocabulary no share in a softmax over the logits."""
+        if not self.post_process or labels is not None or self.config.scores is not None:
+            return output
+        parts = 1 if runtime_gather_output else self.pg_collection.tp.size()
+        if output.shape[-1] != self.config.padded_vocab_size // parts:
+            return output  # of a client's own head
+        first = 0 if parts == 1 else self.pg_collection.tp.rank() * output.shape[-1]
+        return self._padding_is(PADDING_LOGIT, output, first)
+
+    def _padding_is(self, value: float, logits: Tensor, first: int) -> Tensor:
+        """Logits [..., v] of the tokens from `first` on, with a value for those that are none."""
+        real = self.unpadded_vocab_size - first
+        if real >= logits.shape[-1]:
+            return logits
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= real
+        return logits.masked_fill(padding, value)
 
     def _router_loss_weight(self, labels: Tensor, loss_mask: Tensor | None) -> Tensor | float:
         coef: float = self.config.router_aux_loss_coef
@@ -163,10 +186,12 @@ class Qwen3VLTextModel(GPTModel):
                 hidden_states, weight=weight, runtime_gather_output=runtime_gather_output
             )
             return logits.transpose(0, 1).contiguous()
+        if predictors:
+            given["packed_seq_params"] = with_padding_inside(given["packed_seq_params"])
         if mtp_in_postprocess:
-            padding = None
-            if given["padding_mask"] is not None and given["attention_mask"] is not None:
-                padding = given["attention_mask"][:, 0, 0, :]
+            padding = given["padding_mask"]
+            if padding is not None and self.config.sequence_parallel:
+                padding = _gathered(padding, self.pg_collection.tp)
             hidden_states = self.mtp(
                 input_ids=input_ids,
                 hidden_states=hidden_states,
@@ -197,7 +222,8 @@ class Qwen3VLTextModel(GPTModel):
         """[b, s], what counts in the mean of the second loss: megatron-core divides by its sum.
 
         Tokens without a label do not count. Without labels the tokens themselves are the labels:
-        then padding and the placeholders of pictures do not.
+        then padding and the placeholders of pictures do not. megatron-core shifts it to the token
+        before, so what follows padding does not count either: padding predicts nothing.
         """
         if labels is not None:
             counts = labels != IGNORED_LABEL
@@ -207,6 +233,8 @@ class Qwen3VLTextModel(GPTModel):
                 counts &= input_ids != placeholder
             if attention_mask is not None:
                 counts = counts & ~attention_mask[:, 0, 0, :]
+        if attention_mask is not None:
+            counts = counts & ~torch.roll(attention_mask[:, 0, 0, :], 1, dims=1)
         return counts.float() if loss_mask is None else loss_mask * counts
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -220,10 +248,14 @@ class Qwen3VLTextModel(GPTModel):
             fp32 [b, s], zero where the label is -100.
         """
         first = self.pg_collection.tp.rank() * logits.shape[-1]
-        real = self.unpadded_vocab_size - first
-        if real < logits.shape[-1]:
-            padding = torch.arange(logits.shape[-1], device=logits.device) >= real
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        logits = self._padding_is(torch.finfo(logits.dtype).min, logits, first)
         ignored = labels == IGNORED_LABEL
         loss = super().compute_language_model_loss(labels.masked_fill(ignored, 0), logits)
         return loss.masked_fill(ignored, 0.0)
+
+
+def _gathered(padding: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """bool [b, s] of the parts of all ranks, without gradients."""
+    parts = [torch.empty_like(padding) for _ in range(group.size())]
+    dist.all_gather(parts, padding.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
