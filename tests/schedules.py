@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.bridge.tensors.boxes import box_shape
+from megatron.bridge.tensors.boxes import box_shape, full_box, intersect, relative, slices
 
 type Batch = dict[str, Any]
 
@@ -120,7 +120,7 @@ def whole_gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, shape, box, gradient in gradients_of(chunks):
         whole = found.setdefault(key, torch.zeros(shape))
-        whole[tuple(slice(*ends) for ends in box)] = gradient
+        whole[slices(box)] = gradient
     return found
 
 
@@ -128,14 +128,10 @@ def gradient_errors(chunks: Sequence[Any], expected: dict[str, Tensor]) -> dict[
     """Relative error of the gradient of each key, the largest of this rank's boxes of it."""
     errors: dict[str, float] = {}
     for key, _, box, gradient in gradients_of(chunks):
-        theirs = expected[key]
         # The vocabulary is padded by the number of ranks that share it.
-        cut = [
-            slice(start, min(end, size))
-            for (start, end), size in zip(box, theirs.shape, strict=True)
-        ]
-        mine = gradient[tuple(slice(0, one.stop - one.start) for one in cut)]
-        wanted = theirs[tuple(cut)]
-        error = (mine - wanted).norm() / wanted.norm().clamp(min=1e-6)
+        wanted, whole = torch.zeros_like(gradient), expected[key]
+        if (shared := intersect(box, full_box(tuple(whole.shape)))) is not None:
+            wanted[slices(relative(shared, box))] = whole[slices(shared)]
+        error = (gradient - wanted).norm() / wanted.norm().clamp(min=1e-9)
         errors[key] = max(errors.get(key, 0.0), number(error))
     return errors

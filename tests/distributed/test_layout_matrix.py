@@ -40,8 +40,7 @@ def training_of(model: str, fields: dict[str, Any], ddp: dict[str, Any]) -> Trai
     # With the loss of tokens, megatron-core weighs the balance of experts by the tokens of each
     # part of the sequence, which hold unequal parts of the padding (moe/router.py:629 of 0.19.2).
     provider = {"make_vocab_size_divisible_by": 64, "calculate_per_token_loss": not one.has_experts}
-    learning = {"lr": 2e-4 if one.has_experts else 1e-3}
-    return Training(model, provider | one.fields | fields, ddp, learning)
+    return Training(model, provider | one.fields | fields, ddp, one.optimizer)
 
 
 # In a process of its own: what one process finds.
@@ -83,7 +82,8 @@ def save_reference(_rank: int, root: str, model: str, kind: str) -> None:
         theirs = [pack(one) for pack, one in zip(packs, theirs, strict=True)]
         real = [pack(one) for pack, one in zip(packs, real, strict=True)]
     trained = build(training_of(model, {}, {}), folder)
-    found = {"hf": theirs, "real": real, "logits": logits_of(trained.chunks, without_labels(batches))}
+    logits = logits_of(trained.chunks, without_labels(batches))
+    found = {"batches": batches, "hf": theirs, "real": real, "logits": logits}
     found["steps"] = steps = []
     for _ in range(STEPS):
         loss = trained.backward(batches)
@@ -121,7 +121,7 @@ def worker(rank: int, folder: str, name: str) -> None:
 def run_layout(folder: Path, layout: Layout) -> dict[str, Any]:
     """How far this rank is from the reference."""
     model = layout.model
-    reference = torch.load(folder / f"{model}.{layout.batches}.pt")
+    reference = torch.load(folder / f"{model}.{layout.batches}.pt", weights_only=False)
     of_files = build(training_of(model, layout.fields, {}), folder)
     batches = Batches(layout, reference)
     found: dict[str, Any] = {}
@@ -167,7 +167,7 @@ class Batches:
 
         self.reference = reference
         group = parallel_state.get_context_parallel_group()
-        whole = batches_of(layout.batches, of_text=is_text(layout.model))
+        whole = reference["batches"]
         self.length = whole[0]["labels"].shape[1] if layout.batches == "padded" else None
         self.indices = of_replica(range(len(whole)))
         self.mine: list[Batch] = []
