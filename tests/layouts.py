@@ -46,9 +46,11 @@ class Model:
         return "num_experts" in self.text
 
     @property
-    def is_tied(self) -> bool:
+    def shares_embedding(self) -> bool:
         """Whether several places use the weight of the embedding."""
-        return bool(self.entries.get("tie_word_embeddings") or self.text.get("mtp_num_hidden_layers"))
+        return bool(
+            self.entries.get("tie_word_embeddings") or self.text.get("mtp_num_hidden_layers")
+        )
 
 
 # Weights that differ by 2e-7 of their size have losses that differ by 1e-4 after three of Adam's
@@ -100,10 +102,19 @@ class Layout:
         return int(self.fields.get("pipeline_model_parallel_size", 1))
 
     @property
+    def is_pipeline_alone(self) -> bool:
+        return self.stages == self.ranks
+
+    @property
     def only_moves_work(self) -> bool:
-        """Whether each product of matrices is one that a single process computes, too."""
-        splits = ("tensor_model_parallel_size", "context_parallel_size", "expert_tensor_parallel_size")
-        return all(self.fields.get(name, 1) == 1 for name in splits)
+        """Whether each product of matrices is one that a single process computes, too.
+
+        Not so with experts over ranks: an expert has the tokens of several batches at once, and the
+        CPU's product has other last bits where there are no more than three of them.
+        """
+        moving = {"pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"}
+        sizes = {name for name, size in self.fields.items() if name.endswith("_size") and size > 1}
+        return sizes <= moving
 
 
 def tp(ranks: int) -> dict[str, Any]:
@@ -121,11 +132,11 @@ def cp(ranks: int) -> dict[str, Any]:
 
 
 def pp(layout: str | int, stages: int = 2, **fields: Any) -> dict[str, Any]:
-    """A pipeline, by its layout or its stages; what chunks of two stages send must overlap."""
+    """A pipeline, by its layout or its stages; what chunks send must overlap."""
     if isinstance(layout, int):
         return {"pipeline_model_parallel_size": layout} | fields
     fields |= {"pipeline_model_parallel_size": stages, "pipeline_model_parallel_layout": layout}
-    if stages > 2 or layout.count("|") < stages:
+    if layout.count("|") < stages:
         return fields
     return fields | {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
@@ -260,7 +271,5 @@ EIGHT: dict[str, Layout] = {
     "cp8": Layout("vl_tied", 8, cp(8)),
 }
 LAYOUTS = {
-    f"{layout.ranks}-{name}": layout
-    for part in (TWO, FOUR, EIGHT)
-    for name, layout in part.items()
+    f"{layout.ranks}-{name}": layout for part in (TWO, FOUR, EIGHT) for name, layout in part.items()
 }
