@@ -177,8 +177,10 @@ TWO: dict[str, Layout] = {
     "tp2-more_than_kv_heads": Layout("hybrid", 2, tp(2) | NO_SEQUENCE),
     "tp2-sequence": Layout("vl", 2, tp(2)),
     "tp2-experts": Layout("vl_moe", 2, tp(2)),
-    "tp2-counted_together": Layout("vl_moe_counted", 2, tp(2) | RECOMPUTED, fast=True),
-    "tp2-predictors": Layout("hybrid_moe_mtp", 2, tp(2) | RECOMPUTED, fast=True),
+    "tp2-counted_together": Layout("vl_moe_counted", 2, tp(2), fast=True),
+    "tp2-counted_together_recomputed": Layout("vl_moe_counted", 2, tp(2) | RECOMPUTED),
+    "tp2-predictors": Layout("hybrid_moe_mtp", 2, tp(2), fast=True),
+    "tp2-predictors_recomputed": Layout("hybrid_moe_mtp", 2, tp(2) | RECOMPUTED),
     "tp2-text": Layout("text_hybrid_mtp", 2, tp(2)),
     # Experts.
     "ep2": Layout("vl_moe", 2, ep(2), fast=True),
