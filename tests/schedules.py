@@ -1,8 +1,8 @@
-"""A model in megatron-core's own pipeline schedules: logits, loss and gradients of a step."""
+"""A model in megatron-core's own pipeline schedules: logits and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-type Batch = dict[str, Tensor]
+from megatron.bridge.tensors.boxes import box_shape, full_box, intersect, relative, slices
+
+type Batch = dict[str, Any]
 
 
 @contextmanager
@@ -34,8 +36,10 @@ def built_chunks(folder: Path, fields: dict[str, Any], **options: Any) -> Iterat
     parallel_state.destroy_model_parallel()
 
 
-def logits_of(chunks: Sequence[Any], batches: Sequence[Batch]) -> list[Tensor]:
-    """Of each batch, where the last stage is; nothing elsewhere."""
+def logits_of(
+    chunks: Sequence[Any], batches: Sequence[Batch], length: int | None = None
+) -> list[Tensor]:
+    """Of each batch, where the last stage is; nothing elsewhere. length: see `run_schedule`."""
 
     def kept(output: Tensor, **_: Any) -> Tensor:
         return output.detach()
@@ -43,40 +47,46 @@ def logits_of(chunks: Sequence[Any], batches: Sequence[Batch]) -> list[Tensor]:
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        return _run(chunks, batches, kept, forward_only=True, collect_non_loss_data=True)
+        return run_schedule(
+            chunks,
+            batches,
+            lambda _: kept,
+            length,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
 
 
-def train_step(chunks: Sequence[Any], batches: Sequence[Batch]) -> list[Tensor]:
-    """The loss [b, s] of each batch, where the last stage is; gradients are in `main_grad`."""
-    from megatron.core.distributed import finalize_model_grads
+def run_schedule(
+    chunks: Sequence[Any],
+    batches: Sequence[Batch],
+    for_output: Callable[[Batch], Any],
+    length: int | None = None,
+    **options: Any,
+) -> list[Any]:
+    """What is made of the output for each batch, where the last stage is.
 
-    def summed(losses: Tensor) -> tuple[Tensor, Tensor]:
-        return losses.sum(), losses.detach().clone()
-
-    for chunk in chunks:
-        chunk.train()
-        chunk.zero_grad_buffer()
-    losses = _run(chunks, batches, summed, forward_only=False)
-    finalize_model_grads(list(chunks))
-    return losses
-
-
-def _run(
-    chunks: Sequence[Any], batches: Sequence[Batch], of_output: Any, **options: Any
-) -> list[Tensor]:
+    Args:
+        chunks: of this rank.
+        batches: the microbatches.
+        for_output: makes what the schedule calls with the output for a batch.
+        length: of the whole sequences, where the ids of a batch are a part of them.
+        **options: of the schedule.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
-        return chunk(**next(iterator)), of_output
+        batch = next(iterator)
+        return chunk(**batch), for_output(batch)
 
     iterators = [iter(batches) for _ in chunks]
-    rows, length = batches[0]["input_ids"].shape
-    found: list[Tensor] = get_forward_backward_func()(
+    rows, own_length = batches[0]["input_ids"].shape
+    found: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
-        seq_length=length,
+        seq_length=length or own_length,
         micro_batch_size=rows,
         **options,
     )
@@ -90,19 +100,20 @@ def number(error: Tensor) -> float:
 
 @torch.no_grad()
 def gradients_of(chunks: Sequence[Any]) -> list[tuple[str, tuple[int, ...], Any, Tensor]]:
-    """(checkpoint key, its shape, box, gradient) of everything that this rank holds.
-
-    The parameters are lost.
-    """
+    """(checkpoint key, its shape, box, gradient) of everything that this rank holds."""
     from megatron.bridge.live.local_tensors import local_tensors
 
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.copy_(parameter.main_grad)
-    return [
-        (one.key, one.key_shape, one.box, one.data.reshape([end - start for start, end in one.box]))
+    parameters = [one for chunk in chunks for one in chunk.parameters()]
+    values = [one.clone() for one in parameters]
+    for parameter in parameters:
+        parameter.copy_(parameter.main_grad)
+    found = [
+        (one.key, one.key_shape, one.box, one.data.reshape(box_shape(one.box)).clone())
         for one in local_tensors(chunks)
     ]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+    return found
 
 
 def whole_gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
@@ -110,7 +121,7 @@ def whole_gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, shape, box, gradient in gradients_of(chunks):
         whole = found.setdefault(key, torch.zeros(shape))
-        whole[tuple(slice(*ends) for ends in box)] = gradient
+        whole[slices(box)] = gradient
     return found
 
 
@@ -118,14 +129,10 @@ def gradient_errors(chunks: Sequence[Any], expected: dict[str, Tensor]) -> dict[
     """Relative error of the gradient of each key, the largest of this rank's boxes of it."""
     errors: dict[str, float] = {}
     for key, _, box, gradient in gradients_of(chunks):
-        theirs = expected[key]
         # The vocabulary is padded by the number of ranks that share it.
-        cut = [
-            slice(start, min(end, size))
-            for (start, end), size in zip(box, theirs.shape, strict=True)
-        ]
-        mine = gradient[tuple(slice(0, one.stop - one.start) for one in cut)]
-        wanted = theirs[tuple(cut)]
-        error = (mine - wanted).norm() / wanted.norm().clamp(min=1e-6)
+        wanted, whole = torch.zeros_like(gradient), expected[key]
+        if (shared := intersect(box, full_box(tuple(whole.shape)))) is not None:
+            wanted[slices(relative(shared, box))] = whole[slices(shared)]
+        error = (gradient - wanted).norm() / wanted.norm().clamp(min=1e-9)
         errors[key] = max(errors.get(key, 0.0), number(error))
     return errors

@@ -1,8 +1,9 @@
 """Training by stock megatron-core in several gloo processes goes as in one.
 
-The schedules, DistributedDataParallel, the optimizers and the checkpoints are megatron-core's; the
-loss and the norm of the gradient are compared at every step. The processes are started once and run
-every case; the tests look at what they found.
+What test_layout_matrix trains without: options of DistributedDataParallel and of the optimizer,
+other dtypes, and checkpoints of both that go on at another layout. All of it is megatron-core's;
+the loss and the norm of the gradient are compared at every step. The processes are started once and
+run every case; the tests look at what they found.
 """
 
 import shutil
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from forked import run_ranks
-from trained_models import LENGTH, Trained, Training, built
+from trained_models import Trained, Training, build, forget_layout
 
 WORLD = 2
+LENGTH = 112
 # A step that is counted wrongly after two of them is seen in the loss of the fourth.
 STEPS, STEPS_WITH_CHECKPOINT = 3, 4
 Steps = list[tuple[float, ...]]
@@ -86,14 +88,9 @@ RESHARDABLE = "fully_reshardable"
 CASES = {
     "data": Case("dense", {}, {}),
     "data_overlap": Case("pictures", {}, OVERLAP),
-    "data_sharded": Case("dense", {}, SHARDED, quick=True),
     "data_sharded_clipped": Case("clipped", {}, SHARDED),
-    "sequence": Case("dense", SEQUENCE, SHARDED, quick=True),
-    "pipeline": Case("dense", PIPELINE, SHARDED, quick=True),
     "pipeline_of_microbatches": Case("of_microbatches", PIPELINE, {}),
     "interleaved_clipped": Case("clipped", INTERLEAVED, SHARDED, quick=True),
-    "recompute": Case("dense", PIPELINE | RECOMPUTE, SHARDED, quick=True),
-    "all_to_all": Case("experts", ALL_TO_ALL, SHARDED, quick=True),
     "all_gather": Case("experts", ALL_GATHER, {}),
     "bf16": Case("bf16", {}, SHARDED | IN_FP32, within=1e-4),
     "fp16": Case("fp16", {}, IN_FP32, within=1e-4),
@@ -118,14 +115,16 @@ def of_process(case: Case, layout: dict[str, Any]) -> Training:
 def run_case(case: Case, folder: Path, batches: dict[str, Any]) -> Steps:
     training = of_process(case, case.layout)
     mine = batches[training.batches]
-    with built(training, folder) as trained:
-        if case.then is None:
-            return trained.steps(STEPS, mine)
-        found = trained.steps(2, mine)
-        save(trained, case, folder / "checkpoint")
-    with built(of_process(case, case.then), folder, filled=False) as trained:
-        load(trained, case, folder / "checkpoint")
-        return found + trained.steps(STEPS_WITH_CHECKPOINT - 2, mine)
+    forget_layout()
+    trained = build(training, folder)
+    if case.then is None:
+        return trained.steps(STEPS, mine)
+    found = trained.steps(2, mine)
+    save(trained, case, folder / "checkpoint")
+    forget_layout()
+    trained = build(of_process(case, case.then), folder, filled=False)
+    load(trained, case, folder / "checkpoint")
+    return found + trained.steps(STEPS_WITH_CHECKPOINT - 2, mine)
 
 
 def save(trained: Trained, case: Case, folder: Path) -> None:
@@ -220,8 +219,9 @@ def run_cases(folder: Path, names: list[str]) -> dict[str, list[Steps]]:
     batches = torch.load(folder / "batches.pt")
     expected = {}
     for name in dict.fromkeys(CASES[name].reference for name in names):
-        with built(REFERENCES[name], folder) as trained:
-            expected[name] = trained.steps(STEPS_WITH_CHECKPOINT, batches[REFERENCES[name].batches])
+        trained = build(REFERENCES[name], folder)
+        expected[name] = trained.steps(STEPS_WITH_CHECKPOINT, batches[REFERENCES[name].batches])
+        forget_layout()
     destroy_process_groups()
     run_ranks(worker, str(folder), names, world=WORLD, seconds=600)
     ranks = [torch.load(folder / f"found{rank}.pt") for rank in range(WORLD)]

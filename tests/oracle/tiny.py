@@ -4,6 +4,7 @@ No two sizes are equal and no matrix is square; the norms and biases are far fro
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,10 +191,15 @@ def photographs() -> list[Any]:
 
 @cache
 def _photographs() -> tuple[Any, ...]:
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
+    from importlib.util import find_spec
 
-    china, flower = (Image.fromarray(image) for image in load_sample_images().images)
+    from PIL import Image
+
+    spec = find_spec("sklearn")  # to import it takes a process seconds
+    assert spec is not None
+    assert spec.origin is not None
+    images = Path(spec.origin).with_name("datasets") / "images"
+    china, flower = (Image.open(images / name) for name in ("china.jpg", "flower.jpg"))
     return china.resize((190, 130)), flower.crop((100, 0, 420, 427)).resize((120, 230))
 
 

@@ -72,6 +72,13 @@ SIZE_OF_2B = qwen3_vl(2048, 24, 16, 8, 6144, VISION_24, tied=True)
             "variable_seq_lengths is False, and decoder layers .* on a later .* stage .*: set True",
         ),
         (
+            {
+                "pipeline_model_parallel_size": 4,
+                "pipeline_model_parallel_layout": "E|t|t|t|t||t|L",
+            },
+            "overlap_p2p_comm is False, and decoder layers .* on a later .* stage .*: set True",
+        ),
+        (
             {"pipeline_model_parallel_size": 5, "moe_token_dispatcher_type": "allgather"},
             "moe_token_dispatcher_type is 'allgather', and .*: set 'alltoall'",
         ),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
+from megatron.bridge.models.pipeline_stages import virtual_stages
 from megatron.bridge.models.qwen_vl.family_fields import (
     ATTENTION,
     COMMON,
@@ -101,6 +102,10 @@ class Qwen3VLModelProvider(QwenModelProvider):
             "variable_seq_lengths": (True, None),
             "moe_token_dispatcher_type": ("alltoall", "flex"),
         }
+        if virtual_stages(self) is not None:
+            # The shapes of both directions are exchanged before anything else is: without overlap
+            # a stage waits for those of one neighbour while the other waits for its tensors.
+            wanted |= {"overlap_p2p_comm": (True,), "batch_p2p_comm": (False,)}
         return [
             f"{name} is {found!r}, and decoder layers or predictors on a later pipeline stage need "
             f"features of pictures: set {values[0]!r}"
