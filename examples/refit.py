@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     bridge = AutoBridge.from_hf_pretrained(given.model)
     provider = bridge.to_megatron_provider()
     provider.tensor_model_parallel_size = 2
+    provider.parallel_output = False  # every rank is given all logits
     provider.params_dtype, provider.bf16 = torch.float32, False
     [model] = provider.provide_distributed_model(wrap_with_ddp=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
