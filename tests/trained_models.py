@@ -134,7 +134,7 @@ def build(
 
     bridge = AutoBridge.from_hf_pretrained(folder / training.model)
     fields = {"params_dtype": torch.float32, "bf16": False, "calculate_per_token_loss": True}
-    fields |= training.provider
+    fields |= {"parallel_output": False} | training.provider
     ddp = DistributedDataParallelConfig(**training.ddp)
     if checkpoint is None:
         provider = bridge.to_megatron_provider(load_weights=filled)

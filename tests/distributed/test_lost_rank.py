@@ -41,7 +41,7 @@ def worker(rank: int, folder: str, name: str) -> None:
     call = calls(bridge, model, Path(folder) / f"{name}-saved")[name]
     with pytest.MonkeyPatch.context() as patch:
         if rank == LOST:
-            patch.setattr("megatron.bridge.exchange.packing.Copies.back", die)
+            patch.setattr("megatron.bridge.exchange.buffer_views.Copies.back", die)
             patch.setattr("megatron.bridge.exchange.transport.AllToAll.start", _third(die))
             patch.setattr("megatron.bridge.live.shared_files.write_all", die)
         begin = time.monotonic()

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron.bridge.exchange.buffer_views import Destination, PackedWindow, Packing, Side
 from megatron.bridge.exchange.delta import apply, encoded
-from megatron.bridge.exchange.packing import Destination, PackedWindow, Packing, Side
-from megatron.bridge.exchange.run import Exchange
 from megatron.bridge.exchange.transport import Transport
+from megatron.bridge.exchange.window_run import Exchange
 from megatron.bridge.runtime.lost_ranks import naming_lost
 from megatron.bridge.runtime.ranks import Ranks
 

@@ -11,12 +11,12 @@ import torch
 
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.exchange.buffer_views import PackedWindow, Packing
 from megatron.bridge.exchange.demand import Demand, Wanted, whole_tensors
-from megatron.bridge.exchange.packing import PackedWindow, Packing
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.exchange.route import Routes
-from megatron.bridge.exchange.run import Exchange
 from megatron.bridge.exchange.transport import transport_between
+from megatron.bridge.exchange.window_run import Exchange
 from megatron.bridge.exchange.windows import WINDOW_BYTES
 from megatron.bridge.live.conversion_tasks import ConversionTask
 from megatron.bridge.live.local_tensors import (
@@ -163,7 +163,7 @@ class Export:
         def windows() -> Iterator[PackedWindow]:
             return (exchange.packed(one, packing, place) for one in range(exchange.count))
 
-        for number in exchange.run(windows()):
+        for number in exchange.window_run(windows()):
             for name in exchange.complete_in(number):
                 demand = Demand(name, full_box(self.plan.hf[name].shape))
                 if demand in made:

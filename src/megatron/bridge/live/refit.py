@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.buffer_views import Packing
 from megatron.bridge.exchange.delta_run import DeltaRun
 from megatron.bridge.exchange.demand import Demand, Wanted
 from megatron.bridge.exchange.landing import Landing, Targets, check_landings, landings_of
-from megatron.bridge.exchange.packing import Packing
 from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.exchange.route import Affinity, Routes
-from megatron.bridge.exchange.run import Exchange
 from megatron.bridge.exchange.transport import Transport, transport_between
+from megatron.bridge.exchange.window_run import Exchange
 from megatron.bridge.exchange.windows import WINDOW_BYTES
 from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
@@ -150,7 +150,7 @@ class Refit:
         if is_delta:
             is_delta = not any(self._ranks.largest([not self._changes().run()], self._device))
         if not is_delta:
-            for _ in self._exchange.run(self._windows):
+            for _ in self._exchange.window_run(self._windows):
                 pass
         # Nobody has the new version before everybody has.
         self._ranks.agreed(self._after, self._device)

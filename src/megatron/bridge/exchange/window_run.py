@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from megatron.bridge.dtypes import itemsize
-from megatron.bridge.exchange.packing import Destination, PackedWindow, Packing
+from megatron.bridge.exchange.buffer_views import Destination, PackedWindow, Packing
 from megatron.bridge.exchange.route import Move, Routes
 from megatron.bridge.exchange.transport import Transport, Wait
 from megatron.bridge.exchange.windows import Schedule, schedule, slot_bytes
