@@ -163,7 +163,7 @@ class Export:
         def windows() -> Iterator[PackedWindow]:
             return (exchange.packed(one, packing, place) for one in range(exchange.count))
 
-        for number in exchange.window_run(windows()):
+        for number in exchange.run(windows()):
             for name in exchange.complete_in(number):
                 demand = Demand(name, full_box(self.plan.hf[name].shape))
                 if demand in made:

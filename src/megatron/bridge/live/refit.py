@@ -150,7 +150,7 @@ class Refit:
         if is_delta:
             is_delta = not any(self._ranks.largest([not self._changes().run()], self._device))
         if not is_delta:
-            for _ in self._exchange.window_run(self._windows):
+            for _ in self._exchange.run(self._windows):
                 pass
         # Nobody has the new version before everybody has.
         self._ranks.agreed(self._after, self._device)
