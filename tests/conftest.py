@@ -60,14 +60,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_scale_of_the_loss() -> Iterator[None]:
-    """megatron-core keeps, in a class, the scale of the last loss, whose shape then has to stay.
+def _nothing_is_left_behind() -> Iterator[None]:
+    """What megatron-core keeps of a process is not that of the next module's tests.
 
-    A backward pass without a schedule makes it a scalar, and a schedule has it of one element.
+    Of process groups a fake cluster wants none. Of the scale of the last loss it keeps the shape,
+    too: a backward pass without a schedule makes it a scalar, a schedule has it of one element.
     """
     yield
     if moe_utils := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    if parallel := sys.modules.get("megatron.bridge.runtime.parallel"):
+        parallel.destroy_process_groups()
 
 
 @pytest.fixture(scope="module")
