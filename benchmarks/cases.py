@@ -42,6 +42,10 @@ def _moe(layers: int) -> dict[str, Any]:
     return _cut(QWEN3_VL_30B_A3B, layers, depth=3, taps=[0, 2])
 
 
+def _with_experts(config: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    return {**config, "text_config": {**config["text_config"], "num_experts": experts}}
+
+
 CASES = (
     Case("small", "Small model", "qwen3-vl", {}, START, goal=0.33),
     Case("dense", "Qwen3-VL-2B", "qwen3-vl", QWEN3_VL_2B, SPEED, goal=1.15),
@@ -50,6 +54,18 @@ CASES = (
     Case("moe-large", "Qwen3-VL-30B-A3B, 6 layers", "qwen3-vl-moe", _moe(6), MEMORY, "moe"),
 )
 """Small ones first: a fault shows before gigabytes are made."""
+
+
+_EXPERTS = 24
+
+EXCHANGE_MODEL = Case(
+    "exchange",
+    f"Qwen3-VL-30B-A3B, 4 layers of {_EXPERTS} experts",
+    "qwen3-vl-moe",
+    _with_experts(_moe(4), _EXPERTS),
+    SPEED,
+)
+"""What is moved between ranks."""
 
 
 def reduced(case: Case, layers: int | None, *, tiny: bool) -> Case:

@@ -9,13 +9,24 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.cases import CASES, MEMORY, SPEED, Case, reduced
+from benchmarks.cases import CASES, EXCHANGE_MODEL, MEMORY, SPEED, Case, reduced
 from benchmarks.disk_speed import Speeds, joined, measure
+from benchmarks.exchange import ExchangeResults, exchange_case, measure_exchange
 from benchmarks.figures import CaseResult, Results, join_runs
 from benchmarks.host import describe
 from benchmarks.model_files import ModelFiles
-from benchmarks.page import read_results, stem, tables, write_documents
+from benchmarks.page import (
+    EXCHANGE,
+    exchange_tables,
+    read_exchange,
+    read_results,
+    stem,
+    tables,
+    write_documents,
+    write_exchange,
+)
 from benchmarks.processes import BenchmarkError
 from benchmarks.rounds import Bench
 from benchmarks.slow_disk import slow_disk
@@ -34,27 +45,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.render:
         folder = out or _DOCS
         for slow in (False, True):
-            if (folder / f"{stem(slow)}.json").exists():
+            if (folder / f"{stem(slow=slow)}.json").exists():
                 write_documents(folder, read_results(folder, slow=slow))
+        if (folder / f"{EXCHANGE}.json").exists():
+            write_exchange(folder, read_exchange(folder))
         return 0
     whole = options.layers is None and not options.tiny and options.case is None
     try:
         with tempfile.TemporaryDirectory(prefix="megatron-bridge-bench-") as temporary:
             folder = (options.folder or Path(temporary)).resolve()
             folder.mkdir(parents=True, exist_ok=True)
-            results = _measure(options, folder)
+            results = _measure(options, folder) if _cases(options) else None
+            moved = _measure_exchange(options, folder) if _is_exchanged(options) else None
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(tables(results))
-    if out is not None or whole:
-        write_documents(out or _DOCS, results)
+    writes = out is not None or whole
+    if results is not None:
+        print(tables(results))
+        if writes:
+            write_documents(out or _DOCS, results)
+    if moved is not None:
+        print(exchange_tables(moved))
+        if writes or options.case == [EXCHANGE_MODEL.name]:
+            write_exchange(out or _DOCS, moved)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [case.name for case in CASES]
+    names = [case.name for case in (*CASES, EXCHANGE_MODEL)]
     add = parser.add_argument
     add(
         "--rounds",
@@ -118,14 +138,34 @@ def _measure_cases(options: argparse.Namespace, folder: Path) -> Results:
     _check_space(folder, files, keep=options.keep)
     speeds: list[Speeds] = []
     return Results(
-        command=_command(options),
-        measured=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **_about(options, folder),
         rounds=options.rounds,
-        host=describe(folder),
         cases=[_measure_case(one, options.rounds, speeds, keep=options.keep) for one in files],
         disk=joined(speeds or [measure(folder, _LEAST_DISK_BYTES)]),
         slow_disk=options.slow_disk,
     )
+
+
+def _is_exchanged(options: argparse.Namespace) -> bool:
+    """Whether what moves between ranks is measured: no disk has to do with it."""
+    return options.slow_disk is None and EXCHANGE_MODEL.name in (
+        options.case or [EXCHANGE_MODEL.name]
+    )
+
+
+def _measure_exchange(options: argparse.Namespace, folder: Path) -> ExchangeResults:
+    case = exchange_case(options.layers, tiny=options.tiny)
+    return measure_exchange(
+        folder, case, options.rounds, _about(options, folder), tiny=options.tiny
+    )
+
+
+def _about(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    return {
+        "command": _command(options),
+        "measured": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "host": describe(folder),
+    }
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -7,17 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cases import MEMORY, SPEED, START
+from benchmarks.exchange import ExchangeResults, exchange_goals, rows
 from benchmarks.figures import CaseResult, Results, Spread, StepFigures
-from benchmarks.goals import goals
+from benchmarks.goals import Goal, goals
 from benchmarks.plot import plot
 from benchmarks.rounds import TORCH
 
 BEGIN = "<!-- made from {}.json by `python -m benchmarks --render` -->"
 END = "<!-- end of what is made from {}.json -->"
+EXCHANGE = "benchmarks-exchange"
+"""The name of the documents of what moves between ranks."""
+
 _MIB = 2**20
 
 
-def stem(slow: bool) -> str:
+def stem(*, slow: bool) -> str:
     """The name of the documents, without its suffix."""
     return "benchmarks-slow-disk" if slow else "benchmarks"
 
@@ -28,56 +32,102 @@ def write_documents(folder: Path, results: Results) -> None:
     The page is made if there is none; the text around the tables of an existing one stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = stem(results.slow_disk is not None)
+    name = stem(slow=results.slow_disk is not None)
     text = json.dumps(results.document(), indent=1) + "\n"
     (folder / f"{name}.json").write_text(text, "utf-8")
     (folder / f"{name}.svg").write_text(plot(results), "utf-8")
+    write_tables(folder, name, tables(results))
+
+
+def write_exchange(folder: Path, results: ExchangeResults) -> None:
+    """The same for what moves between ranks, which has no picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results.document(), indent=1) + "\n"
+    (folder / f"{EXCHANGE}.json").write_text(text, "utf-8")
+    write_tables(folder, EXCHANGE, exchange_tables(results))
+
+
+def read_exchange(folder: Path) -> ExchangeResults:
+    """The results in benchmarks-exchange.json."""
+    document = json.loads((folder / f"{EXCHANGE}.json").read_text("utf-8"))
+    return ExchangeResults.from_document(document)
+
+
+def write_tables(folder: Path, name: str, text: str) -> None:
+    """Write the tables of a document into benchmarks.md."""
     page = folder / "benchmarks.md"
     before = page.read_text("utf-8") if page.exists() else _EMPTY
-    page.write_text(with_tables(before, results), "utf-8")
+    page.write_text(with_tables(before, name, text), "utf-8")
 
 
 _EMPTY = "# Benchmarks\n" + "".join(
-    f"\n{BEGIN.format(stem(slow))}\n{END.format(stem(slow))}\n" for slow in (False, True)
+    f"\n{BEGIN.format(name)}\n{END.format(name)}\n"
+    for name in (stem(slow=False), stem(slow=True), EXCHANGE)
 )
 
 
 def read_results(folder: Path, *, slow: bool = False) -> Results:
     """The results in benchmarks.json, or those of a slow disk."""
-    return Results.from_document(json.loads((folder / f"{stem(slow)}.json").read_text("utf-8")))
+    return Results.from_document(
+        json.loads((folder / f"{stem(slow=slow)}.json").read_text("utf-8"))
+    )
 
 
-def with_tables(page: str, results: Results) -> str:
-    """The page with its tables made anew; ValueError if their place is not marked."""
-    first, last = (mark.format(stem(results.slow_disk is not None)) for mark in (BEGIN, END))
+def with_tables(page: str, name: str, text: str) -> str:
+    """The page with the tables of a document made anew; ValueError if their place is not marked."""
+    first, last = (mark.format(name) for mark in (BEGIN, END))
     head, begin, rest = page.partition(first)
     _, end, tail = rest.partition(last)
     if not begin or not end:
         raise ValueError(f"no place for the tables: {first} and {last} are not both there")
-    return f"{head}{first}\n\n{tables(results)}\n{last}{tail}"
+    return f"{head}{first}\n\n{text}\n{last}{tail}"
 
 
 def tables(results: Results) -> str:
     """All tables, in Markdown."""
-    host = "; ".join(f"{name}: {value}" for name, value in results.host.items())
-    rounds = f"{results.rounds} round{'s' * (results.rounds > 1)}"
     parts = [
-        f"Measured {results.measured} by `{results.command}`, medians of {rounds}.\n{host}.\n",
+        _measured(results),
         "### The disk\n",
         _disk_table(results),
         "### Goals\n",
-        _table(
-            ["", "goal", "found", "reached"],
-            (
-                (goal.what, goal.asked, goal.found, "yes" if goal.reached else "**no**")
-                for goal in goals(results)
-            ),
-        ),
+        _goals_table(goals(results)),
     ]
     for case in results.cases:
         parts += [f"### {_heading(case)}\n", _case_table(case)]
     parts += ["### Whole processes\n", _process_table(results.cases)]
     return "\n".join(parts)
+
+
+def exchange_tables(results: ExchangeResults) -> str:
+    """All tables of what moves between ranks, in Markdown."""
+    return "\n".join(
+        [
+            _measured(results),
+            "### Goals of the exchange\n",
+            _goals_table(exchange_goals(results)),
+            f"### {results.model}: {_size(results.nbytes)}\n",
+            _table(
+                ["way", "beside the first", "s", "GB sent", "collectives", "buffers"],
+                rows(results),
+            ),
+        ]
+    )
+
+
+def _measured(results: Results | ExchangeResults) -> str:
+    host = "; ".join(f"{name}: {value}" for name, value in results.host.items())
+    rounds = f"{results.rounds} round{'s' * (results.rounds > 1)}"
+    return f"Measured {results.measured} by `{results.command}`, medians of {rounds}.\n{host}.\n"
+
+
+def _goals_table(found: Iterable[Goal]) -> str:
+    return _table(
+        ["", "goal", "found", "reached"],
+        (
+            (goal.what, goal.asked, goal.found, "yes" if goal.reached else "**no**")
+            for goal in found
+        ),
+    )
 
 
 def _heading(case: CaseResult) -> str:

@@ -28,7 +28,7 @@ both_disks = pytest.mark.parametrize("slow", [False, True])
 
 @both_disks
 def test_the_figures_of_the_document_follow_from_its_measurements(slow: bool) -> None:
-    document = json.loads((DOCS / f"{stem(slow)}.json").read_text("utf-8"))
+    document = json.loads((DOCS / f"{stem(slow=slow)}.json").read_text("utf-8"))
     assert read_results(DOCS, slow=slow).document() == document
 
 
@@ -37,7 +37,7 @@ def test_the_page_and_the_picture_are_made_from_the_document(slow: bool) -> None
     results = read_results(DOCS, slow=slow)
     page = (DOCS / "benchmarks.md").read_text("utf-8")
     assert with_tables(page, results) == page
-    assert plot(results) == (DOCS / f"{stem(slow)}.svg").read_text("utf-8")
+    assert plot(results) == (DOCS / f"{stem(slow=slow)}.svg").read_text("utf-8")
 
 
 @both_disks

@@ -85,6 +85,9 @@ class Refit:
 
     Attributes:
         prepare_seconds: that it took to make.
+        exchange: of all ranks.
+        windows: of this rank, in order, as long as neither the model's memory nor the targets'
+            changes.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Refit:
         wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
         routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
         self._shards = roster.by_rank[self._ranks.index]
-        self._exchange = Exchange(
+        self.exchange = Exchange(
             routes,
             self._ranks,
             self._transport,
@@ -150,7 +153,7 @@ class Refit:
         if is_delta:
             is_delta = not any(self._ranks.largest([not self._changes().run()], self._device))
         if not is_delta:
-            for _ in self._exchange.run(self._windows):
+            for _ in self.exchange.run(self.windows):
                 pass
         # Nobody has the new version before everybody has.
         self._ranks.agreed(self._after, self._device)
@@ -207,9 +210,9 @@ class Refit:
         self._held: Sequence[LocalTensor] = held
         self._changed: DeltaRun | None = None
         packing = self._packing(held)
-        self._windows = [
-            self._exchange.packed(number, packing, self._place)
-            for number in range(self._exchange.count)
+        self.windows = [
+            self.exchange.packed(number, packing, self._place)
+            for number in range(self.exchange.count)
         ]
         self._memory = self._memory_now()
 
@@ -221,7 +224,7 @@ class Refit:
         if self._changed is None:
             packings = self._packing(self._held), self._packing(self._then)
             self._changed = DeltaRun(
-                self._exchange, self._ranks, self._transport, packings, self._place, self._device
+                self.exchange, self._ranks, self._transport, packings, self._place, self._device
             )
         return self._changed
 
@@ -247,14 +250,14 @@ class Refit:
         return [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in tensors]
 
     def _report(self, is_delta: bool, seconds: float) -> RefitReport:
-        count, buffers = self._exchange.count, self._exchange.buffer_bytes
+        count, buffers = self.exchange.count, self.exchange.buffer_bytes
         if is_delta:
             changes = self._changes()
             sent, received = changes.sent_bytes, changes.received_bytes
             buffers += changes.message_bytes
         else:
-            sent = sum(window.send.nbytes for window in self._windows)
-            received = sum(window.receive.nbytes for window in self._windows)
+            sent = sum(window.send.nbytes for window in self.windows)
+            received = sum(window.receive.nbytes for window in self.windows)
         return RefitReport(
             version=self.version,
             windows=count,
@@ -262,7 +265,7 @@ class Refit:
             is_delta=is_delta,
             sent_bytes=sent,
             received_bytes=received,
-            own_bytes=self._exchange.own_bytes,
+            own_bytes=self.exchange.own_bytes,
             buffer_bytes=buffers,
             seconds=seconds,
         )
