@@ -56,13 +56,13 @@ CASES = (
 """Small ones first: a fault shows before gigabytes are made."""
 
 
-_EXPERTS = 24
+_EXPERTS = 32
 
 EXCHANGE_MODEL = Case(
     "exchange",
-    f"Qwen3-VL-30B-A3B, 4 layers of {_EXPERTS} experts",
+    f"Qwen3-VL-30B-A3B, 2 layers of {_EXPERTS} experts",
     "qwen3-vl-moe",
-    _with_experts(_moe(4), _EXPERTS),
+    _with_experts(_moe(2), _EXPERTS),
     SPEED,
 )
 """What is moved between ranks."""

@@ -180,9 +180,15 @@ class Packing:
         copies.add_held(out, held, move, self._plan.hf[move.name].dtype)
 
     def _slot(self, buffer: torch.Tensor, at: int, move: Move) -> torch.Tensor:
+        """The bytes of a move, in the order in which its sender holds them.
+
+        Engines hold a matrix as Megatron does, though files may have it transposed: then neither
+        end has to turn it.
+        """
         dtype = torch_dtype(self._plan.hf[move.name].dtype)
         nbytes = volume(move.box) * dtype.itemsize
-        return buffer[at : at + nbytes].view(dtype).view(box_shape(move.box))
+        shape = box_shape(megatron_part(move.copy, move.box))
+        return _in_hf_axes(buffer[at : at + nbytes].view(dtype).view(shape), move.copy)
 
 
 def _part_of(wanted: torch.Tensor, move: Move) -> torch.Tensor:

@@ -116,6 +116,15 @@ class Routes:
         """
         return self._in_order(self._received_by(rank))
 
+    def holders_of(self, name: str) -> tuple[int, ...]:
+        """The ranks that hold the first element of a tensor: where it lies, for a summary."""
+        source = source_of(self.plan, name)
+        first = tuple((0, 1) for _ in self.plan.hf[source].shape)
+        for shared, copy in self.plan.copies_from(source, first):
+            for _, _, ranks in self.held.holders(copy.megatron_key, megatron_part(copy, shared)):
+                return ranks
+        return ()
+
     def nbytes(self, move: Move) -> int:
         """How many bytes a move has."""
         return volume(move.box) * itemsize(self.plan.hf[move.name].dtype)

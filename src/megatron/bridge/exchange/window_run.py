@@ -34,6 +34,8 @@ class Exchange:
         transport: moves the bytes.
         window_bytes: see `schedule`.
         device: where the buffers are.
+        by_turns: whether tensors go in such an order that all ranks have something to send all
+            the time, instead of one after another in that of the plan.
 
     Attributes:
         schedule: of the windows.
@@ -48,6 +50,8 @@ class Exchange:
         transport: Transport,
         window_bytes: int,
         device: torch.device,
+        *,
+        by_turns: bool = False,
     ) -> None:
         self._ranks, self._transport = ranks, transport
         self._plan, self._device = routes.plan, device
@@ -56,9 +60,10 @@ class Exchange:
             return routes.sends(ranks.index), routes.receives(ranks.index)
 
         sends, receives = ranks.together(prepared)
+        names = routes.wanted.names(routes.plan)
         self.schedule: Schedule = schedule(
             routes.plan,
-            routes.wanted.names(routes.plan),
+            {name: routes.holders_of(name) if by_turns else () for name in names},
             (sends, receives),
             window_bytes,
             lambda own: ranks.largest(own, device),
@@ -80,7 +85,7 @@ class Exchange:
         """The tensors of which the last part is in a window, in order."""
         return [
             unit.name
-            for unit in self.schedule.windows[number].units
+            for unit in self.schedule.windows[number]
             if unit.part == self.schedule.cutting.parts[unit.name] - 1
         ]
 

@@ -1,7 +1,7 @@
 """Cutting an exchange into windows: no rank sends or receives more than so many bytes at once."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -44,6 +44,9 @@ class Load(NamedTuple):
         if not isinstance(other, Load):
             return NotImplemented
         return Load(self.sent + other.sent, self.received + other.received)
+
+    def __sub__(self, other: "Load") -> "Load":
+        return Load(self.sent - other.sent, self.received - other.received)
 
 
 @dataclass(frozen=True)
@@ -89,34 +92,21 @@ class Cutting:
 
 
 @dataclass(frozen=True)
-class Window:
-    """What goes through the buffers at once.
-
-    Attributes:
-        units: of it, in order.
-        most: the bytes that a rank sends and receives, at most.
-    """
-
-    units: tuple[Unit, ...]
-    most: Load
-
-
-@dataclass(frozen=True)
 class Schedule:
     """All windows of an exchange, the same on every rank.
 
     Attributes:
         cutting: of the tensors.
-        windows: in order; each tensor is in one of them, or in several one after another.
+        windows: the units of each, in order.
     """
 
     cutting: Cutting
-    windows: tuple[Window, ...]
+    windows: tuple[tuple[Unit, ...], ...]
 
     def by_window(self, moves: Sequence[Move]) -> list[list[Move]]:
         """Moves cut into those of each window, in the order in which they came."""
         number = {
-            unit: number for number, window in enumerate(self.windows) for unit in window.units
+            unit: number for number, window in enumerate(self.windows) for unit in window
         }
         found: list[list[Move]] = [[] for _ in self.windows]
         for unit, move in chain.from_iterable(map(self.cutting.cut, moves)):
@@ -126,34 +116,39 @@ class Schedule:
 
 def schedule(
     plan: ConversionPlan,
-    names: Sequence[str],
+    places: Mapping[str, Hashable],
     moves: tuple[Sequence[Move], Sequence[Move]],
     window_bytes: int,
     largest: Callable[[Sequence[int]], Sequence[int]],
 ) -> Schedule:
     """Cut what moves between ranks into windows.
 
-    A unit takes as many bytes of a window as the rank with most of it has.
+    A window ends where one more unit would be too much for some rank.
 
     Args:
         plan: of the model.
-        names: of all tensors that move, in order.
+        places: of all tensors that move, in order, where each comes from. Those of all places take
+            turns: layers follow one another by pipeline stages, and in their order the ranks of
+            one stage would send, and then those of the next.
         moves: those that this rank sends, and those that it receives.
         window_bytes: that a rank sends, and receives, in a window at most. A window of a single
             row of a tensor may have more.
         largest: gives, of a list that every rank has, the greatest number at each place.
     """
-    cutting = Cutting(plan, dict.fromkeys(names, 1))
+    cutting = Cutting(plan, dict.fromkeys(places, 1))
     while True:
-        units = list(cutting.units())
-        loads = _largest_loads(cutting, units, moves, largest)
+        units = _by_turns(cutting, places)
+        own = _loads(cutting, units, moves)
+        most = largest([max(load) for load in own])
         finer = {
             unit.name: parts
-            for unit, load in zip(units, loads, strict=True)
+            for unit, load in zip(units, most, strict=True)
             if (parts := _parts(cutting, unit, load, window_bytes)) > cutting.parts[unit.name]
         }
         if not finer:
-            return Schedule(cutting, tuple(_windows(units, loads, window_bytes)))
+            # The end that is first on any rank is the least, and the greatest of the negatives.
+            ends = largest([-end for end in _ends(own, window_bytes)])
+            return Schedule(cutting, tuple(_windows(units, [-end for end in ends])))
         cutting = cutting.finer(finer)
 
 
@@ -163,43 +158,56 @@ def slot_bytes(plan: ConversionPlan, move: Move) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _largest_loads(
-    cutting: Cutting,
-    units: Sequence[Unit],
-    moves: tuple[Sequence[Move], Sequence[Move]],
-    largest: Callable[[Sequence[int]], Sequence[int]],
+def _by_turns(cutting: Cutting, places: Mapping[str, Hashable]) -> list[Unit]:
+    """All units; those of one place in order, each place at all times as far as the others."""
+    done: dict[Hashable, float] = defaultdict(float)
+    at = {}
+    for unit in cutting.units():
+        at[unit] = done[places[unit.name]]
+        done[places[unit.name]] += cutting.plan.hf[unit.name].nbytes / cutting.parts[unit.name]
+    return sorted(at, key=lambda unit: at[unit] / max(1, done[places[unit.name]]))
+
+
+def _loads(
+    cutting: Cutting, units: Sequence[Unit], moves: tuple[Sequence[Move], Sequence[Move]]
 ) -> list[Load]:
-    own: list[int] = []
+    """What each unit puts through the buffers of this rank."""
+    of_side = []
     for whole_moves in moves:
         loads: dict[Unit, int] = defaultdict(int)
         for whole in whole_moves:
             if whole.sender != whole.receiver:
                 for unit, move in cutting.cut(whole):
                     loads[unit] += slot_bytes(cutting.plan, move)
-        own += [loads[unit] for unit in units]
-    most = largest(own)
-    return list(map(Load, most[: len(units)], most[len(units) :]))
+        of_side.append(loads)
+    return [Load(*(loads[unit] for loads in of_side)) for unit in units]
 
 
-def _parts(cutting: Cutting, unit: Unit, load: Load, window_bytes: int) -> int:
+def _parts(cutting: Cutting, unit: Unit, load: int, window_bytes: int) -> int:
     """Into how many parts the tensor of a unit should be cut."""
     now = cutting.parts[unit.name]
-    if max(load) <= window_bytes:
+    if load <= window_bytes:
         return now
     spec = cutting.plan.hf[unit.name]
     rows = max(1, volume(tuple((0, size) for size in spec.shape[:-1])))
     # Twice as many as it takes: stripes are not all of a length.
-    return min(rows, now * -(-2 * max(load) // window_bytes))
+    return min(rows, now * -(-2 * load // window_bytes))
 
 
-def _windows(units: Sequence[Unit], loads: Sequence[Load], window_bytes: int) -> Iterator[Window]:
-    own: list[Unit] = []
-    most = Load(0, 0)
-    for unit, load in zip(units, loads, strict=True):
-        if own and max(most + load) > window_bytes:
-            yield Window(tuple(own), most)
-            own, most = [], Load(0, 0)
-        own.append(unit)
-        most = most + load
-    if own:
-        yield Window(tuple(own), most)
+def _ends(loads: Sequence[Load], window_bytes: int) -> list[int]:
+    """For each unit, where the window that begins with it has to end on this rank."""
+    ends, end = [], 0
+    held = Load(0, 0)
+    for start, load in enumerate(loads):
+        while end < len(loads) and (end <= start or max(held + loads[end]) <= window_bytes):
+            held, end = held + loads[end], end + 1
+        ends.append(end)
+        held = held - load
+    return ends
+
+
+def _windows(units: Sequence[Unit], ends: Sequence[int]) -> Iterator[tuple[Unit, ...]]:
+    start = 0
+    while start < len(units):
+        yield tuple(units[start : ends[start]])
+        start = ends[start]

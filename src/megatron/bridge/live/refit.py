@@ -121,6 +121,7 @@ class Refit:
             self._transport,
             window_bytes,
             self._device,
+            by_turns=True,
         )
         self._ranks.together(lambda: self._make_views(held))
         self._version = torch.zeros(2, dtype=torch.int64)
