@@ -127,7 +127,9 @@ class ExchangeResults:
 
 
 def exchange_case(layers: int | None, *, tiny: bool) -> Case:
-    """The model that is moved."""
+    """The model that is moved: with a layer for each pipeline stage, at least."""
+    if layers is not None or tiny:
+        layers = max(2, layers or 0)
     return reduced(EXCHANGE_MODEL, layers, tiny=tiny)
 
 

@@ -19,6 +19,7 @@ import pytest
 from benchmarks import disk_speed, processes, rounds, slow_disk
 from benchmarks.cases import CASES, MEMORY, SPEED, START, Case, reduced
 from benchmarks.cli import main
+from benchmarks.exchange import WAYS
 from benchmarks.model_files import ModelFiles, RandomWeights
 from benchmarks.processes import BenchmarkError, Measurement, run
 from benchmarks.rounds import (
@@ -433,5 +434,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert list(steps) == [IMPORT, EXPORT, VERIFY, COPY_HF, COPY_MEGATRON]
     assert all(steps[step]["ratio"]["median"] > 0 for step in (IMPORT, EXPORT, VERIFY))
     page = (out / "benchmarks.md").read_text("utf-8")
-    assert page.count("### ") == 3 + len(CASES)
+    assert page.count("### ") == 3 + len(CASES) + 2
     ET.fromstring((out / "benchmarks.svg").read_text("utf-8"))
+    moved = json.loads((out / "benchmarks-exchange.json").read_text("utf-8"))
+    assert set(moved["figures"]["to_floor"]) == set(WAYS)
+    assert not any(any(rank["wrong"].values()) for rank in moved["ranks"])

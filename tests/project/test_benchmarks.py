@@ -9,9 +9,28 @@ from pathlib import Path
 
 import pytest
 from benchmarks.cases import CASES, MEMORY
+from benchmarks.exchange import (
+    DELTA,
+    FLOOR,
+    GATHERS,
+    REFIT,
+    WAYS,
+    ExchangeResults,
+    RankFigures,
+    exchange_goals,
+)
 from benchmarks.figures import CaseResult, Results, Spread, join_runs
 from benchmarks.goals import goals
-from benchmarks.page import read_results, stem, with_tables, write_documents
+from benchmarks.page import (
+    EXCHANGE,
+    exchange_tables,
+    read_exchange,
+    read_results,
+    stem,
+    tables,
+    with_tables,
+    write_documents,
+)
 from benchmarks.plot import plot
 from benchmarks.processes import Measurement
 from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, TORCH, VERIFY
@@ -36,7 +55,7 @@ def test_the_figures_of_the_document_follow_from_its_measurements(slow: bool) ->
 def test_the_page_and_the_picture_are_made_from_the_document(slow: bool) -> None:
     results = read_results(DOCS, slow=slow)
     page = (DOCS / "benchmarks.md").read_text("utf-8")
-    assert with_tables(page, results) == page
+    assert with_tables(page, stem(slow=slow), tables(results)) == page
     assert plot(results) == (DOCS / f"{stem(slow=slow)}.svg").read_text("utf-8")
 
 
@@ -50,6 +69,16 @@ def test_the_document_is_of_all_rounds_at_full_size(slow: bool) -> None:
     assert all(case.hf_bytes >= 4e9 for case in results.cases if case.name != "small")
 
 
+def test_the_page_of_the_exchange_is_made_from_its_document() -> None:
+    results = read_exchange(DOCS)
+    document = json.loads((DOCS / f"{EXCHANGE}.json").read_text("utf-8"))
+    assert json.loads(json.dumps(results.document())) == document
+    page = (DOCS / "benchmarks.md").read_text("utf-8")
+    assert with_tables(page, EXCHANGE, exchange_tables(results)) == page
+    assert results.rounds >= 5
+    assert results.nbytes >= 2e9
+
+
 def test_a_changed_figure_is_seen(tmp_path: Path) -> None:
     results = read_results(DOCS)
     write_documents(tmp_path, results)
@@ -60,8 +89,8 @@ def test_a_changed_figure_is_seen(tmp_path: Path) -> None:
     changed = replace(dense, runs={**dense.runs, IMPORT: slower})
     cases = [changed if case is dense else case for case in results.cases]
     other = replace(results, cases=cases)
-    assert with_tables(page, results) == page
-    assert with_tables(page, other) != page
+    assert with_tables(page, stem(slow=False), tables(results)) == page
+    assert with_tables(page, stem(slow=False), tables(other)) != page
     assert plot(other) != plot(results)
 
 
@@ -84,7 +113,44 @@ def test_text_around_the_tables_stays(tmp_path: Path) -> None:
     assert read_results(tmp_path) == replace(results, measured="2001-02-03")
     assert read_results(tmp_path, slow=True) == replace(results, slow_disk=0.25)
     with pytest.raises(ValueError, match="no place for the tables"):
-        with_tables("a page", results)
+        with_tables("a page", stem(slow=False), tables(results))
+
+
+# --- Between ranks ------------------------------------------------------------------------------
+
+
+def example_exchange() -> ExchangeResults:
+    """Two rounds on two ranks, the second rank the slower one."""
+    ranks = [
+        RankFigures(
+            seconds={way: [times * slower, times * slower] for way, times in seconds.items()},
+            sent_bytes={REFIT: 1_000_000, DELTA: 45_000 * slower, GATHERS: 3_000_000},
+            collectives={REFIT: 4},
+            buffer_bytes={REFIT: 5 * slower * MIB},
+            prepare_seconds=0.5,
+            wrong={},
+        )
+        for slower in (1, 2)
+        for seconds in [dict.fromkeys(WAYS, 1.0) | {FLOOR: 0.5, REFIT: 0.875, GATHERS: 4.0}]
+    ]
+    host = {"cores": "2"}
+    return ExchangeResults("make bench", "2001-01-01", host, "a model", 7_000_000, 2 * MIB, ranks)
+
+
+def test_figures_of_the_exchange() -> None:
+    results = example_exchange()
+    assert results.seconds(REFIT) == [1.75, 1.75]
+    assert results.ratio(REFIT, FLOOR) == Spread(1.75, 1.75, 1.75)
+    # Three bytes for each of 30,000 words that changed.
+    assert results.to_changes == pytest.approx(135_000 / 90_000)
+    assert results.to_window == 5
+    assert [(goal.found, goal.reached) for goal in exchange_goals(results)] == [
+        ("1.75", False),
+        ("4.57", False),
+        ("5.00", False),
+        ("1.50", False),
+    ]
+    assert ExchangeResults.from_document(results.document()) == results
 
 
 # --- Figures -------------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ _STRIPES = 8
 """A part of a tensor takes about so many stripes of it, so that many ranks send at once."""
 
 
+_UNITS_OF_WINDOW = 4
+"""So many fit at least, so that what is left empty is little and each rank finds one of its own."""
+
+
 class Unit(NamedTuple):
     """What is never cut by the end of a window: a tensor, or one of several parts of it.
 
@@ -185,13 +189,13 @@ def _loads(
 
 def _parts(cutting: Cutting, unit: Unit, load: int, window_bytes: int) -> int:
     """Into how many parts the tensor of a unit should be cut."""
-    now = cutting.parts[unit.name]
-    if load <= window_bytes:
+    now, most = cutting.parts[unit.name], max(1, window_bytes // _UNITS_OF_WINDOW)
+    if load <= most:
         return now
     spec = cutting.plan.hf[unit.name]
     rows = max(1, volume(tuple((0, size) for size in spec.shape[:-1])))
-    # Twice as many as it takes: stripes are not all of a length.
-    return min(rows, now * -(-2 * load // window_bytes))
+    # A half more than it takes: stripes are not all of a length.
+    return min(rows, now * -(-3 * load // (2 * most)))
 
 
 def _ends(loads: Sequence[Load], window_bytes: int) -> list[int]:
