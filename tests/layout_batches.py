@@ -58,10 +58,11 @@ def padded_batches() -> list[Batch]:
 def text_batches() -> list[Batch]:
     draw = torch.Generator().manual_seed(3)
     found = []
-    for padding in (5, 0, 1, 9):
+    for padding, on_the_left in ((5, 0), (0, 0), (1, 7), (9, 4)):
         ids = torch.randint(6, 300, (2, TEXT_LENGTH), generator=draw)
         mask = torch.ones_like(ids)
         mask[1, TEXT_LENGTH - padding :] = 0
+        mask[0, :on_the_left] = 0
         labels = ids.roll(-1, 1).masked_fill(mask == 0, -100)
         found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from difflib import SequenceMatcher
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron.bridge.errors import ConfigError
+from megatron.bridge.models.nearest_layout import nearest_layout
 from megatron.bridge.models.pipeline_stages import (
     embedding_stages,
     pipeline_stages,
@@ -78,7 +81,10 @@ def test_layers_are_where_megatron_core_has_them() -> None:
     [
         ({"pipeline_model_parallel_layout": "Ettx|ttL"}, "Invalid layer character: x"),
         ({"pipeline_model_parallel_layout": "Ett|tt|tL"}, "=3.*pipeline_model_parallel_size=2"),
-        ({"pipeline_model_parallel_layout": "Ett|ttL"}, "with 4 layers t: expected num_layers = 5"),
+        (
+            {"pipeline_model_parallel_layout": "Ett|ttL"},
+            "with 4 layers t: expected num_layers = 5; the nearest legal: 'Ett|tttL'",
+        ),
         ({"pipeline_model_parallel_layout": "Ett|tttmL"}, "with 1 layers m: .* mtp_num_layers = 0"),
         ({"pipeline_model_parallel_layout": "tt|tttL"}, "first layer must be embedding"),
         (
@@ -114,6 +120,78 @@ def test_a_pipeline_is_refused_without_ranks(fields: dict[str, Any], message: st
     with pytest.raises(ConfigError, match=message) as error:
         provider.finalize()
     assert str(error.value).count("\n") < 6
+
+
+LEGAL = (
+    ({"pipeline_model_parallel_size": 2}, "Ett|tttL"),
+    ({"pipeline_model_parallel_size": 4}, "E|ttt|t|tL"),
+    ({"pipeline_model_parallel_size": 4, **INTERLEAVED}, "Et|t|t|t|t|||L"),
+    ({"pipeline_model_parallel_size": 2, **INTERLEAVED}, "Et|tt|t|tL"),
+)
+
+
+def damaged(layout: str, draw: random.Random) -> str:
+    """With one letter or stage less, more or elsewhere."""
+    at = draw.randrange(len(layout))
+    letter = draw.choice("EtmL|")
+    return draw.choice(
+        [
+            layout[:at] + layout[at + 1 :],
+            layout[:at] + letter + layout[at:],
+            layout[:at] + letter + layout[at + 1 :],
+        ]
+    )
+
+
+@pytest.mark.parametrize(("fields", "layout"), LEGAL)
+def test_the_nearest_legal_layout_is_legal_and_near(fields: dict[str, Any], layout: str) -> None:
+    small_provider(**fields, pipeline_model_parallel_layout=layout).finalize()
+    draw = random.Random(layout)
+    refused = 0
+    for _ in range(40):
+        given = damaged(layout, draw)
+        message = refusal(fields | {"pipeline_model_parallel_layout": given})
+        if message is None:
+            continue
+        refused += 1
+        found = re.search("the nearest legal: '(.*?)'", message)
+        assert found, message
+        assert refusal(fields | {"pipeline_model_parallel_layout": found[1]}) is None
+        same = SequenceMatcher(None, given, found[1]).get_matching_blocks()
+        assert sum(block.size for block in same) >= len(given) - 4, message
+    assert refused > 15
+
+
+@pytest.mark.parametrize(
+    ("given", "stages", "expected"),
+    [
+        ("Ett|ttmL", 2, "Ett|tttmL"),
+        ("Ett|tttL", 2, "Ett|tttmL"),
+        ("Ett|tt|m|L", 4, "Ett|ttt|m|L"),
+        ("Ett|mtt|t|L", 4, "Ett|tt|t|mL"),
+        ("Emtt|tttL", 2, "Ett|tttmL"),
+    ],
+)
+def test_the_nearest_layout_that_predicts(given: str, stages: int, expected: str) -> None:
+    found = nearest_layout(given, stages=stages, chunks=None, layers=5, predictors=1)
+    assert found == expected
+
+
+def refusal(fields: dict[str, Any]) -> str | None:
+    try:
+        small_provider(**fields).finalize()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_a_layout_of_other_letters_has_no_nearest() -> None:
+    provider = small_provider(
+        pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Eab|cdL"
+    )
+    with pytest.raises(ConfigError) as error:
+        provider.finalize()
+    assert "nearest" not in str(error.value)
 
 
 def test_a_layout_is_read_anew_for_another_pipeline() -> None:

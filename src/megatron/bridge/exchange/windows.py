@@ -109,9 +109,7 @@ class Schedule:
 
     def by_window(self, moves: Sequence[Move]) -> list[list[Move]]:
         """Moves cut into those of each window, in the order in which they came."""
-        number = {
-            unit: number for number, window in enumerate(self.windows) for unit in window
-        }
+        number = {unit: number for number, window in enumerate(self.windows) for unit in window}
         found: list[list[Move]] = [[] for _ in self.windows]
         for unit, move in chain.from_iterable(map(self.cutting.cut, moves)):
             found[number[unit]].append(move)

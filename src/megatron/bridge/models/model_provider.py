@@ -37,6 +37,7 @@ from megatron.bridge.models.building import (
 )
 from megatron.bridge.models.pipeline_stages import (
     as_given,
+    can_interleave,
     embedding_stages,
     layout_problems,
     pipeline_stages,
@@ -282,12 +283,8 @@ class ModelProvider(TransformerConfig, ABC):
         if problems := list(layout_problems(self)):
             return problems
         chunks = virtual_stages(self)
-        if chunks is None or stages > 2:
+        if chunks is None or can_interleave(self):
             return []
-        if stages == 2 and self.overlap_p2p_comm and not self.batch_p2p_comm:
-            return []
-        # With two stages the previous and the next rank are the same one, and batched messages of
-        # the two directions get mixed up.
         problem = (
             f"virtual_pipeline_model_parallel_size is {chunks} with pipeline_model_parallel_size = "
             f"{stages}: interleaving needs more than 2 stages, or 2 with overlap_p2p_comm=True and "

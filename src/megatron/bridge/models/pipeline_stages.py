@@ -13,6 +13,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron.bridge.models.nearest_layout import nearest_layout
+
 
 @dataclass(frozen=True)
 class PipelineStage:
@@ -92,6 +94,16 @@ def virtual_stages(config: TransformerConfig) -> int | None:
     return given
 
 
+def can_interleave(config: TransformerConfig) -> bool:
+    """Whether a stage may have several chunks.
+
+    With two stages the previous and the next rank are the same one, and batched messages of the two
+    directions get mixed up.
+    """
+    stages = config.pipeline_model_parallel_size
+    return stages > 2 or (stages == 2 and config.overlap_p2p_comm and not config.batch_p2p_comm)
+
+
 def parsed_layout(config: TransformerConfig) -> PipelineParallelLayerLayout | None:
     """`pipeline_model_parallel_layout` for the pipeline that the config has now.
 
@@ -110,21 +122,38 @@ def as_given(layout: Any) -> str | list[Any] | None:
 
 
 def layout_problems(config: TransformerConfig) -> Iterator[str]:
-    """What is wrong with `pipeline_model_parallel_layout`, and what it has to be."""
-    name, given = "pipeline_model_parallel_layout", as_given(config.pipeline_model_parallel_layout)
+    """What is wrong with `pipeline_model_parallel_layout`, what it has to be, and the nearest."""
+    given = as_given(config.pipeline_model_parallel_layout)
+    if given is None or (problem := _layout_problem(config)) is None:
+        return
+    nearest = None
+    if isinstance(given, str):
+        nearest = nearest_layout(
+            given,
+            stages=config.pipeline_model_parallel_size,
+            chunks=config.virtual_pipeline_model_parallel_size if can_interleave(config) else 1,
+            layers=config.num_layers,
+            predictors=config.mtp_num_layers or 0,
+        )
+    yield (
+        f"pipeline_model_parallel_layout is {given!r}{problem}"
+        + (f"; the nearest legal: {nearest!r}" if nearest else "")
+    )
+
+
+def _layout_problem(config: TransformerConfig) -> str | None:
     stages = config.pipeline_model_parallel_size
     try:
         layout = parsed_layout(config)
     except AssertionError as error:
-        yield f"{name} is {given!r} with pipeline_model_parallel_size = {stages}: {error}"
-        return
+        return f" with pipeline_model_parallel_size = {stages}: {error}"
     if layout is None:
-        return
+        return None
     chunks = config.virtual_pipeline_model_parallel_size
     if chunks is not None and layout.virtual_pipeline_model_parallel_size != chunks:
-        yield (
-            f"{name} is {given!r}, of {layout.virtual_pipeline_model_parallel_size * stages} "
-            f"stages: expected {stages * chunks}, pipeline_model_parallel_size = {stages} times "
+        return (
+            f", of {layout.virtual_pipeline_model_parallel_size * stages} stages: expected "
+            f"{stages * chunks}, pipeline_model_parallel_size = {stages} times "
             f"virtual_pipeline_model_parallel_size = {chunks}"
         )
     for kind, letter, field in (
@@ -133,6 +162,9 @@ def layout_problems(config: TransformerConfig) -> Iterator[str]:
     ):
         found, expected = layout.flatten_layout.count(kind), getattr(config, field) or 0
         if found != expected:
-            yield (
-                f"{name} is {given!r}, with {found} layers {letter}: expected {field} = {expected}"
-            )
+            return f", with {found} layers {letter}: expected {field} = {expected}"
+    try:
+        layout.validate_layer_layout(config.num_layers, config.mtp_num_layers)
+    except (AssertionError, NotImplementedError) as error:
+        return f": {error}"
+    return None
