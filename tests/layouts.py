@@ -173,11 +173,11 @@ TWO: dict[str, Layout] = {
     "vpp2-predictors_on_a_chunk": Layout("hybrid_moe_mtp", 2, pp("Et|t|tt|tmL")),
     # Tensor parallelism; in training, megatron-core has experts beside it with sequence
     # parallelism only.
-    "tp2-tied": Layout("vl_tied", 2, tp(2) | NO_SEQUENCE, fast=True),
+    "tp2-tied": Layout("vl_tied", 2, tp(2) | NO_SEQUENCE),
     "tp2-more_than_kv_heads": Layout("hybrid", 2, tp(2) | NO_SEQUENCE),
     "tp2-sequence": Layout("vl", 2, tp(2)),
     "tp2-experts": Layout("vl_moe", 2, tp(2)),
-    "tp2-counted_together": Layout("vl_moe_counted", 2, tp(2), fast=True),
+    "tp2-counted_together": Layout("vl_moe_counted", 2, tp(2)),
     "tp2-counted_together_recomputed": Layout("vl_moe_counted", 2, tp(2) | RECOMPUTED),
     "tp2-predictors": Layout("hybrid_moe_mtp", 2, tp(2), fast=True),
     "tp2-predictors_recomputed": Layout("hybrid_moe_mtp", 2, tp(2) | RECOMPUTED),
@@ -194,12 +194,12 @@ TWO: dict[str, Layout] = {
     "dp2": Layout("vl", 2, {}),
     "dp2-experts": Layout("hybrid_moe_mtp", 2, {}),
     # Context parallelism.
-    "cp2": Layout("vl", 2, cp(2), fast=True),
+    "cp2": Layout("vl", 2, cp(2)),
     "cp2-experts": Layout("vl_moe", 2, cp(2) | ep(2)),
     "cp2-counted_together": Layout("vl_moe_counted", 2, cp(2)),
     "cp2-recomputed": Layout("hybrid", 2, cp(2) | RECOMPUTED),
     "cp2-packed": Layout("hybrid_moe", 2, cp(2), "packed", fast=True),
-    "cp2-text": Layout("text_hybrid_moe", 2, cp(2), fast=True),
+    "cp2-text": Layout("text_hybrid_moe", 2, cp(2)),
 }
 FOUR: dict[str, Layout] = {
     "pp4-deepstack_on_three": Layout("vl", 4, pp("Et|t|t|ttL", 4)),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from exchange_layouts import MODELS, OF_EIGHT, OF_TWO, QUICK, built, make_models
+from exchange_layouts import MODELS, OF_EIGHT, OF_FOUR, OF_TWO, QUICK, built, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.exchange.landing import Landing
@@ -165,6 +165,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return found_by_ranks(tmp_path_factory.mktemp("others_of_four"), OF_FOUR, WORLD)
+
+
+@pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found_by_ranks(tmp_path_factory.mktemp("two"), OF_TWO, 2)
 
@@ -200,6 +205,13 @@ def test_four_ranks(case: str, found: list[dict[str, Any]]) -> None:
     check_export(case, found)
     check_refit(case, found)
     assert all(one[case]["refit"]["report"].windows > 3 for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_FOUR)
+def test_other_layouts_of_four_ranks(case: str, of_four: list[dict[str, Any]]) -> None:
+    check_export(case, of_four)
+    check_refit(case, of_four)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ are started once and run every case; the tests look at what they found.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ FAMILIES = {
     "qwen3.5-moe-text": 7,
 }
 """Layers by the name of the small model."""
+
+QUICK = ("qwen3-vl-moe", "qwen3.5-moe", "qwen3", "qwen3-moe")
+"""What is asked of every change; the others have no layer of a kind that these have not."""
 
 COPIED = "copied"
 """A model with a tied embedding, and a copy of it in the files all the same."""
@@ -197,7 +201,7 @@ def saved(
     dist_checkpointing.save(state, str(target), sharded_strategy=used)
 
 
-def worker(rank: int, root: str) -> None:
+def worker(rank: int, root: str, families: Sequence[str]) -> None:
     from megatron.core import parallel_state
 
     from megatron.bridge.runtime.cpu import activate_megatron_on_cpu
@@ -205,7 +209,7 @@ def worker(rank: int, root: str) -> None:
     activate_megatron_on_cpu()
     found: dict[Any, Any] = {}
     for name in ("tp2", "pp2", "ep2"):  # making process groups takes longer than anything else
-        for family in [family for family, layout in CASES if layout == name]:
+        for family in [one for one in families if name in layouts(one)]:
             folder = Path(root, family)
             model = built(folder, family, name)
             found[family, name] = compared(folder, model)
@@ -218,10 +222,10 @@ def worker(rank: int, root: str) -> None:
                 saved(folder, model, folder / "saved-shared-out", shared_out=True)
             if (family, name) == ("qwen3-moe", "ep2"):
                 found["refusals"] = refusals(folder, model, rank)
-        if name == "tp2":
+        if name == "tp2" and families == QUICK:
             folder = Path(root, COPIED)
             found[COPIED] = compared(folder, built(folder, "qwen3", name))
-        for family in [family for family, layout in STOCK if layout == name]:
+        for family in [one for one, layout in STOCK if one in families and layout == name]:
             folder = Path(root, family)
             model = stock_gpt_model(folder / "hf", **layouts(family)[name])
             found["stock", family, name] = compared(folder, model)
@@ -310,23 +314,37 @@ def refusals(folder: Path, model: Any, rank: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("strategy")
-    for seed, family in enumerate(FAMILIES):
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
+    """Of some families, what two ranks left; they are started when somebody asks."""
+    return cache(lambda families: made(tmp_path_factory.mktemp("strategy"), families))
+
+
+def made(root: Path, families: tuple[str, ...]) -> Path:
+    for seed, family in enumerate(families):
         make_model(family, root / family / "hf", {"num_shards": 3}, seed=seed)
         import_checkpoint(
             PreTrainedVLM.from_pretrained(root / family / "hf"), root / family / "megatron"
         )
+    if families != QUICK:
+        run_ranks(worker, str(root), families)
+        return root
     hf = make_model("qwen3", root / COPIED / "hf", {"tie_word_embeddings": True}, seed=9)
     tensors = read_tensors(hf)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
     import_checkpoint(PreTrainedVLM.from_pretrained(hf), root / COPIED / "megatron")
-    run_ranks(worker, str(root))
+    run_ranks(worker, str(root), families)
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def root(request: pytest.FixtureRequest, roots: Callable[[tuple[str, ...]], Path]) -> Path:
+    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+    others = tuple(one for one in FAMILIES if one not in QUICK)
+    return roots(others if isinstance(case, tuple) and case[-2] in others else QUICK)
+
+
+@pytest.fixture
 def found(root: Path) -> list[dict[Any, Any]]:
     return [torch.load(root / f"found{rank}.pt") for rank in range(2)]
 
@@ -335,14 +353,19 @@ OTHERS = {"per layer": "qwen3-vl-moe", "shared out": "qwen3-vl-moe"}
 OF_STOCK = [("stock", *case) for case in STOCK]
 
 
-@pytest.mark.parametrize("case", [*CASES, *OF_STOCK, *OTHERS])
+MARKED = [
+    case if case[0] in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", [*MARKED, *OF_STOCK, *OTHERS])
 def test_what_is_loaded_is_what_import_writes(found: list[dict[Any, Any]], case: Any) -> None:
     for rank in found:
         assert rank[case]["wrong"] == []
         assert rank[case]["tensors"] > 15
 
 
-@pytest.mark.parametrize("case", [*CASES, *OF_STOCK])
+@pytest.mark.parametrize("case", [*MARKED, *OF_STOCK])
 def test_each_rank_reads_its_own_boxes_alone(
     root: Path, found: list[dict[Any, Any]], case: Any
 ) -> None:
@@ -370,7 +393,7 @@ def test_replicas_are_read_once_where_ranks_share_them(found: list[dict[Any, Any
     assert once < 0.7 * each
 
 
-@pytest.mark.parametrize("case", [*CASES, *OF_STOCK, *OTHERS])
+@pytest.mark.parametrize("case", [*MARKED, *OF_STOCK, *OTHERS])
 def test_what_is_saved_is_what_was_loaded(root: Path, case: Any) -> None:
     if case in OTHERS:
         family, name = OTHERS[case], f"saved-{case.replace(' ', '-')}"

@@ -75,7 +75,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "refit" else pytest.param(name, marks=pytest.mark.slow) for name in CALLS],
+)
 def test_the_others_name_it(folder: Path, name: str) -> None:
     run_ranks(worker, str(folder), name, world=WORLD, seconds=200)
     for rank in range(WORLD):

@@ -20,11 +20,9 @@ PIPELINE = {
     "num_layers_in_last_pipeline_stage": 2,
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "experts": ("Qwen3MoeForCausalLM", SEQUENCE),
     "hybrid": ("Qwen3_5ForCausalLM", SEQUENCE),
     "tokens": ("Qwen3ForTokenClassification", SEQUENCE),
     "sequences": ("Qwen3_5TextForSequenceClassification", SEQUENCE),
-    "pipeline": ("Qwen3ForCausalLM", PIPELINE),
     "pipeline_of_sequences": ("Qwen3ForSequenceClassification", PIPELINE),
 }
 # Megatron's name: transformers', of parameters that every rank of a last stage holds whole.

@@ -142,6 +142,7 @@ def test_torchrun(tmp_path: Path, alone: dict[str, bytes]) -> None:
     assert files_of(tmp_path / "none") == alone
 
 
+@pytest.mark.slow
 def test_torchrun_ends_all_when_one_is_killed(tmp_path: Path, alone: dict[str, bytes]) -> None:
     done = torchrun(tmp_path, "killed")
     assert done.returncode != 0

@@ -78,7 +78,13 @@ def make(folder: Path, family: str, **settings: Any) -> Model:
     return model
 
 
-@pytest.fixture(scope="module", params=ALONE)
+@pytest.fixture(
+    scope="module",
+    params=[
+        one if one in ("qwen3-vl", "qwen3.5-moe") else pytest.param(one, marks=pytest.mark.slow)
+        for one in ALONE
+    ],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return make(tmp_path_factory.mktemp("part"), request.param)
 

@@ -63,7 +63,9 @@ print(json.dumps(outcome))
 """
 
 
-@pytest.mark.parametrize("begin", ["fresh", "resume", "force"])
+@pytest.mark.parametrize(
+    "begin", ["fresh", "resume", pytest.param("force", marks=pytest.mark.slow)]
+)
 def test_killed_at_every_step(tmp_path: Path, begin: str) -> None:
     """Before every change that a run makes: the next run always comes to the same target."""
     convert(tmp_path / "expected")

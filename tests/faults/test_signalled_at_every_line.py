@@ -76,7 +76,9 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-@pytest.mark.parametrize("number", [2, 15], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [2, pytest.param(15, marks=pytest.mark.slow)], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_target_that_replaces_another(home: Path, number: int) -> None:
     *steps, (status, last, expected, _) = outcomes(_LIBRARY, home, number)
     assert (status, last) == (0, ["out"])
@@ -96,7 +98,9 @@ def test_a_target_that_replaces_another(home: Path, number: int) -> None:
         assert status == (0 if number == 2 else -15), where
 
 
-@pytest.mark.parametrize("number", [2, 15], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(2, marks=pytest.mark.slow), 15], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_folder_that_is_staged(home: Path, number: int) -> None:
     *steps, last = outcomes(_STAGED, home, number)
     assert last[:3] == [0, ["out"], {"config.json": 5}]

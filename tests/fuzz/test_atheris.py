@@ -15,6 +15,7 @@ from fuzz.targets import TARGETS
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None,
     reason="atheris has wheels for Linux on x86-64 only",

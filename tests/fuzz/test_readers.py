@@ -105,7 +105,7 @@ def test_programs_of_the_pickle_machine(data: bytes) -> None:
 
 
 @given(data=st.data())
-@same_each_time
+@settings(same_each_time, max_examples=100)
 def test_metadata_with_wrong_values(data: st.DataObject) -> None:
     metadata = targets.example_metadata()
     objects: list[Any] = [metadata, *metadata.storage_data, *metadata.storage_data.values()]
@@ -125,7 +125,7 @@ def test_metadata_with_wrong_values(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-@settings(same_each_time, max_examples=60)
+@settings(same_each_time, max_examples=30)
 def test_configs_with_wrong_values(family: str, data: st.DataObject) -> None:
     """A plan, or a word of what is wrong: never another exception, nor work without end."""
     honest = dict(resolve_settings(find_family(family), {}).config)

@@ -155,11 +155,6 @@ def test_each_key_that_the_forward_reads(model_type: str, folder: Path) -> None:
             raise
 
 
-@pytest.mark.parametrize("model_type", WITH_VISION)
-def test_a_few_draws(model_type: str, folder: Path) -> None:
-    run(model_type, folder, 4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", WITH_VISION)
 def test_two_hundred_draws(model_type: str, folder: Path) -> None:

@@ -49,14 +49,14 @@ def one_nan(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return layer_in_f32(name, tensor)
 
 
-CHANGES: list[tuple[str, Callable[[str, torch.Tensor], torch.Tensor]]] = [
-    ("qwen3-vl", layer_in_f32),
+CHANGES = [
+    pytest.param("qwen3-vl", layer_in_f32, marks=pytest.mark.slow),
     ("qwen3-vl", queries_in_f32),
-    ("qwen3-vl", layers_in_turns),
+    pytest.param("qwen3-vl", layers_in_turns, marks=pytest.mark.slow),
     ("qwen3-vl", one_nan),
     ("qwen3-vl-moe", layers_in_turns),
     ("qwen3.5", norms_in_bf16),
-    ("qwen3.5", first_a_log_in_bf16),
+    pytest.param("qwen3.5", first_a_log_in_bf16, marks=pytest.mark.slow),
 ]
 
 

@@ -24,7 +24,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(
+    scope="module",
+    params=[
+        "dense",
+        "transposed",
+        pytest.param("per-expert", marks=pytest.mark.slow),
+        "fp8",
+    ],
+)
 def bridge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AutoBridge:
     family, settings = CASES[request.param]
     target = tmp_path_factory.mktemp("filling") / "hf"

@@ -149,7 +149,10 @@ def assert_advice_works(model: str, seed: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [one if one == "235B" else pytest.param(one, marks=pytest.mark.slow) for one in MODELS],
+)
 def test_advice_works(model: str) -> None:
     assert assert_advice_works(model, 0)
 
