@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
 from megatron.bridge.models.conversion.transfer import to_hf
 from megatron.bridge.tensors.box_pairs import axes_in_hf_order, megatron_part
-from megatron.bridge.tensors.boxes import box_shape, relative, slices, volume
+from megatron.bridge.tensors.boxes import Box, box_shape, relative, slices
 from megatron.bridge.tensors.torch_views import as_array, as_torch
 
 type Destination = Callable[[Demand], torch.Tensor]
@@ -46,6 +48,7 @@ class Copies:
     _to: list[torch.Tensor] = field(default_factory=list)
     _of: list[torch.Tensor] = field(default_factory=list)
     _converted: list[_Conversion] = field(default_factory=list)
+    _held: dict[tuple[str, str, Box, Box], torch.Tensor] = field(default_factory=dict)
 
     def add(self, out: torch.Tensor, values: torch.Tensor) -> None:
         """Copy values to memory of the same shape."""
@@ -61,12 +64,22 @@ class Copies:
             move: lies within it.
             dtype: that the values have on the way.
         """
-        part = megatron_part(move.copy, move.box)
-        values = held[slices(relative(part, move.held))]
-        if move.copy.offset or values.dtype != torch_dtype(dtype):
+        # Ranks that want the same are sent the same view.
+        place = move.copy.hf_name, move.copy.megatron_key, move.held, move.box
+        if (values := self._held.get(place)) is None:
+            part = megatron_part(move.copy, move.box)
+            values = held[slices(relative(part, move.held))]
+            if not self._is_converted(values, move, dtype):
+                values = _in_hf_axes(values, move.copy)
+            self._held[place] = values
+        if self._is_converted(values, move, dtype):
             self._converted.append(_Conversion(out, values, move, numpy_dtype(dtype)))
         else:
-            self.add(out, _in_hf_axes(values, move.copy))
+            self.add(out, values)
+
+    @staticmethod
+    def _is_converted(values: torch.Tensor, move: Move, dtype: str) -> bool:
+        return bool(move.copy.offset) or values.dtype != torch_dtype(dtype)
 
     @torch.no_grad()
     def make(self) -> None:
@@ -186,9 +199,11 @@ class Packing:
         end has to turn it.
         """
         dtype = torch_dtype(self._plan.hf[move.name].dtype)
-        nbytes = volume(move.box) * dtype.itemsize
         shape = box_shape(megatron_part(move.copy, move.box))
-        return _in_hf_axes(buffer[at : at + nbytes].view(dtype).view(shape), move.copy)
+        strides = [*accumulate(reversed(shape), mul, initial=1)][-2::-1]
+        # `at` is a multiple of any dtype's size.
+        slot = buffer.view(dtype).as_strided(shape, strides, at // dtype.itemsize)
+        return _in_hf_axes(slot, move.copy)
 
 
 def _part_of(wanted: torch.Tensor, move: Move) -> torch.Tensor:

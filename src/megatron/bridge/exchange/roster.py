@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from itertools import chain, compress
 from typing import Any, Protocol, Self
 
 from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
-from megatron.bridge.tensors.boxes import Box, BoxIndex, Shape, tiling_faults
+from megatron.bridge.tensors.boxes import Box, Shape, tiling_faults
 from megatron.bridge.tensors.spec import TensorSpec
 
 
@@ -105,23 +105,20 @@ class Roster:
         """The main replicas of all ranks."""
         return chain.from_iterable(map(self.main_of, range(len(self.by_rank))))
 
-    def holders(self, key: str, box: Box) -> Iterator[tuple[Box, Box, tuple[int, ...]]]:
-        """(shared part, box that is held, its ranks) of every held box that overlaps `box`."""
-        if key in self._holders:
-            for shared, (held, ranks) in self._holders[key].overlapping(box):
-                yield shared, held, ranks
-
-    @cached_property
-    def _holders(self) -> dict[str, BoxIndex[tuple[Box, tuple[int, ...]]]]:
+    @property
+    def holders(self) -> dict[str, dict[Box, tuple[int, ...]]]:
+        """The ranks that hold each box, in ascending order, by key and box."""
         replicas: dict[int, list[int]] = defaultdict(list)
         for rank, own in enumerate(self.by_rank):
             replicas[id(own)].append(rank)
-        of_key: dict[str, dict[Box, set[int]]] = defaultdict(lambda: defaultdict(set))
+        of_key: dict[str, dict[Box, set[int]]] = defaultdict(dict)
         for ranks in replicas.values():
             for shard in self.by_rank[ranks[0]]:
-                of_key[shard.key][shard.box].update(ranks)
+                of_key[shard.key].setdefault(shard.box, set()).update(ranks)
+        # There are few sets of ranks and many boxes.
+        ordered = cache(lambda ranks: tuple(sorted(ranks)))
         return {
-            key: BoxIndex((box, (box, tuple(sorted(ranks)))) for box, ranks in boxes.items())
+            key: {box: ordered(frozenset(ranks)) for box, ranks in boxes.items()}
             for key, boxes in of_key.items()
         }
 

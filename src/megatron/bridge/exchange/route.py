@@ -9,6 +9,7 @@ same list: nothing is asked of anybody while bytes move.
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
@@ -16,7 +17,7 @@ from megatron.bridge.errors import PlanError
 from megatron.bridge.exchange.demand import Demand, Wanted, source_of
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
-from megatron.bridge.tensors.box_pairs import hf_part, megatron_part
+from megatron.bridge.tensors.box_pairs import hf_part
 from megatron.bridge.tensors.boxes import Box, BoxIndex, volume
 
 
@@ -99,14 +100,23 @@ class Routes:
         self.plan, self.held, self.wanted = plan, held, wanted
         self._affinity = affinity
         self._number = {name: number for number, name in enumerate(plan.hf)}
-        demands: dict[str, list[tuple[Box, tuple[Demand, tuple[int, ...]]]]] = defaultdict(list)
-        for demand, ranks in wanted.ranks_of.items():
-            demands[source_of(plan, demand.name)].append((demand.box, (demand, ranks)))
+        demands: dict[str, list[tuple[Box, Demand]]] = defaultdict(list)
+        for demand in wanted.ranks_of:
+            demands[source_of(plan, demand.name)].append((demand.box, demand))
         self._demands = {name: BoxIndex(items) for name, items in demands.items()}
 
     def sends(self, rank: int) -> list[Move]:
         """What a rank sends, to itself too; by receiver, then as the receiver has it."""
-        return self._in_order(self._sent_by(rank))
+        sent: dict[int, list[Move]] = defaultdict(list)
+        # Of a pair of ranks both ends have the same order.
+        for part in sorted(self._parts_sent_by(rank), key=self._place):
+            copy, held, holders = part.holding
+            number = self._number[copy.hf_name]
+            for receiver in self.wanted.ranks_of[part.demand]:
+                if self._affinity.sender(holders, receiver, number) == rank:
+                    move = Move(rank, receiver, part.box, part.demand, copy, held)
+                    sent[receiver].append(move)
+        return [move for receiver in sorted(sent) for move in sent[receiver]]
 
     def receives(self, rank: int) -> list[Move]:
         """What a rank receives, from itself too; by sender, then by tensor and box.
@@ -114,68 +124,76 @@ class Routes:
         Raises:
             PlanError: it is not all that the rank wants.
         """
-        return self._in_order(self._received_by(rank))
+        received: dict[int, list[Move]] = defaultdict(list)
+        for part in sorted(self._parts_received_by(rank), key=self._place):
+            copy, held, holders = part.holding
+            sender = self._affinity.sender(holders, rank, self._number[copy.hf_name])
+            received[sender].append(Move(sender, rank, part.box, part.demand, copy, held))
+        return [move for sender in sorted(received) for move in received[sender]]
 
     def holders_of(self, name: str) -> tuple[int, ...]:
-        """The ranks that hold the first element of a tensor: where it lies, for a summary."""
-        source = source_of(self.plan, name)
-        first = tuple((0, 1) for _ in self.plan.hf[source].shape)
-        for shared, copy in self.plan.copies_from(source, first):
-            for _, _, ranks in self.held.holders(copy.megatron_key, megatron_part(copy, shared)):
-                return ranks
-        return ()
+        """Ranks that hold a part of a tensor, to tell from where it comes."""
+        holdings = self._holdings.get(source_of(self.plan, name))
+        return holdings[0][1].holders if holdings else ()
 
     def nbytes(self, move: Move) -> int:
         """How many bytes a move has."""
         return volume(move.box) * itemsize(self.plan.hf[move.name].dtype)
 
-    def _in_order(self, moves: Iterator[Move]) -> list[Move]:
-        # Of a pair of ranks both ends have the same order.
-        return sorted(
-            moves,
-            key=lambda move: (
-                move.sender,
-                move.receiver,
-                self._number[move.name],
-                move.demand.box,
-                move.box,
-            ),
-        )
+    def _place(self, part: "_Part") -> tuple[int, Box, Box]:
+        return self._number[part.demand.name], part.demand.box, part.box
 
-    def _sent_by(self, rank: int) -> Iterator[Move]:
-        seen: set[tuple[str, Box]] = set()
-        for shard in self.held.by_rank[rank]:
-            if (shard.key, shard.box) in seen:  # one more view of the same part
+    def _parts_sent_by(self, rank: int) -> Iterator["_Part"]:
+        for name, holdings in self._holdings.items():
+            if (demands := self._demands.get(name)) is None:
                 continue
-            seen.add((shard.key, shard.box))
-            holders = next(
-                ranks
-                for _, held, ranks in self.held.holders(shard.key, shard.box)
-                if held == shard.box
-            )
-            for shared, copy in self.plan.copies_to(shard.key, shard.box):
-                if (demands := self._demands.get(copy.hf_name)) is None:
-                    continue
-                number = self._number[copy.hf_name]
-                for box, (demand, ranks) in demands.overlapping(hf_part(copy, shared)):
-                    for receiver in ranks:
-                        if self._affinity.sender(holders, receiver, number) == rank:
-                            yield Move(rank, receiver, box, demand, copy, shard.box)
+            for hf_box, holding in holdings:
+                if rank in holding.holders:
+                    for box, demand in demands.overlapping(hf_box):
+                        yield _Part(box, demand, holding)
 
-    def _received_by(self, rank: int) -> Iterator[Move]:
+    def _parts_received_by(self, rank: int) -> Iterator["_Part"]:
         for demand in self.wanted.by_rank[rank]:
-            number = self._number[source_of(self.plan, demand.name)]
             arrived = 0
-            source = source_of(self.plan, demand.name)
-            for shared, copy in self.plan.copies_from(source, demand.box):
-                wanted = megatron_part(copy, shared)
-                for part, held, holders in self.held.holders(copy.megatron_key, wanted):
-                    box = hf_part(copy, part)
-                    arrived += volume(box)
-                    sender = self._affinity.sender(holders, rank, number)
-                    yield Move(sender, rank, box, demand, copy, held)
+            for box, holding in self._by_name[source_of(self.plan, demand.name)].overlapping(
+                demand.box
+            ):
+                arrived += volume(box)
+                yield _Part(box, demand, holding)
             if arrived != volume(demand.box):
                 raise PlanError(
                     [f"{demand.name}: {arrived} of the {volume(demand.box)} values of it arrive"],
                     heading=f"rank {rank} would not receive what it wants",
                 )
+
+    @cached_property
+    def _holdings(self) -> dict[str, list[tuple[Box, "_Holding"]]]:
+        """What is held of each tensor, by the box of it."""
+        found: dict[str, list[tuple[Box, _Holding]]] = defaultdict(list)
+        for key, boxes in self.held.holders.items():
+            for held, ranks in boxes.items():
+                for shared, copy in self.plan.copies_to(key, held):
+                    whole = shared == copy.megatron_box
+                    box = copy.hf_box if whole else hf_part(copy, shared)
+                    found[copy.hf_name].append((box, _Holding(copy, held, ranks)))
+        return dict(found)
+
+    @cached_property
+    def _by_name(self) -> dict[str, BoxIndex["_Holding"]]:
+        return {name: BoxIndex(boxes) for name, boxes in self._holdings.items()}
+
+
+class _Holding(NamedTuple):
+    """A part of a tensor that ranks hold."""
+
+    copy: Copy
+    held: Box
+    holders: tuple[int, ...]
+
+
+class _Part(NamedTuple):
+    """A part of a demand that the same ranks hold."""
+
+    box: Box
+    demand: Demand
+    holding: _Holding

@@ -1,16 +1,15 @@
 """Cutting an exchange into windows: no rank sends or receives more than so many bytes at once."""
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import NamedTuple, Self
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.exchange.route import Move
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.tensors.boxes import BoxIndex, row_blocks, volume
+from megatron.bridge.tensors.boxes import Box, BoxIndex, row_blocks, volume
 
 WINDOW_BYTES = 256 << 20
 """Unless something else is asked for."""
@@ -65,13 +64,21 @@ class Cutting:
     plan: ConversionPlan
     parts: Mapping[str, int]
 
-    def cut(self, move: Move) -> Iterator[tuple[Unit, Move]]:
-        """A move, unit by unit."""
-        if (stripes := self._stripes.get(move.name)) is None:
-            yield Unit(move.name, 0), move
-            return
-        for box, part in stripes.overlapping(move.box):
-            yield Unit(move.name, part), move._replace(box=box)
+    def loads(self, name: str, moves: Iterable[Move]) -> list[int]:
+        """The bytes that moves of a tensor take of a buffer, for each part of the tensor."""
+        found = [0] * self.parts[name]
+        dtype = self.plan.hf[name].dtype
+        # Ranks that want the same are sent the same boxes.
+        for box, times in Counter(move.box for move in moves).items():
+            for unit, shared in self.cut(name, box):
+                found[unit.part] += times * _slot_bytes(shared, dtype)
+        return found
+
+    def cut(self, name: str, box: Box) -> Iterable[tuple[Unit, Box]]:
+        """A box of a tensor, unit by unit."""
+        if (stripes := self._stripes.get(name)) is None:
+            return ((Unit(name, 0), box),)
+        return ((unit, shared) for shared, unit in stripes.overlapping(box))
 
     def units(self) -> Iterator[Unit]:
         """All of them, in order."""
@@ -82,9 +89,11 @@ class Cutting:
         return replace(self, parts={**self.parts, **names})
 
     @cached_property
-    def _stripes(self) -> dict[str, BoxIndex[int]]:
+    def _stripes(self) -> dict[str, BoxIndex[Unit]]:
         return {
-            name: BoxIndex((box, number % count) for number, box in enumerate(self._rows(name)))
+            name: BoxIndex(
+                (box, Unit(name, number % count)) for number, box in enumerate(self._rows(name))
+            )
             for name, count in self.parts.items()
             if count > 1
         }
@@ -111,8 +120,14 @@ class Schedule:
         """Moves cut into those of each window, in the order in which they came."""
         number = {unit: number for number, window in enumerate(self.windows) for unit in window}
         found: list[list[Move]] = [[] for _ in self.windows]
-        for unit, move in chain.from_iterable(map(self.cutting.cut, moves)):
-            found[number[unit]].append(move)
+        # Ranks that want the same are sent the same boxes.
+        known: dict[tuple[str, Box], list[tuple[list[Move], Box]]] = {}
+        for move in moves:
+            if (place := (move.name, move.box)) not in known:
+                cut = self.cutting.cut(*place)
+                known[place] = [(found[number[unit]], box) for unit, box in cut]
+            for own, box in known[place]:
+                own.append(move if box == move.box else move._replace(box=box))
         return found
 
 
@@ -137,10 +152,18 @@ def schedule(
             row of a tensor may have more.
         largest: gives, of a list that every rank has, the greatest number at each place.
     """
-    cutting = Cutting(plan, dict.fromkeys(places, 1))
+    of_name: tuple[dict[str, list[Move]], ...] = ({}, {})
+    for moved, by_name in zip(moves, of_name, strict=True):
+        for move in moved:
+            if move.sender != move.receiver:
+                by_name.setdefault(move.name, []).append(move)
+    cutting, finer = Cutting(plan, dict.fromkeys(places, 1)), dict.fromkeys(places, 1)
+    loads: tuple[dict[str, list[int]], ...] = ({}, {})
     while True:
+        for by_name, load in zip(of_name, loads, strict=True):
+            load.update((name, cutting.loads(name, by_name.get(name, ()))) for name in finer)
         units = _by_turns(cutting, places)
-        own = _loads(cutting, units, moves)
+        own = [Load(*(load[unit.name][unit.part] for load in loads)) for unit in units]
         most = largest([max(load) for load in own])
         finer = {
             unit.name: parts
@@ -156,8 +179,7 @@ def schedule(
 
 def slot_bytes(plan: ConversionPlan, move: Move) -> int:
     """The bytes of a buffer that a move takes."""
-    nbytes = volume(move.box) * itemsize(plan.hf[move.name].dtype)
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return _slot_bytes(move.box, plan.hf[move.name].dtype)
 
 
 def _by_turns(cutting: Cutting, places: Mapping[str, Hashable]) -> list[Unit]:
@@ -170,19 +192,8 @@ def _by_turns(cutting: Cutting, places: Mapping[str, Hashable]) -> list[Unit]:
     return sorted(at, key=lambda unit: at[unit] / max(1, done[places[unit.name]]))
 
 
-def _loads(
-    cutting: Cutting, units: Sequence[Unit], moves: tuple[Sequence[Move], Sequence[Move]]
-) -> list[Load]:
-    """What each unit puts through the buffers of this rank."""
-    of_side = []
-    for whole_moves in moves:
-        loads: dict[Unit, int] = defaultdict(int)
-        for whole in whole_moves:
-            if whole.sender != whole.receiver:
-                for unit, move in cutting.cut(whole):
-                    loads[unit] += slot_bytes(cutting.plan, move)
-        of_side.append(loads)
-    return [Load(*(loads[unit] for loads in of_side)) for unit in units]
+def _slot_bytes(box: Box, dtype: str) -> int:
+    return -(-volume(box) * itemsize(dtype) // ALIGNMENT) * ALIGNMENT
 
 
 def _parts(cutting: Cutting, unit: Unit, load: int, window_bytes: int) -> int:

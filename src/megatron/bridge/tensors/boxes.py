@@ -8,9 +8,10 @@ files or processes.
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, product
+from itertools import accumulate, chain, product
 from math import prod
 from types import EllipsisType
+from typing import cast
 
 Shape = tuple[int, ...]
 Interval = tuple[int, int]
@@ -36,7 +37,9 @@ def intersect(a: Box, b: Box) -> Box | None:
     """What two boxes of one tensor share, or None."""
     shared = []
     for (a_start, a_stop), (b_start, b_stop) in zip(a, b, strict=True):
-        start, stop = max(a_start, b_start), min(a_stop, b_stop)
+        # Asked for millions of times in a large model; `max` and `min` take twice as long.
+        start = a_start if a_start > b_start else b_start  # noqa: FURB136
+        stop = a_stop if a_stop < b_stop else b_stop  # noqa: FURB136
         if start >= stop:
             return None
         shared.append((start, stop))
@@ -175,9 +178,24 @@ class BoxIndex[Item]:
 
     def overlapping(self, box: Box) -> Iterator[tuple[Box, Item]]:
         """(shared part, item) for every item whose box overlaps `box`."""
-        for item_box, item in _descend(self._root, box, 0):
-            if (shared := intersect(item_box, box)) is not None:
-                yield shared, item
+        for leaf in self._leaves(box):
+            for item_box, item in leaf:
+                if (shared := intersect(item_box, box)) is not None:
+                    yield shared, item
+
+    def _leaves(self, box: Box) -> "Iterable[_Leaf[Item]]":
+        """Those that hold all items whose boxes overlap `box`."""
+        leaves: list[_Leaf[Item]] = []
+        levels = [self._root]
+        for start, stop in box:
+            below: list[_Level[Item]] = []
+            for level in levels:
+                if isinstance(level, list):
+                    leaves.append(level)
+                else:
+                    below += level.near(start, stop)
+            levels = below
+        return chain(leaves, cast("list[_Leaf[Item]]", levels))
 
 
 type _Leaf[Item] = list[tuple[Box, Item]]
@@ -211,11 +229,3 @@ def _level[Item](items: _Leaf[Item], axis: int) -> _Level[Item]:
     if len(items) < 2 or axis == len(items[0][0]):
         return items
     return _Branch(items, axis)
-
-
-def _descend[Item](level: _Level[Item], box: Box, axis: int) -> Iterator[tuple[Box, Item]]:
-    if isinstance(level, list):
-        yield from level
-        return
-    for below in level.near(*box[axis]):
-        yield from _descend(below, box, axis + 1)
