@@ -74,9 +74,24 @@ def check_landings(plan: ConversionPlan, landings: Sequence[Landing], *, rounds:
         rounds: whether values may be rounded to the dtype of the memory.
 
     Raises:
-        InputError: memory has a dtype that does not hold all values of its tensor.
+        InputError: memory has a dtype that does not hold all values of its tensor, or is none that
+            can be filled.
     """
     for landing in landings:
+        where = f"{landing.name}{format_box(landing.box)}"
+        if landing.out.is_meta:
+            raise InputError(
+                f"{where}: its memory is on the meta device and holds nothing; give it memory "
+                f"first, as by torch.empty_like(tensor, device='cpu')"
+            )
+        if any(
+            size > 1 and not stride
+            for size, stride in zip(landing.out.shape, landing.out.stride(), strict=True)
+        ):
+            raise InputError(
+                f"{where}: several of its elements are the same memory (strides "
+                f"{landing.out.stride()}); give memory with a place for each, as by .contiguous()"
+            )
         if (spec := plan.hf.get(landing.name)) is None:
             continue  # refused with all that the model cannot give
         dtype = safetensors_dtype(landing.out.dtype)

@@ -114,7 +114,7 @@ class Alone(Transport):
 
 def transport_between(ranks: Ranks) -> Transport:
     """The usual way between some ranks."""
-    return AllToAll(ranks.group) if dist.is_initialized() else Alone()
+    return AllToAll(ranks.group) if ranks.are_joined else Alone()
 
 
 def _parts(buffer: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:

@@ -109,6 +109,13 @@ class Refit:
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
         self._model = list(model)
         self._check_same_plan()
+        self._check_same_options(
+            window_bytes=window_bytes,
+            delta=delta,
+            transport=type(self._transport).__name__,
+            affinity=affinity,
+            casting=casting,
+        )
         self._landings, held = self._ranks.together(lambda: self._checked(targets))
         self._device = _device_of(held, self._landings)
         roster = Roster.of(self._ranks, held)
@@ -180,6 +187,16 @@ class Refit:
                 if here != there
             )
             raise InputError(f"the ranks have different plans: {first}")
+
+    def _check_same_options(self, **own: object) -> None:
+        """Ranks that asked for different things would wait for one another for ever."""
+        for rank, others in enumerate(told := self._ranks.all_of(lambda: own)):
+            for name, value in others.items():
+                if value != told[0][name]:
+                    raise InputError(
+                        f"rank 0 has {name} {told[0][name]}, rank {rank} {value}; give the same on "
+                        f"every rank"
+                    )
 
     def _ready(self) -> int:
         """The version of this rank, once its views are of the memory that is used now."""

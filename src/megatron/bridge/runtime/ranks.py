@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.runtime.lost_ranks import naming_lost, wait_for
+from megatron.bridge.runtime.lost_ranks import group_or_world, naming_lost, wait_for
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Ranks:
             error = raised
         message = None if error is None else str(error) or type(error).__name__
         told: list[Any] = [(outcome, message)]
-        if dist.is_initialized():
+        if self.are_joined:
             told = self._gathered((outcome, message))
         if error is not None:
             raise error
@@ -108,7 +108,7 @@ class Ranks:
             device: as of `agreed`.
         """
         numbers = torch.tensor(own, dtype=torch.int64, device=device)
-        if dist.is_initialized():
+        if self.are_joined:
             largest = dist.ReduceOp.MAX
             self.done(lambda: dist.all_reduce(numbers, largest, self.group, async_op=True))
         return [int(number) for number in numbers.tolist()]
@@ -146,14 +146,19 @@ class Ranks:
         return torch.device("cpu" if of_cpu else "cuda")
 
     @property
+    def are_joined(self) -> bool:
+        """Whether there is a process group; a group may be of ranks without a world."""
+        return self.group is not None or dist.is_initialized()
+
+    @property
     def count(self) -> int:
         """How many ranks there are."""
-        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+        return group_or_world(self.group).size() if self.are_joined else 1
 
     @property
     def index(self) -> int:
         """Which of the ranks this is."""
-        return dist.get_rank(self.group) if dist.is_initialized() else 0
+        return group_or_world(self.group).rank() if self.are_joined else 0
 
     @property
     def is_first(self) -> bool:
