@@ -5,6 +5,7 @@ The processes are started once and run every case; the tests look at what they f
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,11 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from exchange.engine_loaders import Engine, text_model
 from exchange_layouts import MODELS, built, layout, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.exchange.landing import Landing
+from megatron.bridge.exchange.recording import record
 from megatron.bridge.exchange.transport import PointToPoint
 from megatron.bridge.live.refit import Refit
 from megatron.bridge.live.weights import plan_of_ranks
@@ -137,6 +140,30 @@ def run_case(job: Job, name: str) -> dict[str, Any]:
     return found | {"version": refit.version, "reports": reports}
 
 
+def recorded(job: Job) -> dict[str, Any]:
+    """A refit to where an engine's own loader, of two ranks, was seen to put things."""
+    folder = job.folder / "text"
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = job.model(bridge, "text", layout(pp=2, stages="Ettt|ttL"))
+    if job.trains:
+        bridge.refit(model, [], group=job.group, window_bytes=WINDOW)()
+        return {}
+    config = json.loads((folder / "config.json").read_text())
+    filled, loaded = (Engine(2, job.rank - TRAINERS) for _ in range(2))
+    for engine in (filled, loaded):
+        text_model(engine, config)
+    loaded.load_weights(read_tensors(folder).items())
+    recording = record(filled.load_weights, filled.specs, filled.parameters)
+    for place in recording.zeros:
+        place.of(filled.parameters).zero_()
+    targets = recording.landings(filled.parameters)
+    bridge.refit([], targets, group=job.group, window_bytes=WINDOW)()
+    return {
+        name: torch.equal(parameter, loaded.parameters[name])
+        for name, parameter in filled.parameters.items()
+    }
+
+
 def refusals(job: Job) -> dict[str, str]:
     """What each rank is told where the last one asks for something that cannot be."""
     bridge = AutoBridge.from_hf_pretrained(job.folder / "hybrid")
@@ -185,6 +212,7 @@ def worker(rank: int, folder: str) -> None:
     job = Job(rank, Path(folder))
     found: dict[str, Any] = {name: run_case(job, name) for name in CASES}
     found["refusals"] = refusals(job)
+    found["recorded"] = recorded(job)
     torch.save(found, f"{folder}/found{rank}.pt")
     if dist.is_initialized():
         destroy_process_groups()
@@ -193,7 +221,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("disjoint")
-    make_models(folder, {model for model, _, _ in CASES.values()})
+    make_models(folder, {"text", *(model for model, _, _ in CASES.values())})
     run_ranks(worker, str(folder), world=WORLD, seconds=200)
     return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
@@ -217,3 +245,9 @@ def test_what_one_rank_refuses_all_refuse(name: str, found: list[dict[str, Any]]
     told = [one["refusals"].get(name) for one in found]
     assert all(REFUSED[name] in (one or "") for one in told), told
     assert all(len(str(one).splitlines()) <= 6 for one in told)
+
+
+def test_an_engine_is_filled_as_its_own_loader_fills_it(found: list[dict[str, Any]]) -> None:
+    for one in found[TRAINERS:]:
+        assert len(one["recorded"]) > 30
+        assert all(one["recorded"].values()), one["recorded"]

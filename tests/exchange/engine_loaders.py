@@ -7,8 +7,9 @@ by one, packed projections, a padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,6 +246,37 @@ def vocabulary(engine: Engine, rows: int, hidden: int) -> None:
     for name in ("embed_tokens", "lm_head"):
         engine.add(name, padded // engine.tp, hidden)
         engine.takes(name, (rows, hidden), name, engine.vocabulary)
+
+
+def text_model(engine: Engine, config: Mapping[str, Any]) -> None:
+    """All of a dense text model, by the names of its files."""
+    hidden, inner, rows = (
+        config[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    counts = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    parts: list[tuple[str, Callable[[Engine], None]]] = []
+    for layer in range(config["num_hidden_layers"]):
+        path = f"model.layers.{layer}."
+        parts.append((f"{path}self_attn.", lambda one: attention(one, *counts, hidden)))
+        parts.append((f"{path}mlp.", lambda one: dense_mlp(one, inner, hidden)))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            parts.append((path, partial(norm_of, name=norm, width=hidden)))
+        parts.append((f"{path}self_attn.", partial(norm_of, name="k_norm", width=counts[2])))
+    parts.append(("model.", partial(norm_of, name="norm", width=hidden)))
+    parts.append(("", lambda one: vocabulary(one, rows, hidden)))
+    for prefix, add in parts:
+        own = Engine(engine.tp, engine.rank)
+        add(own)
+        for name, parameter in own.parameters.items():
+            engine.parameters[f"{prefix}{name}"] = parameter
+        for name, (parameter, loader) in own.loaders.items():
+            whole = "model." if name == "embed_tokens" else prefix
+            engine.takes(f"{whole}{name}.weight", own.shapes[name], f"{prefix}{parameter}", loader)
+
+
+def norm_of(engine: Engine, name: str, width: int) -> None:
+    engine.add(name, width)
+    engine.takes(name, (width,), name, engine.whole)
 
 
 PARTS: dict[str, Callable[[Engine], Any]] = {
