@@ -64,7 +64,7 @@ class Cutting:
         # Ranks that want the same are sent the same boxes.
         for box, times in Counter(move.box for move in moves).items():
             for unit, shared in self.cut(name, box):
-                found[unit.part] += times * _slot_bytes(shared, dtype)
+                found[unit.part] += times * box_slot_bytes(shared, dtype)
         return found
 
     def cut(self, name: str, box: Box) -> Iterable[tuple[Unit, Box]]:
@@ -163,30 +163,52 @@ def schedule(
         for move in own:
             if move.sender != move.receiver:
                 by_name.setdefault(move.name, []).append(move)
-    cutting, finer = Cutting(plan, dict.fromkeys(names, 1)), dict.fromkeys(names, 1)
     loads: tuple[dict[str, list[int]], ...] = ({}, {})
-    while True:
+
+    def measured(cutting: Cutting, changed: Iterable[str]) -> list[Load]:
         for by_name, load in zip(of_name, loads, strict=True):
-            load.update((name, cutting.loads(name, by_name.get(name, ()))) for name in finer)
+            load.update((name, cutting.loads(name, by_name.get(name, ()))) for name in changed)
         units = list(cutting.units())
         most = largest([load[unit.name][unit.part] for load in loads for unit in units])
-        buffers = list(map(Load, most[: len(units)], most[len(units) :]))
-        finer = {
+        return list(map(Load, most[: len(units)], most[len(units) :]))
+
+    return fitted(Cutting(plan, dict.fromkeys(names, 1)), measured, window_bytes)
+
+
+def fitted(
+    cutting: Cutting,
+    measured: Callable[[Cutting, Iterable[str]], Sequence[Load]],
+    window_bytes: int,
+) -> Schedule:
+    """Cut tensors into more parts until each fits into a window, and fill windows with them.
+
+    Args:
+        cutting: to begin with.
+        measured: gives, of a cutting and the tensors that it cuts otherwise than the one before,
+            the greatest loads of all units, in order.
+        window_bytes: see `schedule`.
+    """
+    changed: Mapping[str, int] = cutting.parts
+    while True:
+        units = list(cutting.units())
+        loads = measured(cutting, changed)
+        changed = {
             unit.name: parts
-            for unit, load in zip(units, buffers, strict=True)
+            for unit, load in zip(units, loads, strict=True)
             if (parts := _parts(cutting, unit, load, window_bytes)) > cutting.parts[unit.name]
         }
-        if not finer:
-            return Schedule(cutting, tuple(_windows(units, buffers, window_bytes)))
-        cutting = cutting.finer(finer)
+        if not changed:
+            return Schedule(cutting, tuple(_windows(units, loads, window_bytes)))
+        cutting = cutting.finer(changed)
 
 
 def slot_bytes(plan: ConversionPlan, move: Move) -> int:
     """The bytes of a buffer that a move takes."""
-    return _slot_bytes(move.box, plan.hf[move.name].dtype)
+    return box_slot_bytes(move.box, plan.hf[move.name].dtype)
 
 
-def _slot_bytes(box: Box, dtype: str) -> int:
+def box_slot_bytes(box: Box, dtype: str) -> int:
+    """The bytes of a buffer that a box takes."""
     return -(-volume(box) * itemsize(dtype) // ALIGNMENT) * ALIGNMENT
 
 
