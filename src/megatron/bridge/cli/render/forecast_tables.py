@@ -202,6 +202,7 @@ def _refit(refit: RefitForecast) -> Table:
     rate = f"{format_bytes(refit.bytes_per_second)}/s"
     split = f"tensor {sizes.tp}, pipeline {sizes.pp}, experts {sizes.ep} x tensor {sizes.etp}"
     first = refit.ranks - engine.ranks if engine.disjoint else 0
+    whose = "beside the trainer" if engine.disjoint else "of the trainer"
     between = None
     if (within := refit.within_node_bytes) is not None:
         between = f"{exactly(within)}; between nodes {exactly(refit.moved_bytes - within)}"
@@ -211,8 +212,7 @@ def _refit(refit: RefitForecast) -> Table:
             ("split of an engine", split),
             (
                 "ranks of the engines",
-                f"{fold_numbers(range(first, first + engine.ranks))}, "
-                f"{'beside the trainer' if engine.disjoint else 'of the trainer'}",
+                f"{fold_numbers(range(first, first + engine.ranks))}, {whose}",
             ),
             ("moved", exact_bytes(refit.moved_bytes)),
             ("within nodes", between),
