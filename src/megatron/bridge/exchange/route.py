@@ -46,6 +46,32 @@ class Move(NamedTuple):
         return self.demand.name
 
 
+class Holding(NamedTuple):
+    """A part of a tensor that ranks hold.
+
+    Attributes:
+        copy: of the plan, how they hold it.
+        held: the box of the Megatron tensor that they hold.
+        holders: the ranks, in ascending order.
+    """
+
+    copy: Copy
+    held: Box
+    holders: tuple[int, ...]
+
+
+def holdings(plan: ConversionPlan, roster: Roster) -> dict[str, list[tuple[Box, Holding]]]:
+    """What is held of each Hugging Face tensor, by the box of it."""
+    found: dict[str, list[tuple[Box, Holding]]] = defaultdict(list)
+    for key, boxes in roster.holders.items():
+        for held, ranks in boxes.items():
+            for shared, copy in plan.copies_to(key, held):
+                whole = shared == copy.megatron_box
+                box = copy.hf_box if whole else hf_part(copy, shared)
+                found[copy.hf_name].append((box, Holding(copy, held, ranks)))
+    return dict(found)
+
+
 @dataclass(frozen=True)
 class Affinity:
     """Which of several ranks that hold the same sends it.
@@ -167,28 +193,12 @@ class Routes:
                 )
 
     @cached_property
-    def _holdings(self) -> dict[str, list[tuple[Box, "_Holding"]]]:
-        """What is held of each tensor, by the box of it."""
-        found: dict[str, list[tuple[Box, _Holding]]] = defaultdict(list)
-        for key, boxes in self.held.holders.items():
-            for held, ranks in boxes.items():
-                for shared, copy in self.plan.copies_to(key, held):
-                    whole = shared == copy.megatron_box
-                    box = copy.hf_box if whole else hf_part(copy, shared)
-                    found[copy.hf_name].append((box, _Holding(copy, held, ranks)))
-        return dict(found)
+    def _holdings(self) -> dict[str, list[tuple[Box, Holding]]]:
+        return holdings(self.plan, self.held)
 
     @cached_property
-    def _by_name(self) -> dict[str, BoxIndex["_Holding"]]:
+    def _by_name(self) -> dict[str, BoxIndex[Holding]]:
         return {name: BoxIndex(boxes) for name, boxes in self._holdings.items()}
-
-
-class _Holding(NamedTuple):
-    """A part of a tensor that ranks hold."""
-
-    copy: Copy
-    held: Box
-    holders: tuple[int, ...]
 
 
 class _Part(NamedTuple):
@@ -196,4 +206,4 @@ class _Part(NamedTuple):
 
     box: Box
     demand: Demand
-    holding: _Holding
+    holding: Holding
