@@ -59,7 +59,7 @@ def test_what_preparing_a_rank_takes() -> None:
     tracemalloc.start()
     routes = Routes(plan, Roster(tuple(held), ()), Wanted(tuple(wishes * 16)))
     moves = routes.sends(77), routes.receives(77)
-    windows = schedule(plan, routes.wanted.names(plan), moves, WINDOW_BYTES, lambda own: own)
+    windows = schedule(plan, routes.wanted.names(plan), moves, WINDOW_BYTES, 256, lambda own: own)
     by_window = [windows.by_window(own) for own in moves]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

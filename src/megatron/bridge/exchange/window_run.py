@@ -61,6 +61,7 @@ class Exchange:
             routes.wanted.names(routes.plan),
             (sends, receives),
             window_bytes,
+            ranks.count,
             lambda own: ranks.largest(own, device),
         )
         self.sent = self.schedule.by_window(sends)

@@ -421,7 +421,7 @@ def forecast_refit(
     rate = bytes_per_second or ASSUMED_BYTES_PER_SECOND
     with without_collection():
         amounts = _Amounts(route)
-        cutting = Cutting(route.plan, dict.fromkeys(amounts.moves, 1))
+        cutting = Cutting(route.plan, dict.fromkeys(amounts.moves, 1), len(route.wanted))
         schedule = fitted(cutting, amounts.measured, window_bytes)
     world = len(route.wanted)
     total, largest = np.zeros((2, world), np.int64), np.zeros((2, world), np.int64)
