@@ -66,6 +66,7 @@ class Exchange:
             {name: routes.holders_of(name) if by_turns else () for name in names},
             (sends, receives),
             window_bytes,
+            ranks.count,
             lambda own: ranks.largest(own, device),
         )
         self.sent = self.schedule.by_window(sends)

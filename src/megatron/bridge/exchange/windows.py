@@ -17,8 +17,9 @@ WINDOW_BYTES = 256 << 20
 ALIGNMENT = 16
 """Every move begins at a multiple of so many bytes of its buffer: a place for any dtype."""
 
-_STRIPES = 8
-"""A part of a tensor takes about so many stripes of it, so that many ranks send at once."""
+_STRIPES = 8, 64
+"""A part of a tensor takes about so many stripes of it as there are ranks, so that many of them
+send at once; but not fewer, nor more, for each stripe cuts moves."""
 
 
 _UNITS_OF_WINDOW = 4
@@ -59,10 +60,12 @@ class Cutting:
     Attributes:
         plan: of the model.
         parts: of each tensor that is moved, in the order in which they are.
+        ranks: how many there are.
     """
 
     plan: ConversionPlan
     parts: Mapping[str, int]
+    ranks: int
 
     def loads(self, name: str, moves: Iterable[Move]) -> list[int]:
         """The bytes that moves of a tensor take of a buffer, for each part of the tensor."""
@@ -100,8 +103,9 @@ class Cutting:
 
     def _rows(self, name: str) -> Iterator[tuple[tuple[int, int], ...]]:
         spec = self.plan.hf[name]
-        most = max(1, spec.nbytes // (self.parts[name] * _STRIPES))
-        return row_blocks(spec.shape, itemsize(spec.dtype), most)
+        fewest, most = _STRIPES
+        stripes = self.parts[name] * min(max(fewest, self.ranks), most)
+        return row_blocks(spec.shape, itemsize(spec.dtype), max(1, spec.nbytes // stripes))
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def schedule(
     places: Mapping[str, Hashable],
     moves: tuple[Sequence[Move], Sequence[Move]],
     window_bytes: int,
+    ranks: int,
     largest: Callable[[Sequence[int]], Sequence[int]],
 ) -> Schedule:
     """Cut what moves between ranks into windows.
@@ -150,10 +155,14 @@ def schedule(
         moves: those that this rank sends, and those that it receives.
         window_bytes: that a rank sends, and receives, in a window at most. A window of a single
             row of a tensor may have more.
+        ranks: how many there are.
         largest: gives, of a list that every rank has, the greatest number at each place.
     """
     return fitted(
-        Cutting(plan, dict.fromkeys(places, 1)), places, _OwnLoads(moves, largest), window_bytes
+        Cutting(plan, dict.fromkeys(places, 1), ranks),
+        places,
+        _OwnLoads(moves, largest),
+        window_bytes,
     )
 
 

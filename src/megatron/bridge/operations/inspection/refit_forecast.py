@@ -434,7 +434,7 @@ def forecast_refit(
     rate = bytes_per_second or ASSUMED_BYTES_PER_SECOND
     with without_collection():
         amounts = _Amounts(route)
-        cutting = Cutting(route.plan, dict.fromkeys(amounts.moves, 1))
+        cutting = Cutting(route.plan, dict.fromkeys(amounts.moves, 1), len(route.wanted))
         places = {name: route.held[name][0][1].holders for name in amounts.moves}
         schedule = fitted(cutting, places, amounts, window_bytes)
     world = len(route.wanted)
