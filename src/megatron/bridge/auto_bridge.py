@@ -625,11 +625,11 @@ class AutoBridge:
         self, model: Model, path: PathLike, options: SaveOptions, *, side_files: bool
     ) -> None:
         from megatron.bridge.live.save import save_folder
-        from megatron.bridge.runtime.ranks import Ranks
+        from megatron.bridge.runtime.parallel import ranks_of_model
 
         like = options.source_path
         source = self if like is None else type(self).from_hf_pretrained(like)
-        as_lines = options.show_progress and Ranks().is_first
+        as_lines = options.show_progress and ranks_of_model().is_first
         with shown(options.progress, as_lines=as_lines)() as progress:
             save_folder(
                 model,

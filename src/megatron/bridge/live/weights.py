@@ -21,6 +21,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.runtime.parallel import ranks_of_model
 from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.source import Source
 
@@ -129,7 +130,7 @@ def fill_from_files(
             raise InputError(f"{hf.name_or_path}: there are no weights to load")
         return plan_of_model(hf, model, experts=experts)
 
-    load_weights(model, Ranks().together(planned), hf.weights, progress, casting, allowed)
+    load_weights(model, ranks_of_model().together(planned), hf.weights, progress, casting, allowed)
 
 
 def load_weights(
@@ -160,7 +161,7 @@ def load_weights(
         InputError: parameters are on the meta device; another rank cannot go on.
         InexactCast: see `casting`.
     """
-    ranks, shown = Ranks(), progress or Silent()
+    ranks, shown = ranks_of_model(), progress or Silent()
 
     tensors = ranks.together(lambda: _with_memory(local_tensors(model)))
     replaced = ranks.all_of(lambda: replaced_keys(plan, model, tensors, allowed))
