@@ -17,7 +17,7 @@ from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.exchange.route import Routes
 from megatron.bridge.exchange.transport import transport_between
 from megatron.bridge.exchange.window_run import Exchange
-from megatron.bridge.exchange.windows import WINDOW_BYTES
+from megatron.bridge.exchange.windows import WINDOW_BYTES, check_window_bytes
 from megatron.bridge.live.conversion_tasks import ConversionTask
 from megatron.bridge.live.local_tensors import (
     LiveTensors,
@@ -62,10 +62,7 @@ class Export:
                 f"to is {quoted(self.to)}; expected 'all', 'spread' or a rank from 0 to "
                 f"{ranks_of_model().count - 1}"
             )
-        if type(self.window_bytes) is not int or self.window_bytes < 1:
-            raise InputError(
-                f"window_bytes is {quoted(self.window_bytes)}; expected a whole number from 1"
-            )
+        check_window_bytes(self.window_bytes)
 
     def tensors(
         self,

@@ -10,7 +10,12 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.live.filling import fill_all
-from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
+from megatron.bridge.live.local_tensors import (
+    LocalTensor,
+    check_planned,
+    local_tensors,
+    with_memory,
+)
 from megatron.bridge.live.mismatched import replaced_keys, without_keys
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
@@ -163,24 +168,13 @@ def load_weights(
     """
     ranks, shown = ranks_of_model(), progress or Silent()
 
-    tensors = ranks.together(lambda: _with_memory(local_tensors(model)))
+    tensors = ranks.together(lambda: with_memory(local_tensors(model)))
     replaced = ranks.all_of(lambda: replaced_keys(plan, model, tensors, allowed))
     filled, tensors = without_keys(plan, tensors, frozenset().union(*replaced))
     ranks.together(lambda: check_planned(filled, tensors))
     Roster.of(ranks, tensors).check_held(filled.megatron)
     shown.start("load", sum(local.data.nbytes for local in tensors))
     ranks.together(lambda: fill_all(filled, tensors, source, casting, shown))
-
-
-def _with_memory(tensors: list[LocalTensor]) -> list[LocalTensor]:
-    """The tensors. Raises InputError where there is no memory to fill."""
-    for local in tensors:
-        if local.data.is_meta:
-            raise InputError(
-                f"{local.key}: its parameter is on the meta device and holds no values; give the "
-                f"chunks memory first, as by chunk.to_empty(device='cpu')"
-            )
-    return tensors
 
 
 def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> list[LocalTensor]:
