@@ -49,20 +49,40 @@ def landings_of(targets: Targets) -> list[Landing]:
     """The landings of what a caller gives.
 
     Raises:
-        InputError: memory is not of the shape of its box.
+        InputError: something is no landing, or memory is not of the shape of its box.
     """
     if isinstance(targets, Mapping):
+        for name, tensor in targets.items():
+            _check_tensor(name, tensor)
         return [Landing.whole(name, tensor) for name, tensor in targets.items()]
     found = list(targets)
     for landing in found:
         if not isinstance(landing, Landing):
             raise InputError(f"a target is {quoted(landing)}; expected a Landing")
+        _check_tensor(landing.name, landing.out)
+        if not _is_box(landing.box):
+            raise InputError(
+                f"{landing.name}: its box is {quoted(landing.box)}; expected a tuple with a pair "
+                f"(start, stop) for each axis"
+            )
         if tuple(landing.out.shape) != box_shape(landing.box):
             raise InputError(
                 f"{landing.name}{format_box(landing.box)}: its memory is of shape "
                 f"{tuple(landing.out.shape)}; expected {box_shape(landing.box)}"
             )
     return found
+
+
+def _check_tensor(name: object, out: object) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise InputError(f"{quoted(name)}: its memory is {quoted(out)}; expected a tensor")
+
+
+def _is_box(box: object) -> bool:
+    return isinstance(box, tuple) and all(
+        isinstance(axis, tuple) and len(axis) == 2 and all(type(end) is int for end in axis)
+        for axis in box
+    )
 
 
 def check_landings(plan: ConversionPlan, landings: Sequence[Landing], *, rounds: bool) -> None:
@@ -74,24 +94,9 @@ def check_landings(plan: ConversionPlan, landings: Sequence[Landing], *, rounds:
         rounds: whether values may be rounded to the dtype of the memory.
 
     Raises:
-        InputError: memory has a dtype that does not hold all values of its tensor, or is none that
-            can be filled.
+        InputError: memory has a dtype that does not hold all values of its tensor.
     """
     for landing in landings:
-        where = f"{landing.name}{format_box(landing.box)}"
-        if landing.out.is_meta:
-            raise InputError(
-                f"{where}: its memory is on the meta device and holds nothing; give it memory "
-                f"first, as by torch.empty_like(tensor, device='cpu')"
-            )
-        if any(
-            size > 1 and not stride
-            for size, stride in zip(landing.out.shape, landing.out.stride(), strict=True)
-        ):
-            raise InputError(
-                f"{where}: several of its elements are the same memory (strides "
-                f"{landing.out.stride()}); give memory with a place for each, as by .contiguous()"
-            )
         if (spec := plan.hf.get(landing.name)) is None:
             continue  # refused with all that the model cannot give
         dtype = safetensors_dtype(landing.out.dtype)

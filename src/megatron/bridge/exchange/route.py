@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
-from megatron.bridge.errors import PlanError
+from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.exchange.demand import Demand, Wanted, source_of
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
 from megatron.bridge.tensors.box_pairs import hf_part
 from megatron.bridge.tensors.boxes import Box, BoxIndex, volume
+from megatron.bridge.text.quoting import quoted
 
 
 class Move(NamedTuple):
@@ -84,6 +85,12 @@ class Affinity:
     """
 
     ranks_per_node: int | None = None
+
+    def check(self) -> None:
+        """Raise InputError for what is no number of ranks."""
+        given = self.ranks_per_node
+        if given is not None and (type(given) is not int or given < 1):
+            raise InputError(f"ranks_per_node is {quoted(given)}; expected a whole number from 1")
 
     def sender(self, holders: tuple[int, ...], receiver: int, number: int) -> int:
         """The rank that sends to `receiver` what `holders` hold.

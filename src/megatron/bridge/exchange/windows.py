@@ -7,9 +7,11 @@ from functools import cached_property
 from typing import NamedTuple, Protocol, Self
 
 from megatron.bridge.dtypes import itemsize
+from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.route import Move
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.boxes import Box, BoxIndex, row_blocks, volume
+from megatron.bridge.text.quoting import quoted
 
 WINDOW_BYTES = 256 << 20
 """Unless something else is asked for."""
@@ -24,6 +26,12 @@ send at once; but not fewer, nor more, for each stripe cuts moves."""
 
 _UNITS_OF_WINDOW = 4
 """So many fit at least, so that what is left empty is little and each rank finds one of its own."""
+
+
+def check_window_bytes(given: object) -> None:
+    """Raise InputError for what is no size of a window."""
+    if type(given) is not int or given < 1:
+        raise InputError(f"window_bytes is {quoted(given)}; expected a whole number from 1")
 
 
 class Unit(NamedTuple):

@@ -21,10 +21,16 @@ from megatron.bridge.exchange.demand import Demand, Wanted
 from megatron.bridge.exchange.landing import Landing, Targets, check_landings, landings_of
 from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.exchange.route import Affinity, Routes
-from megatron.bridge.exchange.transport import Transport, transport_between
+from megatron.bridge.exchange.target_memory import check_memory
+from megatron.bridge.exchange.transport import Transport, TransportName, transport_between
 from megatron.bridge.exchange.window_run import Exchange
-from megatron.bridge.exchange.windows import WINDOW_BYTES
-from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
+from megatron.bridge.exchange.windows import WINDOW_BYTES, check_window_bytes
+from megatron.bridge.live.local_tensors import (
+    LocalTensor,
+    check_planned,
+    local_tensors,
+    with_memory,
+)
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.runtime.ranks import Ranks
@@ -76,12 +82,13 @@ class Refit:
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
             one has not, all is sent.
-        transport: moves the bytes; None chooses.
+        transport: "all-to-all" moves a window's bytes by one collective, "point-to-point" by a
+            message for each pair of ranks that has bytes.
 
     Raises:
         PlanError: the ranks do not hold the model, or it cannot give what a target wants.
-        InputError: a target does not fit, the ranks have different plans, or another rank cannot
-            go on.
+        InputError: a target does not fit, the ranks have different plans or settings, or another
+            rank cannot go on.
 
     Attributes:
         prepare_seconds: that it took to make.
@@ -101,23 +108,31 @@ class Refit:
         affinity: Affinity = Affinity(),  # noqa: B008 - frozen
         casting: Casting = EXACTLY,
         delta: bool = False,
-        transport: Transport | None = None,
+        transport: TransportName = "all-to-all",
     ) -> None:
         begin = time.perf_counter()
-        self._delta, self._transport = delta, transport or transport_between(Ranks(group))
-        self._then: list[LocalTensor] = []
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
-        self._model = list(model)
-        self._check_same_plan()
-        self._check_same_options(
-            window_bytes=window_bytes,
-            delta=delta,
-            transport=type(self._transport).__name__,
-            affinity=affinity,
-            casting=casting,
+        self._delta, self._model = delta, list(model)
+        self._then: list[LocalTensor] = []
+
+        def checked_transport() -> Transport:
+            check_window_bytes(window_bytes)
+            affinity.check()
+            return transport_between(self._ranks, transport)
+
+        self._transport = self._ranks.together(checked_transport)
+        self._ranks.check_alike(
+            {
+                "window_bytes": window_bytes,
+                "ranks_per_node": affinity.ranks_per_node,
+                "round": casting.rounds,
+                "delta": delta,
+                "transport": transport,
+            }
         )
+        self._check_same_plan()
         self._landings, held = self._ranks.together(lambda: self._checked(targets))
-        self._device = _device_of(held, self._landings)
+        self._device = _device_of(held, self._landings, self._ranks)
         roster = Roster.of(self._ranks, held)
         wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
         routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
@@ -171,8 +186,9 @@ class Refit:
     def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
         landings = landings_of(targets)
         check_landings(self._plan, landings, rounds=self._casting.rounds)
-        held = local_tensors(self._model) if self._model else []
+        held = with_memory(local_tensors(self._model)) if self._model else []
         check_planned(self._plan, held)
+        check_memory(self._plan, landings, held)
         return landings, held
 
     def _check_same_plan(self) -> None:
@@ -187,16 +203,6 @@ class Refit:
                 if here != there
             )
             raise InputError(f"the ranks have different plans: {first}")
-
-    def _check_same_options(self, **own: object) -> None:
-        """Ranks that asked for different things would wait for one another for ever."""
-        for rank, others in enumerate(told := self._ranks.all_of(lambda: own)):
-            for name, value in others.items():
-                if value != told[0][name]:
-                    raise InputError(
-                        f"rank 0 has {name} {told[0][name]}, rank {rank} {value}; give the same on "
-                        f"every rank"
-                    )
 
     def _ready(self) -> int:
         """The version of this rank, once its views are of the memory that is used now."""
@@ -289,6 +295,8 @@ class Refit:
         )
 
 
-def _device_of(held: Sequence[LocalTensor], landings: Sequence[Landing]) -> torch.device:
+def _device_of(
+    held: Sequence[LocalTensor], landings: Sequence[Landing], ranks: Ranks
+) -> torch.device:
     tensors = [one.data for one in held] + [landing.out for landing in landings]
-    return tensors[0].device if tensors else torch.device("cpu")
+    return tensors[0].device if tensors else ranks.device

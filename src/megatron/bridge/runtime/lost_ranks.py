@@ -41,6 +41,11 @@ def naming_lost(group: dist.ProcessGroup | None) -> Iterator[None]:
         if not lost:
             raise
         names = ("rank " if len(lost) == 1 else "ranks ") + ", ".join(map(str, lost))
+        if _TIMED_OUT in str(error).lower():
+            raise InputError(
+                f"waited for {names} until the time limit of the process group: every rank has to "
+                f"make the same calls; look for what they do, or for what stopped them"
+            ) from error
         verb = "is" if len(lost) == 1 else "are"
         raise InputError(
             f"{names} {verb} gone: look for its own message, or for what killed it. The last word "
@@ -69,9 +74,10 @@ def wait_for(work: dist.Work | None, group: dist.ProcessGroup | None) -> None:
         try:
             work.wait(_ASKED_EVERY)
         except RuntimeError as error:
-            timed_out = _TIMED_OUT in str(error).lower()
-            if work.is_completed() or not timed_out or _is_noticed(group):
+            if work.is_completed() or _TIMED_OUT not in str(error).lower():
                 raise
+            if _is_noticed(group):
+                raise RuntimeError("another rank noticed it") from error
         else:
             return
 

@@ -1,7 +1,7 @@
 """Ranks that go on together, or not at all."""
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -65,6 +65,24 @@ class Ranks:
         told = self.all_of(lambda: own if tells else None)
         return [cast("T", told[digests.index(digest)]) for digest in digests]
 
+    def check_alike(self, settings: Mapping[str, object]) -> None:
+        """Refuse settings of which ranks have different ones.
+
+        Args:
+            settings: of this rank, by the names that a caller knows.
+
+        Raises:
+            InputError: with the first that differs; on every rank alike.
+        """
+        told = self.all_of(lambda: dict(settings))
+        for rank, others in enumerate(told):
+            for name, here in told[0].items():
+                if others[name] != here:
+                    raise InputError(
+                        f"rank 0 has {name}={here!r}, rank {rank} {name}={others[name]!r}; give "
+                        f"every rank the same"
+                    )
+
     def first(self, step: Callable[[], None]) -> None:
         """One rank takes the step, and the others wait for it; raises as `all_of`."""
         self.together(lambda: step() if self.is_first else None)
@@ -126,11 +144,11 @@ class Ranks:
         """What every rank has, in the order of the ranks; any object that can be pickled."""
         # As torch's own, but that it can be waited for while a rank is gone.
         content = bytearray(pickle.dumps(own))
-        size = torch.tensor([len(content)], dtype=torch.int64, device=self._device)
+        size = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
         sizes = [torch.empty_like(size) for _ in range(self.count)]
         self.done(lambda: dist.all_gather(sizes, size, self.group, async_op=True))
         most = max(int(one) for one in sizes)
-        padded = torch.zeros(most, dtype=torch.uint8, device=self._device)
+        padded = torch.zeros(most, dtype=torch.uint8, device=self.device)
         padded[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
         all_padded = [torch.empty_like(padded) for _ in sizes]
         self.done(lambda: dist.all_gather(all_padded, padded, self.group, async_op=True))
@@ -140,8 +158,10 @@ class Ranks:
         ]
 
     @property
-    def _device(self) -> torch.device:
-        """That takes what is gathered."""
+    def device(self) -> torch.device:
+        """That the group's collectives take tensors of."""
+        if not dist.is_initialized():
+            return torch.device("cpu")
         of_cpu = "gloo" in dist.get_backend(self.group) or not torch.cuda.is_available()
         return torch.device("cpu" if of_cpu else "cuda")
 
