@@ -7,9 +7,8 @@ by one, packed projections, a padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -248,35 +247,38 @@ def vocabulary(engine: Engine, rows: int, hidden: int) -> None:
         engine.takes(name, (rows, hidden), name, engine.vocabulary)
 
 
-def text_model(engine: Engine, config: Mapping[str, Any]) -> None:
-    """All of a dense text model, by the names of its files."""
-    hidden, inner, rows = (
-        config[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    counts = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    parts: list[tuple[str, Callable[[Engine], None]]] = []
-    for layer in range(config["num_hidden_layers"]):
-        path = f"model.layers.{layer}."
-        parts.append((f"{path}self_attn.", lambda one: attention(one, *counts, hidden)))
-        parts.append((f"{path}mlp.", lambda one: dense_mlp(one, inner, hidden)))
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            parts.append((path, partial(norm_of, name=norm, width=hidden)))
-        parts.append((f"{path}self_attn.", partial(norm_of, name="k_norm", width=counts[2])))
-    parts.append(("model.", partial(norm_of, name="norm", width=hidden)))
-    parts.append(("", lambda one: vocabulary(one, rows, hidden)))
-    for prefix, add in parts:
-        own = Engine(engine.tp, engine.rank)
-        add(own)
-        for name, parameter in own.parameters.items():
-            engine.parameters[f"{prefix}{name}"] = parameter
-        for name, (parameter, loader) in own.loaders.items():
-            whole = "model." if name == "embed_tokens" else prefix
-            engine.takes(f"{whole}{name}.weight", own.shapes[name], f"{prefix}{parameter}", loader)
+def engine_of(config: Any, rank: int) -> Engine:
+    """One of two ranks of an engine that has a whole text model, with the names of its files."""
+    engine, hidden = Engine(2, rank), config.hidden_size
 
+    def add(prefix: str, part: Engine, name_of: Callable[[str], str]) -> None:
+        for name, (parameter, load) in part.loaders.items():
+            engine.takes(name_of(name), part.shapes[name], prefix + parameter, load)
+        engine.parameters |= {prefix + name: one for name, one in part.parameters.items()}
 
-def norm_of(engine: Engine, name: str, width: int) -> None:
-    engine.add(name, width)
-    engine.takes(name, (width,), name, engine.whole)
+    def norms(part: Engine, sizes: dict[str, int]) -> None:
+        for name, size in sizes.items():
+            part.add(name, size)
+            part.takes(name, (size,), name, part.whole)
+
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for where in ("self_attn.", "mlp.", ""):
+            part = Engine(2, rank)
+            if where == "self_attn.":
+                attention(part, *heads, hidden)
+                norms(part, {"k_norm": config.head_dim})
+            elif where == "mlp.":
+                dense_mlp(part, config.intermediate_size, hidden)
+            else:
+                norms(part, {"input_layernorm": hidden, "post_attention_layernorm": hidden})
+            add(prefix + where, part, f"{prefix}{where}{{}}.weight".format)
+    part = Engine(2, rank)
+    vocabulary(part, config.vocab_size, hidden)
+    norms(part, {"norm": hidden})
+    add("", part, lambda name: f"{'' if name == 'lm_head' else 'model.'}{name}.weight")
+    return engine
 
 
 PARTS: dict[str, Callable[[Engine], Any]] = {

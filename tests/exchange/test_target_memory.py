@@ -13,7 +13,10 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.landing import Landing, landings_of
 from megatron.bridge.exchange.target_memory import check_memory
 
-PLAN: Any = SimpleNamespace(equal={"head": SimpleNamespace(name="embedding")})
+PLAN: Any = SimpleNamespace(
+    equal={"head": SimpleNamespace(name="embedding")},
+    hf={"embedding": SimpleNamespace(shape=(7, 3))},
+)
 
 
 def landing(name: str, out: Tensor, start: int = 0) -> Landing:
@@ -74,6 +77,7 @@ def test_tied_weights_are_one_memory() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
+        ({"embedding": torch.zeros(6, 3)}, r"embedding: .* of shape \(6, 3\); expected \(7, 3\)"),
         ({"a": 3}, "'a': its memory is 3; expected a tensor"),
         ([("a", ((0, 2),), MEMORY)], "expected a Landing"),
         ([Landing("a", ((0, 2),), None)], "'a': its memory is None"),  # type: ignore[arg-type]
@@ -83,4 +87,4 @@ def test_tied_weights_are_one_memory() -> None:
 )  # fmt: skip
 def test_what_is_no_target(targets: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        landings_of(targets)
+        landings_of(targets, PLAN)

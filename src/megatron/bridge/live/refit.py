@@ -184,7 +184,7 @@ class Refit:
         return self._report(is_delta, time.perf_counter() - begin)
 
     def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
-        landings = landings_of(targets)
+        landings = landings_of(targets, self._plan)
         check_landings(self._plan, landings, rounds=self._casting.rounds)
         held = with_memory(local_tensors(self._model)) if self._model else []
         check_planned(self._plan, held)
@@ -193,12 +193,12 @@ class Refit:
 
     def _check_same_plan(self) -> None:
         specs = (*self._plan.hf.values(), *self._plan.megatron.values())
-        told = self._ranks.all_once(specs)
-        for rank, others in enumerate(told):
+        told, numbers = self._ranks.all_once(specs), self._ranks.numbers
+        for rank, others in zip(numbers, told, strict=True):
             if others == told[0]:
                 continue
             first = next(
-                f"rank 0 has {here}, rank {rank} has {there}"
+                f"rank {numbers[0]} has {here}, rank {rank} has {there}"
                 for here, there in zip_longest(told[0], others)
                 if here != there
             )
@@ -216,11 +216,12 @@ class Refit:
         return int(self._version[_BEGUN])
 
     def _check_versions(self, versions: Sequence[int]) -> None:
-        for rank, version in enumerate(versions):
+        numbers = self._ranks.numbers
+        for rank, version in zip(numbers, versions, strict=True):
             if version != versions[0]:
                 raise InputError(
-                    f"rank 0 has begun {versions[0]} refits and rank {rank} {version}; every rank "
-                    f"has to call each of them"
+                    f"rank {numbers[0]} has begun {versions[0]} refits and rank {rank} {version}; "
+                    f"every rank has to call each of them"
                 )
 
     def _make_views(self, held: Sequence[LocalTensor]) -> None:

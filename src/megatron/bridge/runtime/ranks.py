@@ -46,7 +46,7 @@ class Ranks:
             told = self._gathered((outcome, message))
         if error is not None:
             raise error
-        for rank, (_, refusal) in enumerate(told):
+        for rank, (_, refusal) in zip(self.numbers, told, strict=True):
             if refusal is not None:
                 raise InputError(f"rank {rank} cannot go on: {refusal}")
         return [one for one, _ in told]
@@ -75,12 +75,13 @@ class Ranks:
             InputError: with the first that differs; on every rank alike.
         """
         told = self.all_of(lambda: dict(settings))
-        for rank, others in enumerate(told):
+        first, *_ = self.numbers
+        for rank, others in zip(self.numbers, told, strict=True):
             for name, here in told[0].items():
                 if others[name] != here:
                     raise InputError(
-                        f"rank 0 has {name}={here!r}, rank {rank} {name}={others[name]!r}; give "
-                        f"every rank the same"
+                        f"rank {first} has {name}={here!r}, rank {rank} {name}={others[name]!r}; "
+                        f"give every rank the same"
                     )
 
     def first(self, step: Callable[[], None]) -> None:
@@ -169,6 +170,11 @@ class Ranks:
     def are_joined(self) -> bool:
         """Whether there is a process group; a group may be of ranks without a world."""
         return self.group is not None or dist.is_initialized()
+
+    @property
+    def numbers(self) -> list[int]:
+        """What each is called in messages: its rank among all of the job."""
+        return dist.get_process_group_ranks(self.group) if self.are_joined else [0]
 
     @property
     def count(self) -> int:
