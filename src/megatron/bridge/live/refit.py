@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,13 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.buffer_views import Packing
 from megatron.bridge.exchange.delta_run import DeltaRun
 from megatron.bridge.exchange.demand import Demand, Wanted
-from megatron.bridge.exchange.landing import Landing, Targets, check_landings, landings_of
+from megatron.bridge.exchange.landing import (
+    Landing,
+    Targets,
+    check_kept,
+    check_landings,
+    landings_of,
+)
 from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.exchange.route import Affinity, Routes
 from megatron.bridge.exchange.target_memory import check_memory
@@ -31,6 +37,7 @@ from megatron.bridge.live.local_tensors import (
     local_tensors,
     with_memory,
 )
+from megatron.bridge.live.weights import check_same_plan
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.runtime.ranks import Ranks
@@ -81,7 +88,7 @@ class Refit:
         casting: of values that the plan's dtypes do not hold.
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
-            one has not, all is sent.
+            one has not, all is sent. Nor may it be narrower than what is sent.
         transport: "all-to-all" moves a window's bytes by one collective, "point-to-point" by a
             message for each pair of ranks that has bytes.
 
@@ -130,7 +137,7 @@ class Refit:
                 "transport": transport,
             }
         )
-        self._check_same_plan()
+        check_same_plan(self._ranks, plan)
         self._landings, held = self._ranks.together(lambda: self._checked(targets))
         self._device = _device_of(held, self._landings, self._ranks)
         roster = Roster.of(self._ranks, held)
@@ -146,7 +153,7 @@ class Refit:
             by_turns=True,
         )
         self._ranks.together(lambda: self._make_views(held))
-        self._version = torch.zeros(2, dtype=torch.int64)
+        self._version = torch.zeros(2, dtype=torch.int64, device="cpu")
         self.prepare_seconds = time.perf_counter() - begin
 
     @property
@@ -186,23 +193,12 @@ class Refit:
     def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
         landings = landings_of(targets)
         check_landings(self._plan, landings, rounds=self._casting.rounds)
+        if self._delta:
+            check_kept(self._plan, landings)
         held = with_memory(local_tensors(self._model)) if self._model else []
         check_planned(self._plan, held)
         check_memory(self._plan, landings, held)
         return landings, held
-
-    def _check_same_plan(self) -> None:
-        specs = (*self._plan.hf.values(), *self._plan.megatron.values())
-        told = self._ranks.all_once(specs)
-        for rank, others in enumerate(told):
-            if others == told[0]:
-                continue
-            first = next(
-                f"rank 0 has {here}, rank {rank} has {there}"
-                for here, there in zip_longest(told[0], others)
-                if here != there
-            )
-            raise InputError(f"the ranks have different plans: {first}")
 
     def _ready(self) -> int:
         """The version of this rank, once its views are of the memory that is used now."""
@@ -285,7 +281,7 @@ class Refit:
         return RefitReport(
             version=self.version,
             windows=count,
-            collectives=3 * count + 3 if is_delta else 2 * count + 2,
+            collectives=2 * count + (4 if is_delta else 3),
             is_delta=is_delta,
             sent_bytes=sent,
             received_bytes=received,

@@ -14,7 +14,7 @@ from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor
 from megatron.bridge.live.shard_transfer import write_by_ranks
 from megatron.bridge.live.shared_files import SharedFiles
 from megatron.bridge.live.shared_staging import staged_by_ranks
-from megatron.bridge.live.weights import plan_of_model, planned_tensors
+from megatron.bridge.live.weights import check_same_plan, plan_of_model, planned_tensors
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_export
@@ -71,11 +71,20 @@ def save_folder(
         return plan, planned_tensors(model, plan)
 
     plan, tensors = ranks.together(planned)
+    check_same_plan(ranks, plan)
+    stated = None if dtype is None else weight_dtype(dtype)
+    ranks.check_alike(
+        {
+            "dtype": stated,
+            "round": casting.rounds,
+            "force": force,
+            "side_files": side_files,
+        }
+    )
     Roster.of(ranks, tensors).check_held_once(plan.megatron)
     main = [one for one in tensors if one.is_main]
     files = [*weight_files(plan.hf, reference)]
     if side_files:
-        stated = None if dtype is None else weight_dtype(dtype)
         files += side_file_copies(reference, dtype=stated)
     with staged_by_ranks(target, ranks, force=force, beside_files=True) as staged:
         if ranks.count > 1:
