@@ -11,6 +11,7 @@ import torch
 
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.buffer_views import PackedWindow, Packing
 from megatron.bridge.exchange.demand import Demand, Wanted, whole_tensors
 from megatron.bridge.exchange.roster import Roster
@@ -93,10 +94,13 @@ class Export:
                 held = local_tensors(model)
             else:
                 # What is found keeps views of what the parameters hold now.
-                with holding_their_values(list(tasks)) as parameters:
+                with ExitStack() as values_now:
+                    holding = holding_their_values(list(tasks))
+                    parameters = ranks_of_model().together(
+                        lambda: values_now.enter_context(holding)
+                    )
                     held = local_tensors(model)
                     names = made_of(parameters, self.plan, held, ranks_of_model())
-            check_planned(self.plan, held)
             given = self._alone(names, held) if self._is_whole(held) else self._of_all(names, held)
             progress = values.enter_context(show())
             own = self._receiver_of(names)
@@ -111,6 +115,7 @@ class Export:
             Roster.alone(held).check_held(self.plan.megatron)
         except PlanError:
             if ranks_of_model().count == 1:
+                check_planned(self.plan, held)  # says more
                 raise
             return False
         return self.to == "all"
@@ -119,6 +124,7 @@ class Export:
     def _alone(
         self, names: Iterable[str], held: Sequence[LocalTensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        check_planned(self.plan, held)
         source = LiveTensors(held)
         for name in names:
             box = full_box(self.plan.hf[name].shape)
@@ -144,6 +150,9 @@ class Export:
         self, names: Sequence[str], held: Sequence[LocalTensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         ranks, device = ranks_of_model(), held[0].data.device
+        ranks.together(lambda: check_planned(self.plan, held))
+        check_same_settings(ranks, {"window_bytes": self.window_bytes})
+        check_same_plan(ranks, self.plan)
         roster = Roster.of(ranks, held)
         wanted = Wanted.of(ranks, whole_tensors(self.plan, self._receiver_of(names)))
         packing = Packing(self.plan, held, self.casting, ranks.count)

@@ -9,12 +9,13 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.buffer_views import Packing
 from megatron.bridge.exchange.delta_run import DeltaRun
 from megatron.bridge.exchange.demand import Demand, Wanted
@@ -121,16 +122,17 @@ class Refit:
             return transport_between(self._ranks, transport)
 
         self._transport = self._ranks.together(checked_transport)
-        self._ranks.check_alike(
+        check_same_settings(
+            self._ranks,
             {
                 "window_bytes": window_bytes,
                 "ranks_per_node": affinity.ranks_per_node,
                 "round": casting.rounds,
                 "delta": delta,
                 "transport": transport,
-            }
+            },
         )
-        self._check_same_plan()
+        check_same_plan(self._ranks, plan)
         self._landings, held = self._ranks.together(lambda: self._checked(targets))
         self._device = _device_of(held, self._landings, self._ranks)
         roster = Roster.of(self._ranks, held)
@@ -190,19 +192,6 @@ class Refit:
         check_planned(self._plan, held)
         check_memory(self._plan, landings, held)
         return landings, held
-
-    def _check_same_plan(self) -> None:
-        specs = (*self._plan.hf.values(), *self._plan.megatron.values())
-        told, numbers = self._ranks.all_once(specs), self._ranks.numbers
-        for rank, others in zip(numbers, told, strict=True):
-            if others == told[0]:
-                continue
-            first = next(
-                f"rank {numbers[0]} has {here}, rank {rank} has {there}"
-                for here, there in zip_longest(told[0], others)
-                if here != there
-            )
-            raise InputError(f"the ranks have different plans: {first}")
 
     def _ready(self) -> int:
         """The version of this rank, once its views are of the memory that is used now."""

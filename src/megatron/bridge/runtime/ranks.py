@@ -1,7 +1,7 @@
 """Ranks that go on together, or not at all."""
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -18,10 +18,18 @@ class Ranks:
     """The ranks that load or save together.
 
     Attributes:
-        group: their process group, None for all of them.
+        group: their process group, None for all of them. It may reach beyond the job's own ranks.
+
+    Raises:
+        InputError: this rank is not one of them.
     """
 
     group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        given: object = self.group
+        if given is dist.GroupMember.NON_GROUP_MEMBER:
+            raise InputError("this rank is not in the process group; call this where it is")
 
     def together[T](self, step: Callable[[], T]) -> T:
         """What `step` returns here, once every rank has taken it; raises as `all_of`."""
@@ -64,25 +72,6 @@ class Ranks:
         tells = digests.index(digests[self.index]) == self.index
         told = self.all_of(lambda: own if tells else None)
         return [cast("T", told[digests.index(digest)]) for digest in digests]
-
-    def check_alike(self, settings: Mapping[str, object]) -> None:
-        """Refuse settings of which ranks have different ones.
-
-        Args:
-            settings: of this rank, by the names that a caller knows.
-
-        Raises:
-            InputError: with the first that differs; on every rank alike.
-        """
-        told = self.all_of(lambda: dict(settings))
-        first, *_ = self.numbers
-        for rank, others in zip(self.numbers, told, strict=True):
-            for name, here in told[0].items():
-                if others[name] != here:
-                    raise InputError(
-                        f"rank {first} has {name}={here!r}, rank {rank} {name}={others[name]!r}; "
-                        f"give every rank the same"
-                    )
 
     def first(self, step: Callable[[], None]) -> None:
         """One rank takes the step, and the others wait for it; raises as `all_of`."""
@@ -179,7 +168,10 @@ class Ranks:
     @property
     def index(self) -> int:
         """Which of the ranks this is."""
-        return dist.get_rank(self.group) if dist.is_initialized() else 0
+        if not dist.is_initialized():
+            return 0
+        # torch would look up the rank that this one has in the job.
+        return dist.get_rank() if self.group is None else self.group.rank()
 
     @property
     def is_first(self) -> bool:
