@@ -13,7 +13,10 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.landing import Landing, landings_of
 from megatron.bridge.exchange.target_memory import check_memory
 
-PLAN: Any = SimpleNamespace(equal={"head": SimpleNamespace(name="embedding")})
+PLAN: Any = SimpleNamespace(
+    equal={"head": SimpleNamespace(name="embedding")},
+    hf={"embedding": SimpleNamespace(shape=(7, 3))},
+)
 
 
 def landing(name: str, out: Tensor, start: int = 0) -> Landing:
@@ -40,7 +43,10 @@ MEMORY = torch.zeros(6, 4, 10)
     ("targets", "message"),
     [
         ([MEMORY[:, :, :5], MEMORY[:, :, 4:]], r"t0\[0:6, 0:4, 0:5\]: .* overlaps that of t1\["),
-        ([MEMORY, MEMORY[5, 3, 9:]], r"t0\[0:6, 0:4, 0:10\]: its memory overlaps that of t1\[0:1\]"),
+        (
+            [MEMORY, MEMORY[5, 3, 9:]],
+            r"t0\[0:6, 0:4, 0:10\]: its memory overlaps that of t1\[0:1\]",
+        ),
         ([MEMORY.view(torch.int16)[..., 1:2], MEMORY[..., 0]], "overlaps"),
         ([MEMORY, MEMORY], "overlaps"),
         ([MEMORY[0].expand(3, 4, 10)], r"in one place \(shape \(3, 4, 10\), strides \(0, 10, 1\)"),
@@ -71,6 +77,7 @@ def test_tied_weights_are_one_memory() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
+        ({"embedding": torch.zeros(6, 3)}, r"embedding: .* of shape \(6, 3\); expected \(7, 3\)"),
         ({"a": 3}, "'a': its memory is 3; expected a tensor"),
         ([("a", ((0, 2),), MEMORY)], "expected a Landing"),
         ([Landing("a", ((0, 2),), None)], "'a': its memory is None"),  # type: ignore[arg-type]
@@ -80,4 +87,4 @@ def test_tied_weights_are_one_memory() -> None:
 )  # fmt: skip
 def test_what_is_no_target(targets: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        landings_of(targets)
+        landings_of(targets, PLAN)

@@ -45,8 +45,13 @@ type Targets = Mapping[str, torch.Tensor] | Iterable[Landing]
 """Whole tensors by name, a `state_dict()` for example, or landings."""
 
 
-def landings_of(targets: Targets) -> list[Landing]:
+def landings_of(targets: Targets, plan: ConversionPlan) -> list[Landing]:
     """The landings of what a caller gives.
+
+    Args:
+        targets: of this rank.
+        plan: of the model; what it has no tensor for is refused with all that the model cannot
+            give.
 
     Raises:
         InputError: something is no landing, or memory is not of the shape of its box.
@@ -54,6 +59,12 @@ def landings_of(targets: Targets) -> list[Landing]:
     if isinstance(targets, Mapping):
         for name, tensor in targets.items():
             _check_tensor(name, tensor)
+            spec = plan.hf.get(name)
+            if spec is not None and tuple(tensor.shape) != spec.shape:
+                raise InputError(
+                    f"{name}: its memory is of shape {tuple(tensor.shape)}; expected {spec.shape}, "
+                    f"or a Landing, which says what part of the tensor it is"
+                )
         return [Landing.whole(name, tensor) for name, tensor in targets.items()]
     found = list(targets)
     for landing in found:

@@ -170,7 +170,7 @@ class Routes:
             if arrived != volume(demand.box):
                 raise PlanError(
                     [f"{demand.name}: {arrived} of the {volume(demand.box)} values of it arrive"],
-                    heading=f"rank {rank} would not receive what it wants",
+                    heading=f"rank {self.wanted.number(rank)} would not receive what it wants",
                 )
 
     @cached_property

@@ -11,6 +11,7 @@ import torch
 
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.buffer_views import PackedWindow, Packing
 from megatron.bridge.exchange.demand import Demand, Wanted, whole_tensors
 from megatron.bridge.exchange.roster import Roster
@@ -26,7 +27,6 @@ from megatron.bridge.live.local_tensors import (
     local_tensors,
 )
 from megatron.bridge.live.task_values import holding_their_values, made_of
-from megatron.bridge.live.weights import check_same_plan
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import read_hf
@@ -102,7 +102,10 @@ class Export:
                     check_planned(self.plan, held)
                     return parameters, held
 
-                parameters, held = together_if_split(prepared)
+                if tasks is None:
+                    parameters, held = together_if_split(prepared)
+                else:
+                    parameters, held = ranks_of_model().together(prepared)
                 if parameters is None:
                     names = [name for name in self.plan.hf if name not in self.plan.carried]
                 else:
@@ -118,12 +121,13 @@ class Export:
     def _check_alike(self, *, of_tasks: bool) -> None:
         ranks = ranks_of_model()
         check_same_plan(ranks, self.plan)
-        ranks.check_alike(
+        check_same_settings(
+            ranks,
             {
                 "window_bytes": self.window_bytes,
                 "round": self.casting.rounds,
                 "conversion_tasks": "some" if of_tasks else None,
-            }
+            },
         )
 
     def _is_whole(self, held: Sequence[LocalTensor]) -> bool:

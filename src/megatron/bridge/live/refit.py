@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.buffer_views import Packing
 from megatron.bridge.exchange.delta_run import DeltaRun
 from megatron.bridge.exchange.demand import Demand, Wanted
@@ -37,7 +38,6 @@ from megatron.bridge.live.local_tensors import (
     local_tensors,
     with_memory,
 )
-from megatron.bridge.live.weights import check_same_plan
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.runtime.ranks import Ranks
@@ -128,14 +128,15 @@ class Refit:
             return transport_between(self._ranks, transport)
 
         self._transport = self._ranks.together(checked_transport)
-        self._ranks.check_alike(
+        check_same_settings(
+            self._ranks,
             {
                 "window_bytes": window_bytes,
                 "ranks_per_node": affinity.ranks_per_node,
                 "round": casting.rounds,
                 "delta": delta,
                 "transport": transport,
-            }
+            },
         )
         check_same_plan(self._ranks, plan)
         self._landings, held = self._ranks.together(lambda: self._checked(targets))
@@ -191,7 +192,7 @@ class Refit:
         return self._report(is_delta, time.perf_counter() - begin)
 
     def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
-        landings = landings_of(targets)
+        landings = landings_of(targets, self._plan)
         check_landings(self._plan, landings, rounds=self._casting.rounds)
         if self._delta:
             check_kept(self._plan, landings)
@@ -212,11 +213,12 @@ class Refit:
         return int(self._version[_BEGUN])
 
     def _check_versions(self, versions: Sequence[int]) -> None:
-        for rank, version in enumerate(versions):
+        numbers = self._ranks.numbers
+        for rank, version in zip(numbers, versions, strict=True):
             if version != versions[0]:
                 raise InputError(
-                    f"rank 0 has begun {versions[0]} refits and rank {rank} {version}; every rank "
-                    f"has to call each of them"
+                    f"rank {numbers[0]} has begun {versions[0]} refits and rank {rank} {version}; "
+                    f"every rank has to call each of them"
                 )
 
     def _make_views(self, held: Sequence[LocalTensor]) -> None:

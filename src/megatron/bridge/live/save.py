@@ -8,13 +8,14 @@ import torch
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.engine.pieces import OutputFile
 from megatron.bridge.engine.stream import write_files
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor
 from megatron.bridge.live.shard_transfer import write_by_ranks
 from megatron.bridge.live.shared_files import SharedFiles
 from megatron.bridge.live.shared_staging import staged_by_ranks
-from megatron.bridge.live.weights import check_same_plan, plan_of_model, planned_tensors
+from megatron.bridge.live.weights import plan_of_model, planned_tensors
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_export
@@ -73,13 +74,14 @@ def save_folder(
     plan, tensors = ranks.together(planned)
     check_same_plan(ranks, plan)
     stated = None if dtype is None else weight_dtype(dtype)
-    ranks.check_alike(
+    check_same_settings(
+        ranks,
         {
             "dtype": stated,
             "round": casting.rounds,
             "force": force,
             "side_files": side_files,
-        }
+        },
     )
     Roster.of(ranks, tensors).check_held_once(plan.megatron)
     main = [one for one in tensors if one.is_main]

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 
 import torch
 
@@ -176,24 +175,6 @@ def load_weights(
     Roster.of(ranks, tensors).check_held(filled.megatron)
     shown.start("load", sum(local.data.nbytes for local in tensors))
     ranks.together(lambda: fill_all(filled, tensors, source, casting, shown))
-
-
-def check_same_plan(ranks: Ranks, plan: ConversionPlan) -> None:
-    """Refuse plans that are not the same on every rank; all of them call this.
-
-    Raises:
-        InputError: with the first difference; on every rank alike.
-    """
-    told = ranks.all_once((*plan.hf.values(), *plan.megatron.values()))
-    for rank, others in enumerate(told):
-        if others == told[0]:
-            continue
-        first = next(
-            f"rank 0 has {here}, rank {rank} has {there}"
-            for here, there in zip_longest(told[0], others)
-            if here != there
-        )
-        raise InputError(f"the ranks have different plans: {first}")
 
 
 def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> list[LocalTensor]:

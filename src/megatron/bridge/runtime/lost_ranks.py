@@ -75,32 +75,37 @@ def wait_for(work: dist.Work | None, group: dist.ProcessGroup | None) -> None:
         except RuntimeError as error:
             if work.is_completed() or _TIMED_OUT not in str(error).lower():
                 raise
-            if _is_noticed():
+            if _is_noticed(group):
                 raise RuntimeError("another rank noticed it") from error
         else:
             return
 
 
-def _store() -> dist.Store:
-    store: dist.Store = dist.distributed_c10d._get_default_store()
+def _store(group: dist.ProcessGroup | None) -> dist.Store:
+    """What the ranks of a group have in common, also where they are not all of one job."""
+    torch_own = dist.distributed_c10d
+    of = torch_own._get_default_group() if group is None else group
+    store: dist.Store = torch_own._get_process_group_store(of)
     return store
 
 
-def _is_noticed() -> bool:
-    return bool(_store().check([_NOTICED]))
+def _is_noticed(group: dist.ProcessGroup | None) -> bool:
+    return bool(_store(group).check([_NOTICED]))
 
 
 def _lost(group: dist.ProcessGroup | None) -> list[int]:
     """The ranks that do not say within some seconds that they are there."""
     try:
-        store, own = _store(), dist.get_rank()
+        store, own = _store(group), dist.get_rank() if group is None else group.rank()
         store.set(_THERE.format(own), "")
         store.set(_NOTICED, "")
         end = monotonic() + _ANSWER_SECONDS
-        missing = [rank for rank in dist.get_process_group_ranks(group) if rank != own]
+        numbers = dist.get_process_group_ranks(group)
+        missing = {place: rank for place, rank in enumerate(numbers) if place != own}
         while missing and monotonic() < end:
-            missing = [rank for rank in missing if not store.check([_THERE.format(rank)])]
+            found = [place for place in missing if store.check([_THERE.format(place)])]
+            missing = {place: rank for place, rank in missing.items() if place not in found}
             sleep(0.05)
     except RuntimeError:
         return []  # who serves the store is gone: torch's own words are all there is
-    return missing
+    return [*missing.values()]

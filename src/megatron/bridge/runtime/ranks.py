@@ -1,7 +1,7 @@
 """Ranks that go on together, or not at all."""
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -44,10 +44,18 @@ class Ranks:
     """The ranks that load or save together.
 
     Attributes:
-        group: their process group, None for all of them.
+        group: their process group, None for all of them. It may reach beyond the job's own ranks.
+
+    Raises:
+        InputError: this rank is not one of them.
     """
 
     group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        given: object = self.group
+        if given is dist.GroupMember.NON_GROUP_MEMBER:
+            raise InputError("this rank is not in the process group; call this where it is")
 
     def together[T](self, step: Callable[[], T]) -> T:
         """What `step` returns here, once every rank has taken it; raises as `all_of`."""
@@ -69,7 +77,7 @@ class Ranks:
             told = self._gathered((value, message))
         if error is not None:
             raise error
-        for rank, (_, refusal) in enumerate(told):
+        for rank, (_, refusal) in zip(self.numbers, told, strict=True):
             if refusal is not None:
                 raise InputError(f"rank {rank} cannot go on: {refusal}")
         return [one for one, _ in told]
@@ -87,24 +95,6 @@ class Ranks:
         tells = digests.index(digests[self.index]) == self.index
         told = self.all_of(lambda: own if tells else None)
         return [cast("T", told[digests.index(digest)]) for digest in digests]
-
-    def check_alike(self, settings: Mapping[str, object]) -> None:
-        """Refuse settings of which ranks have different ones.
-
-        Args:
-            settings: of this rank, by the names that a caller knows.
-
-        Raises:
-            InputError: with the first that differs; on every rank alike.
-        """
-        told = self.all_of(lambda: dict(settings))
-        for rank, others in enumerate(told):
-            for name, here in told[0].items():
-                if others[name] != here:
-                    raise InputError(
-                        f"rank 0 has {name}={here!r}, rank {rank} {name}={others[name]!r}; give "
-                        f"every rank the same"
-                    )
 
     def first(self, step: Callable[[], None]) -> None:
         """One rank takes the step, and the others wait for it; raises as `all_of`."""
@@ -206,6 +196,11 @@ class Ranks:
         return torch.device("cpu" if of_cpu else "cuda")
 
     @property
+    def numbers(self) -> list[int]:
+        """What each is called in messages: its rank among all of the job."""
+        return dist.get_process_group_ranks(self.group) if dist.is_initialized() else [0]
+
+    @property
     def count(self) -> int:
         """How many ranks there are."""
         return dist.get_world_size(self.group) if dist.is_initialized() else 1
@@ -213,7 +208,10 @@ class Ranks:
     @property
     def index(self) -> int:
         """Which of the ranks this is."""
-        return dist.get_rank(self.group) if dist.is_initialized() else 0
+        if not dist.is_initialized():
+            return 0
+        # torch would look up the rank that this one has in the job.
+        return dist.get_rank() if self.group is None else self.group.rank()
 
     @property
     def is_first(self) -> bool:
