@@ -82,11 +82,11 @@ class DeltaRun:
         return arrived
 
     def _exchanged(self, window: _Window) -> bool:
-        messages, received_sizes = self._ranks.agreed_with_numbers(
-            lambda: self._messages(window),
-            lambda messages: [message.numel() for message in messages],
-            self._device,
-        )
+        def packed() -> tuple[list[torch.Tensor], list[int]]:
+            messages = self._messages(window)
+            return messages, [message.numel() for message in messages]
+
+        messages, received_sizes = self._ranks.agreed_with_each(packed, self._device)
         sizes = [message.numel() for message in messages]
         with naming_lost(self._ranks.group):
             send = torch.cat([*messages, self._empty(0)])

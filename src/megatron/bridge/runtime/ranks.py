@@ -12,31 +12,8 @@ import torch.distributed as dist
 from megatron.bridge.errors import InputError
 from megatron.bridge.runtime.lost_ranks import naming_lost, wait_for
 
-_FAILED = -1
-"""In the place of a number, of a rank whose step has raised."""
-
-
-@dataclass(frozen=True)
-class _Outcome[T]:
-    """What a step has returned, or raised."""
-
-    values: list[T]
-    error: Exception | None = None
-
-    @classmethod
-    def of(cls, step: Callable[[], T]) -> "_Outcome[T]":
-        try:
-            return cls([step()])
-        except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
-            return cls([], raised)
-
-    @property
-    def value(self) -> T:
-        return self.values[0]
-
-    def raise_error(self) -> None:
-        if self.error is not None:
-            raise self.error
+_RAISED = -1
+"""In the place of a number, of a rank that has none."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +46,15 @@ class Ranks:
         Raises:
             Exception: what `step` raises here; InputError if it raises on another rank.
         """
-        outcome = _Outcome.of(step)
-        error, value = outcome.error, next(iter(outcome.values), None)
+        outcome, error = None, None
+        try:
+            outcome = step()
+        except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
+            error = raised
         message = None if error is None else str(error) or type(error).__name__
-        told: list[Any] = [(value, message)]
+        told: list[Any] = [(outcome, message)]
         if dist.is_initialized():
-            told = self._gathered((value, message))
+            told = self._gathered((outcome, message))
         if error is not None:
             raise error
         for rank, (_, refusal) in zip(self.numbers, told, strict=True):
@@ -116,37 +96,54 @@ class Ranks:
         Raises:
             Exception: as of `all_of`.
         """
-        outcome = _Outcome.of(step)
-        self._refuse_if(any(self.largest([outcome.error is not None], device)), outcome)
-        return outcome.value
+        own: list[T] = []
+        error: Exception | None = None
+        try:
+            own.append(step())
+        except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
+            error = raised
+        if any(self.largest([error is not None], device)):
+            self._raise(error)
+        return own[0]
 
-    def agreed_with_numbers[T](
-        self, step: Callable[[], T], numbers: Callable[[T], Sequence[int]], device: torch.device
+    def agreed_with_each[T](
+        self, step: Callable[[], tuple[T, Sequence[int]]], device: torch.device
     ) -> tuple[T, list[int]]:
-        """As `agreed`, and the number that each rank has for this one; one small collective.
+        """As `agreed`, and a number that each rank has for this one; one small collective.
 
         Args:
-            step: of this rank.
-            numbers: of what it returned: one for each rank, none below 0.
-            device: that the group's collectives take tensors of.
-        """
-        outcome = _Outcome.of(step)
-        failed = [_FAILED] * self.count
-        own = failed if outcome.error is not None else numbers(outcome.value)
-        sent = torch.tensor(own, dtype=torch.int64, device=device)
-        told = torch.empty_like(sent)
-        if dist.is_initialized():
-            self.done(lambda: dist.all_to_all_single(told, sent, group=self.group, async_op=True))
-        else:
-            told = sent
-        received = [int(number) for number in told.tolist()]
-        self._refuse_if(_FAILED in received, outcome)
-        return outcome.value, received
+            step: of this rank; returns also a number from 0 for each rank.
+            device: as of `agreed`.
 
-    def _refuse_if[T](self, failed: bool, outcome: "_Outcome[T]") -> None:
-        """Raise on every rank, if the step of one has failed; all know whether one has."""
-        if failed:
-            self.together(outcome.raise_error)
+        Raises:
+            Exception: as of `all_of`.
+        """
+        own: list[T] = []
+        numbers: Sequence[int] = [_RAISED] * self.count
+        error: Exception | None = None
+        try:
+            found, numbers = step()
+            own.append(found)
+        except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
+            error = raised
+        sent = torch.tensor(numbers, dtype=torch.int64, device=device)
+        received = sent.clone()
+        if dist.is_initialized():
+            group = self.group
+            self.done(lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))
+        told = [int(number) for number in received.tolist()]
+        if _RAISED in told:
+            self._raise(error)
+        return own[0], told
+
+    def _raise(self, error: Exception | None) -> None:
+        """On every rank; `error` is of this one."""
+
+        def again() -> None:
+            if error is not None:
+                raise error
+
+        self.together(again)
 
     def largest(self, own: Sequence[int], device: torch.device) -> list[int]:
         """Of a list that every rank has, the greatest number at each place.
