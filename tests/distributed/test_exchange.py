@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from exchange_layouts import MODELS, OF_EIGHT, OF_FOUR, OF_TWO, QUICK, built, make_models
+import exchange_refusals
+from exchange_layouts import MODELS, OF_EIGHT, OF_FOUR, OF_TWO, QUICK, built, layout, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.exchange.landing import Landing
@@ -191,11 +192,44 @@ def run_case(folder: Path, rank: int, case: Case, wanted: Any, *, delta: bool) -
     return found
 
 
+def run_refusals(folder: Path, rank: int) -> dict[str, Any]:
+    bridge = AutoBridge.from_hf_pretrained(folder / "hybrid")
+    model, files = built(bridge, layout(tp=2, pp=2)), read_tensors(folder / "hybrid")
+    said = exchange_refusals.refusals(bridge, model, folder, rank)
+    bad = exchange_refusals.under_other_defaults(bridge, model, lambda one: differences(one, files))
+    return {"said": said, "wrong": bad, "collectives": counted_collectives(bridge, model)}
+
+
+def counted_collectives(bridge: AutoBridge, model: Any) -> list[tuple[int, int]]:
+    """How many each refit says that it took, and how many there were."""
+    refit, found = bridge.refit(model, {}, window_bytes=WINDOW, delta=True), []
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            calls: list[str] = []
+            for name in ("all_reduce", "all_gather", "all_to_all_single"):
+                patch.setattr(torch.distributed, name, _counted(name, calls))
+            report = refit()
+        found.append((report.collectives, len(calls)))
+    return found
+
+
+def _counted(name: str, calls: list[str]) -> Any:
+    collective = getattr(torch.distributed, name)
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return collective(*args, **options)
+
+    return counted
+
+
 def worker(rank: int, folder: str, cases: dict[str, Case], wanted: dict[str, Any]) -> None:
     found = {
         name: run_case(Path(folder), rank, case, wanted.get(name), delta=name in WITH_DELTA)
         for name, case in cases.items()
     }
+    if cases == QUICK:
+        found["refusals"] = run_refusals(Path(folder), rank)
     torch.save(found, f"{folder}/found{rank}.pt")
     destroy_process_groups()
 
@@ -329,3 +363,23 @@ def test_only_what_changed_is_sent(case: str, found: list[dict[str, Any]]) -> No
         assert [one.is_delta for one in (none, few, many, touched)] == [True, True, True, False]
         assert none.sent_bytes < few.sent_bytes < many.sent_bytes < 1.1 * touched.sent_bytes
         assert few.sent_bytes < touched.sent_bytes / 4
+
+
+@pytest.mark.parametrize("case", exchange_refusals.SAID)
+def test_what_one_rank_does_is_refused_on_all(case: str, found: list[dict[str, Any]]) -> None:
+    of_odd, of_others = exchange_refusals.SAID[case]
+    for rank, one in enumerate(found):
+        said = one["refusals"]["said"]
+        assert (of_odd if rank == exchange_refusals.ODD else of_others) in said[case]
+        assert not said[case].startswith("after")
+        assert said["left"] == ""
+
+
+def test_under_other_defaults(found: list[dict[str, Any]]) -> None:
+    assert [one["refusals"]["wrong"] for one in found] == [[]] * WORLD
+
+
+def test_collectives_are_counted(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        for said, counted in one["refusals"]["collectives"]:
+            assert said == counted > 0

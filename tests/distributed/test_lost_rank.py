@@ -15,10 +15,11 @@ from exchange_layouts import built, layout, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.transport import AllToAll, PointToPoint
 
 WORLD = 4
 LOST = 2
-CALLS = ("export", "refit", "save")
+CALLS = ("export", "refit", "messages", "changes", "save")
 
 
 def die(*_: object, **__: object) -> None:
@@ -27,10 +28,15 @@ def die(*_: object, **__: object) -> None:
 
 def calls(bridge: AutoBridge, model: Any, target: Path) -> dict[str, Callable[[], object]]:
     tensors = {name: torch.empty_like(one) for name, one in bridge.export_hf_weights(model)}
-    refit = bridge.refit(model, tensors, window_bytes=250_000)
+    refits = {
+        "refit": bridge.refit(model, tensors, window_bytes=250_000),
+        "messages": bridge.refit(model, tensors, window_bytes=250_000, transport="point-to-point"),
+        "changes": bridge.refit(model, tensors, window_bytes=250_000, delta=True),
+    }
+    refits["changes"]()  # all
     return {
         "export": lambda: list(bridge.export_hf_weights(model, window_bytes=250_000)),
-        "refit": refit,
+        **refits,
         "save": lambda: bridge.save_hf_pretrained(model, target),
     }
 
@@ -41,8 +47,8 @@ def worker(rank: int, folder: str, name: str) -> None:
     call = calls(bridge, model, Path(folder) / f"{name}-saved")[name]
     with pytest.MonkeyPatch.context() as patch:
         if rank == LOST:
-            patch.setattr("megatron.bridge.exchange.buffer_views.Copies.back", die)
-            patch.setattr("megatron.bridge.exchange.transport.AllToAll.start", _third(die))
+            for transport in (AllToAll, PointToPoint):
+                patch.setattr(transport, "start", _third(transport.start, die))
             patch.setattr("megatron.bridge.live.shared_files.write_all", die)
         begin = time.monotonic()
         try:
@@ -55,11 +61,9 @@ def worker(rank: int, folder: str, name: str) -> None:
     os._exit(0)  # its connections are broken
 
 
-def _third(last: Callable[..., None]) -> Callable[..., Any]:
+def _third(start: Callable[..., Any], last: Callable[..., None]) -> Callable[..., Any]:
     """A method that runs twice, and then ends."""
-    from megatron.bridge.exchange.transport import AllToAll
-
-    start, seen = AllToAll.start, []
+    seen: list[int] = []
 
     def counted(*args: Any, **options: Any) -> Any:
         seen.append(1)

@@ -6,6 +6,7 @@ Four processes are started once and run every case; the tests look at what they 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron.bridge.runtime.parallel import destroy_process_groups
 from model_folders import read_tensors
 from two_of_four_ranks import (
     WINDOW,
+    Files,
     changed,
     is_equal,
     moved,
@@ -75,6 +77,7 @@ def to_disjoint(folder: Path, rank: int, case: str) -> dict[str, Any]:
             found["refusals"] = refusals(bridge, model, files, rank)
             found["out of range"] = out_of_range(bridge, model, rank)
             found["left"] = left_early(bridge, model, rank)
+            found["odd exports"] = odd_exports(bridge, model, rank)
         if not model:
             found["outside"] = refused(lambda: built_outside(bridge, fields))
         return found
@@ -127,6 +130,10 @@ def in_a_group(folder: Path, rank: int) -> dict[str, Any]:
         if rank:
             odd = {"group": group, "window_bytes": WINDOW + rank % 2}
             found["odd"] = refused(lambda: bridge.refit(model, {}, **odd))
+        else:
+            found["odd"] = refused(lambda: bridge.refit([], {}, group=group))
+        if model:
+            found["files"] = through_files(bridge, model, folder / "saved", fields, files)
     return found
 
 
@@ -168,6 +175,45 @@ def left_early(bridge: AutoBridge, model: list[Any], rank: int) -> str:
     said = refused(take) if model else ""
     again = len(list(bridge.export_hf_weights(model))) if model else 0
     return f"{said}; then {again}"
+
+
+def through_files(
+    bridge: AutoBridge, model: list[Any], target: Path, fields: dict[str, Any], files: Files
+) -> list[str]:
+    """What differs after saves and loads by two of the ranks alone."""
+    bridge.save_hf_pretrained(model, target)
+    saved = read_tensors(target)
+    bridge.save_megatron_model(model, f"{target}-megatron")
+    again = bridge.load_megatron_model(f"{target}-megatron", mp_overrides=fields)
+    loaded = dict(bridge.export_hf_weights(again))
+    return [
+        name
+        for name, expected in files.items()
+        if not is_equal(saved[name], expected) or not is_equal(loaded[name], expected)
+    ]
+
+
+def odd_exports(bridge: AutoBridge, model: list[Any], rank: int) -> list[str]:
+    """What is said where one of two ranks asks for something else, or has something wrong."""
+    if not model:
+        return []
+    is_odd = rank == 3
+    settings: list[dict[str, Any]] = [
+        {"window_bytes": WINDOW + is_odd},
+        {"dtype": "float32" if is_odd else None},
+    ]
+
+    def said_to(**given: Any) -> str:
+        return refused(lambda: list(bridge.export_hf_weights(model, **given)))
+
+    said = [said_to(**one) for one in settings]
+    tasks = bridge.get_conversion_tasks(model)
+    if is_odd:
+        tasks = [
+            one if one.param_weight is None else replace(one, param_weight=one.param_weight[1:])
+            for one in tasks
+        ]
+    return [*said, said_to(conversion_tasks=tasks)]
 
 
 def called_once_more(folder: Path, rank: int) -> str:
@@ -259,7 +305,8 @@ def test_messages_between_pairs_of_ranks(case: str, found: list[dict[str, Any]])
 
 def test_a_group_of_some_ranks(found: list[dict[str, Any]]) -> None:
     outside, *inside = (one["group"] for one in found)
-    assert outside == {}
+    assert outside == {"odd": "this rank is not in the process group; call this where it is"}
+    assert [one.get("files") for one in inside] == [[], [], None]
     for number, where in ((0, "first"), (1, "last")):
         for transport in ("all-to-all", "point-to-point"):
             of_ranks = [one[where, transport] for one in inside]
@@ -295,6 +342,14 @@ def test_an_export_that_one_rank_leaves_ends_on_the_others(found: list[dict[str,
     one, other = (found[rank]["stages"]["left"] for rank in (2, 3))
     assert re.fullmatch(r"rank 3 cannot go on: it left before the end; .*; then \d+", one)
     assert re.fullmatch(r"nothing was refused; then \d\d+", other)
+
+
+def test_an_export_with_something_wrong_on_one_rank(found: list[dict[str, Any]]) -> None:
+    for one in found[2:]:
+        window, dtype, tasks = one["stages"]["odd exports"]
+        assert f"rank 2 has window_bytes={WINDOW}, rank 3 window_bytes={WINDOW + 1}" in window
+        assert "the ranks have different plans: rank 2 has " in dtype
+        assert "param_weight has shape" in tasks
 
 
 def test_a_refit_that_one_rank_calls_alone_ends(found: list[dict[str, Any]]) -> None:

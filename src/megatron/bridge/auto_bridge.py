@@ -331,12 +331,16 @@ class AutoBridge:
         from megatron.bridge.exchange.windows import WINDOW_BYTES
         from megatron.bridge.live.export import Export
         from megatron.bridge.live.weights import plan_of_model
+        from megatron.bridge.runtime.parallel import together_if_split
 
-        kept = one_dtype(dtype, weight_dtype)
-        plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=kept)
+        def prepared() -> Export:
+            kept = one_dtype(dtype, weight_dtype)
+            plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=kept)
+            window = WINDOW_BYTES if window_bytes is None else window_bytes
+            return Export(plan, _casting_of(round=round), to, window)
+
+        export = together_if_split(prepared)
         show = shown(None, as_lines=show_progress)
-        window = WINDOW_BYTES if window_bytes is None else window_bytes
-        export = Export(plan, _casting_of(round=round), to, window)
         for name, tensor in export.tensors(model, conversion_tasks, show):
             yield HFWeight(name, tensor.cpu() if cpu else tensor)
 
@@ -633,9 +637,11 @@ class AutoBridge:
         from megatron.bridge.live.save import save_folder
         from megatron.bridge.runtime.parallel import ranks_of_model
 
-        like = options.source_path
-        source = self if like is None else type(self).from_hf_pretrained(like)
-        as_lines = options.show_progress and ranks_of_model().is_first
+        ranks, like = ranks_of_model(), options.source_path
+        source = (
+            self if like is None else ranks.together(lambda: type(self).from_hf_pretrained(like))
+        )
+        as_lines = options.show_progress and ranks.is_first
         with shown(options.progress, as_lines=as_lines)() as progress:
             save_folder(
                 model,

@@ -13,6 +13,7 @@ which the receiver knows that what it made of the message is what the sender has
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from megatron.bridge.exchange.windows import ALIGNMENT
 
 _WHOLE = 0
 _HEADER_BYTES = 32
+_SLAB_WORDS = 1 << 20
+"""Looked at at once, whole blocks of any form: while places are found they take four times the
+memory of the words."""
 
 
 class _Form(NamedTuple):
@@ -44,6 +48,51 @@ class _Form(NamedTuple):
         """How many there are."""
         return -(-words // (1 << self.bits))
 
+    def written(self, words: torch.Tensor, before: torch.Tensor) -> list[torch.Tensor]:
+        """Counts, values and places, as bytes.
+
+        Args:
+            words: int16 [as many as there are].
+            before: likewise.
+        """
+        counts, values, places = [], [], []
+        for slab, old in _slabs(words, before):
+            at = (slab != old).nonzero().flatten()
+            of_block = torch.bincount(at >> self.bits, minlength=self.blocks(len(slab)))
+            counts.append(of_block.to(self.counts))
+            values.append(slab[at])
+            places.append(_narrowed(at & self._mask, self.place))
+        return [part.view(torch.uint8) for part in (*counts, *values, *places)]
+
+    def put(self, message: torch.Tensor, words: torch.Tensor, changed: int) -> None:
+        """Put the values of a message in their places.
+
+        Args:
+            message: uint8, beginning with what `written` gives.
+            words: int16, as they were before.
+            changed: how many values there are.
+        """
+        blocks = self.blocks(len(words))
+        ends = blocks * self.counts.itemsize, changed * 2, changed * self.place.itemsize
+        counts, values, within = message[: sum(ends)].split(ends)
+        of_slab = counts.view(self.counts).to(torch.int64).split(_SLAB_WORDS >> self.bits)
+        sizes = torch.stack([of_block.sum() for of_block in of_slab]).tolist()
+        for slab, of_block, new, at in zip(
+            words.split(_SLAB_WORDS),
+            of_slab,
+            values.view(torch.int16).split(sizes),
+            within.view(self.place).split(sizes),
+            strict=True,
+        ):
+            starts = torch.arange(len(of_block), device=words.device) << self.bits
+            places = starts.repeat_interleave(of_block)
+            places += at.to(torch.int64) & self._mask
+            slab[places] = new
+
+    @property
+    def _mask(self) -> int:
+        return (1 << self.bits) - 1
+
 
 _FORMS = {
     1: _Form(8, torch.uint8, torch.int16),
@@ -61,22 +110,15 @@ def encoded(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     Returns:
         uint8 [a multiple of 16].
     """
-    words, changed = now.view(torch.int16), (now.view(torch.int16) != before.view(torch.int16))
-    places = changed.nonzero().flatten()
-    sizes = {number: form.nbytes(len(words), len(places)) for number, form in _FORMS.items()}
+    words, old = now.view(torch.int16), before.view(torch.int16)
+    changed = int(sum((new != was).count_nonzero() for new, was in _slabs(words, old)))
+    sizes = {number: form.nbytes(len(words), changed) for number, form in _FORMS.items()}
     number = min(sizes, key=lambda one: sizes[one])
     if sizes[number] >= now.numel():
         parts, number = [now], _WHOLE
     else:
-        form = _FORMS[number]
-        counts = torch.bincount(places >> form.bits, minlength=form.blocks(len(words)))
-        within = places & ((1 << form.bits) - 1)
-        parts = [
-            counts.to(form.counts).view(torch.uint8),
-            words[places].view(torch.uint8),
-            _narrowed(within, form.place).view(torch.uint8),
-        ]
-    header = torch.tensor([number, len(places), 0, 0], dtype=torch.int64, device=now.device)
+        parts = _FORMS[number].written(words, old)
+    header = torch.tensor([number, changed, 0, 0], dtype=torch.int64, device=now.device)
     header[2:] = sums(now)
     used = _HEADER_BYTES + sum(part.numel() for part in parts)
     padding = torch.zeros(-used % ALIGNMENT, dtype=torch.uint8, device=now.device)
@@ -98,14 +140,7 @@ def apply(message: torch.Tensor, buffer: torch.Tensor) -> bool:
     if number == _WHOLE:
         buffer.copy_(message[: len(buffer)])
     else:
-        words, form = buffer.view(torch.int16), _FORMS[number]
-        blocks = form.blocks(len(words))
-        ends = blocks * form.counts.itemsize, changed * 2, changed * form.place.itemsize
-        counts, values, within = message[: sum(ends)].split(ends)
-        starts = torch.arange(blocks, device=buffer.device) << form.bits
-        places = starts.repeat_interleave(counts.view(form.counts).to(torch.int64))
-        places += within.view(form.place).to(torch.int64) & ((1 << form.bits) - 1)
-        words[places] = values.view(torch.int16)
+        _FORMS[number].put(message, buffer.view(torch.int16), changed)
     return bool(torch.equal(header[2:], sums(buffer)))
 
 
@@ -128,6 +163,12 @@ def sums(buffer: torch.Tensor) -> torch.Tensor:
 
 _SUM_WORDS = 1 << 17
 """Summed at once: what that takes stays in a cache."""
+
+
+def _slabs(
+    words: torch.Tensor, before: torch.Tensor
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(words.split(_SLAB_WORDS), before.split(_SLAB_WORDS), strict=True)
 
 
 def _narrowed(places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -116,3 +116,19 @@ def check_landings(plan: ConversionPlan, landings: Sequence[Landing], *, rounds:
                 f"{landing.name}: its memory is {dtype}, which does not hold all values of "
                 f"{spec.dtype}; give memory of that dtype, or round=True"
             )
+
+
+def check_kept(plan: ConversionPlan, landings: Sequence[Landing]) -> None:
+    """Refuse memory that does not keep what was sent: it cannot be changed where that changed.
+
+    Raises:
+        InputError: memory is narrower than its tensor.
+    """
+    for landing in landings:
+        spec, dtype = plan.hf.get(landing.name), safetensors_dtype(landing.out.dtype)
+        if spec is not None and not holds_all(dtype, spec.dtype):
+            raise InputError(
+                f"{landing.name}: its memory is {dtype}, narrower than the {spec.dtype} that is "
+                f"sent, so changes cannot be put into it; give memory of {spec.dtype}, send "
+                f"another dtype, or leave out delta"
+            )

@@ -11,6 +11,7 @@ import torch
 
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.buffer_views import PackedWindow, Packing
 from megatron.bridge.exchange.demand import Demand, Wanted, whole_tensors
 from megatron.bridge.exchange.roster import Roster
@@ -30,7 +31,7 @@ from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import read_hf
 from megatron.bridge.progress import Progress
-from megatron.bridge.runtime.parallel import ranks_of_model
+from megatron.bridge.runtime.parallel import is_split, ranks_of_model, together_if_split
 from megatron.bridge.tensors.boxes import box_shape, full_box
 from megatron.bridge.tensors.torch_views import as_torch
 from megatron.bridge.text.quoting import quoted
@@ -88,15 +89,27 @@ class Export:
             InexactCast: see `casting`.
         """
         with ExitStack() as values:
-            if tasks is None:
-                names = [name for name in self.plan.hf if name not in self.plan.carried]
-                held = local_tensors(model)
-            else:
-                # What is found keeps views of what the parameters hold now.
-                with holding_their_values(list(tasks)) as parameters:
+            if is_split():
+                self._check_alike(of_tasks=tasks is not None)
+            # What is found keeps views of what the parameters hold now.
+            with ExitStack() as of_tasks:
+
+                def prepared() -> tuple[list[torch.nn.Parameter] | None, list[LocalTensor]]:
+                    parameters = None
+                    if tasks is not None:
+                        parameters = of_tasks.enter_context(holding_their_values(list(tasks)))
                     held = local_tensors(model)
+                    check_planned(self.plan, held)
+                    return parameters, held
+
+                if tasks is None:
+                    parameters, held = together_if_split(prepared)
+                else:
+                    parameters, held = ranks_of_model().together(prepared)
+                if parameters is None:
+                    names = [name for name in self.plan.hf if name not in self.plan.carried]
+                else:
                     names = made_of(parameters, self.plan, held, ranks_of_model())
-            check_planned(self.plan, held)
             given = self._alone(names, held) if self._is_whole(held) else self._of_all(names, held)
             progress = values.enter_context(show())
             own = self._receiver_of(names)
@@ -104,6 +117,18 @@ class Export:
             for name, tensor in given:
                 progress.advance(self.plan.hf[name].nbytes)
                 yield name, tensor
+
+    def _check_alike(self, *, of_tasks: bool) -> None:
+        ranks = ranks_of_model()
+        check_same_plan(ranks, self.plan)
+        check_same_settings(
+            ranks,
+            {
+                "window_bytes": self.window_bytes,
+                "round": self.casting.rounds,
+                "conversion_tasks": "some" if of_tasks else None,
+            },
+        )
 
     def _is_whole(self, held: Sequence[LocalTensor]) -> bool:
         """Whether each rank holds the whole model, so that no other need be asked."""

@@ -9,16 +9,23 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.buffer_views import Packing
 from megatron.bridge.exchange.delta_run import DeltaRun
 from megatron.bridge.exchange.demand import Demand, Wanted
-from megatron.bridge.exchange.landing import Landing, Targets, check_landings, landings_of
+from megatron.bridge.exchange.landing import (
+    Landing,
+    Targets,
+    check_kept,
+    check_landings,
+    landings_of,
+)
 from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.exchange.route import Affinity, Routes
 from megatron.bridge.exchange.target_memory import check_memory
@@ -81,7 +88,7 @@ class Refit:
         casting: of values that the plan's dtypes do not hold.
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
-            one has not, all is sent.
+            one has not, all is sent. Nor may it be narrower than what is sent.
         transport: "all-to-all" moves a window's bytes by one collective, "point-to-point" by a
             message for each pair of ranks that has bytes.
 
@@ -121,16 +128,17 @@ class Refit:
             return transport_between(self._ranks, transport)
 
         self._transport = self._ranks.together(checked_transport)
-        self._ranks.check_alike(
+        check_same_settings(
+            self._ranks,
             {
                 "window_bytes": window_bytes,
                 "ranks_per_node": affinity.ranks_per_node,
                 "round": casting.rounds,
                 "delta": delta,
                 "transport": transport,
-            }
+            },
         )
-        self._check_same_plan()
+        check_same_plan(self._ranks, plan)
         self._landings, held = self._ranks.together(lambda: self._checked(targets))
         self._device = _device_of(held, self._landings, self._ranks)
         roster = Roster.of(self._ranks, held)
@@ -146,7 +154,7 @@ class Refit:
             by_turns=True,
         )
         self._ranks.together(lambda: self._make_views(held))
-        self._version = torch.zeros(2, dtype=torch.int64)
+        self._version = torch.zeros(2, dtype=torch.int64, device="cpu")
         self.prepare_seconds = time.perf_counter() - begin
 
     @property
@@ -186,23 +194,12 @@ class Refit:
     def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
         landings = landings_of(targets, self._plan)
         check_landings(self._plan, landings, rounds=self._casting.rounds)
+        if self._delta:
+            check_kept(self._plan, landings)
         held = with_memory(local_tensors(self._model)) if self._model else []
         check_planned(self._plan, held)
         check_memory(self._plan, landings, held)
         return landings, held
-
-    def _check_same_plan(self) -> None:
-        specs = (*self._plan.hf.values(), *self._plan.megatron.values())
-        told, numbers = self._ranks.all_once(specs), self._ranks.numbers
-        for rank, others in zip(numbers, told, strict=True):
-            if others == told[0]:
-                continue
-            first = next(
-                f"rank {numbers[0]} has {here}, rank {rank} has {there}"
-                for here, there in zip_longest(told[0], others)
-                if here != there
-            )
-            raise InputError(f"the ranks have different plans: {first}")
 
     def _ready(self) -> int:
         """The version of this rank, once its views are of the memory that is used now."""
@@ -286,7 +283,7 @@ class Refit:
         return RefitReport(
             version=self.version,
             windows=count,
-            collectives=3 * count + 3 if is_delta else 2 * count + 2,
+            collectives=2 * count + (4 if is_delta else 3),
             is_delta=is_delta,
             sent_bytes=sent,
             received_bytes=received,

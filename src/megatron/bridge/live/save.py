@@ -8,6 +8,7 @@ import torch
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.engine.pieces import OutputFile
 from megatron.bridge.engine.stream import write_files
+from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.hf_folder import side_file_copies, weight_files
 from megatron.bridge.live.local_tensors import LiveTensors, LocalTensor
@@ -71,11 +72,21 @@ def save_folder(
         return plan, planned_tensors(model, plan)
 
     plan, tensors = ranks.together(planned)
+    check_same_plan(ranks, plan)
+    stated = None if dtype is None else weight_dtype(dtype)
+    check_same_settings(
+        ranks,
+        {
+            "dtype": stated,
+            "round": casting.rounds,
+            "force": force,
+            "side_files": side_files,
+        },
+    )
     Roster.of(ranks, tensors).check_held_once(plan.megatron)
     main = [one for one in tensors if one.is_main]
     files = [*weight_files(plan.hf, reference)]
     if side_files:
-        stated = None if dtype is None else weight_dtype(dtype)
         files += side_file_copies(reference, dtype=stated)
     with staged_by_ranks(target, ranks, force=force, beside_files=True) as staged:
         if ranks.count > 1:

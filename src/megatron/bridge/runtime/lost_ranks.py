@@ -88,8 +88,8 @@ def group_or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _store(group: dist.ProcessGroup | None) -> dist.Store:
-    """Of the group itself: its ranks may be of several worlds."""
-    store: dist.Store = dist.distributed_c10d._world.pg_map[group_or_world(group)][1]
+    """What the ranks of a group have in common, also where they are not all of one job."""
+    store: dist.Store = dist.distributed_c10d._get_process_group_store(group_or_world(group))
     return store
 
 
@@ -100,15 +100,16 @@ def _is_noticed(group: dist.ProcessGroup | None) -> bool:
 def _lost(group: dist.ProcessGroup | None) -> list[int]:
     """The ranks that do not say within some seconds that they are there."""
     try:
-        store, ranks = _store(group), dist.get_process_group_ranks(group)
-        own = ranks[group_or_world(group).rank()]
+        store, own = _store(group), group_or_world(group).rank()
         store.set(_THERE.format(own), "")
         store.set(_NOTICED, "")
         end = monotonic() + _ANSWER_SECONDS
-        missing = [rank for rank in ranks if rank != own]
+        numbers = dist.get_process_group_ranks(group)
+        missing = {place: rank for place, rank in enumerate(numbers) if place != own}
         while missing and monotonic() < end:
-            missing = [rank for rank in missing if not store.check([_THERE.format(rank)])]
+            found = [place for place in missing if store.check([_THERE.format(place)])]
+            missing = {place: rank for place, rank in missing.items() if place not in found}
             sleep(0.05)
     except RuntimeError:
         return []  # who serves the store is gone: torch's own words are all there is
-    return missing
+    return [*missing.values()]

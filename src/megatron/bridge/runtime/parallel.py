@@ -115,6 +115,20 @@ def ranks_of_model() -> Ranks:
     return Ranks(group)
 
 
+def is_split() -> bool:
+    """Whether ranks hold parts of a model, as megatron-core's parallel state says."""
+    return parallel_state.model_parallel_is_initialized() and ParallelSizes.current().is_split
+
+
+def together_if_split[T](step: Callable[[], T]) -> T:
+    """What `step` returns here; where ranks hold parts of a model, once all of them have taken it.
+
+    Raises:
+        Exception: what `step` raises here; InputError if it raises on another rank.
+    """
+    return ranks_of_model().together(step) if is_split() else step()
+
+
 def destroy_process_groups() -> None:
     """Undo `initialize_process_groups`: parallel state, random states and torch.distributed."""
     tensor_parallel.get_cuda_rng_tracker().reset()

@@ -67,6 +67,11 @@ class ParallelSizes:
         return {field: getattr(self, name) for name, field in FIELDS.items()}
 
     @property
+    def is_split(self) -> bool:
+        """Whether ranks hold parts of a model."""
+        return max(self.tp, self.pp, self.ep, self.etp or 1) > 1
+
+    @property
     def dense_ranks(self) -> int:
         """Ranks that hold one copy of all but the routed experts."""
         return self.tp * self.pp * self.cp

@@ -1,7 +1,7 @@
 """Ranks that go on together, or not at all."""
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -12,16 +12,27 @@ import torch.distributed as dist
 from megatron.bridge.errors import InputError
 from megatron.bridge.runtime.lost_ranks import group_or_world, naming_lost, wait_for
 
+_RAISED = -1
+"""In the place of a number, of a rank that has none."""
+
 
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that load or save together.
 
     Attributes:
-        group: their process group, None for all of them.
+        group: their process group, None for all of them. It may reach beyond the job's own ranks.
+
+    Raises:
+        InputError: this rank is not one of them.
     """
 
     group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        given: object = self.group
+        if given is dist.GroupMember.NON_GROUP_MEMBER:
+            raise InputError("this rank is not in the process group; call this where it is")
 
     def together[T](self, step: Callable[[], T]) -> T:
         """What `step` returns here, once every rank has taken it; raises as `all_of`."""
@@ -65,25 +76,6 @@ class Ranks:
         told = self.all_of(lambda: own if tells else None)
         return [cast("T", told[digests.index(digest)]) for digest in digests]
 
-    def check_alike(self, settings: Mapping[str, object]) -> None:
-        """Refuse settings of which ranks have different ones.
-
-        Args:
-            settings: of this rank, by the names that a caller knows.
-
-        Raises:
-            InputError: with the first that differs; on every rank alike.
-        """
-        told = self.all_of(lambda: dict(settings))
-        first, *_ = self.numbers
-        for rank, others in zip(self.numbers, told, strict=True):
-            for name, here in told[0].items():
-                if others[name] != here:
-                    raise InputError(
-                        f"rank {first} has {name}={here!r}, rank {rank} {name}={others[name]!r}; "
-                        f"give every rank the same"
-                    )
-
     def first(self, step: Callable[[], None]) -> None:
         """One rank takes the step, and the others wait for it; raises as `all_of`."""
         self.together(lambda: step() if self.is_first else None)
@@ -111,13 +103,47 @@ class Ranks:
         except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
             error = raised
         if any(self.largest([error is not None], device)):
-
-            def again() -> None:
-                if error is not None:
-                    raise error
-
-            self.together(again)
+            self._raise(error)
         return own[0]
+
+    def agreed_with_each[T](
+        self, step: Callable[[], tuple[T, Sequence[int]]], device: torch.device
+    ) -> tuple[T, list[int]]:
+        """As `agreed`, and a number that each rank has for this one; one small collective.
+
+        Args:
+            step: of this rank; returns also a number from 0 for each rank.
+            device: as of `agreed`.
+
+        Raises:
+            Exception: as of `all_of`.
+        """
+        own: list[T] = []
+        numbers: Sequence[int] = [_RAISED] * self.count
+        error: Exception | None = None
+        try:
+            found, numbers = step()
+            own.append(found)
+        except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
+            error = raised
+        sent = torch.tensor(numbers, dtype=torch.int64, device=device)
+        received = sent.clone()
+        if self.are_joined:
+            group = self.group
+            self.done(lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))
+        told = [int(number) for number in received.tolist()]
+        if _RAISED in told:
+            self._raise(error)
+        return own[0], told
+
+    def _raise(self, error: Exception | None) -> None:
+        """On every rank; `error` is of this one."""
+
+        def again() -> None:
+            if error is not None:
+                raise error
+
+        self.together(again)
 
     def largest(self, own: Sequence[int], device: torch.device) -> list[int]:
         """Of a list that every rank has, the greatest number at each place.
@@ -161,7 +187,7 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """That the group's collectives take tensors of."""
-        if not dist.is_initialized():
+        if not self.are_joined:
             return torch.device("cpu")
         of_cpu = "gloo" in dist.get_backend(self.group) or not torch.cuda.is_available()
         return torch.device("cpu" if of_cpu else "cuda")
