@@ -22,6 +22,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     PlanOptions,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.paths import PathLike, local_path
@@ -29,6 +30,7 @@ from megatron.bridge.progress import Progress
 from megatron.bridge.progress_lines import shown
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
+from megatron.bridge.text.quoting import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from megatron.bridge.live.export import Receivers
     from megatron.bridge.live.refit import Refit
     from megatron.bridge.models.conversion.casting import Casting
+    from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
     from megatron.bridge.models.model_provider import ModelProvider
     from megatron.bridge.models.wrapping import BuildKeywords
 
@@ -350,6 +353,7 @@ class AutoBridge:
         delta: bool = False,
         dtype: DType | None = None,
         round: bool = False,  # noqa: A002 - the name of the option
+        fp8: PathLike | Mapping[str, Any] | None = None,
     ) -> "Refit":
         """Prepare to move a live model's weights into the memory of other ranks, step by step.
 
@@ -368,6 +372,8 @@ class AutoBridge:
             delta: from the second refit on send only what changed, see Refit.
             dtype: of the tensors on the way; None for the dtype that each has in its file.
             round: round values that do not fit instead of raising InexactCast.
+            fp8: how targets in FP8 are quantized: a `quantization_config`, or the release that has
+                it, a folder or hub id. None for that of this model.
 
         Raises:
             PlanError: the ranks do not hold the model, or it cannot give what a target wants.
@@ -389,6 +395,7 @@ class AutoBridge:
             affinity=Affinity(ranks_per_node),
             casting=_casting_of(round=round),
             delta=delta,
+            fp8=_quantization_of(hf, fp8),
         )
 
     def save_hf_weights(
@@ -679,6 +686,21 @@ def _check_dtype(given: "torch.dtype | str | None", source: PreTrainedVLM) -> No
             f"torch_dtype={given!r}: import_ckpt keeps the dtype of every tensor, and most of "
             f"{source.name_or_path} are {main}; leave it out"
         )
+
+
+def _quantization_of(
+    hf: PreTrainedVLM, given: PathLike | Mapping[str, Any] | None
+) -> "BlockFP8 | None":
+    from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY, quantization_of
+
+    if given is None:
+        return hf.quantization
+    if isinstance(given, Mapping):
+        return quantization_of(HFConfig.from_dict({CONFIG_KEY: given}, "fp8"))
+    release = PreTrainedVLM.from_pretrained(given)
+    if release.quantization is None:
+        raise InputError(f"fp8={quoted(given)}: it is not quantized; give the release in FP8")
+    return release.quantization
 
 
 def _casting_of(*, round: bool) -> "Casting":  # noqa: A002 - the name of the option

@@ -2,49 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from megatron.bridge.dtypes import numpy_dtype, torch_dtype
 from megatron.bridge.exchange.demand import Demand
+from megatron.bridge.exchange.fp8_blocks import quantize_to
 from megatron.bridge.exchange.roster import Held
 from megatron.bridge.exchange.route import Move
 from megatron.bridge.exchange.windows import slot_bytes
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
 from megatron.bridge.models.conversion.transfer import to_hf
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.tensors.box_pairs import axes_in_hf_order, megatron_part
-from megatron.bridge.tensors.boxes import Box, box_shape, relative, slices
+from megatron.bridge.tensors.boxes import Box, box_shape, full_box, relative, slices
 from megatron.bridge.tensors.torch_views import as_array, as_torch
 
 type Destination = Callable[[Demand], torch.Tensor]
 """Where what is wanted goes: memory of the shape of the demand's box, in any strides."""
 
 
+class Quantizing(NamedTuple):
+    """Which tensors are quantized as they are packed.
+
+    Attributes:
+        block: extents of a block.
+        unquantized: the dtype of each tensor before that, by its name. Each has a tensor of scales
+            among what is held, with the name of the weight's scales as its key.
+    """
+
+    block: BlockFP8
+    unquantized: Mapping[str, str]
+
+
+class _Blocks(NamedTuple):
+    """How a part of a tensor is quantized: see `quantize_to`."""
+
+    scales: torch.Tensor
+    block: BlockFP8
+    first: tuple[int, int]
+
+
+class HeldValues:
+    """The values of a part of a Megatron tensor that a rank holds.
+
+    Args:
+        held: the part.
+    """
+
+    def __init__(self, held: Held) -> None:
+        self._box = held.box
+        self._data = held.data.detach().view(box_shape(held.box))
+
+    def part(self, copy: Copy, box: Box) -> torch.Tensor:
+        """The values of a Hugging Face box within a copy, as they are held; the same memory."""
+        return self._data[slices(relative(megatron_part(copy, box), self._box))]
+
+    def in_hf_axes(self, copy: Copy, box: Box) -> torch.Tensor:
+        """The values of a Hugging Face box within a copy, of the shape of it; the same memory."""
+        return _in_hf_axes(self.part(copy, box), copy)
+
+
 class _Conversion(NamedTuple):
-    """Values that are not copied bit by bit."""
+    """Values that are not copied bit by bit.
+
+    Attributes:
+        out: where they go.
+        held: what they are of.
+        move: of them.
+        dtype: that they are to have, before they are quantized.
+        casting: of values that it does not hold.
+        blocks: how they are quantized; None if they are not.
+    """
 
     out: torch.Tensor
-    values: torch.Tensor
+    held: HeldValues
     move: Move
-    dtype: np.dtype[Any]
+    dtype: str
+    casting: Casting
+    blocks: _Blocks | None
+
+    def make(self) -> None:
+        """Write them. Raises InexactCast: see `casting`."""
+        copy, values = self.move.copy, self.held.part(self.move.copy, self.move.box)
+        if copy.offset or values.dtype != torch_dtype(self.dtype):
+            culprit, shape = f"{self.move.name} from {copy.megatron_key}", tuple(self.out.shape)
+            array = as_array(values.cpu())
+            array = to_hf(array, copy, shape, numpy_dtype(self.dtype), self.casting, culprit)
+            values = as_torch(array).to(self.out.device)
+        else:
+            values = _in_hf_axes(values, copy)
+        if self.blocks is None:
+            self.out.copy_(values)
+        else:
+            quantize_to(self.out, values, *self.blocks)
 
 
 @dataclass
 class Copies:
-    """Copies that are made together.
+    """Copies that are made together."""
 
-    Attributes:
-        casting: of values that the dtype they are to have does not hold.
-    """
-
-    casting: Casting
     _to: list[torch.Tensor] = field(default_factory=list)
     _of: list[torch.Tensor] = field(default_factory=list)
     _converted: list[_Conversion] = field(default_factory=list)
@@ -55,45 +119,29 @@ class Copies:
         self._to.append(out)
         self._of.append(values)
 
-    def add_held(self, out: torch.Tensor, held: torch.Tensor, move: Move, dtype: str) -> None:
-        """Copy what is held to memory of the shape of a move's box.
-
-        Args:
-            out: the memory.
-            held: the part of a Megatron tensor that the move's sender holds.
-            move: lies within it.
-            dtype: that the values have on the way.
-        """
+    def add_held(self, out: torch.Tensor, held: HeldValues, move: Move) -> None:
+        """Copy what is held to memory of the shape of a move's box, bit by bit."""
         # Ranks that want the same are sent the same view.
         place = move.copy.hf_name, move.copy.megatron_key, move.held, move.box
         if (values := self._held.get(place)) is None:
-            part = megatron_part(move.copy, move.box)
-            values = held[slices(relative(part, move.held))]
-            if not self._is_converted(values, move, dtype):
-                values = _in_hf_axes(values, move.copy)
-            self._held[place] = values
-        if self._is_converted(values, move, dtype):
-            self._converted.append(_Conversion(out, values, move, numpy_dtype(dtype)))
-        else:
-            self.add(out, values)
+            values = self._held[place] = held.in_hf_axes(move.copy, move.box)
+        self.add(out, values)
 
-    @staticmethod
-    def _is_converted(values: torch.Tensor, move: Move, dtype: str) -> bool:
-        return bool(move.copy.offset) or values.dtype != torch_dtype(dtype)
+    def add_converted(self, conversion: _Conversion) -> None:
+        """Copy what is held as other bits."""
+        self._converted.append(conversion)
 
     @torch.no_grad()
     def make(self) -> None:
         """Copy all of it.
 
         Raises:
-            InexactCast: see `casting`.
+            InexactCast: values do not fit the dtype that they are to have.
         """
         if self._to:
             torch._foreach_copy_(self._to, self._of)
-        for out, values, move, dtype in self._converted:
-            array, shape = as_array(values.cpu()), tuple(out.shape)
-            culprit = f"{move.name} from {move.copy.megatron_key}"
-            out.copy_(as_torch(to_hf(array, move.copy, shape, dtype, self.casting, culprit)))
+        for one in self._converted:
+            one.make()
 
     @torch.no_grad()
     def back(self) -> None:
@@ -137,15 +185,21 @@ class Packing:
         held: what this rank holds.
         casting: of values that the dtype in files does not hold.
         count: how many ranks there are.
+        quantizing: of tensors that are quantized on the way; None for none.
     """
 
     def __init__(
-        self, plan: ConversionPlan, held: Iterable[Held], casting: Casting, count: int
+        self,
+        plan: ConversionPlan,
+        held: Sequence[Held],
+        casting: Casting,
+        count: int,
+        quantizing: Quantizing | None = None,
     ) -> None:
         self._plan, self._casting, self._count = plan, casting, count
-        self._held = {
-            (one.key, one.box): one.data.detach().view(box_shape(one.box)) for one in held
-        }
+        self._quantizing = quantizing
+        self._data = {(one.key, one.box): one.data for one in held}
+        self._held = {(one.key, one.box): HeldValues(one) for one in held}
 
     def window(
         self,
@@ -164,8 +218,8 @@ class Packing:
             receive_buffer: likewise.
             destination: of what is wanted.
         """
-        own = Copies(self._casting)
-        send = Side([0] * self._count, Copies(self._casting))
+        own = Copies()
+        send = Side([0] * self._count, Copies())
         at = 0
         for move in sent:
             if move.receiver == move.sender:
@@ -176,7 +230,7 @@ class Packing:
             nbytes = slot_bytes(self._plan, move)
             send.sizes[move.receiver] += nbytes
             at += nbytes
-        receive = Side([0] * self._count, Copies(self._casting))
+        receive = Side([0] * self._count, Copies())
         at = 0
         for move in received:
             if move.receiver == move.sender:
@@ -189,8 +243,21 @@ class Packing:
         return PackedWindow(send, receive, own)
 
     def _copy_held(self, copies: Copies, out: torch.Tensor, move: Move) -> None:
-        held = self._held[move.copy.megatron_key, move.held]
-        copies.add_held(out, held, move, self._plan.hf[move.name].dtype)
+        place = move.copy.megatron_key, move.held
+        blocks, dtype = None, self._plan.hf[move.name].dtype
+        if self._quantizing is not None and move.name in self._quantizing.unquantized:
+            dtype = self._quantizing.unquantized[move.name]
+            blocks = self._blocks(move, self._quantizing.block)
+        if blocks or move.copy.offset or self._data[place].dtype != torch_dtype(dtype):
+            held = self._held[place]
+            copies.add_converted(_Conversion(out, held, move, dtype, self._casting, blocks))
+        else:
+            copies.add_held(out, self._held[place], move)
+
+    def _blocks(self, move: Move, block: BlockFP8) -> _Blocks:
+        name = move.name + SCALE_SUFFIX
+        scales = self._data[name, full_box(self._plan.hf[name].shape)]
+        return _Blocks(scales[slices(block.scale_box(move.box))], block, block.first(move.box))
 
     def _slot(self, buffer: torch.Tensor, at: int, move: Move) -> torch.Tensor:
         """The bytes of a move, in the order in which its sender holds them.

@@ -24,9 +24,11 @@ from megatron.bridge.exchange.route import Affinity, Routes
 from megatron.bridge.exchange.transport import Transport, transport_between
 from megatron.bridge.exchange.window_run import Exchange
 from megatron.bridge.exchange.windows import WINDOW_BYTES
+from megatron.bridge.live.fp8_targets import FP8Targets
 from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.runtime.ranks import Ranks
 
 _BEGUN, _ARRIVED = 0, 1
@@ -73,6 +75,8 @@ class Refit:
         window_bytes: that a rank sends, and receives, at a time. Buffers take four times as much.
         affinity: who of several ranks that hold the same sends it.
         casting: of values that the plan's dtypes do not hold.
+        fp8: extents of a block of the weights that targets have in FP8; None if that is not known,
+            and then there are none.
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
             one has not, all is sent.
@@ -100,6 +104,7 @@ class Refit:
         window_bytes: int = WINDOW_BYTES,
         affinity: Affinity = Affinity(),  # noqa: B008 - frozen
         casting: Casting = EXACTLY,
+        fp8: BlockFP8 | None = None,
         delta: bool = False,
         transport: Transport | None = None,
     ) -> None:
@@ -109,8 +114,16 @@ class Refit:
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
         self._model = list(model)
         self._check_same_plan()
-        self._landings, held = self._ranks.together(lambda: self._checked(targets))
+        self._landings = self._ranks.together(lambda: landings_of(targets))
+        held = self._ranks.together(self._planned_tensors)
         self._device = _device_of(held, self._landings)
+        self._fp8 = FP8Targets.of(plan, self._landings, fp8, self._ranks, self._device)
+        if self._fp8 is not None:
+            plan = self._plan = self._fp8.plan
+            held = [*held, *self._fp8.held]
+        self._ranks.together(
+            lambda: check_landings(plan, self._landings, rounds=self._casting.rounds)
+        )
         roster = Roster.of(self._ranks, held)
         wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
         routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
@@ -149,6 +162,8 @@ class Refit:
         """
         begin = time.perf_counter()
         self._check_versions(self._ranks.all_of(self._ready))
+        if self._fp8 is not None:
+            self._fp8.find(self._held, self._ranks)
         is_delta = self._delta and self.is_whole and self.version > 0
         self._version[_BEGUN] += 1
         if is_delta:
@@ -161,12 +176,10 @@ class Refit:
         self._version[_ARRIVED] = self._version[_BEGUN]
         return self._report(is_delta, time.perf_counter() - begin)
 
-    def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
-        landings = landings_of(targets)
-        check_landings(self._plan, landings, rounds=self._casting.rounds)
+    def _planned_tensors(self) -> list[LocalTensor]:
         held = local_tensors(self._model) if self._model else []
         check_planned(self._plan, held)
-        return landings, held
+        return held
 
     def _check_same_plan(self) -> None:
         specs = (*self._plan.hf.values(), *self._plan.megatron.values())
@@ -185,6 +198,7 @@ class Refit:
         """The version of this rank, once its views are of the memory that is used now."""
         if self._memory_now() != self._memory:
             held = local_tensors(self._model) if self._model else []
+            held += self._fp8.held if self._fp8 is not None else []
             if tuple(map(Shard.of, held)) != self._shards:
                 raise InputError(
                     "the model is split otherwise than when the refit was prepared; make a new one"
@@ -218,7 +232,8 @@ class Refit:
         self._memory = self._memory_now()
 
     def _packing(self, held: Sequence[LocalTensor]) -> Packing:
-        return Packing(self._plan, held, self._casting, self._ranks.count)
+        quantizing = None if self._fp8 is None else self._fp8.quantizing
+        return Packing(self._plan, held, self._casting, self._ranks.count, quantizing)
 
     def _changes(self) -> DeltaRun:
         """What moves only what changed, once there is something that it could have changed from."""
@@ -252,6 +267,9 @@ class Refit:
 
     def _report(self, is_delta: bool, seconds: float) -> RefitReport:
         count, buffers = self.exchange.count, self.exchange.buffer_bytes
+        collectives = 3 * count + 3 if is_delta else 2 * count + 2
+        if self._fp8 is not None:
+            buffers, collectives = buffers + self._fp8.nbytes, collectives + 2
         if is_delta:
             changes = self._changes()
             sent, received = changes.sent_bytes, changes.received_bytes
@@ -262,7 +280,7 @@ class Refit:
         return RefitReport(
             version=self.version,
             windows=count,
-            collectives=3 * count + 3 if is_delta else 2 * count + 2,
+            collectives=collectives,
             is_delta=is_delta,
             sent_bytes=sent,
             received_bytes=received,
