@@ -16,17 +16,28 @@ from megatron.bridge.exchange.fp8_blocks import quantize_to
 from megatron.bridge.exchange.roster import Held
 from megatron.bridge.exchange.route import Move
 from megatron.bridge.exchange.windows import slot_bytes
-from megatron.bridge.models.conversion.casting import Casting
+from megatron.bridge.models.conversion.casting import ROUNDED, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
 from megatron.bridge.models.conversion.transfer import to_hf
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.tensors.box_pairs import axes_in_hf_order, megatron_part
-from megatron.bridge.tensors.boxes import Box, box_shape, full_box, relative, slices
+from megatron.bridge.tensors.boxes import (
+    Box,
+    blocks_of,
+    box_shape,
+    full_box,
+    relative,
+    slices,
+)
 from megatron.bridge.tensors.torch_views import as_array, as_torch
 
 type Destination = Callable[[Demand], torch.Tensor]
 """Where what is wanted goes: memory of the shape of the demand's box, in any strides."""
+
+
+_CONVERTED_BYTES = 8 << 20
+"""Of values that are converted at once."""
 
 
 class Quantizing(NamedTuple):
@@ -42,31 +53,37 @@ class Quantizing(NamedTuple):
     unquantized: Mapping[str, str]
 
 
-class _Blocks(NamedTuple):
-    """How a part of a tensor is quantized: see `quantize_to`."""
-
-    scales: torch.Tensor
-    block: BlockFP8
-    first: tuple[int, int]
-
-
 class HeldValues:
     """The values of a part of a Megatron tensor that a rank holds.
 
     Args:
         held: the part.
+
+    Attributes:
+        dtype: of the values.
     """
 
     def __init__(self, held: Held) -> None:
-        self._box = held.box
+        self._box, self._added = held.box, held.added
         self._data = held.data.detach().view(box_shape(held.box))
+        self.dtype: torch.dtype = self._data.dtype if held.added is None else torch.float64
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether they are not just what is in memory."""
+        return self._added is not None
 
     def part(self, copy: Copy, box: Box) -> torch.Tensor:
-        """The values of a Hugging Face box within a copy, as they are held; the same memory."""
-        return self._data[slices(relative(megatron_part(copy, box), self._box))]
+        """The values of a Hugging Face box within a copy, as they are held."""
+        part = relative(megatron_part(copy, box), self._box)
+        values = self._data[slices(part)]
+        if self._added is None:
+            return values
+        rows, columns = part[-2:]
+        return self._added.added_to(values, slice(*rows), slice(*columns))
 
     def in_hf_axes(self, copy: Copy, box: Box) -> torch.Tensor:
-        """The values of a Hugging Face box within a copy, of the shape of it; the same memory."""
+        """The values of a Hugging Face box within a copy, of the shape of it."""
         return _in_hf_axes(self.part(copy, box), copy)
 
 
@@ -79,7 +96,8 @@ class _Conversion(NamedTuple):
         move: of them.
         dtype: that they are to have, before they are quantized.
         casting: of values that it does not hold.
-        blocks: how they are quantized; None if they are not.
+        scales: of all of the tensor, if it is quantized.
+        block: extents of a block, if it is quantized.
     """
 
     out: torch.Tensor
@@ -87,22 +105,30 @@ class _Conversion(NamedTuple):
     move: Move
     dtype: str
     casting: Casting
-    blocks: _Blocks | None
+    scales: torch.Tensor | None
+    block: BlockFP8 | None
 
     def make(self) -> None:
         """Write them. Raises InexactCast: see `casting`."""
-        copy, values = self.move.copy, self.held.part(self.move.copy, self.move.box)
+        for box in blocks_of(self.move.box, self.held.dtype.itemsize, _CONVERTED_BYTES):
+            self._write(box, self.out[slices(relative(box, self.move.box))])
+
+    def _write(self, box: Box, out: torch.Tensor) -> None:
+        copy, values = self.move.copy, self.held.part(self.move.copy, box)
         if copy.offset or values.dtype != torch_dtype(self.dtype):
-            culprit, shape = f"{self.move.name} from {copy.megatron_key}", tuple(self.out.shape)
+            culprit, shape = f"{self.move.name} from {copy.megatron_key}", tuple(out.shape)
+            # What is computed has no bits of its own that could be kept.
+            casting = ROUNDED if self.held.is_computed else self.casting
             array = as_array(values.cpu())
-            array = to_hf(array, copy, shape, numpy_dtype(self.dtype), self.casting, culprit)
-            values = as_torch(array).to(self.out.device)
+            array = to_hf(array, copy, shape, numpy_dtype(self.dtype), casting, culprit)
+            values = as_torch(array).to(out.device)
         else:
             values = _in_hf_axes(values, copy)
-        if self.blocks is None:
-            self.out.copy_(values)
+        if self.scales is None or self.block is None:
+            out.copy_(values)
         else:
-            quantize_to(self.out, values, *self.blocks)
+            scales = self.scales[slices(self.block.scale_box(box))]
+            quantize_to(out, values, scales, self.block, self.block.first(box))
 
 
 @dataclass
@@ -243,21 +269,20 @@ class Packing:
         return PackedWindow(send, receive, own)
 
     def _copy_held(self, copies: Copies, out: torch.Tensor, move: Move) -> None:
-        place = move.copy.megatron_key, move.held
-        blocks, dtype = None, self._plan.hf[move.name].dtype
+        held = self._held[move.copy.megatron_key, move.held]
+        dtype, scales, block = self._plan.hf[move.name].dtype, None, None
         if self._quantizing is not None and move.name in self._quantizing.unquantized:
-            dtype = self._quantizing.unquantized[move.name]
-            blocks = self._blocks(move, self._quantizing.block)
-        if blocks or move.copy.offset or self._data[place].dtype != torch_dtype(dtype):
-            held = self._held[place]
-            copies.add_converted(_Conversion(out, held, move, dtype, self._casting, blocks))
+            block, dtype = self._quantizing.block, self._quantizing.unquantized[move.name]
+            scales = self._scales(move.name, block)
+        if block or move.copy.offset or held.dtype != torch_dtype(dtype):
+            casting = self._casting.of(move.name)
+            copies.add_converted(_Conversion(out, held, move, dtype, casting, scales, block))
         else:
-            copies.add_held(out, self._held[place], move)
+            copies.add_held(out, held, move)
 
-    def _blocks(self, move: Move, block: BlockFP8) -> _Blocks:
-        name = move.name + SCALE_SUFFIX
-        scales = self._data[name, full_box(self._plan.hf[name].shape)]
-        return _Blocks(scales[slices(block.scale_box(move.box))], block, block.first(move.box))
+    def _scales(self, name: str, block: BlockFP8) -> torch.Tensor:
+        place = name + SCALE_SUFFIX, full_box(block.scale_shape(self._plan.hf[name].shape))
+        return self._data[place]
 
     def _slot(self, buffer: torch.Tensor, at: int, move: Move) -> torch.Tensor:
         """The bytes of a move, in the order in which its sender holds them.

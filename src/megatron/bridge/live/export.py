@@ -13,6 +13,7 @@ from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.exchange.buffer_views import PackedWindow, Packing
 from megatron.bridge.exchange.demand import Demand, Wanted, whole_tensors
+from megatron.bridge.exchange.low_rank import LowRank
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.exchange.route import Routes
 from megatron.bridge.exchange.transport import transport_between
@@ -48,12 +49,14 @@ class Export:
         to: "all" gives every tensor to every rank, a number to that rank alone, "spread" each to
             one of the ranks, about as many bytes to each.
         window_bytes: that a rank sends, and receives, at a time.
+        merge: adapters of this rank's weights, whose products are added to them.
     """
 
     plan: ConversionPlan
     casting: Casting
     to: Receivers = "all"
     window_bytes: int = WINDOW_BYTES
+    merge: Sequence[LowRank] = ()
 
     def __post_init__(self) -> None:
         is_rank = type(self.to) is int and 0 <= self.to < Ranks().count
@@ -93,11 +96,11 @@ class Export:
         with ExitStack() as values:
             if tasks is None:
                 names = [name for name in self.plan.hf if name not in self.plan.carried]
-                held = local_tensors(model)
+                held = local_tensors(model, self.merge)
             else:
                 # What is found keeps views of what the parameters hold now.
                 with holding_their_values(list(tasks)) as parameters:
-                    held = local_tensors(model)
+                    held = local_tensors(model, self.merge)
                     names = made_of(parameters, self.plan, held, Ranks())
             check_planned(self.plan, held)
             given = self._alone(names, held) if self._is_whole(held) else self._of_all(names, held)
@@ -116,7 +119,7 @@ class Export:
             if Ranks().count == 1:
                 raise
             return False
-        return self.to == "all"
+        return self.to == "all" and not self.merge
 
     @torch.no_grad()
     def _alone(

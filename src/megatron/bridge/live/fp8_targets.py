@@ -28,8 +28,11 @@ from megatron.bridge.models.hf_pretrained.quantization import SCALE_DTYPES, STOR
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.box_pairs import hf_part
-from megatron.bridge.tensors.boxes import full_box, slices, volume
+from megatron.bridge.tensors.boxes import Box, blocks_of, full_box, slices, volume
 from megatron.bridge.tensors.spec import TensorSpec
+
+_COMPUTED_BYTES = 8 << 20
+"""Of values that are computed at once."""
 
 
 class _Asked(NamedTuple):
@@ -177,17 +180,21 @@ class FP8Targets:
         for one in held:
             for shared, copy in self.plan.copies_to(one.key, one.box):
                 for name in self._sources.get(copy.hf_name, ()):
-                    box = hf_part(copy, shared)
-                    values = HeldValues(one).in_hf_axes(copy, box)
-                    found = largest_of_blocks(values, self._block, self._block.first(box))
-                    # Values are rounded before they are quantized, and the largest stays so.
-                    found = found.to(torch_dtype(self.quantizing.unquantized[name])).float()
-                    if not bool(torch.isfinite(found).all()):
-                        raise InputError(
-                            f"{name}: it holds values that are not finite, and cannot be quantized"
-                        )
-                    place = self._of_name[name][slices(self._block.scale_box(box))]
-                    torch.maximum(place, found, out=place)
+                    values, box = HeldValues(one), hf_part(copy, shared)
+                    most = _COMPUTED_BYTES if values.is_computed else one.data.nbytes
+                    for part in blocks_of(box, values.dtype.itemsize, most):
+                        self._find_in(name, part, values.in_hf_axes(copy, part))
+
+    def _find_in(self, name: str, box: Box, values: torch.Tensor) -> None:
+        found = largest_of_blocks(values, self._block, self._block.first(box))
+        # Values are rounded before they are quantized, and the largest stays so.
+        found = found.to(torch_dtype(self.quantizing.unquantized[name])).float()
+        if not bool(torch.isfinite(found).all()):
+            raise InputError(
+                f"{name}: it holds values that are not finite, and cannot be quantized"
+            )
+        place = self._of_name[name][slices(self._block.scale_box(box))]
+        torch.maximum(place, found, out=place)
 
 
 def _with_scales(plan: ConversionPlan, scales: Mapping[str, TensorSpec]) -> ConversionPlan:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 import torch
@@ -19,6 +19,7 @@ from megatron.bridge.exchange.buffer_views import Packing
 from megatron.bridge.exchange.delta_run import DeltaRun
 from megatron.bridge.exchange.demand import Demand, Wanted
 from megatron.bridge.exchange.landing import Landing, Targets, check_landings, landings_of
+from megatron.bridge.exchange.low_rank import LowRank
 from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.exchange.route import Affinity, Routes
 from megatron.bridge.exchange.transport import Transport, transport_between
@@ -77,6 +78,8 @@ class Refit:
         casting: of values that the plan's dtypes do not hold.
         fp8: extents of a block of the weights that targets have in FP8; None if that is not known,
             and then there are none.
+        merge: adapters of this rank's weights, whose products are added to them: what travels is
+            the merged weight, rounded once.
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
             one has not, all is sent.
@@ -105,6 +108,7 @@ class Refit:
         affinity: Affinity = Affinity(),  # noqa: B008 - frozen
         casting: Casting = EXACTLY,
         fp8: BlockFP8 | None = None,
+        merge: Iterable[LowRank] = (),
         delta: bool = False,
         transport: Transport | None = None,
     ) -> None:
@@ -112,7 +116,7 @@ class Refit:
         self._delta, self._transport = delta, transport or transport_between(Ranks(group))
         self._then: list[LocalTensor] = []
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
-        self._model = list(model)
+        self._model, self._merge = list(model), list(merge)
         self._check_same_plan()
         self._landings = self._ranks.together(lambda: landings_of(targets))
         held = self._ranks.together(self._planned_tensors)
@@ -121,9 +125,7 @@ class Refit:
         if self._fp8 is not None:
             plan = self._plan = self._fp8.plan
             held = [*held, *self._fp8.held]
-        self._ranks.together(
-            lambda: check_landings(plan, self._landings, rounds=self._casting.rounds)
-        )
+        self._ranks.together(lambda: check_landings(plan, self._landings, casting))
         roster = Roster.of(self._ranks, held)
         wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
         routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
@@ -177,7 +179,7 @@ class Refit:
         return self._report(is_delta, time.perf_counter() - begin)
 
     def _planned_tensors(self) -> list[LocalTensor]:
-        held = local_tensors(self._model) if self._model else []
+        held = local_tensors(self._model, self._merge) if self._model else []
         check_planned(self._plan, held)
         return held
 
@@ -197,7 +199,7 @@ class Refit:
     def _ready(self) -> int:
         """The version of this rank, once its views are of the memory that is used now."""
         if self._memory_now() != self._memory:
-            held = local_tensors(self._model) if self._model else []
+            held = local_tensors(self._model, self._merge) if self._model else []
             held += self._fp8.held if self._fp8 is not None else []
             if tuple(map(Shard.of, held)) != self._shards:
                 raise InputError(
@@ -251,17 +253,15 @@ class Refit:
         if not self._delta:
             return
         if not self._then:
-            self._then = [
-                replace(one, data=torch.empty_like(one.data, memory_format=torch.contiguous_format))
-                for one in self._held
-            ]
-        if self._then:
-            torch._foreach_copy_([one.data for one in self._then], [one.data for one in self._held])
+            self._then = [one.copy() for one in self._held]
+        elif then := [memory for one in self._then for memory in one.memory]:
+            torch._foreach_copy_(then, [memory for one in self._held for memory in one.memory])
 
     def _memory_now(self) -> list[tuple[object, ...]]:
         tensors = chain(
             *(chunk.parameters() for chunk in self._model),
             (landing.out for landing in self._landings),
+            *((one.a, one.b) for one in self._merge),
         )
         return [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in tensors]
 
