@@ -8,7 +8,7 @@ sent them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Self
@@ -54,6 +54,30 @@ class _Asked(NamedTuple):
         )
 
 
+class _Part(NamedTuple):
+    """A part of a weight that this rank holds: the values of a box of it.
+
+    Attributes:
+        name: of the weight.
+        values: those of the Megatron tensor.
+        copy: between them and the weight.
+        box: of the weight.
+        dtype: that values are rounded to before they are quantized.
+    """
+
+    name: str
+    values: HeldValues
+    copy: Copy
+    box: Box
+    dtype: torch.dtype
+
+    def boxes(self) -> Iterable[Box]:
+        """The box, in parts where values are computed."""
+        if not self.values.is_computed:
+            return (self.box,)
+        return blocks_of(self.box, self.values.dtype.itemsize, _COMPUTED_BYTES)
+
+
 class FP8Targets:
     """The weights that are wanted in FP8, and their scales.
 
@@ -93,17 +117,22 @@ class FP8Targets:
             name: self._largest[start:stop].view(spec.shape)
             for name, spec, (start, stop) in zip(scale_dtypes, specs, pairwise(ends), strict=True)
         }
+        self._scales = {
+            dtype: torch.ones(ends[-1], dtype=torch_dtype(dtype), device=device)
+            for dtype in dict.fromkeys(scale_dtypes.values())
+        }
         self.held = [
             LocalTensor(
                 spec.name,
                 spec.shape,
                 full_box(spec.shape),
-                torch.ones(spec.shape, dtype=torch_dtype(spec.dtype), device=device),
+                self._scales[spec.dtype][start:stop].view(spec.shape),
                 is_padded=False,
                 is_main=True,
             )
-            for spec in specs
+            for spec, (start, stop) in zip(specs, pairwise(ends), strict=True)
         ]
+        self._parts: list[_Part] = []
 
     @classmethod
     def of(
@@ -155,46 +184,49 @@ class FP8Targets:
     @property
     def nbytes(self) -> int:
         """That the scales take, and what they are found from."""
-        return self._largest.nbytes + sum(one.data.nbytes for one in self.held)
+        return self._largest.nbytes + sum(one.nbytes for one in self._scales.values())
 
-    def find(self, held: Iterable[LocalTensor], ranks: Ranks) -> None:
+    def look_at(self, held: Iterable[LocalTensor]) -> None:
+        """Take the scales of these values from now on: what this rank holds of the model."""
+        self._parts = list(self._parts_of(held))
+
+    def find(self, ranks: Ranks) -> None:
         """Find the scales of the values that the ranks hold now; every rank calls this.
-
-        Args:
-            held: what this rank holds of the model.
-            ranks: all of them.
 
         Raises:
             InputError: a weight holds values that are not finite, or another rank cannot go on.
         """
         self._largest.zero_()
-        device = self._largest.device
-        ranks.agreed(lambda: self._find_own(held), device)
+        ranks.agreed(self._find_own, self._largest.device)
         if dist.is_initialized():
             most = dist.ReduceOp.MAX
             ranks.done(lambda: dist.all_reduce(self._largest, most, ranks.group, async_op=True))
-        for scales, largest in zip(self.held, self._of_name.values(), strict=True):
-            scales.data.copy_(scales_of(largest, scales.data.dtype))
+        for scales in self._scales.values():
+            scales.copy_(scales_of(self._largest, scales.dtype))
 
-    def _find_own(self, held: Iterable[LocalTensor]) -> None:
-        for one in held:
-            for shared, copy in self.plan.copies_to(one.key, one.box):
-                for name in self._sources.get(copy.hf_name, ()):
-                    values, box = HeldValues(one), hf_part(copy, shared)
-                    most = _COMPUTED_BYTES if values.is_computed else one.data.nbytes
-                    for part in blocks_of(box, values.dtype.itemsize, most):
-                        self._find_in(name, part, values.in_hf_axes(copy, part))
-
-    def _find_in(self, name: str, box: Box, values: torch.Tensor) -> None:
-        found = largest_of_blocks(values, self._block, self._block.first(box))
-        # Values are rounded before they are quantized, and the largest stays so.
-        found = found.to(torch_dtype(self.quantizing.unquantized[name])).float()
-        if not bool(torch.isfinite(found).all()):
+    def _find_own(self) -> None:
+        for part in self._parts:
+            for box in part.boxes():
+                found = largest_of_blocks(
+                    part.values.in_hf_axes(part.copy, box), self._block, self._block.first(box)
+                )
+                place = self._of_name[part.name][slices(self._block.scale_box(box))]
+                # Values are rounded before they are quantized, and the largest stays so.
+                torch.maximum(place, found.to(part.dtype).float(), out=place)
+        if not bool(torch.isfinite(self._largest).all()):
+            name = next(
+                name for name, one in self._of_name.items() if not bool(one.isfinite().all())
+            )
             raise InputError(
                 f"{name}: it holds values that are not finite, and cannot be quantized"
             )
-        place = self._of_name[name][slices(self._block.scale_box(box))]
-        torch.maximum(place, found, out=place)
+
+    def _parts_of(self, held: Iterable[LocalTensor]) -> Iterator[_Part]:
+        for one in held:
+            for shared, copy in self.plan.copies_to(one.key, one.box):
+                for name in self._sources.get(copy.hf_name, ()):
+                    dtype = torch_dtype(self.quantizing.unquantized[name])
+                    yield _Part(name, HeldValues(one), copy, hf_part(copy, shared), dtype)
 
 
 def _with_scales(plan: ConversionPlan, scales: Mapping[str, TensorSpec]) -> ConversionPlan:

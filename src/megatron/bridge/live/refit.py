@@ -165,7 +165,7 @@ class Refit:
         begin = time.perf_counter()
         self._check_versions(self._ranks.all_of(self._ready))
         if self._fp8 is not None:
-            self._fp8.find(self._held, self._ranks)
+            self._fp8.find(self._ranks)
         is_delta = self._delta and self.is_whole and self.version > 0
         self._version[_BEGUN] += 1
         if is_delta:
@@ -226,6 +226,8 @@ class Refit:
         self._place = lambda demand: places[demand][0]
         self._held: Sequence[LocalTensor] = held
         self._changed: DeltaRun | None = None
+        if self._fp8 is not None:
+            self._fp8.look_at(held)
         packing = self._packing(held)
         self.windows = [
             self.exchange.packed(number, packing, self._place)
