@@ -67,12 +67,12 @@ QUICK: dict[str, tuple[str, int, dict[str, Any]]] = {
         4,
         layout(tp=2, pp=2, ep=2, etp=1, stages="Etttt|tttmL"),
     ),
+    "expert_tensors": ("vl_moe", 4, layout(tp=4, ep=2, etp=2)),
 }
 OF_FOUR: dict[str, tuple[str, int, dict[str, Any]]] = {
     "stages": ("vl_tied", 4, layout(pp=4, stages="Et|t|t|ttL")),
     "chunks": ("vl", 4, layout(pp=2, stages="Et|t|tt|tL")),
     "experts": ("vl_moe", 4, layout(ep=4)),
-    "expert_tensors": ("vl_moe", 4, layout(tp=4, ep=2, etp=2)),
     "text": ("text_hybrid", 4, layout(tp=2, pp=2, stages="Ettt|tttL")),
 }
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from math import gcd
 from typing import Any
-from unittest import mock
 
 import torch
-from megatron.core.transformer.moe import experts
-from megatron.core.transformer.transformer_block import TransformerBlock
 
 import released_configs as released
 from megatron.bridge import AutoBridge
 from megatron.bridge.exchange.roster import Shard
-from megatron.bridge.live.local_tensors import LocalTensor, local_tensors
+from megatron.bridge.live.local_tensors import LocalTensor
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.model_provider import ModelProvider
@@ -37,8 +32,8 @@ from megatron.bridge.operations.inspection.cluster_layout import (
     without_advice,
 )
 from megatron.bridge.operations.inspection.rank_grid import RankPosition, rank_positions
+from megatron.bridge.operations.inspection.rank_shards import held_by
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
-from megatron.bridge.runtime.repeated_layers import RepeatedLayer, repeated_layers
 
 MODELS = {
     "235B": released.QWEN3_VL_235B_A22B,
@@ -270,55 +265,4 @@ def main_shards(layout: DrawnLayout) -> Iterator[Shard]:
 
 def held(layout: DrawnLayout) -> Iterator[LocalTensor]:
     """What this rank holds; layers that are alike are built once."""
-    with _one_expert(), repeated_layers():
-        chunks = build(layout)
-    with mock.patch.object(RepeatedLayer, "sharded_state_dict", _nothing, create=True):
-        tensors = local_tensors(chunks)
-    yield from tensors
-    for path, template, others in _repeated(chunks):
-        for one in tensors:
-            number, _, rest = one.key.removeprefix(path).partition(".")
-            if not one.key.startswith(path):
-                continue
-            if number == str(template):
-                yield from (replace(one, key=f"{path}{other}.{rest}") for other in others)
-            elif not number.isdecimal() and one.box[0] == (template, template + 1):
-                # Layers that are all alike are an axis.
-                yield from (
-                    replace(one, box=((other, other + 1), *one.box[1:])) for other in others
-                )
-
-
-def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
-    """A state without tensors."""
-    return {}
-
-
-def _repeated(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, int, list[int]]]:
-    """(path of the layers, number of the one that was built, numbers of those like it)."""
-    for chunk in chunks:
-        for name, block in chunk.named_modules():
-            if not isinstance(block, TransformerBlock):
-                continue
-            alike: dict[int, list[int]] = defaultdict(list)  # by the memory that they share
-            for layer in block.layers:
-                memory = next(layer.parameters()).untyped_storage()._cdata
-                alike[memory].append(layer.layer_number - 1)
-            for template, *others in alike.values():
-                yield f"{name}.layers.", template, others
-
-
-@contextmanager
-def _one_expert() -> Iterator[None]:
-    """Let the experts of a layer be one module."""
-    made: dict[int, tuple[Any, torch.nn.Module]] = {}
-    build_expert = experts.MLP
-
-    def build_once(config: Any, *args: Any, **given: Any) -> torch.nn.Module:
-        # Each set of experts has a config of its own.
-        if id(config) not in made:
-            made[id(config)] = config, build_expert(config, *args, **given)
-        return made[id(config)][1]
-
-    with mock.patch.object(experts, "MLP", build_once):
-        yield
+    return held_by(layout.provider(), layout.sizes.vpp)

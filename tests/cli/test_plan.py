@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 from cli_documentation import documented_keys
 from megatron.bridge.cli import main
 from megatron.bridge.cli.output import WIDTH
+from megatron.bridge.dtypes import itemsize
 from megatron.bridge.operations.inspection.forecast import forecast_of
 from megatron.bridge.operations.inspection.hf_report import inspect_hf
 from megatron.bridge.synthetic import make_model
+from megatron.bridge.tensors.boxes import box_shape, intersect, relative, tiling_faults, volume
 from megatron.bridge.text.document import to_document
 
 SIZES = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
@@ -236,7 +240,7 @@ def test_each_rank(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "data parallel 6, experts 4" in words(out)
 
 
-def _product(shape: list[int]) -> int:
+def _product(shape: Iterable[int]) -> int:
     result = 1
     for size in shape:
         result *= size
@@ -318,6 +322,128 @@ def test_a_size_of_zero_is_wrong_usage(
     status, out, err = run(capsys, small_model, option, "0")
     assert (status, out) == (2, "")
     assert option in err
+
+
+# --- a refit ---
+
+REFIT = ("--tp", "2", "--ep", "3", "--etp", "1", "--world-size", "12")
+
+
+def boxes_of(line: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((start, stop) for start, stop in line["box"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "engine"),
+    [
+        ("tp=2,replicas=3", 12, range(6)),
+        ("tp=2,ep=2,pp=2,disjoint", 16, range(12, 16)),
+        ("ep=3,replicas=2,disjoint", 18, range(12, 18)),
+    ],
+)
+def test_a_route_tiles_what_an_engine_wants(
+    asked: str,
+    ranks: int,
+    engine: range,
+    moe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    route = tmp_path / "route.jsonl"
+    found = document(capsys, moe, *REFIT, "--refit", asked, "--route", route)["refit"]
+    first, *lines = map(json.loads, route.read_text().splitlines())
+    assert (first["kind"], first["trainer"]["tp"], found["ranks"]) == ("route", 2, ranks)
+    assert first["engine"] == found["engine"]
+    specs = inspect_hf(moe).plan.hf
+    wanted, arriving, held = (defaultdict(list) for _ in range(3))
+    for line in lines:
+        box = boxes_of(line)
+        if line["kind"] == "wanted":
+            for rank in line["ranks"]:
+                wanted[rank, line["name"]].append(box)
+        elif line["kind"] == "move":
+            for receiver in line["receivers"]:
+                arriving[receiver, line["name"]].append((box, line["sender"]))
+        else:
+            assert line["kind"] == "held"
+            assert _product(b - a for a, b in box) == _product(b - a for a, b in line["key_box"])
+            key_box = tuple(map(tuple, line["key_box"]))
+            assert intersect(key_box, line["rank_box"]) == key_box
+            for rank in line["ranks"]:
+                held[rank, line["name"]].append(box)
+    assert {rank for rank, _ in wanted} == set(engine)
+    assert wanted.keys() == arriving.keys()
+    moved = own = 0
+    for (rank, name), boxes in wanted.items():
+        shares = arriving[rank, name]
+        for box in boxes:  # each element arrives once
+            shared = [one for part, _ in shares if (one := intersect(part, box)) is not None]
+            assert not [*tiling_faults(box_shape(box), [relative(one, box) for one in shared])]
+        for part, sender in shares:
+            parts = [one for has in held[sender, name] if (one := intersect(has, part))]
+            assert sum(map(volume, parts)) == volume(part)
+            size = volume(part) * itemsize(specs[name].dtype)
+            moved, own = moved + size * (sender != rank), own + size * (sender == rank)
+    assert own == found["own_bytes"]
+    assert moved <= found["moved_bytes"] < moved * 1.01  # places in buffers are multiples of 16
+
+
+def test_what_a_refit_moves(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [moe, *REFIT, "--refit", "tp=2,replicas=6", "--ranks-per-node", "4", "--bandwidth", "2"]
+    found = document(capsys, *args)
+    refit = found["refit"]
+    assert set(refit) == documented_keys("`refit`:")
+    assert set(refit["engine"]) == documented_keys("`engine`:")
+    assert set(refit["sent"]) == documented_keys("`sent`, `received` and `buffers`:")
+    assert refit["limit_seconds"] == refit["limit_bytes"] / 2e9 <= refit["seconds"]
+    assert refit["received"]["ranks"] == 12
+    assert 0 < refit["within_node_bytes"] <= refit["moved_bytes"]
+    # A node of four ranks has all experts of three, whichever its first is.
+    assert refit["within_node_bytes"] == refit["moved_bytes"]
+    apart = document(capsys, *args[:-4], "--ranks-per-node", "1")["refit"]
+    assert (apart["within_node_bytes"], apart["moved_bytes"]) == (0, refit["moved_bytes"])
+    status, out, err = run(capsys, *args)
+    assert status == 0
+    assert err.endswith("plan: asking megatron-core which boxes each rank holds\n")
+    assert len(out.splitlines()) < 50
+    assert "Refit: 6 engines of 2 ranks" in out
+    assert f"moved {refit['moved_bytes']:,} bytes" in words(out)
+    assert "0...11, of the trainer" in out
+    assert "at 2.00 GB/s each way" in out
+
+
+def test_a_refit_of_one_process(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a trainer on the same rank has does not travel; beside it, all of it does."""
+    same = document(capsys, moe, "--refit", "tp=1")["refit"]
+    beside = document(capsys, moe, "--refit", "tp=1,disjoint")["refit"]
+    size = inspect_hf(moe).plan.hf_bytes
+    assert (same["ranks"], same["moved_bytes"], same["own_bytes"]) == (1, 0, size)
+    assert (beside["ranks"], beside["own_bytes"]) == (2, 0)
+    assert size <= beside["moved_bytes"] < size * 1.001
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--refit", "tp=3,disjoint"], "tp=3: vision.num_heads is 4, not a multiple"),
+        (["--tp", "2", "--refit", "tp=2,replicas=2"], "its 4 ranks are not among the 2 of"),
+        (["--tp", "2", "--refit", "tp=2,replicas=2"], "replicas=1 do, and disjoint gives it"),
+        (["--refit", "tp=two"], "tp: 'two' is not a whole number"),
+        (["--refit", "cp=2"], "'cp=2' is none of tp=N, pp=N, ep=N, etp=N, replicas=N, disjoint"),
+        (["--refit", "tp=2,tp=4"], "tp is given twice"),
+        (["--refit", "tp=1", "--bandwidth", "0"], "0 GB/s would move nothing"),
+        (["--bandwidth", "25"], "--bandwidth is of --refit, which is not given"),
+        (["--route", "new"], "--route is of --refit, which is not given"),
+        (["--refit", "tp=1", "--route", __file__], "give --route the name of a new file"),
+        (["--refit", "tp=1", "--route", "/none/of/it"], "cannot be written: No such file"),
+    ],
+)
+def test_a_refit_that_cannot_be(
+    args: list[str], said: str, moe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, moe, *args)
+    assert status == 2
+    assert said in words(err)
 
 
 # --- what it takes, and how it is described ---

@@ -5,6 +5,8 @@ The processes are started once and run every case; the tests look at what they f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,18 @@ from exchange_layouts import MODELS, OF_EIGHT, OF_FOUR, OF_TWO, QUICK, built, ma
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.exchange.landing import Landing
+from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.operations.inspection.cluster_legality import layout_of
+from megatron.bridge.operations.inspection.forecast import forecast_import
+from megatron.bridge.operations.inspection.refit_forecast import (
+    EngineLayout,
+    RefitRoute,
+    Spread,
+    forecast_refit,
+    plan_refit,
+)
 from megatron.bridge.runtime.parallel import destroy_process_groups
+from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from megatron.bridge.tensors.boxes import Box, full_box, slices
 from model_folders import read_tensors
 
@@ -24,6 +37,17 @@ WORLD = 4
 WINDOW = 250_000
 """Bytes: less than the largest tensors have."""
 WITH_DELTA = ("tensor", "tensor_stages_experts")
+
+PLANNED = {
+    "tensor": (ParallelSizes(tp=2, world_size=4), EngineLayout(replicas=3)),
+    "expert_tensors": (ParallelSizes(tp=4, ep=2, etp=2), EngineLayout(tp=2, ep=2, replicas=2)),
+}
+"""Cases whose refit is planned ahead: the trainer's sizes, and an engine."""
+
+NEAR = 1e-3
+"""What is planned joins boxes, and each box begins at a multiple of 16 bytes."""
+
+NO_ROUTES: Mapping[str, RefitRoute] = {}
 
 type Case = tuple[str, int, dict[str, Any]]
 
@@ -130,7 +154,29 @@ def refitted_by_changes(bridge: AutoBridge, model: Any, targets: list[Landing]) 
     return {"steps": found}
 
 
-def run_case(folder: Path, rank: int, case: Case, *, delta: bool) -> dict[str, Any]:
+def planned(folder: Path, name: str) -> RefitRoute:
+    """The route of a case from its config and its sizes alone."""
+    trainer, engine = PLANNED[name]
+    report = forecast_import(str(folder / QUICK[name][0]))
+    without = ("mtp",) if "mtp" in bridge_for(report.architecture).optional_parts else ()
+    report = replace(report, layout=layout_of(report, trainer, without=without))
+    return plan_refit(report, engine, without)
+
+
+def filled_like_an_engine(
+    bridge: AutoBridge, model: Any, wanted: dict[str, list[Box]], files: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What a refit of the planned boxes leaves in memory of this rank."""
+    targets = [
+        Landing(name, box, torch.zeros_like(files[name][slices(box)]))
+        for name, boxes in wanted.items()
+        for box in boxes
+    ]
+    report = bridge.refit(model, targets, window_bytes=WINDOW)()
+    return {"wrong": wrong(targets, files), "wanted": len(targets), "report": report}
+
+
+def run_case(folder: Path, rank: int, case: Case, wanted: Any, *, delta: bool) -> dict[str, Any]:
     model_name, _, fields = case
     bridge = AutoBridge.from_hf_pretrained(folder / model_name)
     model = built(bridge, MODELS[model_name][2] | fields)
@@ -138,30 +184,48 @@ def run_case(folder: Path, rank: int, case: Case, *, delta: bool) -> dict[str, A
     export = exported(bridge, model, files)
     targets = landings(files, export["all"][0], rank)
     found = {"export": export, "refit": refitted(bridge, model, targets, files)}
+    if wanted is not None:
+        found["planned"] = filled_like_an_engine(bridge, model, wanted[rank], files)
     if delta:
         found["delta"] = refitted_by_changes(bridge, model, targets)
     return found
 
 
-def worker(rank: int, folder: str, cases: dict[str, Case]) -> None:
+def worker(rank: int, folder: str, cases: dict[str, Case], wanted: dict[str, Any]) -> None:
     found = {
-        name: run_case(Path(folder), rank, case, delta=name in WITH_DELTA)
+        name: run_case(Path(folder), rank, case, wanted.get(name), delta=name in WITH_DELTA)
         for name, case in cases.items()
     }
     torch.save(found, f"{folder}/found{rank}.pt")
     destroy_process_groups()
 
 
-def found_by_ranks(folder: Path, cases: dict[str, Case], world: int) -> list[dict[str, Any]]:
+def found_by_ranks(
+    folder: Path, cases: dict[str, Case], world: int, routes: Mapping[str, RefitRoute] = NO_ROUTES
+) -> list[dict[str, Any]]:
     """What each rank found, case by case."""
-    make_models(folder, {model for model, _, _ in cases.values()})
-    run_ranks(worker, str(folder), cases, world=world, seconds=900)
+    models = {model for model, _, _ in cases.values()}
+    make_models(folder, {model for model in models if not (folder / model).exists()})
+    wanted = {name: route.wanted for name, route in routes.items()}
+    run_ranks(worker, str(folder), cases, wanted, world=world, seconds=900)
     return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return found_by_ranks(tmp_path_factory.mktemp("four"), QUICK, WORLD)
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    make_models(folder, {QUICK[name][0] for name in PLANNED})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def routes(four: Path) -> dict[str, RefitRoute]:
+    return {name: planned(four, name) for name in PLANNED}
+
+
+@pytest.fixture(scope="module")
+def found(four: Path, routes: dict[str, RefitRoute]) -> list[dict[str, Any]]:
+    return found_by_ranks(four, QUICK, WORLD, routes)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +269,35 @@ def test_four_ranks(case: str, found: list[dict[str, Any]]) -> None:
     check_export(case, found)
     check_refit(case, found)
     assert all(one[case]["refit"]["report"].windows > 3 for one in found)
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_a_refit_moves_what_was_planned(
+    case: str, found: list[dict[str, Any]], routes: dict[str, RefitRoute]
+) -> None:
+    """Planned from a config, without a process; the refit counts its own views."""
+    expected = forecast_refit(routes[case], PLANNED[case][1], window_bytes=WINDOW)
+    engine = [rank for rank, own in enumerate(routes[case].wanted) if own]
+    assert len(engine) == PLANNED[case][1].ranks
+    reports = [one[case]["planned"]["report"] for one in found]
+    assert [one[case]["planned"]["wrong"] for one in found] == [[]] * WORLD
+    assert all(found[rank][case]["planned"]["wanted"] > 20 for rank in engine)
+    assert {report.windows for report in reports} == {expected.windows}
+    assert expected.windows > 3
+    assert_near(expected.sent, [report.sent_bytes for report in reports])
+    assert_near(expected.received, [reports[rank].received_bytes for rank in engine])
+    assert_near(expected.buffers, [report.buffer_bytes for report in reports])
+    moved = sum(report.sent_bytes for report in reports)
+    assert expected.moved_bytes == pytest.approx(moved, rel=NEAR)
+    assert moved > 0
+    assert expected.own_bytes == sum(report.own_bytes for report in reports) > 0
+    assert 0 < expected.limit_bytes <= max(expected.sent.most, expected.received.most)
+
+
+def assert_near(expected: Spread, found: list[int]) -> None:
+    numbers = expected.ranks, expected.least, expected.mean, expected.most
+    mean = sum(found) / len(found)
+    assert numbers == pytest.approx((len(found), min(found), mean, max(found)), rel=NEAR)
 
 
 @pytest.mark.slow

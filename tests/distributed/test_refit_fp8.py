@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from exchange_layouts import MODELS, OF_FOUR, QUICK, built, layout, make_models
+from exchange_layouts import MODELS, QUICK, built, layout, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.dtypes import numpy_dtype, safetensors_dtype
@@ -36,7 +36,7 @@ WORLD = 4
 FIRST: dict[str, Any] = {"tensor": QUICK["tensor"]}
 OTHERS: dict[str, Any] = {
     "tensor_stages_experts": QUICK["tensor_stages_experts"],
-    "transposed": OF_FOUR["expert_tensors"],
+    "transposed": QUICK["expert_tensors"],
 }
 
 

@@ -247,6 +247,40 @@ def vocabulary(engine: Engine, rows: int, hidden: int) -> None:
         engine.takes(name, (rows, hidden), name, engine.vocabulary)
 
 
+def engine_of(config: Any, rank: int) -> Engine:
+    """One of two ranks of an engine that has a whole text model, with the names of its files."""
+    engine, hidden = Engine(2, rank), config.hidden_size
+
+    def add(prefix: str, part: Engine, name_of: Callable[[str], str]) -> None:
+        for name, (parameter, load) in part.loaders.items():
+            engine.takes(name_of(name), part.shapes[name], prefix + parameter, load)
+        engine.parameters |= {prefix + name: one for name, one in part.parameters.items()}
+
+    def norms(part: Engine, sizes: dict[str, int]) -> None:
+        for name, size in sizes.items():
+            part.add(name, size)
+            part.takes(name, (size,), name, part.whole)
+
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for where in ("self_attn.", "mlp.", ""):
+            part = Engine(2, rank)
+            if where == "self_attn.":
+                attention(part, *heads, hidden)
+                norms(part, {"k_norm": config.head_dim})
+            elif where == "mlp.":
+                dense_mlp(part, config.intermediate_size, hidden)
+            else:
+                norms(part, {"input_layernorm": hidden, "post_attention_layernorm": hidden})
+            add(prefix + where, part, f"{prefix}{where}{{}}.weight".format)
+    part = Engine(2, rank)
+    vocabulary(part, config.vocab_size, hidden)
+    norms(part, {"norm": hidden})
+    add("", part, lambda name: f"{'' if name == 'lm_head' else 'model.'}{name}.weight")
+    return engine
+
+
 PARTS: dict[str, Callable[[Engine], Any]] = {
     "uneven heads": lambda engine: attention(engine, 12, 4, 6, 10),
     "shared heads": lambda engine: attention(engine, 12, 2, 6, 10),

@@ -65,7 +65,7 @@ def schedules(routes: Routes, *, by_turns: bool) -> list[Schedule]:
 
     def of(rank: int) -> Schedule:
         moves = routes.sends(rank), routes.receives(rank)
-        return schedule(routes.plan, places, moves, WINDOW, meeting.of(rank))
+        return schedule(routes.plan, places, moves, WINDOW, 4, meeting.of(rank))
 
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(of, range(4)))

@@ -22,6 +22,7 @@ ALLOWED = {
     "cli/commands/plan.py": r"such as mtp",
     "cli/commands/convert.py": r"MTP layer",
     "models/pipeline_stages.py": r"LayerType\.mtp",
+    "models/nearest_layout.py": r"LayerType\.mtp",
 }
 
 

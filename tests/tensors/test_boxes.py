@@ -14,6 +14,7 @@ from megatron.bridge.tensors.boxes import (
     BoxIndex,
     Shape,
     intersect,
+    joined,
     relative,
     row_blocks,
     slices,
@@ -194,3 +195,16 @@ def test_row_blocks_hold_several_whole_multiples_of_rows() -> None:
         (16, 24),
         (24, 29),
     ]
+
+
+def test_neighbours_are_joined() -> None:
+    """Experts and rows of a grid; a box apart stays as it is."""
+    grid = [((e, e + 1), (row, row + 3), (0, 7)) for row in (2, 5) for e in range(4)]
+    assert joined([*grid, grid[0]]) == [((0, 4), (2, 8), (0, 7))]
+    assert joined([*grid[:3], ((6, 7), (2, 5), (0, 7))]) == [
+        ((0, 3), (2, 5), (0, 7)),
+        ((6, 7), (2, 5), (0, 7)),
+    ]
+    assert joined([((0, 2), (0, 3)), ((2, 4), (0, 2))]) == [((0, 2), (0, 3)), ((2, 4), (0, 2))]
+    assert joined([()]) == [()]
+    assert joined([]) == []

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from megatron.bridge.exchange.landing import Targets
     from megatron.bridge.exchange.low_rank import LowRank
+    from megatron.bridge.exchange.transport import TransportName
     from megatron.bridge.live.conversion_tasks import ConversionTask
     from megatron.bridge.live.export import Receivers
     from megatron.bridge.live.refit import Refit
@@ -359,6 +360,7 @@ class AutoBridge:
         window_bytes: int | None = None,
         ranks_per_node: int | None = None,
         delta: bool = False,
+        transport: "TransportName" = "all-to-all",
         dtype: DType | None = None,
         round: Rounding = False,  # noqa: A002 - the name of the option
         fp8: PathLike | Mapping[str, Any] | None = None,
@@ -379,6 +381,8 @@ class AutoBridge:
             ranks_per_node: consecutive ranks that share a node, within which a tensor stays where
                 it can.
             delta: from the second refit on send only what changed, see Refit.
+            transport: "all-to-all" moves bytes by collectives, "point-to-point" by messages, so
+                that ranks without bytes for each other do not meet.
             dtype: of the tensors on the way; None for the dtype that each has in its file.
             round: round values that do not fit instead of raising InexactCast; those of all
                 tensors, or of the names or patterns given (``"*.mlp.*"``).
@@ -388,7 +392,8 @@ class AutoBridge:
 
         Raises:
             PlanError: the ranks do not hold the model, or it cannot give what a target wants.
-            InputError: a target does not fit, or another rank cannot go on.
+            InputError: a target does not fit, the ranks have different settings, or another rank
+                cannot go on.
         """
         from megatron.bridge.exchange.route import Affinity
         from megatron.bridge.exchange.windows import WINDOW_BYTES
@@ -412,6 +417,7 @@ class AutoBridge:
             fp8=block,
             merge=merge,
             delta=delta,
+            transport=transport,
         )
 
     def save_hf_weights(
@@ -648,11 +654,11 @@ class AutoBridge:
         self, model: Model, path: PathLike, options: SaveOptions, *, side_files: bool
     ) -> None:
         from megatron.bridge.live.save import save_folder
-        from megatron.bridge.runtime.ranks import Ranks
+        from megatron.bridge.runtime.parallel import ranks_of_model
 
         like = options.source_path
         source = self if like is None else type(self).from_hf_pretrained(like)
-        as_lines = options.show_progress and Ranks().is_first
+        as_lines = options.show_progress and ranks_of_model().is_first
         with shown(options.progress, as_lines=as_lines)() as progress:
             save_folder(
                 model,

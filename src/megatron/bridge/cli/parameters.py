@@ -26,6 +26,8 @@ class Decorator(Protocol):
 
 MOST_RANKS = 1 << 17
 
+ENGINE_SIZES = ("tp", "pp", "ep", "etp", "replicas")
+
 # Values of texts. click adds the name of the option to a BadParameter.
 
 
@@ -74,6 +76,33 @@ def _parallel_size(text: str) -> int:
     if text.isascii() and text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= MOST_RANKS:
         return int(text)
     raise click.BadParameter(f"{text[:40]!r} is not a whole number from 1 to {MOST_RANKS}")
+
+
+def engine_layout(text: str) -> dict[str, int | bool]:
+    """Sizes as in ``tp=16,replicas=16,disjoint``. Raises click.BadParameter for any other text."""
+    found: dict[str, int | bool] = {}
+    for entry in text.split(","):
+        name, equals, size = entry.partition("=")
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice")
+        if entry == "disjoint":
+            found[entry] = True
+        elif name in ENGINE_SIZES and equals:
+            try:
+                found[name] = _parallel_size(size)
+            except click.BadParameter as error:
+                raise click.BadParameter(f"{name}: {error.message}") from error
+        else:
+            known = ", ".join(f"{one}=N" for one in ENGINE_SIZES)
+            raise click.BadParameter(f"{entry[:40]!r} is none of {known}, disjoint")
+    return found
+
+
+def bandwidth(text: str) -> float:
+    """Bytes per second, of a number of GB/s. Raises click.BadParameter for any other text."""
+    if rate := not_negative(text) * 1e9:
+        return rate
+    raise click.BadParameter("0 GB/s would move nothing")
 
 
 # Arguments and options: decorators of a command's function, in the order of its help.

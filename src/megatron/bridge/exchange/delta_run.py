@@ -126,7 +126,7 @@ class DeltaRun:
     def _sizes_of_others(self, own: Sequence[int]) -> list[int]:
         sent = torch.tensor(own, dtype=torch.int64, device=self._device)
         received = torch.empty_like(sent)
-        if not dist.is_initialized():
+        if not self._ranks.are_joined:
             return [0]
         group = self._ranks.group
         self._ranks.done(lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))

@@ -36,9 +36,11 @@ class Wanted:
     Attributes:
         by_rank: the demands of each rank, no two alike, in the order of the ranks. Ranks that want
             the same share one tuple.
+        numbers: what each rank is called in messages; empty where that is its place.
     """
 
     by_rank: tuple[tuple[Demand, ...], ...]
+    numbers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, ranks: Telling, own: Iterable[Demand]) -> Self:
@@ -48,7 +50,11 @@ class Wanted:
             ranks: all call this.
             own: what this one wants.
         """
-        return cls(tuple(ranks.all_once(tuple(dict.fromkeys(own)))))
+        return cls(tuple(ranks.all_once(tuple(dict.fromkeys(own)))), tuple(ranks.numbers))
+
+    def number(self, rank: int) -> int:
+        """What a rank is called in messages."""
+        return self.numbers[rank] if self.numbers else rank
 
     def names(self, plan: ConversionPlan) -> list[str]:
         """The tensors that anybody wants something of, in the order of the plan."""
@@ -63,7 +69,7 @@ class Wanted:
                 or of a box that is not within the tensor.
         """
         problems = [
-            f"rank {ranks[0]} wants {demand.name}{format_box(demand.box)}: {problem}"
+            f"rank {self.number(ranks[0])} wants {demand.name}{format_box(demand.box)}: {problem}"
             for demand, ranks in self.ranks_of.items()
             if (problem := _problem(plan, demand)) is not None
         ]

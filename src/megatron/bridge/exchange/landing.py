@@ -46,24 +46,55 @@ type Targets = Mapping[str, torch.Tensor] | Iterable[Landing]
 """Whole tensors by name, a `state_dict()` for example, or landings."""
 
 
-def landings_of(targets: Targets) -> list[Landing]:
+def landings_of(targets: Targets, plan: ConversionPlan) -> list[Landing]:
     """The landings of what a caller gives.
 
+    Args:
+        targets: of this rank.
+        plan: of the model; what it has no tensor for is refused with all that the model cannot
+            give.
+
     Raises:
-        InputError: memory is not of the shape of its box.
+        InputError: something is no landing, or memory is not of the shape of its box.
     """
     if isinstance(targets, Mapping):
+        for name, tensor in targets.items():
+            _check_tensor(name, tensor)
+            spec = plan.hf.get(name)
+            if spec is not None and tuple(tensor.shape) != spec.shape:
+                raise InputError(
+                    f"{name}: its memory is of shape {tuple(tensor.shape)}; expected {spec.shape}, "
+                    f"or a Landing, which says what part of the tensor it is"
+                )
         return [Landing.whole(name, tensor) for name, tensor in targets.items()]
     found = list(targets)
     for landing in found:
         if not isinstance(landing, Landing):
             raise InputError(f"a target is {quoted(landing)}; expected a Landing")
+        _check_tensor(landing.name, landing.out)
+        if not _is_box(landing.box):
+            raise InputError(
+                f"{landing.name}: its box is {quoted(landing.box)}; expected a tuple with a pair "
+                f"(start, stop) for each axis"
+            )
         if tuple(landing.out.shape) != box_shape(landing.box):
             raise InputError(
                 f"{landing.name}{format_box(landing.box)}: its memory is of shape "
                 f"{tuple(landing.out.shape)}; expected {box_shape(landing.box)}"
             )
     return found
+
+
+def _check_tensor(name: object, out: object) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise InputError(f"{quoted(name)}: its memory is {quoted(out)}; expected a tensor")
+
+
+def _is_box(box: object) -> bool:
+    return isinstance(box, tuple) and all(
+        isinstance(axis, tuple) and len(axis) == 2 and all(type(end) is int for end in axis)
+        for axis in box
+    )
 
 
 def check_landings(plan: ConversionPlan, landings: Sequence[Landing], casting: Casting) -> None:

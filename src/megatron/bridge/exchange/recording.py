@@ -89,6 +89,11 @@ class Recording:
         """All boxes with the memory that they fill, in these parameters."""
         return [one.landing(parameters) for one in self.copies]
 
+    def fill_zeros(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Fill what the loader fills with zeros, once: no refit writes there."""
+        for place in self.zeros:
+            place.of(parameters).zero_()
+
 
 def record(
     load_weights: Callable[[NamedTensors], Any],

@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron.bridge.dtypes import itemsize
-from megatron.bridge.errors import PlanError
+from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.exchange.demand import Demand, Wanted, source_of
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
 from megatron.bridge.tensors.box_pairs import hf_part
 from megatron.bridge.tensors.boxes import Box, BoxIndex, volume
+from megatron.bridge.text.quoting import quoted
 
 
 class Move(NamedTuple):
@@ -46,6 +47,32 @@ class Move(NamedTuple):
         return self.demand.name
 
 
+class Holding(NamedTuple):
+    """A part of a tensor that ranks hold.
+
+    Attributes:
+        copy: of the plan, how they hold it.
+        held: the box of the Megatron tensor that they hold.
+        holders: the ranks, in ascending order.
+    """
+
+    copy: Copy
+    held: Box
+    holders: tuple[int, ...]
+
+
+def holdings(plan: ConversionPlan, roster: Roster) -> dict[str, list[tuple[Box, Holding]]]:
+    """What is held of each Hugging Face tensor, by the box of it."""
+    found: dict[str, list[tuple[Box, Holding]]] = defaultdict(list)
+    for key, boxes in roster.holders.items():
+        for held, ranks in boxes.items():
+            for shared, copy in plan.copies_to(key, held):
+                whole = shared == copy.megatron_box
+                box = copy.hf_box if whole else hf_part(copy, shared)
+                found[copy.hf_name].append((box, Holding(copy, held, ranks)))
+    return dict(found)
+
+
 @dataclass(frozen=True)
 class Affinity:
     """Which of several ranks that hold the same sends it.
@@ -58,6 +85,12 @@ class Affinity:
     """
 
     ranks_per_node: int | None = None
+
+    def check(self) -> None:
+        """Raise InputError for what is no number of ranks."""
+        given = self.ranks_per_node
+        if given is not None and (type(given) is not int or given < 1):
+            raise InputError(f"ranks_per_node is {quoted(given)}; expected a whole number from 1")
 
     def sender(self, holders: tuple[int, ...], receiver: int, number: int) -> int:
         """The rank that sends to `receiver` what `holders` hold.
@@ -163,32 +196,16 @@ class Routes:
             if arrived != volume(demand.box):
                 raise PlanError(
                     [f"{demand.name}: {arrived} of the {volume(demand.box)} values of it arrive"],
-                    heading=f"rank {rank} would not receive what it wants",
+                    heading=f"rank {self.wanted.number(rank)} would not receive what it wants",
                 )
 
     @cached_property
-    def _holdings(self) -> dict[str, list[tuple[Box, "_Holding"]]]:
-        """What is held of each tensor, by the box of it."""
-        found: dict[str, list[tuple[Box, _Holding]]] = defaultdict(list)
-        for key, boxes in self.held.holders.items():
-            for held, ranks in boxes.items():
-                for shared, copy in self.plan.copies_to(key, held):
-                    whole = shared == copy.megatron_box
-                    box = copy.hf_box if whole else hf_part(copy, shared)
-                    found[copy.hf_name].append((box, _Holding(copy, held, ranks)))
-        return dict(found)
+    def _holdings(self) -> dict[str, list[tuple[Box, Holding]]]:
+        return holdings(self.plan, self.held)
 
     @cached_property
-    def _by_name(self) -> dict[str, BoxIndex["_Holding"]]:
+    def _by_name(self) -> dict[str, BoxIndex[Holding]]:
         return {name: BoxIndex(boxes) for name, boxes in self._holdings.items()}
-
-
-class _Holding(NamedTuple):
-    """A part of a tensor that ranks hold."""
-
-    copy: Copy
-    held: Box
-    holders: tuple[int, ...]
 
 
 class _Part(NamedTuple):
@@ -196,4 +213,4 @@ class _Part(NamedTuple):
 
     box: Box
     demand: Demand
-    holding: _Holding
+    holding: Holding

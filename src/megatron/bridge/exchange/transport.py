@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from megatron.bridge.errors import InputError
 from megatron.bridge.runtime.lost_ranks import wait_for
 from megatron.bridge.runtime.ranks import Ranks
+from megatron.bridge.text.quoting import quoted
+
+type TransportName = Literal["all-to-all", "point-to-point"]
 
 type Wait = Callable[[], None]
 """Returns when what was begun is done."""
@@ -112,9 +116,23 @@ class Alone(Transport):
         return self._waiting([])
 
 
-def transport_between(ranks: Ranks) -> Transport:
-    """The usual way between some ranks."""
-    return AllToAll(ranks.group) if dist.is_initialized() else Alone()
+_BY_NAME: dict[str, type[Transport]] = {"all-to-all": AllToAll, "point-to-point": PointToPoint}
+
+
+def transport_between(ranks: Ranks, name: TransportName = "all-to-all") -> Transport:
+    """A way between some ranks.
+
+    Args:
+        ranks: between which bytes go.
+        name: of the way.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in _BY_NAME:
+        expected = " or ".join(map(repr, _BY_NAME))
+        raise InputError(f"transport is {quoted(name)}; expected {expected}")
+    return _BY_NAME[name](ranks.group) if ranks.are_joined else Alone()
 
 
 def _parts(buffer: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
 from megatron.bridge.dtypes import itemsize
+from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.buffer_views import Destination, PackedWindow, Packing
 from megatron.bridge.exchange.route import Move, Routes
 from megatron.bridge.exchange.transport import Transport, Wait
@@ -66,6 +68,7 @@ class Exchange:
             {name: routes.holders_of(name) if by_turns else () for name in names},
             (sends, receives),
             window_bytes,
+            ranks.count,
             lambda own: ranks.largest(own, device),
         )
         self.sent = self.schedule.by_window(sends)
@@ -170,7 +173,11 @@ class Exchange:
                 wait = self._transport.start(send, window.send.sizes, receive, window.receive.sizes)
             if under_way is not None:
                 self._finish(under_way)
-                yield number - 1
+                try:
+                    yield number - 1
+                except GeneratorExit:
+                    self._leave(number, wait)
+                    raise
             under_way = _UnderWay(window, wait)
         if under_way is not None:
             self._finish(under_way)
@@ -180,6 +187,22 @@ class Exchange:
         with naming_lost(self._ranks.group):
             under_way.wait()
         under_way.window.receive.copies.make()
+
+    def _leave(self, number: int, wait: Wait) -> None:
+        """Tell the others, which else would wait, that this rank takes part no longer.
+
+        Args:
+            number: of the window that is under way.
+            wait: returns when it is done.
+        """
+
+        def left() -> None:
+            raise InputError("it left before the end; every rank goes on to the last tensor")
+
+        with suppress(Exception):  # nobody is there to take it
+            wait()
+            if number + 1 < self.count:
+                self._ranks.agreed(left, self._device)
 
     def _slots(self, moves: Sequence[Move]) -> int:
         return sum(slot_bytes(self._plan, move) for move in moves if move.sender != move.receiver)

@@ -18,7 +18,7 @@ from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.exchange.route import Routes
 from megatron.bridge.exchange.transport import transport_between
 from megatron.bridge.exchange.window_run import Exchange
-from megatron.bridge.exchange.windows import WINDOW_BYTES
+from megatron.bridge.exchange.windows import WINDOW_BYTES, check_window_bytes
 from megatron.bridge.live.conversion_tasks import ConversionTask
 from megatron.bridge.live.local_tensors import (
     LiveTensors,
@@ -31,7 +31,7 @@ from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import read_hf
 from megatron.bridge.progress import Progress
-from megatron.bridge.runtime.ranks import Ranks
+from megatron.bridge.runtime.parallel import ranks_of_model
 from megatron.bridge.tensors.boxes import box_shape, full_box
 from megatron.bridge.tensors.torch_views import as_torch
 from megatron.bridge.text.quoting import quoted
@@ -59,16 +59,13 @@ class Export:
     merge: Sequence[LowRank] = ()
 
     def __post_init__(self) -> None:
-        is_rank = type(self.to) is int and 0 <= self.to < Ranks().count
+        is_rank = type(self.to) is int and 0 <= self.to < ranks_of_model().count
         if self.to not in ("all", "spread") and not is_rank:
             raise InputError(
                 f"to is {quoted(self.to)}; expected 'all', 'spread' or a rank from 0 to "
-                f"{Ranks().count - 1}"
+                f"{ranks_of_model().count - 1}"
             )
-        if type(self.window_bytes) is not int or self.window_bytes < 1:
-            raise InputError(
-                f"window_bytes is {quoted(self.window_bytes)}; expected a whole number from 1"
-            )
+        check_window_bytes(self.window_bytes)
 
     def tensors(
         self,
@@ -101,7 +98,7 @@ class Export:
                 # What is found keeps views of what the parameters hold now.
                 with holding_their_values(list(tasks)) as parameters:
                     held = local_tensors(model, self.merge)
-                    names = made_of(parameters, self.plan, held, Ranks())
+                    names = made_of(parameters, self.plan, held, ranks_of_model())
             check_planned(self.plan, held)
             given = self._alone(names, held) if self._is_whole(held) else self._of_all(names, held)
             progress = values.enter_context(show())
@@ -116,7 +113,7 @@ class Export:
         try:
             Roster.alone(held).check_held(self.plan.megatron)
         except PlanError:
-            if Ranks().count == 1:
+            if ranks_of_model().count == 1:
                 raise
             return False
         return self.to == "all" and not self.merge
@@ -132,12 +129,12 @@ class Export:
 
     def _receiver_of(self, names: Sequence[str]) -> list[str]:
         """The tensors that this rank is given."""
-        own = Ranks().index
+        own = ranks_of_model().index
         if self.to == "all":
             return list(names)
         if self.to != "spread":
             return list(names) if self.to == own else []
-        given = [0] * Ranks().count
+        given = [0] * ranks_of_model().count
         found = []
         for name in names:
             rank = given.index(min(given))
@@ -149,7 +146,7 @@ class Export:
     def _of_all(
         self, names: Sequence[str], held: Sequence[LocalTensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        ranks, device = Ranks(), held[0].data.device
+        ranks, device = ranks_of_model(), held[0].data.device
         roster = Roster.of(ranks, held)
         wanted = Wanted.of(ranks, whole_tensors(self.plan, self._receiver_of(names)))
         packing = Packing(self.plan, held, self.casting, ranks.count)

@@ -159,7 +159,7 @@ class FP8Targets:
         asked = ranks.all_once(_Asked.of(landings, plan))
         weights = dict.fromkeys(name for one in asked for name in one.weights)
         dtypes: dict[str, str] = {}
-        for rank, one in enumerate(asked):
+        for rank, one in zip(ranks.numbers, asked, strict=True):
             for name, dtype in one.scales:
                 if dtypes.setdefault(name.removesuffix(SCALE_SUFFIX), dtype) != dtype:
                     other = dtypes[name.removesuffix(SCALE_SUFFIX)]

@@ -278,6 +278,17 @@ def _common_dtype(key: str, parts: Sequence[tuple[Box, LocalTensor]]) -> str:
     return dtype
 
 
+def with_memory(tensors: list[LocalTensor]) -> list[LocalTensor]:
+    """The tensors. Raises InputError where one has no memory."""
+    for local in tensors:
+        if local.data.is_meta:
+            raise InputError(
+                f"{local.key}: its parameter is on the meta device and holds no values; give the "
+                f"chunks memory first, as by chunk.to_empty(device='cpu')"
+            )
+    return tensors
+
+
 def check_planned(plan: ConversionPlan, tensors: Iterable[LocalTensor]) -> None:
     """Refuse what this rank holds and the plan does not fill.
 

@@ -25,7 +25,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.config_dtype import config_in_dtype
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.model_provider import ModelProvider
-from megatron.bridge.runtime.ranks import Ranks
+from megatron.bridge.runtime.parallel import ranks_of_model
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.boxes import (
@@ -69,7 +69,7 @@ def save_model(
         PlanError: the ranks do not hold the model.
         InputError: another rank cannot go on.
     """
-    ranks = Ranks()
+    ranks = ranks_of_model()
 
     def planned() -> tuple[ConversionPlan, list[LocalTensor]]:
         check_target(target, [hf.name_or_path], force=force)
@@ -174,7 +174,7 @@ def load_checkpoint(
         PlanError: it does not hold the model.
         InexactCast: see `casting`.
     """
-    ranks, stored = Ranks(), checkpoint.tensors
+    ranks, stored = ranks_of_model(), checkpoint.tensors
 
     def placed() -> list[tuple[LocalTensor, str, Box]]:
         tensors = [

@@ -22,11 +22,17 @@ from megatron.bridge.exchange.landing import Landing, Targets, check_landings, l
 from megatron.bridge.exchange.low_rank import LowRank
 from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.exchange.route import Affinity, Routes
-from megatron.bridge.exchange.transport import Transport, transport_between
+from megatron.bridge.exchange.target_memory import check_memory
+from megatron.bridge.exchange.transport import Transport, TransportName, transport_between
 from megatron.bridge.exchange.window_run import Exchange
-from megatron.bridge.exchange.windows import WINDOW_BYTES
+from megatron.bridge.exchange.windows import WINDOW_BYTES, check_window_bytes
 from megatron.bridge.live.fp8_targets import FP8Targets
-from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
+from megatron.bridge.live.local_tensors import (
+    LocalTensor,
+    check_planned,
+    local_tensors,
+    with_memory,
+)
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
@@ -83,12 +89,13 @@ class Refit:
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
             one has not, all is sent.
-        transport: moves the bytes; None chooses.
+        transport: "all-to-all" moves a window's bytes by one collective, "point-to-point" by a
+            message for each pair of ranks that has bytes.
 
     Raises:
         PlanError: the ranks do not hold the model, or it cannot give what a target wants.
-        InputError: a target does not fit, the ranks have different plans, or another rank cannot
-            go on.
+        InputError: a target does not fit, the ranks have different plans or settings, or another
+            rank cannot go on.
 
     Attributes:
         prepare_seconds: that it took to make.
@@ -110,22 +117,37 @@ class Refit:
         fp8: BlockFP8 | None = None,
         merge: Iterable[LowRank] = (),
         delta: bool = False,
-        transport: Transport | None = None,
+        transport: TransportName = "all-to-all",
     ) -> None:
         begin = time.perf_counter()
-        self._delta, self._transport = delta, transport or transport_between(Ranks(group))
-        self._then: list[LocalTensor] = []
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
-        self._model, self._merge = list(model), list(merge)
+        self._delta, self._model, self._merge = delta, list(model), list(merge)
+        self._then: list[LocalTensor] = []
+
+        def checked_transport() -> Transport:
+            check_window_bytes(window_bytes)
+            affinity.check()
+            return transport_between(self._ranks, transport)
+
+        self._transport = self._ranks.together(checked_transport)
+        self._ranks.check_alike(
+            {
+                "window_bytes": window_bytes,
+                "ranks_per_node": affinity.ranks_per_node,
+                "round": casting.rounds or casting.rounded,
+                "fp8": fp8,
+                "delta": delta,
+                "transport": transport,
+            }
+        )
         self._check_same_plan()
-        self._landings = self._ranks.together(lambda: landings_of(targets))
-        held = self._ranks.together(self._planned_tensors)
-        self._device = _device_of(held, self._landings)
+        self._landings, held = self._ranks.together(lambda: self._found(targets))
+        self._device = _device_of(held, self._landings, self._ranks)
         self._fp8 = FP8Targets.of(plan, self._landings, fp8, self._ranks, self._device)
         if self._fp8 is not None:
             plan = self._plan = self._fp8.plan
             held = [*held, *self._fp8.held]
-        self._ranks.together(lambda: check_landings(plan, self._landings, casting))
+        self._ranks.together(lambda: self._check_targets(held))
         roster = Roster.of(self._ranks, held)
         wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
         routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
@@ -178,19 +200,26 @@ class Refit:
         self._version[_ARRIVED] = self._version[_BEGUN]
         return self._report(is_delta, time.perf_counter() - begin)
 
-    def _planned_tensors(self) -> list[LocalTensor]:
-        held = local_tensors(self._model, self._merge) if self._model else []
+    def _found(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
+        landings = landings_of(targets, self._plan)
+        held: list[LocalTensor] = []
+        if self._model:
+            held = with_memory(local_tensors(self._model, self._merge))
         check_planned(self._plan, held)
-        return held
+        return landings, held
+
+    def _check_targets(self, held: Sequence[LocalTensor]) -> None:
+        check_landings(self._plan, self._landings, self._casting)
+        check_memory(self._plan, self._landings, held)
 
     def _check_same_plan(self) -> None:
         specs = (*self._plan.hf.values(), *self._plan.megatron.values())
-        told = self._ranks.all_once(specs)
-        for rank, others in enumerate(told):
+        told, numbers = self._ranks.all_once(specs), self._ranks.numbers
+        for rank, others in zip(numbers, told, strict=True):
             if others == told[0]:
                 continue
             first = next(
-                f"rank 0 has {here}, rank {rank} has {there}"
+                f"rank {numbers[0]} has {here}, rank {rank} has {there}"
                 for here, there in zip_longest(told[0], others)
                 if here != there
             )
@@ -209,11 +238,12 @@ class Refit:
         return int(self._version[_BEGUN])
 
     def _check_versions(self, versions: Sequence[int]) -> None:
-        for rank, version in enumerate(versions):
+        numbers = self._ranks.numbers
+        for rank, version in zip(numbers, versions, strict=True):
             if version != versions[0]:
                 raise InputError(
-                    f"rank 0 has begun {versions[0]} refits and rank {rank} {version}; every rank "
-                    f"has to call each of them"
+                    f"rank {numbers[0]} has begun {versions[0]} refits and rank {rank} {version}; "
+                    f"every rank has to call each of them"
                 )
 
     def _make_views(self, held: Sequence[LocalTensor]) -> None:
@@ -292,6 +322,8 @@ class Refit:
         )
 
 
-def _device_of(held: Sequence[LocalTensor], landings: Sequence[Landing]) -> torch.device:
+def _device_of(
+    held: Sequence[LocalTensor], landings: Sequence[Landing], ranks: Ranks
+) -> torch.device:
     tensors = [one.data for one in held] + [landing.out for landing in landings]
-    return tensors[0].device if tensors else torch.device("cpu")
+    return tensors[0].device if tensors else ranks.device

@@ -20,7 +20,7 @@ from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.conversion.transfer import fill_export
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.progress import Progress
-from megatron.bridge.runtime.ranks import Ranks
+from megatron.bridge.runtime.parallel import ranks_of_model
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
 from megatron.bridge.tensors.arrays import Array
@@ -63,7 +63,7 @@ def save_folder(
         InexactCast: see `casting`.
         InputError: another rank cannot go on.
     """
-    ranks = Ranks()
+    ranks = ranks_of_model()
 
     def planned() -> tuple[ConversionPlan, list[LocalTensor]]:
         check_target(target, [reference.name_or_path], force=force, beside_files=True)

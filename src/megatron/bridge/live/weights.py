@@ -10,7 +10,12 @@ from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.live.filling import fill_all
-from megatron.bridge.live.local_tensors import LocalTensor, check_planned, local_tensors
+from megatron.bridge.live.local_tensors import (
+    LocalTensor,
+    check_planned,
+    local_tensors,
+    with_memory,
+)
 from megatron.bridge.live.mismatched import replaced_keys, without_keys
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
@@ -21,6 +26,7 @@ from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.wrapping import unwrapped
 from megatron.bridge.progress import Progress, Silent
+from megatron.bridge.runtime.parallel import ranks_of_model
 from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.source import Source
 
@@ -129,7 +135,7 @@ def fill_from_files(
             raise InputError(f"{hf.name_or_path}: there are no weights to load")
         return plan_of_model(hf, model, experts=experts)
 
-    load_weights(model, Ranks().together(planned), hf.weights, progress, casting, allowed)
+    load_weights(model, ranks_of_model().together(planned), hf.weights, progress, casting, allowed)
 
 
 def load_weights(
@@ -160,26 +166,15 @@ def load_weights(
         InputError: parameters are on the meta device; another rank cannot go on.
         InexactCast: see `casting`.
     """
-    ranks, shown = Ranks(), progress or Silent()
+    ranks, shown = ranks_of_model(), progress or Silent()
 
-    tensors = ranks.together(lambda: _with_memory(local_tensors(model)))
+    tensors = ranks.together(lambda: with_memory(local_tensors(model)))
     replaced = ranks.all_of(lambda: replaced_keys(plan, model, tensors, allowed))
     filled, tensors = without_keys(plan, tensors, frozenset().union(*replaced))
     ranks.together(lambda: check_planned(filled, tensors))
     Roster.of(ranks, tensors).check_held(filled.megatron)
     shown.start("load", sum(local.data.nbytes for local in tensors))
     ranks.together(lambda: fill_all(filled, tensors, source, casting, shown))
-
-
-def _with_memory(tensors: list[LocalTensor]) -> list[LocalTensor]:
-    """The tensors. Raises InputError where there is no memory to fill."""
-    for local in tensors:
-        if local.data.is_meta:
-            raise InputError(
-                f"{local.key}: its parameter is on the meta device and holds no values; give the "
-                f"chunks memory first, as by chunk.to_empty(device='cpu')"
-            )
-    return tensors
 
 
 def planned_tensors(model: Sequence[torch.nn.Module], plan: ConversionPlan) -> list[LocalTensor]:

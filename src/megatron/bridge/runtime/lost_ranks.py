@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic, sleep
+from typing import cast
 
 import torch.distributed as dist
 
@@ -40,6 +41,11 @@ def naming_lost(group: dist.ProcessGroup | None) -> Iterator[None]:
         if not lost:
             raise
         names = ("rank " if len(lost) == 1 else "ranks ") + ", ".join(map(str, lost))
+        if _TIMED_OUT in str(error).lower():
+            raise InputError(
+                f"waited for {names} until the time limit of the process group: every rank has to "
+                f"make the same calls; look for what they do, or for what stopped them"
+            ) from error
         verb = "is" if len(lost) == 1 else "are"
         raise InputError(
             f"{names} {verb} gone: look for its own message, or for what killed it. The last word "
@@ -68,29 +74,38 @@ def wait_for(work: dist.Work | None, group: dist.ProcessGroup | None) -> None:
         try:
             work.wait(_ASKED_EVERY)
         except RuntimeError as error:
-            if work.is_completed() or _TIMED_OUT not in str(error).lower() or _is_noticed():
+            if work.is_completed() or _TIMED_OUT not in str(error).lower():
                 raise
+            if _is_noticed(group):
+                raise RuntimeError("another rank noticed it") from error
         else:
             return
 
 
-def _store() -> dist.Store:
-    store: dist.Store = dist.distributed_c10d._get_default_store()
+def group_or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A group; that of all ranks for None."""
+    return cast("dist.ProcessGroup", group or dist.group.WORLD)
+
+
+def _store(group: dist.ProcessGroup | None) -> dist.Store:
+    """Of the group itself: its ranks may be of several worlds."""
+    store: dist.Store = dist.distributed_c10d._world.pg_map[group_or_world(group)][1]
     return store
 
 
-def _is_noticed() -> bool:
-    return bool(_store().check([_NOTICED]))
+def _is_noticed(group: dist.ProcessGroup | None) -> bool:
+    return bool(_store(group).check([_NOTICED]))
 
 
 def _lost(group: dist.ProcessGroup | None) -> list[int]:
     """The ranks that do not say within some seconds that they are there."""
     try:
-        store, own = _store(), dist.get_rank()
+        store, ranks = _store(group), dist.get_process_group_ranks(group)
+        own = ranks[group_or_world(group).rank()]
         store.set(_THERE.format(own), "")
         store.set(_NOTICED, "")
         end = monotonic() + _ANSWER_SECONDS
-        missing = [rank for rank in dist.get_process_group_ranks(group) if rank != own]
+        missing = [rank for rank in ranks if rank != own]
         while missing and monotonic() < end:
             missing = [rank for rank in missing if not store.check([_THERE.format(rank)])]
             sleep(0.05)

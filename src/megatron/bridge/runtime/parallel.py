@@ -12,9 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
-from megatron.bridge.errors import ConfigError
+from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.parallel_sizes import FIELDS, ParallelSizes
+from megatron.bridge.runtime.ranks import Ranks
 
 FIRST_SEED = 1234
 """Of random states for which none is given."""
@@ -40,11 +41,13 @@ def initialize_process_groups(
         embedding_stages: pipeline ranks that share the weight of the embedding; None for the first
             and the last, or whichever they are in groups that exist.
         seed_kwargs: further arguments of `model_parallel_cuda_manual_seed`.
-        group_kwargs: further arguments of `parallel_state.initialize_model_parallel`.
+        group_kwargs: further arguments of `parallel_state.initialize_model_parallel`. With
+            `local_world_size`, and `rank_offset`, groups are of that many consecutive ranks; every
+            rank calls this, and one outside of them then has no parallel state.
 
     Raises:
-        ConfigError: groups that exist do not fit, the number of processes does not, or
-            megatron-core has no argument of a name.
+        ConfigError: groups that exist do not fit, the number of processes does not, megatron-core
+            has no argument of a name, or this rank is outside of groups that were made.
     """
     manual_seed = tensor_parallel.model_parallel_cuda_manual_seed
     _check_arguments("seed_kwargs", seed_kwargs, manual_seed, ("seed",))
@@ -61,10 +64,13 @@ def initialize_process_groups(
 
     with megatron_on_cpu():
         if not parallel_state.model_parallel_is_initialized():
-            _check_world_size(sizes)
+            _check_not_outside()
+            _check_world_size(sizes, **group_kwargs)
             _initialize_model_parallel(
                 sizes, embedding_stages, **{"create_gloo_process_groups": True, **group_kwargs}
             )
+            if not parallel_state.model_parallel_is_initialized():
+                return  # what follows is of ranks that build a model
         elif problems := sizes.differences(ParallelSizes.current()):
             raise ConfigError(
                 "the process groups of this run do not fit the model: "
@@ -82,6 +88,31 @@ def initialize_process_groups(
             )
         if seed is not None or not tensor_parallel.get_cuda_rng_tracker().is_initialized():
             manual_seed(FIRST_SEED if seed is None else seed, **seed_kwargs)
+
+
+def ranks_of_model() -> Ranks:
+    """The ranks of megatron-core's parallel state, which may be a part of all; all without one.
+
+    Raises:
+        InputError: megatron-core has no group of them.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return Ranks()
+    count = (
+        parallel_state.get_tensor_model_parallel_world_size()
+        * parallel_state.get_pipeline_model_parallel_world_size()
+        * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    )
+    if count == dist.get_world_size():
+        return Ranks()
+    # Of an instance of the optimizer; with one instance these are all.
+    group = parallel_state.get_intra_distributed_optimizer_instance_group(check_initialized=False)
+    if group is None or dist.get_world_size(group) != count:
+        raise InputError(
+            f"the process groups are of {count} of {dist.get_world_size()} ranks, and no group has "
+            f"all {count}; initialize them with num_distributed_optimizer_instances=1"
+        )
+    return Ranks(group)
 
 
 def destroy_process_groups() -> None:
@@ -121,8 +152,29 @@ def fake_cluster(rank: int, world_size: int, sizes: ParallelSizes) -> Iterator[N
         destroy_process_groups()
 
 
-def _check_world_size(sizes: ParallelSizes) -> None:
-    world_size, least = dist.get_world_size(), sizes.ranks_per_replica
+def _check_not_outside() -> None:
+    # The one thing that a rank outside of the groups is left with.
+    if parallel_state._GLOBAL_MEMORY_BUFFER is not None:
+        raise ConfigError(
+            "this rank is outside of the ranks that have the model (rank_offset and "
+            "local_world_size of initialize_model_parallel); give an empty list of chunks where "
+            "the others give theirs, and build the model on those alone"
+        )
+
+
+def _check_world_size(
+    sizes: ParallelSizes,
+    rank_offset: int = 0,
+    local_world_size: int | None = None,
+    **_: object,
+) -> None:
+    there, least = dist.get_world_size(), sizes.ranks_per_replica
+    world_size = there if local_world_size is None else local_world_size
+    if rank_offset < 0 or world_size < 1 or rank_offset + world_size > there:
+        raise ConfigError(
+            f"rank_offset={rank_offset} and local_world_size={local_world_size} are not ranks of "
+            f"{there}; give local_world_size, and with rank_offset at most {there}"
+        )
     if world_size % least:
         given = ", ".join(f"{FIELDS[name]} = {size}" for name, size in sizes.given().items())
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Ranks that go on together, or not at all."""
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.errors import InputError
-from megatron.bridge.runtime.lost_ranks import naming_lost, wait_for
+from megatron.bridge.runtime.lost_ranks import group_or_world, naming_lost, wait_for
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Ranks:
             error = raised
         message = None if error is None else str(error) or type(error).__name__
         told: list[Any] = [(outcome, message)]
-        if dist.is_initialized():
+        if self.are_joined:
             told = self._gathered((outcome, message))
         if error is not None:
             raise error
-        for rank, (_, refusal) in enumerate(told):
+        for rank, (_, refusal) in zip(self.numbers, told, strict=True):
             if refusal is not None:
                 raise InputError(f"rank {rank} cannot go on: {refusal}")
         return [one for one, _ in told]
@@ -64,6 +64,25 @@ class Ranks:
         tells = digests.index(digests[self.index]) == self.index
         told = self.all_of(lambda: own if tells else None)
         return [cast("T", told[digests.index(digest)]) for digest in digests]
+
+    def check_alike(self, settings: Mapping[str, object]) -> None:
+        """Refuse settings of which ranks have different ones.
+
+        Args:
+            settings: of this rank, by the names that a caller knows.
+
+        Raises:
+            InputError: with the first that differs; on every rank alike.
+        """
+        told = self.all_of(lambda: dict(settings))
+        first, *_ = self.numbers
+        for rank, others in zip(self.numbers, told, strict=True):
+            for name, here in told[0].items():
+                if others[name] != here:
+                    raise InputError(
+                        f"rank {first} has {name}={here!r}, rank {rank} {name}={others[name]!r}; "
+                        f"give every rank the same"
+                    )
 
     def first(self, step: Callable[[], None]) -> None:
         """One rank takes the step, and the others wait for it; raises as `all_of`."""
@@ -108,7 +127,7 @@ class Ranks:
             device: as of `agreed`.
         """
         numbers = torch.tensor(own, dtype=torch.int64, device=device)
-        if dist.is_initialized():
+        if self.are_joined:
             largest = dist.ReduceOp.MAX
             self.done(lambda: dist.all_reduce(numbers, largest, self.group, async_op=True))
         return [int(number) for number in numbers.tolist()]
@@ -126,11 +145,11 @@ class Ranks:
         """What every rank has, in the order of the ranks; any object that can be pickled."""
         # As torch's own, but that it can be waited for while a rank is gone.
         content = bytearray(pickle.dumps(own))
-        size = torch.tensor([len(content)], dtype=torch.int64, device=self._device)
+        size = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
         sizes = [torch.empty_like(size) for _ in range(self.count)]
         self.done(lambda: dist.all_gather(sizes, size, self.group, async_op=True))
         most = max(int(one) for one in sizes)
-        padded = torch.zeros(most, dtype=torch.uint8, device=self._device)
+        padded = torch.zeros(most, dtype=torch.uint8, device=self.device)
         padded[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
         all_padded = [torch.empty_like(padded) for _ in sizes]
         self.done(lambda: dist.all_gather(all_padded, padded, self.group, async_op=True))
@@ -140,20 +159,32 @@ class Ranks:
         ]
 
     @property
-    def _device(self) -> torch.device:
-        """That takes what is gathered."""
+    def device(self) -> torch.device:
+        """That the group's collectives take tensors of."""
+        if not dist.is_initialized():
+            return torch.device("cpu")
         of_cpu = "gloo" in dist.get_backend(self.group) or not torch.cuda.is_available()
         return torch.device("cpu" if of_cpu else "cuda")
 
     @property
+    def are_joined(self) -> bool:
+        """Whether there is a process group; a group may be of ranks without a world."""
+        return self.group is not None or dist.is_initialized()
+
+    @property
+    def numbers(self) -> list[int]:
+        """What each is called in messages: its rank among all of the job."""
+        return dist.get_process_group_ranks(self.group) if self.are_joined else [0]
+
+    @property
     def count(self) -> int:
         """How many ranks there are."""
-        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+        return group_or_world(self.group).size() if self.are_joined else 1
 
     @property
     def index(self) -> int:
         """Which of the ranks this is."""
-        return dist.get_rank(self.group) if dist.is_initialized() else 0
+        return group_or_world(self.group).rank() if self.are_joined else 0
 
     @property
     def is_first(self) -> bool:

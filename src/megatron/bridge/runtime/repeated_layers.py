@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import transformer_block
+from megatron.core.transformer.moe import experts
 
 
 class RepeatedLayer(torch.nn.Module):
@@ -27,6 +28,29 @@ class RepeatedLayer(torch.nn.Module):
             same = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
             vars(same).update(vars(parameter))  # what megatron-core notes on it
             self._parameters[name] = same
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing: its keys are those of the layer that it stands for, but for the number."""
+        return {}
+
+
+@contextmanager
+def repeated_experts() -> Iterator[None]:
+    """Let the experts of a layer be one module; each has its own keys in a checkpoint."""
+    made: dict[int, tuple[Any, torch.nn.Module]] = {}
+    build = experts.MLP
+
+    def build_once(config: Any, *args: Any, **given: Any) -> torch.nn.Module:
+        # Each set of experts has a config of its own, and an id is one while its object is there.
+        if id(config) not in made:
+            made[id(config)] = config, build(config, *args, **given)
+        return made[id(config)][1]
+
+    experts.MLP = build_once
+    try:
+        yield
+    finally:
+        experts.MLP = build
 
 
 @contextmanager

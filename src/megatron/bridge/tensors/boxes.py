@@ -109,6 +109,25 @@ def blocks_of(box: Box, itemsize: int, max_bytes: int) -> Iterator[Box]:
     return (absolute(block, box) for block in row_blocks(box_shape(box), itemsize, max_bytes))
 
 
+def joined(boxes: Iterable[Box]) -> list[Box]:
+    """Boxes that hold the same elements; neighbours are one, along one axis after the other."""
+    found = sorted(dict.fromkeys(boxes))
+    for axis in reversed(range(len(found[0]) if found else 0)):
+        rows: dict[tuple[Box, Box], list[Interval]] = defaultdict(list)
+        for box in found:
+            intervals = rows[box[:axis], box[axis + 1 :]]
+            if intervals and intervals[-1][1] == box[axis][0]:
+                intervals[-1] = intervals[-1][0], box[axis][1]
+            else:
+                intervals.append(box[axis])
+        found = sorted(
+            (*before, interval, *after)
+            for (before, after), intervals in rows.items()
+            for interval in intervals
+        )
+    return found
+
+
 def format_box(box: Box) -> str:
     """``[0:4, 8:16]``, as it is written in Python."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

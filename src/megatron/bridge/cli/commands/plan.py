@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
@@ -45,6 +47,28 @@ if TYPE_CHECKING:
     metavar="PART",
     help="Lay out the model without an optional part, such as mtp. Repeatable.",
 )
+@click.option(
+    "--refit",
+    type=parameters.engine_layout,
+    metavar="SIZES",
+    help="Show what it moves to fill an inference engine from this layout: tp=16,replicas=16, and "
+    "pp, ep, etp; etp is 1 with ep, else tp. An engine's rank is taken to want what a Megatron "
+    "rank of such sizes would hold. Replicas have the trainer's first ranks, or with disjoint "
+    "ranks of their own.",
+)
+@parameters.size("--ranks-per-node", "Of --refit: consecutive ranks that share a node.")
+@click.option(
+    "--bandwidth",
+    type=parameters.bandwidth,
+    metavar="GB/S",
+    help="Of --refit: what a rank sends, and receives, in a second; 50 if not given.",
+)
+@click.option(
+    "--route",
+    type=parameters.given_path,
+    metavar="FILE",
+    help="Of --refit: write who sends which box to whom, as JSON lines.",
+)
 @parameters.as_json
 def plan(
     *,
@@ -62,12 +86,17 @@ def plan(
     cp: int | None,
     world_size: int | None,
     without: tuple[str, ...],
+    refit: dict[str, Any] | None,
+    ranks_per_node: int | None,
+    bandwidth: float | None,
+    route: Path | None,
     as_json: bool,
 ) -> None:
     """Show what import would do with SRC (export, for a checkpoint), without doing it.
 
     Reads headers and configs only. With a size of parallelism, or --without, also what each rank
-    holds in training, as megatron-core itself declares it. Exits with 2 if the model cannot be
+    holds in training, as megatron-core itself declares it; with --refit what it moves to fill an
+    inference engine from there, and how long that takes. Exits with 2 if the model cannot be
     converted or laid out so, after showing what is known of it.
     """
     sizes = {
@@ -77,15 +106,26 @@ def plan(
     with open_output(as_json=as_json) as output:
         from megatron.bridge.errors import InputError
 
+        asked_of_refit = {
+            "--ranks-per-node": ranks_per_node, "--bandwidth": bandwidth, "--route": route,
+        }  # fmt: skip
+        for option, value in asked_of_refit.items():
+            if refit is None and value is not None:
+                raise InputError(f"{option} is of --refit, which is not given")
         report = _forecast(source, reference, revision, iteration, experts, part)
-        if given or without:
+        if given or without or refit:
             if part is not None and report.format == "megatron":
                 asked = [f"--{name.replace('_', '-')}" for name in given]
                 asked += ["--without"] if without else []
+                asked += ["--refit"] if refit else []
                 raise InputError(
                     f"for a checkpoint, --part excludes {' and '.join(asked)}: leave out one side"
                 )
             report = _laid_out(report, given, without, output)
+        if refit and report.layout is not None:
+            report = _refitted(
+                report, EngineAsked(refit, ranks_per_node, bandwidth, route), without, output
+            )
         output.show(report)
         if problem := report.problem or report.illegal:
             raise problem
@@ -120,10 +160,12 @@ def _forecast(
 
 
 class StageNotes:
-    """A Progress that says how many stages are laid out, where that takes long."""
+    """A Progress that says how many stages are laid out, or ranks, where that takes long."""
 
-    def __init__(self, note: Callable[[str], None], seconds: float = 5.0) -> None:
-        self._note = note
+    def __init__(
+        self, note: Callable[[str], None], seconds: float = 5.0, noun: str = "stages"
+    ) -> None:
+        self._note, self._noun = note, noun
         self._seconds = seconds
 
     def start(self, task: str, total_bytes: int) -> None:
@@ -135,7 +177,7 @@ class StageNotes:
         self._done += done_bytes
         if time.monotonic() - self._last >= self._seconds:
             self._last = time.monotonic()
-            self._note(f"plan: {self._done} of {self._total} stages")
+            self._note(f"plan: {self._done} of {self._total} {self._noun}")
 
 
 def _laid_out(
@@ -157,3 +199,54 @@ def _laid_out(
     except PlanError as error:
         return replace(report, illegal=error)
     return replace(report, layout=layout)
+
+
+class EngineAsked(NamedTuple):
+    """What is asked of a refit: the sizes of --refit, and its other options."""
+
+    sizes: dict[str, Any]
+    ranks_per_node: int | None
+    bandwidth: float | None
+    route: Path | None
+
+
+def _refitted(
+    report: Forecast, asked: EngineAsked, without: tuple[str, ...], output: Output
+) -> Forecast:
+    """The report with what a refit moves, or why the engine cannot be laid out so."""
+    from megatron.bridge.errors import PlanError
+    from megatron.bridge.operations.inspection import refit_forecast
+    from megatron.bridge.text.document import to_document
+
+    engine = refit_forecast.EngineLayout(**asked.sizes)
+    output.note("plan: asking megatron-core which boxes each rank holds")
+    notes = StageNotes(output.note, noun="ranks")
+    try:
+        route = refit_forecast.plan_refit(report, engine, without, asked.ranks_per_node, notes)
+    except PlanError as error:
+        return replace(report, illegal=error)
+    if asked.route is not None:
+        facts = {
+            "kind": "route",
+            "source": report.source,
+            "trainer": to_document(report.parallel),
+            "engine": to_document(engine),
+        }
+        with open_new(asked.route) as file:
+            route.write(file, facts)
+    return replace(report, refit=refit_forecast.forecast_refit(route, engine, asked.bandwidth))
+
+
+@contextmanager
+def open_new(path: Path) -> Iterator[TextIO]:
+    """A text file that must not be there. Raises InputError if it cannot be made."""
+    from megatron.bridge.errors import InputError
+
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError as error:
+        raise InputError(f"{path} exists: give --route the name of a new file") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    with file:
+        yield file

@@ -12,7 +12,7 @@ from rich.text import Text
 from megatron.bridge.cli.render.conversion_tables import left_out
 from megatron.bridge.cli.render.inspection_tables import dtypes, identity, plan_rows, special_facts
 from megatron.bridge.cli.render.tables import facts, listing, verdict
-from megatron.bridge.cli.units import count, exact_bytes
+from megatron.bridge.cli.units import count, exact_bytes, exactly
 from megatron.bridge.text.folding import fold, fold_numbers, template
 from megatron.bridge.text.sizes import format_bytes
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
     from megatron.bridge.operations.inspection.forecast import ConversionCost, Forecast
     from megatron.bridge.operations.inspection.rank_share import RankShare
+    from megatron.bridge.operations.inspection.refit_forecast import RefitForecast
 
 _SHOWN_NAMES = 3
 
@@ -38,6 +39,14 @@ def render_forecast(report: Forecast) -> RenderableType:
             ],
         )
     ]
+    if report.refit is not None and report.layout is not None:
+        parts += [
+            "",
+            _cluster(report.layout, experts=_has_experts(report)),
+            "",
+            _refit(report.refit),
+        ]
+        return Group(*parts, "", _links(report.refit))
     sides = {"Hugging Face": report.hf, "Megatron": report.megatron}
     if any(sides.values()):
         parts += ["", _sides(sides)]
@@ -45,9 +54,19 @@ def render_forecast(report: Forecast) -> RenderableType:
     if report.conversion is not None:
         parts += ["", _cost(report.conversion, report)]
     if (layout := report.layout) is not None:
-        experts = report.settings is not None and bool(report.settings.get("num_moe_experts"))
-        parts += ["", _cluster(layout, experts=experts), "", _stages(layout), "", _largest(layout)]
+        parts += [
+            "",
+            _cluster(layout, experts=_has_experts(report)),
+            "",
+            _stages(layout),
+            "",
+            _largest(layout),
+        ]
     return Group(*parts)
+
+
+def _has_experts(report: Forecast) -> bool:
+    return report.settings is not None and bool(report.settings.get("num_moe_experts"))
 
 
 def _sides(sides: dict[str, TensorSummary | None]) -> Table:
@@ -176,3 +195,43 @@ def _parts(layout: ParallelLayout, stages: list[int]) -> str:
 def _spaced(numbers: Iterable[int]) -> str:
     """Numbers as in ``0...2, 5``, which a table may break into lines."""
     return fold_numbers(numbers).replace(",", ", ")
+
+
+def _refit(refit: RefitForecast) -> Table:
+    engine, sizes = refit.engine, refit.engine.sizes
+    rate = f"{format_bytes(refit.bytes_per_second)}/s"
+    split = f"tensor {sizes.tp}, pipeline {sizes.pp}, experts {sizes.ep} x tensor {sizes.etp}"
+    first = refit.ranks - engine.ranks if engine.disjoint else 0
+    whose = "beside the trainer" if engine.disjoint else "of the trainer"
+    between = None
+    if (within := refit.within_node_bytes) is not None:
+        between = f"{exactly(within)}; between nodes {exactly(refit.moved_bytes - within)}"
+    return facts(
+        f"Refit: {count(engine.replicas, 'engine')} of {count(sizes.ranks, 'rank')}",
+        [
+            ("split of an engine", split),
+            (
+                "ranks of the engines",
+                f"{fold_numbers(range(first, first + engine.ranks))}, {whose}",
+            ),
+            ("moved", exact_bytes(refit.moved_bytes)),
+            ("within nodes", between),
+            ("stays on its rank", exact_bytes(refit.own_bytes)),
+            ("windows", f"{refit.windows:,} of {format_bytes(refit.window_bytes)} at most"),
+            ("seconds", f"{refit.seconds:.3g} window by window, at {rate} each way: computed"),
+            ("limit", f"{refit.limit_seconds:.3g} on any route: {exact_bytes(refit.limit_bytes)}"),
+        ],
+    )
+
+
+def _links(refit: RefitForecast) -> Table:
+    numbers = ["least", "mean", "most"]
+    table = listing("Bytes of a rank", "what", "ranks", *numbers, right=["ranks", *numbers])
+    for what, spread in (
+        ("sent", refit.sent),
+        ("received", refit.received),
+        ("buffers", refit.buffers),
+    ):
+        sizes = map(format_bytes, (spread.least, spread.mean, spread.most))
+        table.add_row(what, f"{spread.ranks:,}", *sizes)
+    return table

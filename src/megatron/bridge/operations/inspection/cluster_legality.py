@@ -16,6 +16,8 @@ from typing import Any
 
 from megatron.bridge.errors import ConfigError, InputError, PlanError
 from megatron.bridge.models.catalog import bridge_for
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.without_values import build_without_values
 from megatron.bridge.operations.inspection.cluster_layout import (
     Blueprint,
@@ -66,17 +68,7 @@ def layout_of(
         PlanError: the model cannot have these sizes; the message names all that are illegal, each
             with the nearest legal ones.
     """
-    plan, settings = report.plan, report.settings
-    if plan is None or settings is None:
-        raise ValueError(f"{report.source}: the conversion is not proven")
-    bridge = bridge_for(report.architecture)
-    for part in without:
-        if part not in bridge.optional_parts:
-            known = ", ".join(bridge.optional_parts) or "it has none"
-            raise InputError(
-                f"--without {quoted(part)} is not a part that a {report.architecture} may be built "
-                f"without: {known}"
-            )
+    plan, settings, bridge = _proven(report, without)
 
     def fields(*more: str) -> Mapping[str, Any]:
         return bridge.settings_for_layout(settings, plan, (*without, *more))
@@ -91,6 +83,37 @@ def layout_of(
         lesser = {part: fields(part) for part in bridge.optional_parts}
         differing = {part: model(one) for part, one in lesser.items() if one != whole}
         raise layout_error(model(whole), sizes, error, differing) from error
+
+
+def blueprint_of(report: HFReport, without: Collection[str] = ()) -> Blueprint:
+    """The model of a proven plan, without a layout.
+
+    Args:
+        report: of the model.
+        without: parts to leave out, see `layout_of`.
+
+    Raises:
+        InputError: a part is none that can be left out.
+    """
+    plan, settings, bridge = _proven(report, without)
+    fields = bridge.settings_for_layout(settings, plan, without)
+    return Blueprint(bridge, partial(bridge.provider_of, fields))
+
+
+def _proven(
+    report: HFReport, without: Collection[str]
+) -> tuple[ConversionPlan, Mapping[str, Any], MegatronModelBridge]:
+    if report.plan is None or report.settings is None:
+        raise ValueError(f"{report.source}: the conversion is not proven")
+    bridge = bridge_for(report.architecture)
+    for part in without:
+        if part not in bridge.optional_parts:
+            known = ", ".join(bridge.optional_parts) or "it has none"
+            raise InputError(
+                f"--without {quoted(part)} is not a part that a {report.architecture} may be built "
+                f"without: {known}"
+            )
+    return report.plan, report.settings, bridge
 
 
 def layout_error(

@@ -24,6 +24,7 @@ from megatron.bridge.text.document import UNSTATED, stated, to_document
 
 if TYPE_CHECKING:
     from megatron.bridge.operations.inspection.cluster_layout import ParallelLayout
+    from megatron.bridge.operations.inspection.refit_forecast import RefitForecast
     from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 
 ASSUMED_BYTES_PER_SECOND = 1_000_000_000
@@ -74,6 +75,7 @@ class Forecast(HFReport):
         sizes: of parallelism, where they are asked for.
         layout: what each rank holds then.
         illegal: why the model cannot be laid out so.
+        refit: of an engine by this layout, where it is asked for.
     """
 
     conversion: ConversionCost | None = None
@@ -82,6 +84,7 @@ class Forecast(HFReport):
     sizes: ParallelSizes | None = field(default=None, metadata=UNSTATED)
     layout: ParallelLayout | None = field(default=None, metadata=UNSTATED)
     illegal: PlanError | None = field(default=None, metadata=UNSTATED)
+    refit: RefitForecast | None = None
 
     @stated
     def problems(self) -> tuple[str, ...]:
