@@ -22,6 +22,7 @@ from megatron.bridge.models.conversion.model_bridge import (
     PlanOptions,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.paths import PathLike, local_path
@@ -29,6 +30,7 @@ from megatron.bridge.progress import Progress
 from megatron.bridge.progress_lines import shown
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
+from megatron.bridge.text.quoting import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +38,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megatron.bridge.exchange.landing import Targets
+    from megatron.bridge.exchange.low_rank import LowRank
     from megatron.bridge.exchange.transport import TransportName
     from megatron.bridge.live.conversion_tasks import ConversionTask
     from megatron.bridge.live.export import Receivers
     from megatron.bridge.live.refit import Refit
     from megatron.bridge.models.conversion.casting import Casting
+    from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
     from megatron.bridge.models.model_provider import ModelProvider
     from megatron.bridge.models.wrapping import BuildKeywords
 
 type Model = Sequence[torch.nn.Module]
+
+type Rounding = bool | str | Collection[str]
+"""Whether values that do not fit are rounded, or the names of the tensors whose values are, with
+``*`` for anything."""
 
 
 class HFWeight(NamedTuple):
@@ -294,9 +302,10 @@ class AutoBridge:
         merge_adapter_weights: bool = True,
         dtype: DType | None = None,
         weight_dtype: DType | None = None,
-        round: bool = False,  # noqa: A002 - the name of the option
+        round: Rounding = False,  # noqa: A002 - the name of the option
         to: "Receivers" = "all",
         window_bytes: int | None = None,
+        merge: "Iterable[LowRank]" = (),
     ) -> Iterator[HFWeight]:
         """Every Hugging Face tensor of a live model, by name, in the order of the files.
 
@@ -314,11 +323,13 @@ class AutoBridge:
             dtype: of the tensors; what the release keeps in float32 stays so. None for the dtype
                 that each has in its file.
             weight_dtype: `dtype`, as other bridges call it.
-            round: round values that do not fit instead of raising InexactCast.
+            round: round values that do not fit instead of raising InexactCast; those of all
+                tensors, or of the names or patterns given (``"*.mlp.*"``).
             to: "all" gives every tensor to every rank, a number to that rank alone, "spread" each
                 to one of the ranks, about as many bytes to each.
             window_bytes: that a rank sends, and receives, at a time; None for 256 MiB. Four times
                 as much memory, and that of the tensors given, is all that it takes.
+            merge: the adapters of this rank's weights, whose products are added to them.
 
         Yields:
             The tensors that this rank is given.
@@ -337,7 +348,7 @@ class AutoBridge:
             kept = one_dtype(dtype, weight_dtype)
             plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=kept)
             window = WINDOW_BYTES if window_bytes is None else window_bytes
-            return Export(plan, _casting_of(round=round), to, window)
+            return Export(plan, _casting_of(round, plan.hf), to, window, tuple(merge))
 
         export = together_if_split(prepared)
         show = shown(None, as_lines=show_progress)
@@ -355,7 +366,9 @@ class AutoBridge:
         delta: bool = False,
         transport: "TransportName" = "all-to-all",
         dtype: DType | None = None,
-        round: bool = False,  # noqa: A002 - the name of the option
+        round: Rounding = False,  # noqa: A002 - the name of the option
+        fp8: PathLike | Mapping[str, Any] | None = None,
+        merge: "Iterable[LowRank]" = (),
     ) -> "Refit":
         """Prepare to move a live model's weights into the memory of other ranks, step by step.
 
@@ -375,7 +388,11 @@ class AutoBridge:
             transport: "all-to-all" moves bytes by collectives, "point-to-point" by messages, so
                 that ranks without bytes for each other do not meet.
             dtype: of the tensors on the way; None for the dtype that each has in its file.
-            round: round values that do not fit instead of raising InexactCast.
+            round: round values that do not fit instead of raising InexactCast; those of all
+                tensors, or of the names or patterns given (``"*.mlp.*"``).
+            fp8: how targets in FP8 are quantized: a `quantization_config`, or the release that has
+                it, a folder or hub id. None for that of this model.
+            merge: the adapters of this rank's weights, whose products are added to them.
 
         Raises:
             PlanError: the ranks do not hold the model, or it cannot give what a target wants.
@@ -389,14 +406,20 @@ class AutoBridge:
         from megatron.bridge.runtime.ranks import Ranks
 
         hf, ranks = self.hf_pretrained, Ranks(group)
+        plan = plan_of_ranks(hf, model, ranks, experts=self.experts, dtype=dtype)
+        casting, block = ranks.together(
+            lambda: (_casting_of(round, plan.hf), _quantization_of(hf, fp8))
+        )
         return Refit(
             model,
             targets,
-            plan_of_ranks(hf, model, ranks, experts=self.experts, dtype=dtype),
+            plan,
             group=group,
             window_bytes=WINDOW_BYTES if window_bytes is None else window_bytes,
             affinity=Affinity(ranks_per_node),
-            casting=_casting_of(round=round),
+            casting=casting,
+            fp8=block,
+            merge=merge,
             delta=delta,
             transport=transport,
         )
@@ -508,7 +531,7 @@ class AutoBridge:
             TorchDistCheckpoint(local_path(path), iteration),
             self.hf_pretrained,
             None if dtype is None else weight_dtype(dtype),
-            _casting_of(round=round),
+            _casting_of(round),
         )
         try:
             provider.set_fields(mp_overrides or {})
@@ -650,7 +673,7 @@ class AutoBridge:
                 experts=self.experts,
                 side_files=side_files,
                 dtype=options.chosen_dtype,
-                casting=_casting_of(round=options.round),
+                casting=_casting_of(options.round),
                 force=options.force,
                 progress=progress,
             )
@@ -693,7 +716,33 @@ def _check_dtype(given: "torch.dtype | str | None", source: PreTrainedVLM) -> No
         )
 
 
-def _casting_of(*, round: bool) -> "Casting":  # noqa: A002 - the name of the option
+def _quantization_of(
+    hf: PreTrainedVLM, given: PathLike | Mapping[str, Any] | None
+) -> "BlockFP8 | None":
+    from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY, quantization_of
+
+    if given is None:
+        return hf.quantization
+    if isinstance(given, Mapping):
+        return quantization_of(HFConfig.from_dict({CONFIG_KEY: given}, "fp8"))
+    release = PreTrainedVLM.from_pretrained(given)
+    if release.quantization is None:
+        raise InputError(f"fp8={quoted(given)}: it is not quantized; give the release in FP8")
+    return release.quantization
+
+
+def _casting_of(
+    round: Rounding,  # noqa: A002 - the name of the option
+    names: Iterable[str] = (),
+) -> "Casting":
     from megatron.bridge.models.conversion.casting import Casting
 
-    return Casting(round, "round=True rounds them, dtype=torch.float32 keeps them")
+    ways_out = "round=True rounds them, dtype=torch.float32 keeps them"
+    if isinstance(round, bool):
+        return Casting(round, ways_out)
+    patterns = (round,) if isinstance(round, str) else tuple(round)
+    casting = Casting(
+        False, f"{ways_out}; round={quoted(list(patterns))} has no such name", patterns
+    )
+    casting.check_names(names)
+    return casting

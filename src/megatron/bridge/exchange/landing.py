@@ -11,6 +11,7 @@ import torch
 from megatron.bridge.dtypes import holds_all, safetensors_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.demand import Demand
+from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.boxes import Box, box_shape, format_box, full_box
 from megatron.bridge.text.quoting import quoted
@@ -96,13 +97,13 @@ def _is_box(box: object) -> bool:
     )
 
 
-def check_landings(plan: ConversionPlan, landings: Sequence[Landing], *, rounds: bool) -> None:
+def check_landings(plan: ConversionPlan, landings: Sequence[Landing], casting: Casting) -> None:
     """Refuse memory that does not hold the values.
 
     Args:
         plan: of the model.
         landings: of this rank.
-        rounds: whether values may be rounded to the dtype of the memory.
+        casting: of values that the dtype of the memory does not hold.
 
     Raises:
         InputError: memory has a dtype that does not hold all values of its tensor.
@@ -111,7 +112,7 @@ def check_landings(plan: ConversionPlan, landings: Sequence[Landing], *, rounds:
         if (spec := plan.hf.get(landing.name)) is None:
             continue  # refused with all that the model cannot give
         dtype = safetensors_dtype(landing.out.dtype)
-        if not holds_all(dtype, spec.dtype) and not rounds:
+        if not holds_all(dtype, spec.dtype) and not casting.of(landing.name).rounds:
             raise InputError(
                 f"{landing.name}: its memory is {dtype}, which does not hold all values of "
                 f"{spec.dtype}; give memory of that dtype, or round=True"

@@ -13,6 +13,12 @@ from megatron.bridge.tensors.boxes import Box, Shape, tiling_faults
 from megatron.bridge.tensors.spec import TensorSpec
 
 
+class Addition(Protocol):
+    """What is added to values, see `low_rank.LowRank`."""
+
+    def added_to(self, values: Any, rows: slice, columns: slice) -> Any: ...
+
+
 class Held(Protocol):
     """What a rank holds of a checkpoint tensor, see `live.local_tensors.LocalTensor`."""
 
@@ -28,6 +34,8 @@ class Held(Protocol):
     def is_padded(self) -> bool: ...
     @property
     def is_main(self) -> bool: ...
+    @property
+    def added(self) -> "Addition | None": ...
 
 
 class Telling(Protocol):

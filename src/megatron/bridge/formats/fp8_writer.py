@@ -98,7 +98,7 @@ class Requantizer:
         weight = empty(box_shape(box), reference[name].dtype)
         self._weight(name, box, weight)
         dtype = numpy_dtype(reference.quantized[name].dtype)
-        preferred = reference.read_scales(name, reference.scale_box(box))
+        preferred = reference.read_scales(name, reference.quantization.scale_box(box))
         try:
             return weight, block_scales(weight, reference.quantization, dtype, preferred)
         except ValueError as error:

@@ -14,6 +14,7 @@ from megatron.bridge.errors import InputError, PlanError
 from megatron.bridge.exchange.agreement import check_same_plan, check_same_settings
 from megatron.bridge.exchange.buffer_views import PackedWindow, Packing
 from megatron.bridge.exchange.demand import Demand, Wanted, whole_tensors
+from megatron.bridge.exchange.low_rank import LowRank
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.exchange.route import Routes
 from megatron.bridge.exchange.transport import transport_between
@@ -49,12 +50,14 @@ class Export:
         to: "all" gives every tensor to every rank, a number to that rank alone, "spread" each to
             one of the ranks, about as many bytes to each.
         window_bytes: that a rank sends, and receives, at a time.
+        merge: adapters of this rank's weights, whose products are added to them.
     """
 
     plan: ConversionPlan
     casting: Casting
     to: Receivers = "all"
     window_bytes: int = WINDOW_BYTES
+    merge: Sequence[LowRank] = ()
 
     def __post_init__(self) -> None:
         is_rank = type(self.to) is int and 0 <= self.to < ranks_of_model().count
@@ -98,7 +101,7 @@ class Export:
                     parameters = None
                     if tasks is not None:
                         parameters = of_tasks.enter_context(holding_their_values(list(tasks)))
-                    held = local_tensors(model)
+                    held = local_tensors(model, self.merge)
                     check_planned(self.plan, held)
                     return parameters, held
 
@@ -138,7 +141,7 @@ class Export:
             if ranks_of_model().count == 1:
                 raise
             return False
-        return self.to == "all"
+        return self.to == "all" and not self.merge
 
     @torch.no_grad()
     def _alone(

@@ -7,8 +7,8 @@ spec and any parallel layout. So nothing about sharding is written here.
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
+from megatron.bridge.exchange.low_rank import LowRank
 from megatron.bridge.models.conversion.casting import EXACTLY
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.wrapping import unwrapped
@@ -51,6 +52,7 @@ class LocalTensor:
         is_padded: whether megatron-core lets its rows differ from the checkpoint's (a padded
             vocabulary).
         is_main: whether this is the replica that is saved, of the same part on several ranks.
+        added: what is merged into its values where they are moved.
     """
 
     key: str
@@ -59,6 +61,20 @@ class LocalTensor:
     data: torch.Tensor
     is_padded: bool
     is_main: bool
+    added: LowRank | None = None
+
+    def copy(self) -> Self:
+        """The same in memory of its own."""
+        added = None if self.added is None else self.added.copy()
+        data = self.data.detach().clone(memory_format=torch.contiguous_format)
+        return replace(self, data=data, added=added)
+
+    @property
+    def memory(self) -> Iterator[torch.Tensor]:
+        """All that its values are made of."""
+        yield self.data
+        if self.added is not None:
+            yield from (self.added.a, self.added.b)
 
     @classmethod
     def of(cls, entry: ShardedTensor) -> Self:
@@ -79,10 +95,17 @@ class LocalTensor:
         )
 
 
-def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
+def local_tensors(
+    model: Sequence[torch.nn.Module], merge: Sequence[LowRank] = ()
+) -> list[LocalTensor]:
     """Everything that this rank's chunks hold; `data` are views of the parameters.
 
+    Args:
+        model: the chunks.
+        merge: adapters; they are no tensors of the model, but added to those of their weights.
+
     Raises:
+        InputError: an adapter does not fit, or is of no parameter of the model.
         PlanError: the model's `sharded_state_dict()` does not show all of a parameter, so nothing
             would fill it, nor save it.
     """
@@ -95,20 +118,59 @@ def local_tensors(model: Sequence[torch.nn.Module]) -> list[LocalTensor]:
             if not isinstance(entry, ShardedTensor):
                 continue
             found.append(LocalTensor.of(entry))
-    if problems := list(_hidden(model, found)):
+    factors = {id(factor) for one in merge for factor in (one.a, one.b)}
+    if problems := list(_hidden(model, found, factors)):
         raise PlanError(problems, heading="the model keeps parameters from its checkpoints")
+    return _merged(model, found, merge) if merge else found
+
+
+def _merged(
+    model: Sequence[torch.nn.Module], tensors: Iterable[LocalTensor], merge: Sequence[LowRank]
+) -> list[LocalTensor]:
+    """The tensors without the adapters, which are added to those of their weights."""
+    names = {id(parameter): name for name, _, parameter in named_parameters(model)}
+    factors = {_Place.of(factor).start() for one in merge for factor in (one.a, one.b)}
+    for one in merge:
+        if (name := names.get(id(one.weight))) is None:
+            raise InputError(
+                f"merge has a weight of shape {tuple(one.weight.shape)} that is no parameter of "
+                f"the model; give the parameters themselves"
+            )
+        one.check(name)
+    found = []
+    for local in tensors:
+        place = _Place.of(local.data)
+        if place.start() in factors:
+            continue
+        for one in merge:
+            whole, inputs = _Place.of(one.weight), one.weight.shape[1]
+            first = place.offset - whole.offset
+            if place.storage == whole.storage and 0 <= first < one.weight.numel():
+                row, column = divmod(first, inputs)
+                if local.added is not None or column or local.data.shape[-1:] != (inputs,):
+                    raise InputError(
+                        f"{names[id(one.weight)]}: {local.key} is not rows of it, or has two "
+                        f"adapters; merge them before"
+                    )
+                local = replace(local, added=one.rows(row, row + local.data.numel() // inputs))
+        found.append(local)
     return found
 
 
-def _hidden(model: Sequence[torch.nn.Module], tensors: Sequence[LocalTensor]) -> Iterator[str]:
-    """Parameters that the tensors are not all of the memory of, one by one."""
+def _hidden(
+    model: Sequence[torch.nn.Module], tensors: Sequence[LocalTensor], without: Collection[int]
+) -> Iterator[str]:
+    """Parameters that the tensors are not all of the memory of, one by one.
+
+    Those whose ids are in `without` may be hidden.
+    """
     # A tied weight has two keys and the same memory.
     views = {_Place.of(local.data): local.data.numel() for local in tensors}
     places = sorted(views, key=_Place.start)
     starts = [place.start() for place in places]
     for name, _, parameter in named_parameters(model):
         whole = _Place.of(parameter)
-        if whole in views:
+        if whole in views or id(parameter) in without:
             continue
         storage, offset = whole.start()
         first = bisect_left(starts, (storage, offset))

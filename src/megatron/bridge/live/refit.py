@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -26,12 +26,14 @@ from megatron.bridge.exchange.landing import (
     check_landings,
     landings_of,
 )
+from megatron.bridge.exchange.low_rank import LowRank
 from megatron.bridge.exchange.roster import Roster, Shard
 from megatron.bridge.exchange.route import Affinity, Routes
 from megatron.bridge.exchange.target_memory import check_memory
 from megatron.bridge.exchange.transport import Transport, TransportName, transport_between
 from megatron.bridge.exchange.window_run import Exchange
 from megatron.bridge.exchange.windows import WINDOW_BYTES, check_window_bytes
+from megatron.bridge.live.fp8_targets import FP8Targets
 from megatron.bridge.live.local_tensors import (
     LocalTensor,
     check_planned,
@@ -40,6 +42,7 @@ from megatron.bridge.live.local_tensors import (
 )
 from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.runtime.ranks import Ranks
 
 _BEGUN, _ARRIVED = 0, 1
@@ -86,6 +89,10 @@ class Refit:
         window_bytes: that a rank sends, and receives, at a time. Buffers take four times as much.
         affinity: who of several ranks that hold the same sends it.
         casting: of values that the plan's dtypes do not hold.
+        fp8: extents of a block of the weights that targets have in FP8; None if that is not known,
+            and then there are none.
+        merge: adapters of this rank's weights, whose products are added to them: what travels is
+            the merged weight, rounded once.
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
             one has not, all is sent. Nor may it be narrower than what is sent.
@@ -114,12 +121,14 @@ class Refit:
         window_bytes: int = WINDOW_BYTES,
         affinity: Affinity = Affinity(),  # noqa: B008 - frozen
         casting: Casting = EXACTLY,
+        fp8: BlockFP8 | None = None,
+        merge: Iterable[LowRank] = (),
         delta: bool = False,
         transport: TransportName = "all-to-all",
     ) -> None:
         begin = time.perf_counter()
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
-        self._delta, self._model = delta, list(model)
+        self._delta, self._model, self._merge = delta, list(model), list(merge)
         self._then: list[LocalTensor] = []
 
         def checked_transport() -> Transport:
@@ -133,14 +142,20 @@ class Refit:
             {
                 "window_bytes": window_bytes,
                 "ranks_per_node": affinity.ranks_per_node,
-                "round": casting.rounds,
+                "round": casting.rounds or casting.rounded,
+                "fp8": fp8,
                 "delta": delta,
                 "transport": transport,
             },
         )
         check_same_plan(self._ranks, plan)
-        self._landings, held = self._ranks.together(lambda: self._checked(targets))
+        self._landings, held = self._ranks.together(lambda: self._found(targets))
         self._device = _device_of(held, self._landings, self._ranks)
+        self._fp8 = FP8Targets.of(plan, self._landings, fp8, self._ranks, self._device)
+        if self._fp8 is not None:
+            plan = self._plan = self._fp8.plan
+            held = [*held, *self._fp8.held]
+        self._ranks.together(lambda: self._check_targets(held))
         roster = Roster.of(self._ranks, held)
         wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
         routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
@@ -179,6 +194,8 @@ class Refit:
         """
         begin = time.perf_counter()
         self._check_versions(self._ranks.all_of(self._ready))
+        if self._fp8 is not None:
+            self._fp8.find(self._ranks)
         is_delta = self._delta and self.is_whole and self.version > 0
         self._version[_BEGUN] += 1
         if is_delta:
@@ -191,20 +208,25 @@ class Refit:
         self._version[_ARRIVED] = self._version[_BEGUN]
         return self._report(is_delta, time.perf_counter() - begin)
 
-    def _checked(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
+    def _found(self, targets: Targets) -> tuple[list[Landing], list[LocalTensor]]:
         landings = landings_of(targets, self._plan)
-        check_landings(self._plan, landings, rounds=self._casting.rounds)
-        if self._delta:
-            check_kept(self._plan, landings)
-        held = with_memory(local_tensors(self._model)) if self._model else []
+        held: list[LocalTensor] = []
+        if self._model:
+            held = with_memory(local_tensors(self._model, self._merge))
         check_planned(self._plan, held)
-        check_memory(self._plan, landings, held)
         return landings, held
+
+    def _check_targets(self, held: Sequence[LocalTensor]) -> None:
+        check_landings(self._plan, self._landings, self._casting)
+        if self._delta:
+            check_kept(self._plan, self._landings)
+        check_memory(self._plan, self._landings, held)
 
     def _ready(self) -> int:
         """The version of this rank, once its views are of the memory that is used now."""
         if self._memory_now() != self._memory:
-            held = local_tensors(self._model) if self._model else []
+            held = local_tensors(self._model, self._merge) if self._model else []
+            held += self._fp8.held if self._fp8 is not None else []
             if tuple(map(Shard.of, held)) != self._shards:
                 raise InputError(
                     "the model is split otherwise than when the refit was prepared; make a new one"
@@ -231,6 +253,8 @@ class Refit:
         self._place = lambda demand: places[demand][0]
         self._held: Sequence[LocalTensor] = held
         self._changed: DeltaRun | None = None
+        if self._fp8 is not None:
+            self._fp8.look_at(held)
         packing = self._packing(held)
         self.windows = [
             self.exchange.packed(number, packing, self._place)
@@ -239,7 +263,8 @@ class Refit:
         self._memory = self._memory_now()
 
     def _packing(self, held: Sequence[LocalTensor]) -> Packing:
-        return Packing(self._plan, held, self._casting, self._ranks.count)
+        quantizing = None if self._fp8 is None else self._fp8.quantizing
+        return Packing(self._plan, held, self._casting, self._ranks.count, quantizing)
 
     def _changes(self) -> DeltaRun:
         """What moves only what changed, once there is something that it could have changed from."""
@@ -257,22 +282,23 @@ class Refit:
         if not self._delta:
             return
         if not self._then:
-            self._then = [
-                replace(one, data=torch.empty_like(one.data, memory_format=torch.contiguous_format))
-                for one in self._held
-            ]
-        if self._then:
-            torch._foreach_copy_([one.data for one in self._then], [one.data for one in self._held])
+            self._then = [one.copy() for one in self._held]
+        elif then := [memory for one in self._then for memory in one.memory]:
+            torch._foreach_copy_(then, [memory for one in self._held for memory in one.memory])
 
     def _memory_now(self) -> list[tuple[object, ...]]:
         tensors = chain(
             *(chunk.parameters() for chunk in self._model),
             (landing.out for landing in self._landings),
+            *((one.a, one.b) for one in self._merge),
         )
         return [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in tensors]
 
     def _report(self, is_delta: bool, seconds: float) -> RefitReport:
         count, buffers = self.exchange.count, self.exchange.buffer_bytes
+        collectives = 2 * count + (4 if is_delta else 3)
+        if self._fp8 is not None:
+            buffers, collectives = buffers + self._fp8.nbytes, collectives + 2
         if is_delta:
             changes = self._changes()
             sent, received = changes.sent_bytes, changes.received_bytes
@@ -283,7 +309,7 @@ class Refit:
         return RefitReport(
             version=self.version,
             windows=count,
-            collectives=2 * count + (4 if is_delta else 3),
+            collectives=collectives,
             is_delta=is_delta,
             sent_bytes=sent,
             received_bytes=received,

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 
 if TYPE_CHECKING:
     import torch
 
 BLOCK = 128
-_LARGEST = 448.0  # of e4m3
 
 
 def scale_shape(matrix: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of a matrix."""
-    return tuple(-(-size // BLOCK) for size in matrix)
+    return BlockFP8(BLOCK, BLOCK).scale_shape(matrix)
 
 
 def quantize(matrix: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,15 +30,12 @@ def quantize(matrix: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tens
     """
     import torch
 
-    rows, columns = matrix.shape
-    row_blocks, column_blocks = scale_shape(matrix.shape)
-    padded = torch.zeros(row_blocks * BLOCK, column_blocks * BLOCK, device="cpu")
-    padded[:rows, :columns] = matrix
-    blocks = padded.view(row_blocks, BLOCK, column_blocks, BLOCK)
-    scales = (blocks.abs().amax(dim=(1, 3)) / _LARGEST).to(scale_dtype)
-    scales[scales == 0] = 1
-    quotients = (blocks / scales.float()[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
-    values = quotients.view(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn)
+    from megatron.bridge.exchange.fp8_blocks import largest_of_blocks, quantize_to, scales_of
+
+    block = BlockFP8(BLOCK, BLOCK)
+    scales = scales_of(largest_of_blocks(matrix, block), scale_dtype)
+    values = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn, device=matrix.device)
+    quantize_to(values, matrix, scales, block)
     return values, scales
 
 

@@ -1,14 +1,17 @@
 """Values in another dtype: exactly, or rounded where that was asked for."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from math import inf, isfinite
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from megatron.bridge.dtypes import dtype_of, holds_all
-from megatron.bridge.errors import InexactCast
+from megatron.bridge.errors import InexactCast, InputError
 from megatron.bridge.tensors.arrays import Array, words
+from megatron.bridge.text.quoting import quoted
 
 _MANTISSA_BITS = {"F16": 10, "BF16": 7, "F32": 23, "F64": 52}
 
@@ -21,10 +24,29 @@ class Casting:
         rounds: whether they are rounded; what the dtype has no finite number for is refused all the
             same.
         ways_out: for the message of a refusal: options and arguments of what was called.
+        rounded: names of tensors whose values are rounded, with ``*`` for anything, where those of
+            others are not; see `of`.
     """
 
     rounds: bool = False
     ways_out: str = "cast them first"
+    rounded: tuple[str, ...] = ()
+
+    def of(self, name: str) -> Self:
+        """What becomes of the values of one Hugging Face tensor."""
+        if self.rounds or not any(fnmatchcase(name, pattern) for pattern in self.rounded):
+            return self
+        return replace(self, rounds=True)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse a pattern that is of no tensor. Raises InputError."""
+        known = list(names)
+        for pattern in self.rounded:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise InputError(
+                    f"round has {quoted(pattern)}, and no tensor is of such a name; give names as "
+                    f"in the files, with * for anything, such as {quoted(known[0])}"
+                )
 
     def cast(self, array: Array, dtype: np.dtype[Any], culprit: str) -> Array:
         """`array` in `dtype`; bits of a NaN are kept where they fit.

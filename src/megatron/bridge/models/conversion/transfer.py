@@ -147,6 +147,7 @@ def fill_hf(
     Raises:
         InexactCast: see `casting`.
     """
+    casting = casting.of(name)
     for whole, pair in plan.copies_from(name, box):
         stored = numpy_dtype(source.dtype_of(pair.megatron_key))
         for shared in _cast_at_once(whole, stored, out.dtype):

@@ -114,10 +114,8 @@ class DequantizedTensors(ReadableTensors[TensorSpec]):
         if not out.size:
             return
         stored = read_box(self.index, name, box)
-        scales = self.read_scales(name, self.scale_box(box))
-        (row, _), (column, _) = box[-2:]
-        first = row % self.quantization.rows, column % self.quantization.columns
-        dequantize(stored, scales, self.quantization, out, first)
+        scales = self.read_scales(name, self.quantization.scale_box(box))
+        dequantize(stored, scales, self.quantization, out, self.quantization.first(box))
 
     def read_scales(self, name: str, box: Box) -> Array:
         """Scales of a quantized weight, float32. Raises CheckpointError for an unusable one."""
@@ -132,16 +130,6 @@ class DequantizedTensors(ReadableTensors[TensorSpec]):
                 f"damaged, or not quantized by block"
             )
         return scales
-
-    def scale_box(self, box: Box) -> Box:
-        """The box of the scales of all blocks that a box of a weight touches."""
-        *leading, (row, row_end), (column, column_end) = box
-        rows, columns = self.quantization.rows, self.quantization.columns
-        return (
-            *leading,
-            (row // rows, -(-row_end // rows)),
-            (column // columns, -(-column_end // columns)),
-        )
 
     def close(self) -> None:
         """Close the file handles; a later read opens them again."""

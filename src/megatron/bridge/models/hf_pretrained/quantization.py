@@ -16,12 +16,16 @@ from megatron.bridge.models.hf_pretrained.other_quantization import (
     scaled_as_a_whole,
 )
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
+from megatron.bridge.tensors.boxes import Box
 from megatron.bridge.tensors.spec import TensorSpec
 from megatron.bridge.text.quoting import quoted
 
 CONFIG_KEY = "quantization_config"
-_STORED_DTYPE = "F8_E4M3"
-_SCALE_DTYPES = ("F32", "BF16")
+STORED_DTYPE = "F8_E4M3"
+"""Of quantized weights."""
+
+SCALE_DTYPES = ("F32", "BF16")
+"""That scales may have."""
 
 _OTHER_RELEASE = "Use the release in BF16, or in FP8 by block"
 
@@ -38,6 +42,20 @@ class BlockFP8:
         """The shape of the scales of a weight [..., out, in]."""
         *leading, rows, columns = shape
         return (*leading, -(-rows // self.rows), -(-columns // self.columns))
+
+    def scale_box(self, box: Box) -> Box:
+        """The box of the scales of all blocks that a box of a weight touches."""
+        *leading, (row, row_end), (column, column_end) = box
+        return (
+            *leading,
+            (row // self.rows, -(-row_end // self.rows)),
+            (column // self.columns, -(-column_end // self.columns)),
+        )
+
+    def first(self, box: Box) -> tuple[int, int]:
+        """Where the first value of a box of a weight lies inside of its block: row and column."""
+        *_, (row, _), (column, _) = box
+        return row % self.rows, column % self.columns
 
     def __str__(self) -> str:
         return f"fp8, one scale for each block of {self.rows}x{self.columns}"
@@ -187,22 +205,22 @@ def _problems(
             elif not tensors[weight].dtype.startswith("F8_"):
                 yield (
                     _DISAGREE,
-                    f"{name}: its weight is {tensors[weight].dtype}, not {_STORED_DTYPE}",
+                    f"{name}: its weight is {tensors[weight].dtype}, not {STORED_DTYPE}",
                 )
         elif tensor.dtype.startswith("F8_"):
             if quantization is None and said:
                 yield _NOT_SAID, f"{name}: {tensor.dtype}, but config.json has no {CONFIG_KEY}"
-            elif quantization is not None and tensor.dtype != _STORED_DTYPE:
-                yield _DISAGREE, f"{name}: {tensor.dtype}; quantized weights are {_STORED_DTYPE}"
+            elif quantization is not None and tensor.dtype != STORED_DTYPE:
+                yield _DISAGREE, f"{name}: {tensor.dtype}; quantized weights are {STORED_DTYPE}"
 
 
 def _scale_problems(
     name: str, scale: TensorSpec, weight: TensorSpec, quantization: BlockFP8
 ) -> Iterator[str]:
-    if weight.dtype != _STORED_DTYPE:
-        yield f"{name}: its weight is {weight.dtype}, not {_STORED_DTYPE}"
-    if scale.dtype not in _SCALE_DTYPES:
-        yield f"{name}: {scale.dtype}; scales are {' or '.join(_SCALE_DTYPES)}"
+    if weight.dtype != STORED_DTYPE:
+        yield f"{name}: its weight is {weight.dtype}, not {STORED_DTYPE}"
+    if scale.dtype not in SCALE_DTYPES:
+        yield f"{name}: {scale.dtype}; scales are {' or '.join(SCALE_DTYPES)}"
     if len(weight.shape) < 2:
         yield f"{name}: its weight has shape {tuple(weight.shape)}; blocks need two axes"
         return
