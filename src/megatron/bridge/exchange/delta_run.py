@@ -7,12 +7,10 @@ sender keeps what it held, and the receiver's memory is the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from megatron.bridge.exchange.buffer_views import Destination, PackedWindow, Packing, Side
 from megatron.bridge.exchange.delta import apply, encoded
@@ -84,10 +82,13 @@ class DeltaRun:
         return arrived
 
     def _exchanged(self, window: _Window) -> bool:
-        messages = self._ranks.agreed(lambda: self._messages(window), self._device)
+        def packed() -> tuple[list[torch.Tensor], list[int]]:
+            messages = self._messages(window)
+            return messages, [message.numel() for message in messages]
+
+        messages, received_sizes = self._ranks.agreed_with_each(packed, self._device)
         sizes = [message.numel() for message in messages]
         with naming_lost(self._ranks.group):
-            received_sizes = self._sizes_of_others(sizes)
             send = torch.cat([*messages, self._empty(0)])
             receive = self._empty(sum(received_sizes))
             self._transport.start(send, sizes, receive, received_sizes)()
@@ -122,15 +123,6 @@ class DeltaRun:
             encoded(now, before) if len(now) else self._empty(0)
             for now, before in zip(*buffers, strict=True)
         ]
-
-    def _sizes_of_others(self, own: Sequence[int]) -> list[int]:
-        sent = torch.tensor(own, dtype=torch.int64, device=self._device)
-        received = torch.empty_like(sent)
-        if not dist.is_initialized():
-            return [0]
-        group = self._ranks.group
-        self._ranks.done(lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))
-        return [int(size) for size in received.tolist()]
 
     def _empty(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)

@@ -275,7 +275,7 @@ class Refit:
         return RefitReport(
             version=self.version,
             windows=count,
-            collectives=3 * count + 3 if is_delta else 2 * count + 2,
+            collectives=2 * count + (3 if is_delta else 2),
             is_delta=is_delta,
             sent_bytes=sent,
             received_bytes=received,

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from megatron.bridge.errors import InputError
 from megatron.bridge.runtime.lost_ranks import naming_lost, wait_for
 
+_RAISED = -1
+"""In the place of a number, of a rank that has none."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -100,13 +103,47 @@ class Ranks:
         except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
             error = raised
         if any(self.largest([error is not None], device)):
-
-            def again() -> None:
-                if error is not None:
-                    raise error
-
-            self.together(again)
+            self._raise(error)
         return own[0]
+
+    def agreed_with_each[T](
+        self, step: Callable[[], tuple[T, Sequence[int]]], device: torch.device
+    ) -> tuple[T, list[int]]:
+        """As `agreed`, and a number that each rank has for this one; one small collective.
+
+        Args:
+            step: of this rank; returns also a number from 0 for each rank.
+            device: as of `agreed`.
+
+        Raises:
+            Exception: as of `all_of`.
+        """
+        own: list[T] = []
+        numbers: Sequence[int] = [_RAISED] * self.count
+        error: Exception | None = None
+        try:
+            found, numbers = step()
+            own.append(found)
+        except Exception as raised:  # noqa: BLE001 - the other ranks wait to be told
+            error = raised
+        sent = torch.tensor(numbers, dtype=torch.int64, device=device)
+        received = sent.clone()
+        if dist.is_initialized():
+            group = self.group
+            self.done(lambda: dist.all_to_all_single(received, sent, group=group, async_op=True))
+        told = [int(number) for number in received.tolist()]
+        if _RAISED in told:
+            self._raise(error)
+        return own[0], told
+
+    def _raise(self, error: Exception | None) -> None:
+        """On every rank; `error` is of this one."""
+
+        def again() -> None:
+            if error is not None:
+                raise error
+
+        self.together(again)
 
     def largest(self, own: Sequence[int], device: torch.device) -> list[int]:
         """Of a list that every rank has, the greatest number at each place.
