@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as torch_own
 
 from exchange.engine_loaders import engine_of
 from exchange_layouts import MODELS, layout, make_models
@@ -220,12 +221,13 @@ def called_once_more(folder: Path, rank: int) -> str:
     """What a rank is told that calls a refit which the others do not call."""
     name, first, fields = DISJOINT["stages"]
     bridge = AutoBridge.from_hf_pretrained(folder / name)
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group()
     with on_two_ranks(bridge, first, fields) as model:
         refit = bridge.refit(model, {}, group=group)
         refit()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("megatron.bridge.runtime.lost_ranks._ANSWER_SECONDS", 0.5)
+            torch_own._set_pg_timeout(timedelta(seconds=2), group)
             said = refused(refit) if rank == 1 else ""
     dist.barrier()  # who goes home is gone
     return said
