@@ -74,9 +74,13 @@ class Exchange:
         self.sent = self.schedule.by_window(sends)
         self.received = self.schedule.by_window(receives)
         sizes = [max(map(self._slots, moves), default=0) for moves in (self.sent, self.received)]
-        self._send, self._receive = (
-            [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
-            for size in sizes
+        # Where there is no memory for them, all ranks are told.
+        self._send, self._receive = ranks.agreed(
+            lambda: [
+                [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
+                for size in sizes
+            ],
+            device,
         )
 
     @property

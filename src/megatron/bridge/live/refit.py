@@ -232,6 +232,8 @@ class Refit:
                     "the model is split otherwise than when the refit was prepared; make a new one"
                 )
             self._make_views(held)
+        if self._delta and self.version > 0:
+            self._changes()  # here all ranks are told if it cannot be made
         return int(self._version[_BEGUN])
 
     def _check_versions(self, versions: Sequence[int]) -> None:
