@@ -142,7 +142,7 @@ class Refit:
             {
                 "window_bytes": window_bytes,
                 "ranks_per_node": affinity.ranks_per_node,
-                "round": casting.rounds or casting.rounded,
+                "round": casting.rounds or casting.rounded or False,
                 "fp8": fp8,
                 "delta": delta,
                 "transport": transport,
