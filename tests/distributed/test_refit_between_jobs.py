@@ -10,31 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from exchange_layouts import built, layout, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
+from megatron.bridge.runtime.across_worlds import group_across_worlds
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from model_folders import read_tensors
 from two_of_four_ranks import WINDOW, changed, is_equal, refused, uneven_targets, wrong
 
 pytestmark = pytest.mark.slow
-
-
-def joined(store: dist.Store, rank: int) -> Any:
-    """A group of four, as frameworks make it that train and generate in jobs of their own."""
-    group, _ = distributed_c10d._new_process_group_helper(
-        4,
-        rank,
-        [],
-        dist.Backend("gloo"),
-        dist.PrefixStore("joined", store),
-        group_name="joined",
-        timeout=timedelta(seconds=60),
-    )
-    distributed_c10d._world.pg_group_ranks[group] = {place: place for place in range(4)}
-    return group
 
 
 def worker(rank: int, folder: str) -> None:
@@ -43,7 +28,8 @@ def worker(rank: int, folder: str) -> None:
     )
     own = dist.PrefixStore("trainer" if rank < 2 else "engine", store)
     dist.init_process_group("gloo", store=own, rank=rank % 2, world_size=2)
-    group, place = joined(store, rank), Path(folder) / "vl"
+    group = group_across_worlds(store, rank, 4, timeout=timedelta(seconds=60))
+    place = Path(folder) / "vl"
     bridge, files = AutoBridge.from_hf_pretrained(place), read_tensors(place)
     model = built(bridge, layout(tp=2)) if rank < 2 else []
     found: dict[str, Any] = {}
