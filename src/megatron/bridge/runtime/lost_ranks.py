@@ -74,7 +74,10 @@ def wait_for(work: dist.Work | None, group: dist.ProcessGroup | None) -> None:
         try:
             work.wait(_ASKED_EVERY)
         except RuntimeError as error:
-            if work.is_completed() or _TIMED_OUT not in str(error).lower():
+            if work.is_completed():
+                work.wait()  # it was done in the same moment; or this says what was wrong
+                return
+            if _TIMED_OUT not in str(error).lower():
                 raise
             if _is_noticed(group):
                 raise RuntimeError("another rank noticed it") from error
