@@ -1,4 +1,4 @@
-"""Waiting for a collective while another rank may be gone: asked every second, and no false alarm."""
+"""Waiting for a collective while another rank may be gone: asked for, and no false alarm."""
 
 from __future__ import annotations
 

@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 from megatron.bridge.dtypes import DType, weight_dtype
 from megatron.bridge.errors import InputError
 from megatron.bridge.formats.iterations import Iteration, iteration_folder
+from megatron.bridge.live.arguments import (
+    Rounding,
+    casting_of,
+    check_device_map,
+    check_dtype,
+    quantization_of_targets,
+    require_process_group,
+    unless_auto,
+)
 from megatron.bridge.live.save_options import SaveKeywords, SaveOptions, one_dtype
 from megatron.bridge.models.catalog import bridge_for, registered_bridges
 from megatron.bridge.models.conversion.model_bridge import (
@@ -22,7 +31,6 @@ from megatron.bridge.models.conversion.model_bridge import (
     PlanOptions,
 )
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.models.hf_pretrained.config import HFConfig
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.operations.options import ConversionOptions, ExportKeywords, ImportKeywords
 from megatron.bridge.paths import PathLike, local_path
@@ -30,7 +38,6 @@ from megatron.bridge.progress import Progress
 from megatron.bridge.progress_lines import shown
 from megatron.bridge.target.interruption import done_means_done
 from megatron.bridge.target.targets import check_target
-from megatron.bridge.text.quoting import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -43,16 +50,10 @@ if TYPE_CHECKING:
     from megatron.bridge.live.conversion_tasks import ConversionTask
     from megatron.bridge.live.export import Receivers
     from megatron.bridge.live.refit import Refit
-    from megatron.bridge.models.conversion.casting import Casting
-    from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
     from megatron.bridge.models.model_provider import ModelProvider
     from megatron.bridge.models.wrapping import BuildKeywords
 
 type Model = Sequence[torch.nn.Module]
-
-type Rounding = bool | str | Collection[str]
-"""Whether values that do not fit are rounded, or the names of the tensors whose values are, with
-``*`` for anything."""
 
 
 class HFWeight(NamedTuple):
@@ -114,8 +115,8 @@ class AutoBridge:
             ConfigError: the config cannot be read.
             UnsupportedModel: no bridge converts the model.
         """
-        _check_device_map("from_hf_pretrained", device_map)
-        asked = one_dtype(_unless_auto(dtype), _unless_auto(torch_dtype), "torch_dtype")
+        check_device_map("from_hf_pretrained", device_map)
+        asked = one_dtype(unless_auto(dtype), unless_auto(torch_dtype), "torch_dtype")
         model_dtype = None if asked is None else weight_dtype(asked)
         hf = PreTrainedVLM.from_pretrained(
             path, revision, trust_remote_code, model_dtype=model_dtype
@@ -348,7 +349,7 @@ class AutoBridge:
             kept = one_dtype(dtype, weight_dtype)
             plan = plan_of_model(self.hf_pretrained, model, experts=self.experts, dtype=kept)
             window = WINDOW_BYTES if window_bytes is None else window_bytes
-            return Export(plan, _casting_of(round, plan.hf), to, window, tuple(merge))
+            return Export(plan, casting_of(round, plan.hf), to, window, tuple(merge))
 
         export = together_if_split(prepared)
         show = shown(None, as_lines=show_progress)
@@ -408,7 +409,7 @@ class AutoBridge:
         hf, ranks = self.hf_pretrained, Ranks(group)
         plan = plan_of_ranks(hf, model, ranks, experts=self.experts, dtype=dtype)
         casting, block = ranks.together(
-            lambda: (_casting_of(round, plan.hf), _quantization_of(hf, fp8))
+            lambda: (casting_of(round, plan.hf), quantization_of_targets(hf, fp8))
         )
         return Refit(
             model,
@@ -526,12 +527,12 @@ class AutoBridge:
         from megatron.bridge.live.megatron_checkpoint import provider_of_checkpoint
 
         if skip_temp_dist_context:
-            _require_process_group("skip_temp_dist_context=True")
+            require_process_group("skip_temp_dist_context=True")
         provider = provider_of_checkpoint(
             TorchDistCheckpoint(local_path(path), iteration),
             self.hf_pretrained,
             None if dtype is None else weight_dtype(dtype),
-            _casting_of(round),
+            casting_of(round),
         )
         try:
             provider.set_fields(mp_overrides or {})
@@ -575,13 +576,13 @@ class AutoBridge:
         from megatron.bridge.operations.convert import import_checkpoint
 
         chosen = ConversionOptions.of("import_ckpt", ImportKeywords, options)
-        _check_device_map("import_ckpt", device_map)
+        check_device_map("import_ckpt", device_map)
         target = local_path(megatron_path)
         check_target(target, [hf_model_id], force=chosen.force)
         source = cls.from_hf_pretrained(
             hf_model_id, revision=revision, trust_remote_code=trust_remote_code
         ).hf_pretrained
-        _check_dtype(torch_dtype, source)
+        check_dtype(torch_dtype, source)
         with chosen.run(shown(progress, as_lines=show_progress)) as run:
             import_checkpoint(source, target, **chosen.of_import, run=run)
 
@@ -673,76 +674,7 @@ class AutoBridge:
                 experts=self.experts,
                 side_files=side_files,
                 dtype=options.chosen_dtype,
-                casting=_casting_of(options.round),
+                casting=casting_of(options.round),
                 force=options.force,
                 progress=progress,
             )
-
-
-def _check_device_map(method: str, given: Any) -> None:
-    """Raise InputError for a device that nothing will be on."""
-    if given not in (None, "cpu", "auto"):
-        raise InputError(
-            f"device_map={given!r}: {method} loads no model of transformers, files are read as "
-            "they are; leave it out"
-        )
-
-
-def _require_process_group(asked: str) -> None:
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        raise InputError(
-            f"{asked}: torch.distributed is not initialized; call "
-            "torch.distributed.init_process_group() first, or leave it out"
-        )
-
-
-def _unless_auto(dtype: DType | None) -> DType | None:
-    return None if dtype == "auto" else dtype
-
-
-def _check_dtype(given: "torch.dtype | str | None", source: PreTrainedVLM) -> None:
-    """Raise InputError for a dtype that the weights of an import will not have."""
-    from megatron.bridge.dtypes import torch_dtype
-
-    if given is None or given == "auto":
-        return
-    name, main = str(given).removeprefix("torch."), torch_dtype(source.main_dtype)
-    if name != str(main).removeprefix("torch."):
-        raise InputError(
-            f"torch_dtype={given!r}: import_ckpt keeps the dtype of every tensor, and most of "
-            f"{source.name_or_path} are {main}; leave it out"
-        )
-
-
-def _quantization_of(
-    hf: PreTrainedVLM, given: PathLike | Mapping[str, Any] | None
-) -> "BlockFP8 | None":
-    from megatron.bridge.models.hf_pretrained.quantization import CONFIG_KEY, quantization_of
-
-    if given is None:
-        return hf.quantization
-    if isinstance(given, Mapping):
-        return quantization_of(HFConfig.from_dict({CONFIG_KEY: given}, "fp8"))
-    release = PreTrainedVLM.from_pretrained(given)
-    if release.quantization is None:
-        raise InputError(f"fp8={quoted(given)}: it is not quantized; give the release in FP8")
-    return release.quantization
-
-
-def _casting_of(
-    round: Rounding,  # noqa: A002 - the name of the option
-    names: Iterable[str] = (),
-) -> "Casting":
-    from megatron.bridge.models.conversion.casting import Casting
-
-    ways_out = "round=True rounds them, dtype=torch.float32 keeps them"
-    if isinstance(round, bool):
-        return Casting(round, ways_out)
-    patterns = (round,) if isinstance(round, str) else tuple(round)
-    casting = Casting(
-        False, f"{ways_out}; round={quoted(list(patterns))} has no such name", patterns
-    )
-    casting.check_names(names)
-    return casting

@@ -13,10 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
-
-LARGEST = 448.0
-"""The largest number of e4m3."""
+from megatron.bridge.models.hf_pretrained.quantization import LARGEST_E4M3, BlockFP8
 
 _AT_ONCE = 1 << 20
 """Values that are computed together: of 4 MiB in float32."""
@@ -63,7 +60,7 @@ def largest_of_blocks(
 def scales_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The scales of blocks by their largest magnitudes, in the dtype of scales; 1 for zeros."""
     # A number that is no tensor would be turned into its reciprocal on some devices.
-    scales = (largest / torch.tensor(LARGEST, device=largest.device)).to(dtype)
+    scales = (largest / torch.tensor(LARGEST_E4M3, device=largest.device)).to(dtype)
     scales[scales == 0] = 1
     return scales
 
@@ -96,7 +93,7 @@ def quantize_to(
         for part in _parts(rows, columns, block, first[0]):
             quotients = values[index][part.rows].float() / wide[row[part.rows]]
             # A scale that was rounded down would push the largest value out of range.
-            out[index][part.rows] = quotients.clamp_(-LARGEST, LARGEST).to(out.dtype)
+            out[index][part.rows] = quotients.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(out.dtype)
 
 
 def _parts(rows: int, columns: int, block: BlockFP8, first: int) -> Iterator[_Rows]:

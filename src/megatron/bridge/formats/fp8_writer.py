@@ -20,14 +20,11 @@ from megatron.bridge.models.hf_pretrained.fp8 import (
     block_rows,
     e4m3_to_float,
 )
-from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
+from megatron.bridge.models.hf_pretrained.quantization import LARGEST_E4M3, BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.tensors.arrays import Array, copy, empty, words
 from megatron.bridge.tensors.boxes import Box, blocks_of, box_shape, relative, slices
-
-LARGEST = 448.0
-"""The largest number of e4m3."""
 
 _SCALES_AT_ONCE = 256
 """Scales that are computed together: of 128x128 values each, so of 8 MiB in BF16."""
@@ -142,7 +139,7 @@ def block_scales(
         if not np.isfinite(largest).all():
             raise ValueError("it holds values that are not finite")
         # In float32 and then rounded: quantizing divides by what files hold.
-        found = (largest / np.float32(LARGEST)).astype(dtype).astype(np.float32)
+        found = (largest / np.float32(LARGEST_E4M3)).astype(dtype).astype(np.float32)
         found[found == 0] = 1.0
         if preferred is not None:
             wanted = preferred[..., number, :]
@@ -195,7 +192,7 @@ def _quotients(rows: Array, scales: Array, block: BlockFP8) -> Array:
     with np.errstate(over="ignore"):
         quotients: Array = rows / _spread(scales, rows, block)
     # A scale that was rounded down would push the largest value out of range.
-    return np.clip(quotients, -LARGEST, LARGEST, out=quotients)
+    return np.clip(quotients, -LARGEST_E4M3, LARGEST_E4M3, out=quotients)
 
 
 def _spread(scales: Array, rows: Array, block: BlockFP8) -> Array:

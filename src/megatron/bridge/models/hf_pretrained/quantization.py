@@ -30,6 +30,10 @@ SCALE_DTYPES = ("F32", "BF16")
 _OTHER_RELEASE = "Use the release in BF16, or in FP8 by block"
 
 
+LARGEST_E4M3 = 448.0
+"""The largest number of the dtype that weights are quantized to."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockFP8:
     """How a model is quantized: the rows and columns that share a scale."""
