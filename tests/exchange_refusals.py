@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import torch
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.errors import BridgeError
+from refit_targets import refused
 
 ODD = 1
 """The rank that is not like the others."""
-SECONDS = 5
 
 SAID = {
     "to": ("to is 9", "to is 9"),
@@ -30,17 +28,6 @@ SAID = {
     "save like nothing": ("there is no such folder", "rank 1 cannot go on"),
 }
 """What the odd rank says and what the others say."""
-
-
-def refused(call: Callable[[], object]) -> str:
-    """What it says; how long it took, if that is long."""
-    begin = time.monotonic()
-    try:
-        call()
-    except BridgeError as error:
-        seconds = time.monotonic() - begin
-        return str(error) if seconds < SECONDS else f"after {seconds:.0f} s: {error}"
-    return "nothing was refused"
 
 
 def refusals(bridge: AutoBridge, model: list[Any], folder: Path, rank: int) -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,24 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.errors import BridgeError
 from megatron.bridge.exchange.landing import Landing
 from megatron.bridge.tensors.boxes import full_box, slices
+from refit_targets import Files
 
 WINDOW = 250_000
 """Bytes: less than the largest tensors have."""
-
-type Files = Mapping[str, torch.Tensor]
-
-
-def is_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Bit for bit."""
-    one, other = (tensor.contiguous().view(torch.uint8) for tensor in (found, expected))
-    return torch.equal(one, other)
-
-
-def wrong(targets: list[Landing], files: Files) -> list[str]:
-    return [one.name for one in targets if not is_equal(one.out, files[one.name][slices(one.box)])]
 
 
 def uneven_targets(files: Files, names: list[str], place: int) -> list[Landing]:
@@ -48,16 +35,6 @@ def uneven_targets(files: Files, names: list[str], place: int) -> list[Landing]:
             out = torch.zeros_like(out.mT.contiguous()).mT
         found.append(Landing(name, tuple(box), out))
     return found
-
-
-def changed(model: list[Any], part: float, seed: int) -> None:
-    """Change some of the values of every parameter."""
-    draw = torch.Generator().manual_seed(seed)
-    for chunk in model:
-        for parameter in chunk.parameters():
-            values = parameter.data.view(-1)
-            places = torch.randperm(len(values), generator=draw)[: round(len(values) * part)]
-            values[places] = values[places] * 2 + 1
 
 
 @contextmanager
@@ -94,14 +71,3 @@ def moved(model: list[Any]) -> None:
     if model and dist.get_rank() % 2:
         parameter = next(model[0].parameters())
         parameter.data = parameter.data.clone()
-
-
-def refused(call: Callable[[], object]) -> str:
-    """What it says and, if that is long, how long it took."""
-    begin = time.monotonic()
-    try:
-        call()
-    except BridgeError as error:
-        seconds = time.monotonic() - begin
-        return str(error) if seconds < 10 else f"after {seconds:.0f} s: {error}"
-    return "nothing was refused"

@@ -8,7 +8,8 @@ import torch
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.exchange.landing import Landing
-from two_of_four_ranks import WINDOW, Files, refused
+from refit_targets import Files, refused
+from two_of_four_ranks import WINDOW
 
 ODD = 2
 """The rank that is not like the others; it has a part of the model."""

@@ -23,16 +23,16 @@ from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.operations.inspection.cluster_legality import layout_of
 from megatron.bridge.operations.inspection.forecast import forecast_import
 from megatron.bridge.operations.inspection.refit_forecast import (
-    EngineLayout,
-    RefitRoute,
     Spread,
     forecast_refit,
     plan_refit,
 )
+from megatron.bridge.operations.inspection.refit_route import EngineLayout, RefitRoute
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from megatron.bridge.tensors.boxes import Box, full_box, slices
 from model_folders import read_tensors
+from refit_targets import changed, wrong
 
 WORLD = 4
 WINDOW = 250_000
@@ -93,17 +93,6 @@ def landings(files: dict[str, torch.Tensor], names: list[str], rank: int) -> lis
     return found
 
 
-def wrong(found: list[Landing], files: dict[str, torch.Tensor]) -> list[str]:
-    return [
-        one.name
-        for one in found
-        if not torch.equal(
-            one.out.contiguous().view(torch.uint8),
-            files[one.name][slices(one.box)].contiguous().view(torch.uint8),
-        )
-    ]
-
-
 def exported(bridge: AutoBridge, model: Any, files: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Names and differences of what this rank is given."""
     found: dict[str, Any] = {}
@@ -126,16 +115,6 @@ def refitted(
         target.out.zero_()
     again = refit()
     return found | {"wrong again": wrong(targets, files), "versions": [before, again.version]}
-
-
-def changed(model: Any, part: float, seed: int) -> None:
-    """Change some of the values of every parameter."""
-    draw = torch.Generator().manual_seed(seed)
-    for chunk in model:
-        for parameter in chunk.parameters():
-            values = parameter.data.view(-1)
-            places = torch.randperm(len(values), generator=draw)[: round(len(values) * part)]
-            values[places] = values[places] * 2 + 1
 
 
 def refitted_by_changes(bridge: AutoBridge, model: Any, targets: list[Landing]) -> dict[str, Any]:

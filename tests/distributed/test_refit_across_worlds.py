@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,11 +19,16 @@ from exchange_layouts import MODELS, built, layout, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
 from megatron.bridge.exchange.landing import Landing
+from megatron.bridge.formats.fp8_writer import block_scales, quantize
+from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
+from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.runtime.across_worlds import group_across_worlds
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.boxes import Box, full_box, slices
+from megatron.bridge.tensors.torch_views import as_array, as_torch
 from model_folders import read_tensors
+from refit_targets import changed, wrong
 
 WORLD, TRAINERS = 4, 2
 WINDOW = 250_000
@@ -48,15 +54,6 @@ def landings(files: dict[str, torch.Tensor], rank: int) -> list[Landing]:
         if (box := part(name, tuple(tensor.shape), rank)) is not None:
             found.append(Landing(name, box, torch.zeros_like(tensor[slices(box)])))
     return found
-
-
-def wrong(found: list[Landing], tensors: dict[str, torch.Tensor]) -> list[str]:
-    expected = ((one, tensors[one.name][slices(one.box)].contiguous()) for one in found)
-    return [
-        one.name
-        for one, values in expected
-        if not torch.equal(one.out.view(torch.uint8), values.view(torch.uint8))
-    ]
 
 
 class Job:
@@ -99,19 +96,35 @@ def run_case(job: Job, name: str) -> dict[str, Any]:
     refit = bridge.refit(model, targets, group=job.group, window_bytes=WINDOW, **options)
     reports = [refit()]
     found: dict[str, Any] = {"wrong": wrong(targets, files), "wanted": len(targets)}
-    draw = torch.Generator().manual_seed(11)
-    for chunk in model:
-        for parameter in chunk.parameters():
-            some = torch.rand(parameter.shape, generator=draw) < 0.03
-            parameter.data[some] += 1
+    changed(model, 0.03, 11)
     reports.append(refit())
     found["wrong after"] = wrong(targets, job.exported(bridge, model))
     return found | {"version": refit.version, "reports": reports}
 
 
+def in_fp8(job: Job) -> list[bool]:
+    """Values and scales of a weight whose rows are the engine's, as of the whole weight."""
+    name, block = "model.language_model.layers.0.mlp.down_proj.weight", BlockFP8(24, 40)
+    bridge = AutoBridge.from_hf_pretrained(job.folder / "vl")
+    model = job.model(bridge, "vl", layout(tp=2))
+    whole = read_tensors(job.folder / "vl")[name]
+    scales = block_scales(as_array(whole), block, np.dtype("float32"))
+    values = torch.empty(whole.shape, dtype=torch.float8_e4m3fn)
+    quantize(as_array(whole), scales, block, as_array(values))
+    targets = []
+    if not job.trains:
+        [own] = landings({name: values}, job.rank - TRAINERS)
+        targets = [own, Landing.whole(name + SCALE_SUFFIX, torch.zeros(scales.shape))]
+    config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [24, 40]}
+    bridge.refit(model, targets, group=job.group, fp8=config)()
+    expected = {name: values, name + SCALE_SUFFIX: as_torch(scales)}
+    return [not wrong([one], expected) for one in targets]
+
+
 def worker(rank: int, folder: str) -> None:
     job = Job(rank, Path(folder))
     found: dict[str, Any] = {name: run_case(job, name) for name in CASES}
+    found["fp8"] = in_fp8(job)
     torch.save(found, f"{folder}/found{rank}.pt")
     if dist.is_initialized():
         destroy_process_groups()
@@ -137,3 +150,7 @@ def test_every_box_arrives(case: str, found: list[dict[str, Any]]) -> None:
         assert (report.sent_bytes > 0) == (number < TRAINERS)
         assert (report.received_bytes > 0) == (number >= TRAINERS)
         assert report.own_bytes == 0
+
+
+def test_scales_are_found_by_ranks_of_all_worlds(found: list[dict[str, Any]]) -> None:
+    assert [one["fp8"] for one in found] == [[], [], [True, True], [True, True]]

@@ -17,7 +17,8 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.runtime.across_worlds import group_across_worlds
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from model_folders import read_tensors
-from two_of_four_ranks import WINDOW, changed, is_equal, refused, uneven_targets, wrong
+from refit_targets import changed, is_equal, refused, wrong
+from two_of_four_ranks import WINDOW, uneven_targets
 
 pytestmark = pytest.mark.slow
 

@@ -24,19 +24,8 @@ from megatron.bridge.exchange.landing import Landing
 from megatron.bridge.exchange.recording import record
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from model_folders import read_tensors
-from two_of_four_ranks import (
-    WINDOW,
-    Files,
-    changed,
-    is_equal,
-    moved,
-    on_two_ranks,
-    refused,
-    told_by,
-    uneven_targets,
-    unusual,
-    wrong,
-)
+from refit_targets import Files, changed, is_equal, refused, wrong
+from two_of_four_ranks import WINDOW, moved, on_two_ranks, told_by, uneven_targets, unusual
 from wrong_on_one_rank import SAID, refusals
 
 WORLD = 4

@@ -24,6 +24,7 @@ from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from megatron.bridge.tensors.boxes import Box, full_box, slices
 from megatron.bridge.tensors.torch_views import as_array, as_torch
+from refit_targets import changed, wrong
 
 type Tensors = dict[str, torch.Tensor]
 
@@ -87,27 +88,6 @@ def not_quantized(found: list[Landing]) -> list[Landing]:
         for one in found
         if not one.name.endswith(SCALE_SUFFIX)
     ]
-
-
-def wrong(found: list[Landing], release: Tensors) -> list[str]:
-    return [
-        one.name
-        for one in found
-        if not torch.equal(
-            one.out.contiguous().view(torch.uint8),
-            release[one.name][slices(one.box)].contiguous().view(torch.uint8),
-        )
-    ]
-
-
-def changed(model: Any, part: float, seed: int) -> None:
-    """Change some of the values of every parameter, some of them the largest of a block."""
-    draw = torch.Generator().manual_seed(seed)
-    for chunk in model:
-        for parameter in chunk.parameters():
-            data = parameter.data.view(-1)
-            places = torch.randperm(len(data), generator=draw)[: round(len(data) * part)]
-            data[places] = data[places] * 1.5 + 0.01
 
 
 def refusal(refit: Any) -> str:

@@ -198,7 +198,7 @@ class FP8Targets:
         """
         self._largest.zero_()
         ranks.agreed(self._find_own, self._largest.device)
-        if dist.is_initialized():
+        if ranks.are_joined:
             most = dist.ReduceOp.MAX
             ranks.done(lambda: dist.all_reduce(self._largest, most, ranks.group, async_op=True))
         for scales in self._scales.values():

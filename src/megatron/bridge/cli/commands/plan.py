@@ -216,9 +216,10 @@ def _refitted(
     """The report with what a refit moves, or why the engine cannot be laid out so."""
     from megatron.bridge.errors import PlanError
     from megatron.bridge.operations.inspection import refit_forecast
+    from megatron.bridge.operations.inspection.refit_route import EngineLayout
     from megatron.bridge.text.document import to_document
 
-    engine = refit_forecast.EngineLayout(**asked.sizes)
+    engine = EngineLayout(**asked.sizes)
     output.note("plan: asking megatron-core which boxes each rank holds")
     notes = StageNotes(output.note, noun="ranks")
     try:
