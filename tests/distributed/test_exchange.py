@@ -5,7 +5,7 @@ The processes are started once and run every case; the tests look at what they f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,9 @@ import exchange_refusals
 from exchange_layouts import MODELS, OF_EIGHT, OF_FOUR, OF_TWO, QUICK, built, layout, make_models
 from forked import run_ranks
 from megatron.bridge import AutoBridge
+from megatron.bridge.exchange.demand import Demand
 from megatron.bridge.exchange.landing import Landing
+from megatron.bridge.exchange.route import Routes
 from megatron.bridge.models.catalog import bridge_for
 from megatron.bridge.operations.inspection.cluster_legality import layout_of
 from megatron.bridge.operations.inspection.forecast import forecast_import
@@ -27,7 +29,7 @@ from megatron.bridge.operations.inspection.refit_forecast import (
     forecast_refit,
     plan_refit,
 )
-from megatron.bridge.operations.inspection.refit_route import EngineLayout, RefitRoute
+from megatron.bridge.operations.inspection.refit_route import EngineLayout
 from megatron.bridge.runtime.parallel import destroy_process_groups
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from megatron.bridge.tensors.boxes import Box, full_box, slices
@@ -48,7 +50,7 @@ PLANNED = {
 NEAR = 1e-3
 """What is planned joins boxes, and each box begins at a multiple of 16 bytes."""
 
-NO_ROUTES: Mapping[str, RefitRoute] = {}
+NO_ROUTES: Mapping[str, Routes] = {}
 
 type Case = tuple[str, int, dict[str, Any]]
 
@@ -134,7 +136,7 @@ def refitted_by_changes(bridge: AutoBridge, model: Any, targets: list[Landing]) 
     return {"steps": found}
 
 
-def planned(folder: Path, name: str) -> RefitRoute:
+def planned(folder: Path, name: str) -> Routes:
     """The route of a case from its config and its sizes alone."""
     trainer, engine = PLANNED[name]
     report = forecast_import(str(folder / QUICK[name][0]))
@@ -144,13 +146,11 @@ def planned(folder: Path, name: str) -> RefitRoute:
 
 
 def filled_like_an_engine(
-    bridge: AutoBridge, model: Any, wanted: dict[str, list[Box]], files: dict[str, torch.Tensor]
+    bridge: AutoBridge, model: Any, wanted: Sequence[Demand], files: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """What a refit of the planned boxes leaves in memory of this rank."""
     targets = [
-        Landing(name, box, torch.zeros_like(files[name][slices(box)]))
-        for name, boxes in wanted.items()
-        for box in boxes
+        Landing(name, box, torch.zeros_like(files[name][slices(box)])) for name, box in wanted
     ]
     report = bridge.refit(model, targets, window_bytes=WINDOW)()
     return {"wrong": wrong(targets, files), "wanted": len(targets), "report": report}
@@ -214,12 +214,12 @@ def worker(rank: int, folder: str, cases: dict[str, Case], wanted: dict[str, Any
 
 
 def found_by_ranks(
-    folder: Path, cases: dict[str, Case], world: int, routes: Mapping[str, RefitRoute] = NO_ROUTES
+    folder: Path, cases: dict[str, Case], world: int, routes: Mapping[str, Routes] = NO_ROUTES
 ) -> list[dict[str, Any]]:
     """What each rank found, case by case."""
     models = {model for model, _, _ in cases.values()}
     make_models(folder, {model for model in models if not (folder / model).exists()})
-    wanted = {name: route.wanted for name, route in routes.items()}
+    wanted = {name: route.wanted.by_rank for name, route in routes.items()}
     run_ranks(worker, str(folder), cases, wanted, world=world, seconds=900)
     return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in range(world)]
 
@@ -232,12 +232,12 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def routes(four: Path) -> dict[str, RefitRoute]:
+def routes(four: Path) -> dict[str, Routes]:
     return {name: planned(four, name) for name in PLANNED}
 
 
 @pytest.fixture(scope="module")
-def found(four: Path, routes: dict[str, RefitRoute]) -> list[dict[str, Any]]:
+def found(four: Path, routes: dict[str, Routes]) -> list[dict[str, Any]]:
     return found_by_ranks(four, QUICK, WORLD, routes)
 
 
@@ -286,11 +286,11 @@ def test_four_ranks(case: str, found: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("case", PLANNED)
 def test_a_refit_moves_what_was_planned(
-    case: str, found: list[dict[str, Any]], routes: dict[str, RefitRoute]
+    case: str, found: list[dict[str, Any]], routes: dict[str, Routes]
 ) -> None:
     """Planned from a config, without a process; the refit counts its own views."""
     expected = forecast_refit(routes[case], PLANNED[case][1], window_bytes=WINDOW)
-    engine = [rank for rank, own in enumerate(routes[case].wanted) if own]
+    engine = [rank for rank, own in enumerate(routes[case].wanted.by_rank) if own]
     assert len(engine) == PLANNED[case][1].ranks
     reports = [one[case]["planned"]["report"] for one in found]
     assert [one[case]["planned"]["wrong"] for one in found] == [[]] * WORLD

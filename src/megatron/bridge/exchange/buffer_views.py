@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import accumulate
-from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -15,18 +16,25 @@ from megatron.bridge.exchange.demand import Demand
 from megatron.bridge.exchange.fp8_blocks import quantize_to
 from megatron.bridge.exchange.roster import Held
 from megatron.bridge.exchange.route import Move
-from megatron.bridge.exchange.windows import slot_bytes
+from megatron.bridge.exchange.strided_copies import Copies, CopyList, Elements
+from megatron.bridge.exchange.windows import Piece
 from megatron.bridge.models.conversion.casting import ROUNDED, Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
 from megatron.bridge.models.conversion.transfer import to_hf
 from megatron.bridge.models.hf_pretrained.quantization import BlockFP8
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
-from megatron.bridge.tensors.box_pairs import axes_in_hf_order, megatron_part
+from megatron.bridge.tensors.box_pairs import (
+    axes_in_hf_order,
+    axis_pairs,
+    hf_part,
+    megatron_part,
+)
 from megatron.bridge.tensors.boxes import (
     Box,
+    BoxIndex,
+    Shape,
     blocks_of,
     box_shape,
-    full_box,
     relative,
     slices,
 )
@@ -86,6 +94,16 @@ class HeldValues:
         """The values of a Hugging Face box within a copy, of the shape of it."""
         return _in_hf_axes(self.part(copy, box), copy)
 
+    def elements(self, copy: Copy, box: Box) -> Elements:
+        """Where the values of `in_hf_axes` are, if they are just what is in memory."""
+        strides, start = [0] * len(box), self._data.storage_offset()
+        part, steps = megatron_part(copy, box), self._data.stride()
+        for (begin, _), (zero, _), step in zip(part, self._box, steps, strict=True):
+            start += (begin - zero) * step
+        for axis, hf_axis in axis_pairs(copy):
+            strides[hf_axis] = steps[axis]
+        return Elements(self._data, start, tuple(strides))
+
 
 class _Conversion(NamedTuple):
     """Values that are not copied bit by bit.
@@ -93,7 +111,9 @@ class _Conversion(NamedTuple):
     Attributes:
         out: where they go.
         held: what they are of.
-        move: of them.
+        name: of the tensor that is wanted.
+        copy: of the plan, how they are held.
+        box: of the tensor.
         dtype: that they are to have, before they are quantized.
         casting: of values that it does not hold.
         scales: of all of the tensor, if it is quantized.
@@ -102,7 +122,9 @@ class _Conversion(NamedTuple):
 
     out: torch.Tensor
     held: HeldValues
-    move: Move
+    name: str
+    copy: Copy
+    box: Box
     dtype: str
     casting: Casting
     scales: torch.Tensor | None
@@ -110,13 +132,13 @@ class _Conversion(NamedTuple):
 
     def make(self) -> None:
         """Write them. Raises InexactCast: see `casting`."""
-        for box in blocks_of(self.move.box, self.held.dtype.itemsize, _CONVERTED_BYTES):
-            self._write(box, self.out[slices(relative(box, self.move.box))])
+        for box in blocks_of(self.box, self.held.dtype.itemsize, _CONVERTED_BYTES):
+            self._write(box, self.out[slices(relative(box, self.box))])
 
     def _write(self, box: Box, out: torch.Tensor) -> None:
-        copy, values = self.move.copy, self.held.part(self.move.copy, box)
+        copy, values = self.copy, self.held.part(self.copy, box)
         if copy.offset or values.dtype != torch_dtype(self.dtype):
-            culprit, shape = f"{self.move.name} from {copy.megatron_key}", tuple(out.shape)
+            culprit, shape = f"{self.name} from {copy.megatron_key}", tuple(out.shape)
             # What is computed has no bits of its own that could be kept.
             casting = ROUNDED if self.held.is_computed else self.casting
             array = as_array(values.cpu())
@@ -129,51 +151,6 @@ class _Conversion(NamedTuple):
         else:
             scales = self.scales[slices(self.block.scale_box(box))]
             quantize_to(out, values, scales, self.block, self.block.first(box))
-
-
-@dataclass
-class Copies:
-    """Copies that are made together."""
-
-    _to: list[torch.Tensor] = field(default_factory=list)
-    _of: list[torch.Tensor] = field(default_factory=list)
-    _converted: list[_Conversion] = field(default_factory=list)
-    _held: dict[tuple[str, str, Box, Box], torch.Tensor] = field(default_factory=dict)
-
-    def add(self, out: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy values to memory of the same shape."""
-        self._to.append(out)
-        self._of.append(values)
-
-    def add_held(self, out: torch.Tensor, held: HeldValues, move: Move) -> None:
-        """Copy what is held to memory of the shape of a move's box, bit by bit."""
-        # Ranks that want the same are sent the same view.
-        place = move.copy.hf_name, move.copy.megatron_key, move.held, move.box
-        if (values := self._held.get(place)) is None:
-            values = self._held[place] = held.in_hf_axes(move.copy, move.box)
-        self.add(out, values)
-
-    def add_converted(self, conversion: _Conversion) -> None:
-        """Copy what is held as other bits."""
-        self._converted.append(conversion)
-
-    @torch.no_grad()
-    def make(self) -> None:
-        """Copy all of it.
-
-        Raises:
-            InexactCast: values do not fit the dtype that they are to have.
-        """
-        if self._to:
-            torch._foreach_copy_(self._to, self._of)
-        for one in self._converted:
-            one.make()
-
-    @torch.no_grad()
-    def back(self) -> None:
-        """Copy from where `make` copies to, as far as that is bit by bit."""
-        if self._to:
-            torch._foreach_copy_(self._of, self._to)
 
 
 @dataclass(frozen=True)
@@ -224,13 +201,17 @@ class Packing:
     ) -> None:
         self._plan, self._casting, self._count = plan, casting, count
         self._quantizing = quantizing
-        self._data = {(one.key, one.box): one.data for one in held}
-        self._held = {(one.key, one.box): HeldValues(one) for one in held}
+        self._scales = {one.key: one.data for one in held if one.key.endswith(SCALE_SUFFIX)}
+        memories: dict[str, list[tuple[Box, HeldValues]]] = defaultdict(list)
+        for one in held:
+            memories[one.key].append((one.box, HeldValues(one)))
+        self._memories = {key: BoxIndex(own) for key, own in memories.items()}
 
     def window(
         self,
-        sent: Sequence[Move],
-        received: Sequence[Move],
+        sent: Sequence[Piece],
+        received: Sequence[Piece],
+        own: Sequence[Piece],
         send_buffer: torch.Tensor,
         receive_buffer: torch.Tensor,
         destination: Destination,
@@ -238,68 +219,116 @@ class Packing:
         """The views of one window.
 
         Args:
-            sent: the moves that this rank sends, by receiver.
-            received: the moves that it receives, by sender.
+            sent: what this rank sends in it.
+            received: what it receives.
+            own: what goes from itself to itself.
             send_buffer: uint8 [as many as they take].
             receive_buffer: likewise.
             destination: of what is wanted.
         """
-        own = Copies()
-        send = Side([0] * self._count, Copies())
-        at = 0
-        for move in sent:
-            if move.receiver == move.sender:
-                out = _part_of(destination(move.demand), move)
-                self._copy_held(own, out, move)
-                continue
-            self._copy_held(send.copies, self._slot(send_buffer, at, move), move)
-            nbytes = slot_bytes(self._plan, move)
-            send.sizes[move.receiver] += nbytes
-            at += nbytes
-        receive = Side([0] * self._count, Copies())
-        at = 0
-        for move in received:
-            if move.receiver == move.sender:
-                continue
-            out = _part_of(destination(move.demand), move)
-            receive.copies.add(out, self._slot(receive_buffer, at, move))
-            nbytes = slot_bytes(self._plan, move)
-            receive.sizes[move.sender] += nbytes
-            at += nbytes
-        return PackedWindow(send, receive, own)
+        place = cache(lambda demand: _all_of(destination(demand)))
+        send, receive, at_home = CopyList(), CopyList(), CopyList()
+        sizes = self._sizes(sent), self._sizes(received)
+        buffer = _Buffer(self._plan, send_buffer, sizes[0])
+        for piece in sent:
+            self._send(send, piece, *buffer.slots(piece))
+        buffer = _Buffer(self._plan, receive_buffer, sizes[1])
+        for piece in received:
+            move, part = piece
+            slot, (start,) = buffer.slots(piece)
+            slot = Elements(slot.memory, start, slot.strides)
+            to = place(move.demand).part(move.within).part(part.within)
+            receive.add(to, slot, part.shape)
+        for piece in own:
+            move, part = piece
+            to = place(move.demand).part(move.within).part(part.within)
+            self._send(at_home, piece, to, [0])
+        return PackedWindow(
+            Side(sizes[0], send.ready()), Side(sizes[1], receive.ready()), at_home.ready()
+        )
 
-    def _copy_held(self, copies: Copies, out: torch.Tensor, move: Move) -> None:
-        held = self._held[move.copy.megatron_key, move.held]
+    def _send(self, copies: CopyList, piece: Piece, place: Elements, starts: Sequence[int]) -> None:
+        """Copy what is held of a move to places that begin at some distances from one."""
+        move, whole = piece.move, piece.box
+        held = megatron_part(move.copy, whole)
+        for shared, memory in self._memories[move.copy.megatron_key].overlapping(held):
+            box = hf_part(move.copy, shared)
+            shape, to = box_shape(box), place.part(relative(box, whole))
+            first = to._replace(start=to.start + starts[0])
+            step = self._conversion(first.view(shape), memory, move, box)
+            if step is None:
+                copies.add(to, memory.elements(move.copy, box), shape, starts)
+            else:
+                copies.compute(step.make)
+                copies.add(to, first, shape, starts[1:])
+
+    def _sizes(self, pieces: Sequence[Piece]) -> list[int]:
+        """The bytes of a buffer that each rank has."""
+        sizes = [0] * self._count
+        for move, part in pieces:
+            for peer in move.peers:
+                sizes[peer] += part.nbytes
+        return sizes
+
+    def _conversion(
+        self, out: torch.Tensor, held: HeldValues, move: Move, box: Box
+    ) -> _Conversion | None:
+        """What makes the bits of a box, if they are not those that are held."""
         dtype, scales, block = self._plan.hf[move.name].dtype, None, None
         if self._quantizing is not None and move.name in self._quantizing.unquantized:
             block, dtype = self._quantizing.block, self._quantizing.unquantized[move.name]
-            scales = self._scales(move.name, block)
-        if block or move.copy.offset or held.dtype != torch_dtype(dtype):
-            casting = self._casting.of(move.name)
-            copies.add_converted(_Conversion(out, held, move, dtype, casting, scales, block))
-        else:
-            copies.add_held(out, held, move)
+            scales = self._scales[move.name + SCALE_SUFFIX]
+        if not (block or move.copy.offset or held.dtype != torch_dtype(dtype)):
+            return None
+        casting = self._casting.of(move.name)
+        return _Conversion(out, held, move.name, move.copy, box, dtype, casting, scales, block)
 
-    def _scales(self, name: str, block: BlockFP8) -> torch.Tensor:
-        place = name + SCALE_SUFFIX, full_box(block.scale_shape(self._plan.hf[name].shape))
-        return self._data[place]
 
-    def _slot(self, buffer: torch.Tensor, at: int, move: Move) -> torch.Tensor:
-        """The bytes of a move, in the order in which its sender holds them.
+class _Buffer:
+    """A buffer that has all for one rank, then all for the next.
+
+    Args:
+        plan: of the model.
+        memory: uint8.
+        sizes: bytes for each rank.
+    """
+
+    def __init__(self, plan: ConversionPlan, memory: torch.Tensor, sizes: Sequence[int]) -> None:
+        self._at = list(accumulate(sizes, initial=0))
+        # Of a tensor's dtype.
+        self._as = cache(lambda name: memory.view(torch_dtype(plan.hf[name].dtype)))
+
+    def slots(self, piece: Piece) -> tuple[Elements, list[int]]:
+        """The next places of a piece, in the order in which its sender holds the values.
 
         Engines hold a matrix as Megatron does, though files may have it transposed: then neither
         end has to turn it.
+
+        Returns:
+            A place at the beginning of the buffer, and how many elements behind it there is one for
+            each peer.
         """
-        dtype = torch_dtype(self._plan.hf[move.name].dtype)
-        shape = box_shape(megatron_part(move.copy, move.box))
-        strides = [*accumulate(reversed(shape), mul, initial=1)][-2::-1]
-        # `at` is a multiple of any dtype's size.
-        slot = buffer.view(dtype).as_strided(shape, strides, at // dtype.itemsize)
-        return _in_hf_axes(slot, move.copy)
+        (move, part), at = piece, self._at
+        memory = self._as(move.name)
+        size, starts = memory.itemsize, []
+        for peer in move.peers:
+            starts.append(at[peer] // size)  # a multiple of any dtype's size
+            at[peer] += part.nbytes
+        return Elements(memory, 0, _strides(part.shape, move.held_axes)), starts
 
 
-def _part_of(wanted: torch.Tensor, move: Move) -> torch.Tensor:
-    return wanted[slices(relative(move.box, move.demand.box))]
+@lru_cache(1 << 12)  # layers repeat
+def _strides(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
+    """Of a box whose elements follow one another by some of its axes, the last one first."""
+    strides, step = [1] * len(shape), 1
+    for axis in reversed(axes):
+        strides[axis] = step
+        step *= shape[axis]
+    return tuple(strides)
+
+
+def _all_of(out: torch.Tensor) -> Elements:
+    return Elements(out, int(out.storage_offset()), out.stride())
 
 
 def _in_hf_axes(values: torch.Tensor, copy: Copy) -> torch.Tensor:

@@ -80,13 +80,13 @@ class Wanted:
     def ranks_of(self) -> dict[Demand, tuple[int, ...]]:
         """The ranks that make each demand."""
         ranks: dict[Demand, set[int]] = defaultdict(set)
-        for own, of in self._distinct:
+        for own, of in self.distinct:
             for demand in own:
                 ranks[demand].update(of)
         return {demand: tuple(sorted(of)) for demand, of in ranks.items()}
 
     @property
-    def _distinct(self) -> Iterator[tuple[tuple[Demand, ...], list[int]]]:
+    def distinct(self) -> Iterator[tuple[tuple[Demand, ...], list[int]]]:
         """What ranks want, and which ones want just that."""
         ranks: dict[int, list[int]] = defaultdict(list)
         for rank, own in enumerate(self.by_rank):

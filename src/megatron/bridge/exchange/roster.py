@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain, compress
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from megatron.bridge.dtypes import safetensors_dtype, widest
 from megatron.bridge.errors import InputError, PlanError
-from megatron.bridge.tensors.boxes import Box, Shape, tiling_faults
+from megatron.bridge.tensors.boxes import Box, Shape, joined, tiling_faults
 from megatron.bridge.tensors.spec import TensorSpec
 
 
@@ -47,8 +47,7 @@ class Telling(Protocol):
     def all_of[T](self, step: Callable[[], T]) -> list[T]: ...
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """What a rank tells the others of a tensor that it holds a part of.
 
     Attributes:
@@ -66,7 +65,7 @@ class Shard:
     is_padded: bool
 
     @classmethod
-    def of(cls, local: Held) -> Self:
+    def of(cls, local: Held) -> "Shard":
         """What is told of a tensor."""
         dtype = safetensors_dtype(local.data.dtype)
         return cls(local.key, local.key_shape, local.box, dtype, local.is_padded)
@@ -92,7 +91,7 @@ class Roster:
             ranks: all call this.
             tensors: those of this rank.
         """
-        own = tuple(map(Shard.of, tensors))
+        own = _shared(map(Shard.of, tensors))
         main = ranks.all_of(lambda: tuple(one.is_main for one in tensors))
         return cls(tuple(ranks.all_once(own)), tuple(main))
 
@@ -115,20 +114,27 @@ class Roster:
         """The main replicas of all ranks."""
         return chain.from_iterable(map(self.main_of, range(len(self.by_rank))))
 
-    @property
+    @cached_property
     def holders(self) -> dict[str, dict[Box, tuple[int, ...]]]:
-        """The ranks that hold each box, in ascending order, by key and box."""
+        """The ranks that hold each box, in ascending order, by key and box.
+
+        Neighbours that the same ranks hold are one box, such as experts that follow one another.
+        """
         replicas: dict[int, list[int]] = defaultdict(list)
         for rank, own in enumerate(self.by_rank):
             replicas[id(own)].append(rank)
-        of_key: dict[str, dict[Box, set[int]]] = defaultdict(dict)
-        for ranks in replicas.values():
-            for shard in self.by_rank[ranks[0]]:
-                of_key[shard.key].setdefault(shard.box, set()).update(ranks)
+        of_key: dict[str, dict[Box, list[int]]] = defaultdict(dict)
+        for number in replicas:
+            for shard in self.by_rank[replicas[number][0]]:
+                of_key[shard.key].setdefault(shard.box, []).append(number)
+
         # There are few sets of ranks and many boxes.
-        ordered = cache(lambda ranks: tuple(sorted(ranks)))
+        @cache
+        def ranks_of(numbers: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(sorted({rank for number in numbers for rank in replicas[number]}))
+
         return {
-            key: {box: ordered(frozenset(ranks)) for box, ranks in boxes.items()}
+            key: dict(_joined((box, ranks_of(tuple(numbers))) for box, numbers in boxes.items()))
             for key, boxes in of_key.items()
         }
 
@@ -138,11 +144,10 @@ class Roster:
         Raises:
             PlanError: with each fault.
         """
-        held = _boxes(tensors, self.shards)
         _refuse(
             (spec, fault)
             for key, spec in tensors.items()
-            for fault in _faults(spec, [*dict.fromkeys(held[key])])
+            for fault in _faults(spec, [*self.holders.get(key, ())])
         )
 
     def check_held_once(self, tensors: Mapping[str, TensorSpec]) -> None:
@@ -152,6 +157,12 @@ class Roster:
             PlanError: with each fault.
         """
         check_held_once(tensors, self.main_shards)
+
+
+def _shared(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """The same shards; of equal keys, shapes and boxes there is one object, told and kept once."""
+    known: dict[object, Any] = {}
+    return tuple(Shard(*(known.setdefault(field, field) for field in one)) for one in shards)
 
 
 def global_tensors(shards: Iterable[Shard]) -> dict[str, TensorSpec]:
@@ -186,6 +197,16 @@ def check_held_once(tensors: Mapping[str, TensorSpec], shards: Iterable[Shard]) 
     """
     held = _boxes(tensors, shards)
     _refuse((spec, fault) for key, spec in tensors.items() for fault in _faults(spec, held[key]))
+
+
+def _joined(
+    boxes: Iterable[tuple[Box, tuple[int, ...]]],
+) -> Iterator[tuple[Box, tuple[int, ...]]]:
+    """Boxes and the ranks that hold them; neighbours that the same ranks hold are one."""
+    by_ranks: dict[tuple[int, ...], list[Box]] = defaultdict(list)
+    for box, ranks in boxes:
+        by_ranks[ranks].append(box)
+    return ((box, ranks) for ranks, own in by_ranks.items() for box in joined(own))
 
 
 def _boxes(tensors: Mapping[str, TensorSpec], shards: Iterable[Shard]) -> dict[str, list[Box]]:

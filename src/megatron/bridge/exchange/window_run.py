@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ import torch
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import InputError
 from megatron.bridge.exchange.buffer_views import Destination, PackedWindow, Packing
-from megatron.bridge.exchange.route import Move, Routes
+from megatron.bridge.exchange.route import Moves, Routes
 from megatron.bridge.exchange.transport import Transport, Wait
-from megatron.bridge.exchange.windows import Schedule, schedule, slot_bytes
+from megatron.bridge.exchange.windows import Schedule, schedule
 from megatron.bridge.runtime.lost_ranks import naming_lost
 from megatron.bridge.runtime.ranks import Ranks
 from megatron.bridge.tensors.boxes import volume
@@ -40,9 +40,8 @@ class Exchange:
             the time, instead of one after another in that of the plan.
 
     Attributes:
+        moves: of this rank.
         schedule: of the windows.
-        sent: the moves of this rank, window by window.
-        received: likewise.
     """
 
     def __init__(
@@ -58,22 +57,22 @@ class Exchange:
         self._ranks, self._transport = ranks, transport
         self._plan, self._device = routes.plan, device
 
-        def prepared() -> tuple[list[Move], list[Move]]:
-            return routes.sends(ranks.index), routes.receives(ranks.index)
+        def prepared() -> Moves:
+            routes.check()
+            return routes.of(ranks.index)
 
-        sends, receives = ranks.together(prepared)
-        names = routes.wanted.names(routes.plan)
+        self.moves = ranks.together(prepared)
         self.schedule: Schedule = schedule(
             routes.plan,
-            {name: routes.holders_of(name) if by_turns else () for name in names},
-            (sends, receives),
+            routes.places if by_turns else dict.fromkeys(routes.names),
+            self.moves,
             window_bytes,
-            ranks.count,
             lambda own: ranks.largest(own, device),
         )
-        self.sent = self.schedule.by_window(sends)
-        self.received = self.schedule.by_window(receives)
-        sizes = [max(map(self._slots, moves), default=0) for moves in (self.sent, self.received)]
+        sizes = [
+            max(self.schedule.nbytes(moves), default=0)
+            for moves in (self.moves.sent, self.moves.received)
+        ]
         # Where there is no memory for them, all ranks are told.
         self._send, self._receive = ranks.agreed(
             lambda: [
@@ -100,10 +99,9 @@ class Exchange:
     def own_bytes(self) -> int:
         """That this rank holds and wants."""
         return sum(
-            volume(move.box) * itemsize(self._plan.hf[move.name].dtype)
-            for moves in self.sent
+            volume(move.box) * itemsize(self._plan.hf[name].dtype)
+            for name, moves in self.moves.own.items()
             for move in moves
-            if move.sender == move.receiver
         )
 
     @property
@@ -137,8 +135,7 @@ class Exchange:
         """
         buffer = number % _BUFFERS if buffer is None else buffer
         return packing.window(
-            self.sent[number],
-            self.received[number],
+            *(self.schedule.pieces(number, own) for own in self.moves),
             self._send[buffer],
             self._receive[buffer],
             destination,
@@ -207,6 +204,3 @@ class Exchange:
             wait()
             if number + 1 < self.count:
                 self._ranks.agreed(left, self._device)
-
-    def _slots(self, moves: Sequence[Move]) -> int:
-        return sum(slot_bytes(self._plan, move) for move in moves if move.sender != move.receiver)

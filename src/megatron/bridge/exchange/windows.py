@@ -3,14 +3,22 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import NamedTuple, Protocol, Self
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import InputError
-from megatron.bridge.exchange.route import Move
+from megatron.bridge.exchange.route import Move, Moves, MovesByName
 from megatron.bridge.models.conversion.plan import ConversionPlan
-from megatron.bridge.tensors.boxes import Box, BoxIndex, row_blocks, volume
+from megatron.bridge.tensors.boxes import (
+    Box,
+    Shape,
+    absolute,
+    box_shape,
+    full_box,
+    part_of,
+    volume,
+)
 from megatron.bridge.text.quoting import quoted
 
 WINDOW_BYTES = 256 << 20
@@ -18,11 +26,6 @@ WINDOW_BYTES = 256 << 20
 
 ALIGNMENT = 16
 """Every move begins at a multiple of so many bytes of its buffer: a place for any dtype."""
-
-_STRIPES = 8, 64
-"""A part of a tensor takes about so many stripes of it as there are ranks, so that many of them
-send at once; but not fewer, nor more, for each stripe cuts moves."""
-
 
 _UNITS_OF_WINDOW = 4
 """So many fit at least, so that what is left empty is little and each rank finds one of its own."""
@@ -37,13 +40,42 @@ def check_window_bytes(given: object) -> None:
 class Unit(NamedTuple):
     """What is never cut by the end of a window: a tensor, or one of several parts of it.
 
+    A part of a tensor is a part of each box of it that moves, so that all ranks which send or
+    receive any of it have as much to do in each part.
+
     Attributes:
         name: of the tensor.
-        part: which of the parts, each made of stripes from all over the tensor.
+        part: which of the parts.
     """
 
     name: str
     part: int
+
+
+class Part(NamedTuple):
+    """A part of a box.
+
+    Attributes:
+        within: in coordinates whose zero is the corner of the box.
+        shape: of it.
+        nbytes: of a buffer that it takes.
+    """
+
+    within: Box
+    shape: Shape
+    nbytes: int
+
+
+class Piece(NamedTuple):
+    """What a window has of a move."""
+
+    move: Move
+    part: Part
+
+    @property
+    def box(self) -> Box:
+        """Of the tensor."""
+        return absolute(self.part.within, self.move.box)
 
 
 class Load(NamedTuple):
@@ -68,52 +100,45 @@ class Cutting:
     Attributes:
         plan: of the model.
         parts: of each tensor that is moved, in the order in which they are.
-        ranks: how many there are.
     """
 
     plan: ConversionPlan
     parts: Mapping[str, int]
-    ranks: int
 
     def loads(self, name: str, moves: Iterable[Move]) -> list[int]:
         """The bytes that moves of a tensor take of a buffer, for each part of the tensor."""
+        times: Counter[Shape] = Counter()
+        for move in moves:
+            times[move.shape] += len(move.peers)
         found = [0] * self.parts[name]
-        dtype = self.plan.hf[name].dtype
-        # Ranks that want the same are sent the same boxes.
-        for box, times in Counter(move.box for move in moves).items():
-            for unit, shared in self.cut(name, box):
-                found[unit.part] += times * box_slot_bytes(shared, dtype)
+        for shape, count in times.items():
+            for part, nbytes in enumerate(self.slots(name, shape)):
+                found[part] += count * nbytes
         return found
 
-    def cut(self, name: str, box: Box) -> Iterable[tuple[Unit, Box]]:
-        """A box of a tensor, unit by unit."""
-        if (stripes := self._stripes.get(name)) is None:
-            return ((Unit(name, 0), box),)
-        return ((unit, shared) for shared, unit in stripes.overlapping(box))
+    def parts_of(self, name: str, shape: Shape) -> Sequence[Part | None]:
+        """A box of a tensor in its parts; None for one without elements."""
+        return _parts_of(shape, self.plan.hf[name].dtype, self.parts[name])
+
+    def slots(self, name: str, shape: Shape) -> list[int]:
+        """The bytes of a buffer that a box of a tensor takes, part by part."""
+        return [part.nbytes if part else 0 for part in self.parts_of(name, shape)]
 
     def units(self) -> Iterator[Unit]:
         """All of them, in order."""
         return (Unit(name, part) for name, count in self.parts.items() for part in range(count))
 
     def finer(self, names: Mapping[str, int]) -> Self:
-        """With some tensors cut into more parts, if there are so many rows."""
+        """With some tensors cut into more parts."""
         return replace(self, parts={**self.parts, **names})
 
-    @cached_property
-    def _stripes(self) -> dict[str, BoxIndex[Unit]]:
-        return {
-            name: BoxIndex(
-                (box, Unit(name, number % count)) for number, box in enumerate(self._rows(name))
-            )
-            for name, count in self.parts.items()
-            if count > 1
-        }
 
-    def _rows(self, name: str) -> Iterator[tuple[tuple[int, int], ...]]:
-        spec = self.plan.hf[name]
-        fewest, most = _STRIPES
-        stripes = self.parts[name] * min(max(fewest, self.ranks), most)
-        return row_blocks(spec.shape, itemsize(spec.dtype), max(1, spec.nbytes // stripes))
+@lru_cache(1 << 12)  # layers repeat
+def _parts_of(shape: Shape, dtype: str, count: int) -> tuple[Part | None, ...]:
+    boxes = (part_of(full_box(shape), number, count) for number in range(count))
+    return tuple(
+        None if box is None else Part(box, box_shape(box), slot_bytes(box, dtype)) for box in boxes
+    )
 
 
 @dataclass(frozen=True)
@@ -128,27 +153,29 @@ class Schedule:
     cutting: Cutting
     windows: tuple[tuple[Unit, ...], ...]
 
-    def by_window(self, moves: Sequence[Move]) -> list[list[Move]]:
-        """Moves cut into those of each window, in the order in which they came."""
-        number = {unit: number for number, window in enumerate(self.windows) for unit in window}
-        found: list[list[Move]] = [[] for _ in self.windows]
-        # Ranks that want the same are sent the same boxes.
-        known: dict[tuple[str, Box], list[tuple[list[Move], Box]]] = {}
-        for move in moves:
-            if (place := (move.name, move.box)) not in known:
-                cut = self.cutting.cut(*place)
-                known[place] = [(found[number[unit]], box) for unit, box in cut]
-            for own, box in known[place]:
-                own.append(move if box == move.box else move._replace(box=box))
-        return found
+    def pieces(self, number: int, moves: MovesByName) -> list[Piece]:
+        """What a window has of some moves, in an order that is the same at both ends."""
+        return [
+            Piece(move, part)
+            for unit in self.windows[number]
+            for move in moves.get(unit.name, ())
+            if (part := self.cutting.parts_of(unit.name, move.shape)[unit.part]) is not None
+        ]
+
+    def nbytes(self, moves: MovesByName) -> list[int]:
+        """The bytes of a buffer that moves take in each window."""
+        loads = {name: self.cutting.loads(name, own) for name, own in moves.items()}
+        return [
+            sum(loads[unit.name][unit.part] for unit in window if unit.name in loads)
+            for window in self.windows
+        ]
 
 
 def schedule(
     plan: ConversionPlan,
     places: Mapping[str, Hashable],
-    moves: tuple[Sequence[Move], Sequence[Move]],
+    moves: Moves,
     window_bytes: int,
-    ranks: int,
     largest: Callable[[Sequence[int]], Sequence[int]],
 ) -> Schedule:
     """Cut what moves between ranks into windows.
@@ -160,16 +187,15 @@ def schedule(
         places: of all tensors that move, in order, where each comes from. Those of all places take
             turns: layers follow one another by pipeline stages, and in their order the ranks of
             one stage would send, and then those of the next.
-        moves: those that this rank sends, and those that it receives.
+        moves: of this rank.
         window_bytes: that a rank sends, and receives, in a window at most. A window of a single
-            row of a tensor may have more.
-        ranks: how many there are.
+            unit of as many parts as a tensor has rows may have more.
         largest: gives, of a list that every rank has, the greatest number at each place.
     """
     return fitted(
-        Cutting(plan, dict.fromkeys(places, 1), ranks),
+        Cutting(plan, dict.fromkeys(places, 1)),
         places,
-        _OwnLoads(moves, largest),
+        _OwnLoads((moves.sent, moves.received), largest),
         window_bytes,
     )
 
@@ -224,16 +250,11 @@ class _OwnLoads:
 
     def __init__(
         self,
-        moves: tuple[Sequence[Move], Sequence[Move]],
+        moves: tuple[MovesByName, MovesByName],
         largest: Callable[[Sequence[int]], Sequence[int]],
     ) -> None:
-        self._largest = largest
-        self._moves: tuple[dict[str, list[Move]], ...] = ({}, {})
+        self._largest, self._moves = largest, moves
         self._loads: tuple[dict[str, list[int]], ...] = ({}, {})
-        for own, by_name in zip(moves, self._moves, strict=True):
-            for move in own:
-                if move.sender != move.receiver:
-                    by_name.setdefault(move.name, []).append(move)
 
     def most(self, cutting: Cutting, changed: Iterable[str]) -> Sequence[int]:
         names = list(changed)
@@ -256,9 +277,9 @@ class _OwnLoads:
         return Load(*(loads[unit.name][unit.part] for loads in self._loads))
 
 
-def slot_bytes(plan: ConversionPlan, move: Move) -> int:
-    """The bytes of a buffer that a move takes."""
-    return box_slot_bytes(move.box, plan.hf[move.name].dtype)
+def slot_bytes(box: Box, dtype: str) -> int:
+    """The bytes of a buffer that a box takes."""
+    return -(-volume(box) * itemsize(dtype) // ALIGNMENT) * ALIGNMENT
 
 
 def _by_turns(cutting: Cutting, places: Mapping[str, Hashable]) -> list[Unit]:
@@ -271,11 +292,6 @@ def _by_turns(cutting: Cutting, places: Mapping[str, Hashable]) -> list[Unit]:
     return sorted(at, key=lambda unit: at[unit] / max(1, done[places[unit.name]]))
 
 
-def box_slot_bytes(box: Box, dtype: str) -> int:
-    """The bytes of a buffer that a box takes."""
-    return -(-volume(box) * itemsize(dtype) // ALIGNMENT) * ALIGNMENT
-
-
 def _parts(cutting: Cutting, unit: Unit, load: int, window_bytes: int) -> int:
     """Into how many parts the tensor of a unit should be cut."""
     now, most = cutting.parts[unit.name], max(1, window_bytes // _UNITS_OF_WINDOW)
@@ -283,8 +299,8 @@ def _parts(cutting: Cutting, unit: Unit, load: int, window_bytes: int) -> int:
         return now
     spec = cutting.plan.hf[unit.name]
     rows = max(1, volume(tuple((0, size) for size in spec.shape[:-1])))
-    # A half more than it takes: stripes are not all of a length.
-    return min(rows, now * -(-3 * load // (2 * most)))
+    # Axes are even: halves and quarters of them are whole rows, and all of a size.
+    return min(rows, now << (-(-load // most) - 1).bit_length())
 
 
 def _windows(units: Sequence[Unit], ends: Sequence[int]) -> Iterator[tuple[Unit, ...]]:

@@ -307,7 +307,9 @@ def _mismatches(plan: ConversionPlan, tensors: Iterable[LocalTensor]) -> Iterato
         elif spec.shape != local.key_shape:
             yield f"{local.key}: the files make shape {spec.shape}, the model has {local.key_shape}"
         else:
-            filled = sum(volume(shared) for shared, _ in plan.copies_to(local.key, local.box))
+            filled = sum(
+                volume(shared) for shared, _ in plan.joined_copies_to(local.key, local.box)
+            )
             filled += sum(map(volume, plan.padding_in(local.key, local.box)))
             if filled != volume(local.box):
                 yield (

@@ -158,7 +158,7 @@ class Refit:
         self._ranks.together(lambda: self._check_targets(held))
         roster = Roster.of(self._ranks, held)
         wanted = Wanted.of(self._ranks, (landing.demand for landing in self._landings))
-        routes = self._ranks.together(lambda: Routes(plan, roster, wanted, affinity))
+        routes = Routes(plan, roster, wanted, affinity)
         self._shards = roster.by_rank[self._ranks.index]
         self.exchange = Exchange(
             routes,

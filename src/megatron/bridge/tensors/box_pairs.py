@@ -29,10 +29,17 @@ def megatron_part(pair: BoxPair, hf_part: Box) -> Box:
     return _carry_over(pair.hf_box, pair.megatron_box, hf_part, hf_axes, megatron_axes)
 
 
+def axis_pairs(pair: BoxPair) -> list[tuple[int, int]]:
+    """(axis of the Megatron box, the same of the Hugging Face box), as the first follow each other.
+
+    Of the axes of extent above 1.
+    """
+    return list(zip(*_axes(pair), strict=True))
+
+
 def axes_in_hf_order(pair: BoxPair) -> list[int]:
     """The axes of extent above 1 of the Megatron box, as those of the Hugging Face box follow."""
-    megatron_axes, hf_axes = _axes(pair)
-    return [axis for _, axis in sorted(zip(hf_axes, megatron_axes, strict=True))]
+    return [axis for _, axis in sorted((of_hf, axis) for axis, of_hf in axis_pairs(pair))]
 
 
 def _axes(pair: BoxPair) -> tuple[list[int], list[int]]:

@@ -109,10 +109,29 @@ def blocks_of(box: Box, itemsize: int, max_bytes: int) -> Iterator[Box]:
     return (absolute(block, box) for block in row_blocks(box_shape(box), itemsize, max_bytes))
 
 
+def part_of(box: Box, number: int, count: int) -> Box | None:
+    """One of so many parts of a box, which tile it in row-major order.
+
+    They are rows of its first axis; where there are fewer rows than parts, rows within each of
+    them. None for a part that is empty, where there are fewer elements than parts.
+    """
+    found = list(box)
+    for axis, (start, stop) in enumerate(box):
+        rows = stop - start
+        if rows >= count:
+            found[axis] = start + number * rows // count, start + (number + 1) * rows // count
+            return tuple(found)
+        row = number * rows // count
+        found[axis] = start + row, start + row + 1
+        first = -(-row * count // rows)  # of the parts of this row
+        number, count = number - first, -(-(row + 1) * count // rows) - first
+    return tuple(found) if number == 0 else None
+
+
 def joined(boxes: Iterable[Box]) -> list[Box]:
     """Boxes that hold the same elements; neighbours are one, along one axis after the other."""
     found = sorted(dict.fromkeys(boxes))
-    for axis in reversed(range(len(found[0]) if found else 0)):
+    for axis in reversed(range(len(found[0]) if len(found) > 1 else 0)):
         rows: dict[tuple[Box, Box], list[Interval]] = defaultdict(list)
         for box in found:
             intervals = rows[box[:axis], box[axis + 1 :]]

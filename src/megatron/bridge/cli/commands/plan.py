@@ -216,14 +216,14 @@ def _refitted(
     """The report with what a refit moves, or why the engine cannot be laid out so."""
     from megatron.bridge.errors import PlanError
     from megatron.bridge.operations.inspection import refit_forecast
-    from megatron.bridge.operations.inspection.refit_route import EngineLayout
+    from megatron.bridge.operations.inspection.refit_route import EngineLayout, write_routes
     from megatron.bridge.text.document import to_document
 
     engine = EngineLayout(**asked.sizes)
     output.note("plan: asking megatron-core which boxes each rank holds")
     notes = StageNotes(output.note, noun="ranks")
     try:
-        route = refit_forecast.plan_refit(report, engine, without, asked.ranks_per_node, notes)
+        routes = refit_forecast.plan_refit(report, engine, without, asked.ranks_per_node, notes)
     except PlanError as error:
         return replace(report, illegal=error)
     if asked.route is not None:
@@ -234,8 +234,8 @@ def _refitted(
             "engine": to_document(engine),
         }
         with open_new(asked.route) as file:
-            route.write(file, facts)
-    return replace(report, refit=refit_forecast.forecast_refit(route, engine, asked.bandwidth))
+            write_routes(routes, file, facts)
+    return replace(report, refit=refit_forecast.forecast_refit(routes, engine, asked.bandwidth))
 
 
 @contextmanager

@@ -126,6 +126,11 @@ class ConversionPlan:
         """(shared Hugging Face box, copy) for every copy that reads part of a box of a tensor."""
         return self._by_name[name].overlapping(box)
 
+    def joined_copies_to(self, key: str, box: Box) -> Iterator[tuple[Box, Copy]]:
+        """As `copies_to`; copies that continue one another on both sides are one: all experts."""
+        if key in self._joined_by_key:
+            yield from self._joined_by_key[key].overlapping(box)
+
     def padding_in(self, key: str, box: Box) -> Iterator[Box]:
         """The parts of a box of a key that are padding."""
         if key in self._padding_by_key:
@@ -135,6 +140,11 @@ class ConversionPlan:
     @cached_property
     def _by_key(self) -> dict[str, BoxIndex[Copy]]:
         return _indexed((copy.megatron_key, copy.megatron_box, copy) for copy in self.copies)
+
+    @cached_property
+    def _joined_by_key(self) -> dict[str, BoxIndex[Copy]]:
+        joined = joined_copies(self.copies)
+        return _indexed((copy.megatron_key, copy.megatron_box, copy) for copy in joined)
 
     @cached_property
     def _by_name(self) -> dict[str, BoxIndex[Copy]]:
@@ -166,6 +176,53 @@ class ConversionPlan:
                     continue
                 for fault in tilings(spec.shape, tuple(boxes[name])):
                     yield f"{side} {name} of shape {spec.shape}: {fault}"
+
+
+def joined_copies(copies: Iterable[Copy]) -> Iterator[Copy]:
+    """Copies of the same elements; those that continue one another on both sides are one."""
+    alike: dict[tuple[object, ...], list[Copy]] = defaultdict(list)
+    for copy in copies:
+        name, box, key, _, *how = copy
+        alike[name, key, box[1:], *how].append(copy)
+    for own in alike.values():
+        first = last = own[0]
+        along: int | None = None
+        for copy in own[1:]:
+            axis = _continued_along(last, copy)
+            if axis is None or along not in (None, axis):
+                yield _run(first, last)
+                first, axis = copy, None
+            last, along = copy, axis
+        yield _run(first, last)
+
+
+def _continued_along(one: Copy, other: Copy) -> int | None:
+    """The axis of the Megatron box along which a copy continues one that is alike.
+
+    On the other side it does so along the first axis; here no axis before it has an extent, so that
+    the elements follow one another in the same order.
+    """
+    if len(one.hf_box) < (3 if one.transpose else 1) or one.hf_box[0][1] != other.hf_box[0][0]:
+        return None
+    pairs = zip(one.megatron_box, other.megatron_box, strict=True)
+    for axis, (own, following) in enumerate(pairs):
+        if own != following:
+            is_rest_equal = one.megatron_box[axis + 1 :] == other.megatron_box[axis + 1 :]
+            return axis if own[1] == following[0] and is_rest_equal else None
+        if own[1] - own[0] > 1:
+            return None
+    return None
+
+
+def _run(first: Copy, last: Copy) -> Copy:
+    """All copies from one to another as one."""
+    if first is last:
+        return first
+    hf_box, megatron_box = (
+        tuple((start, stop) for (start, _), (_, stop) in zip(*boxes, strict=True))
+        for boxes in ((first.hf_box, last.hf_box), (first.megatron_box, last.megatron_box))
+    )
+    return first._replace(hf_box=hf_box, megatron_box=megatron_box)
 
 
 def _indexed[Item](items: Iterable[tuple[str, Box, Item]]) -> dict[str, BoxIndex[Item]]:

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 from megatron.bridge.dtypes import itemsize
 from megatron.bridge.errors import InputError, PlanError
-from megatron.bridge.exchange.route import Affinity
+from megatron.bridge.exchange.route import Affinity, Routes, Transfer
 from megatron.bridge.exchange.windows import (
     WINDOW_BYTES,
     Cutting,
     Schedule,
     Unit,
-    box_slot_bytes,
     fitted,
+    slot_bytes,
 )
 from megatron.bridge.formats.torch_dist.collection import without_collection
 from megatron.bridge.operations.inspection.cluster_legality import blueprint_of, layout_of
 from megatron.bridge.operations.inspection.forecast import Forecast
 from megatron.bridge.operations.inspection.rank_shards import shards_of_ranks
-from megatron.bridge.operations.inspection.refit_route import (
-    EngineLayout,
-    RefitRoute,
-    Transfer,
-    route_between,
-)
+from megatron.bridge.operations.inspection.refit_route import EngineLayout, route_between
 from megatron.bridge.progress import Progress
-from megatron.bridge.tensors.boxes import Box, volume
+from megatron.bridge.tensors.boxes import Shape, box_shape, volume
 from megatron.bridge.text.document import stated
 
 ASSUMED_BYTES_PER_SECOND = 50e9
@@ -106,69 +101,51 @@ class RefitForecast:
         return self.limit_bytes / self.bytes_per_second
 
 
-class _Counted(NamedTuple):
-    """A transfer between ranks: who sends it how often, and who receives it."""
-
-    box: Box
-    senders: Numbers
-    times: Numbers
-    receivers: Numbers
-
-
 class _Amounts:
-    """The bytes of a route, rank by rank."""
+    """The bytes of routes, rank by rank."""
 
-    def __init__(self, route: RefitRoute) -> None:
-        self.route = route
-        world = len(route.wanted)
+    def __init__(self, routes: Routes) -> None:
+        self._plan, self._per_node = routes.plan, routes.affinity.ranks_per_node
+        self._world = len(routes.wanted.by_rank)
         self.own_bytes = self.within_node_bytes = 0
-        self.forced = np.zeros(world, np.int64)  # what nobody else could send
-        self.moves: dict[str, list[_Counted]] = {}
+        self.forced = np.zeros(self._world, np.int64)  # what nobody else could send
         self.holders: set[int] = set()
         self._loads: dict[str, Numbers] = {}
-        self._world = world
-        for name, transfers in route.transfers():
-            self.moves[name] = [
-                counted for one in transfers if (counted := self._counted(name, one)) is not None
-            ]
+        # By tensor and the shape of a box: how many of these each rank [sends, receives].
+        self._times = {name: self._counted(routes.transfers(name)) for name in routes.names}
 
-    def _counted(self, name: str, one: Transfer) -> _Counted | None:
-        dtype, per_node = self.route.plan.hf[name].dtype, self.route.affinity.ranks_per_node
-        pairs = [
-            (sender, receiver)
-            for sender, receiver in zip(one.senders, one.receivers, strict=True)
-            if sender != receiver
-        ]
-        size = box_slot_bytes(one.box, dtype)
-        own = len(one.receivers) - len(pairs)
-        self.own_bytes += own * volume(one.box) * itemsize(dtype)
-        self.holders.update(one.holders)
-        if not pairs:
-            return None
-        if per_node is not None:
-            near = sum(sender // per_node == receiver // per_node for sender, receiver in pairs)
-            self.within_node_bytes += near * size
-        if len(one.holders) == 1:
-            self.forced[one.holders[0]] += len(pairs) * size
-        times = Counter(sender for sender, _ in pairs)
-        return _Counted(
-            one.box,
-            np.array(list(times), np.int64),
-            np.array(list(times.values()), np.int64),
-            np.array([receiver for _, receiver in pairs], np.int64),
-        )
+    def _counted(self, transfers: Iterable[Transfer]) -> dict[Shape, Numbers]:
+        ends: dict[Shape, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for one in transfers:
+            dtype = self._plan.hf[one.demand.name].dtype
+            size, sent, received = slot_bytes(one.box, dtype), *ends[box_shape(one.box)]
+            pairs = [
+                (sender, receiver)
+                for sender, receiver in zip(one.senders, one.receivers, strict=True)
+                if sender != receiver
+            ]
+            own = len(one.receivers) - len(pairs)
+            self.own_bytes += own * volume(one.box) * itemsize(dtype)
+            self.holders.update(one.holding.holders)
+            if (per_node := self._per_node) is not None:
+                near = sum(sender // per_node == receiver // per_node for sender, receiver in pairs)
+                self.within_node_bytes += near * size
+            if len(one.holding.holders) == 1:
+                self.forced[one.holding.holders[0]] += len(pairs) * size
+            sent += [sender for sender, _ in pairs]
+            received += [receiver for _, receiver in pairs]
+        return {
+            shape: np.stack([np.bincount(ranks, minlength=self._world) for ranks in of])
+            for shape, of in ends.items()
+            if of[0]
+        }
 
     def most(self, cutting: Cutting, changed: Iterable[str]) -> Sequence[int]:
         """As of `Loads`."""
         for name in changed:
-            dtype = self.route.plan.hf[name].dtype
             loads = self._loads[name] = np.zeros((cutting.parts[name], 2, self._world), np.int64)
-            for box, senders, times, receivers in self.moves[name]:
-                for unit, shared in cutting.cut(name, box):
-                    size = box_slot_bytes(shared, dtype)
-                    sent, received = loads[unit.part]
-                    sent[senders] += times * size
-                    received[receivers] += size
+            for shape, times in self._times[name].items():
+                loads += np.multiply.outer(np.array(cutting.slots(name, shape)), times)
         return [int(most) for name in cutting.parts for most in self._loads[name].max((1, 2))]
 
     def ends(self, units: Sequence[Unit], window_bytes: int) -> Sequence[int]:
@@ -194,26 +171,26 @@ class _Amounts:
 
 
 def forecast_refit(
-    route: RefitRoute,
+    routes: Routes,
     engine: EngineLayout,
     bytes_per_second: float | None = None,
     window_bytes: int = WINDOW_BYTES,
 ) -> RefitForecast:
-    """What a refit over a route moves.
+    """What a refit over routes moves.
 
     Args:
-        route: of all ranks.
+        routes: of all ranks.
         engine: that is filled.
         bytes_per_second: that a rank sends, and receives, at once; None for an assumed rate.
         window_bytes: see `Refit`.
     """
     rate = bytes_per_second or ASSUMED_BYTES_PER_SECOND
     with without_collection():
-        amounts = _Amounts(route)
-        cutting = Cutting(route.plan, dict.fromkeys(amounts.moves, 1), len(route.wanted))
-        places = {name: route.held[name][0][1].holders for name in amounts.moves}
-        schedule = fitted(cutting, places, amounts, window_bytes)
-    world = len(route.wanted)
+        amounts = _Amounts(routes)
+        cutting = Cutting(routes.plan, dict.fromkeys(routes.names, 1))
+        schedule = fitted(cutting, routes.places, amounts, window_bytes)
+    wanted = routes.wanted.by_rank
+    world = len(wanted)
     total, largest = np.zeros((2, world), np.int64), np.zeros((2, world), np.int64)
     slowest = 0
     for load in amounts.of_windows(schedule):
@@ -221,10 +198,10 @@ def forecast_refit(
         largest = np.maximum(largest, load)
         slowest += int(load.max())
     sent, received = total
-    taking = np.array([bool(own) for own in route.wanted])
+    taking = np.array([bool(own) for own in wanted])
     holding = np.array(sorted(amounts.holders), np.int64)
     moved = int(sent.sum())
-    per_node = route.affinity.ranks_per_node
+    per_node = routes.affinity.ranks_per_node
     return RefitForecast(
         engine=engine,
         ranks=world,
@@ -250,8 +227,8 @@ def plan_refit(
     without: Collection[str] = (),
     ranks_per_node: int | None = None,
     progress: Progress | None = None,
-) -> RefitRoute:
-    """The route between a trainer and an engine, neither of which has to be there.
+) -> Routes:
+    """The routes between a trainer and an engine, neither of which has to be there.
 
     Args:
         report: of the model, laid out as the trainer has it.

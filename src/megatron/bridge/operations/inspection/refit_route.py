@@ -8,8 +8,7 @@ the plan makes Hugging Face boxes of them:
                                                           intersect
     shards of the engine  --plan--> boxes that are wanted /
 
-A refit makes a move of each box of the plan. Here neighbours are one box, or there would be tens of
-millions; senders and bytes are the same.
+The routes are those of a refit of these boxes: the same moves, senders and bytes.
 """
 
 from __future__ import annotations
@@ -17,18 +16,17 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
-from megatron.bridge.errors import PlanError
+from megatron.bridge.exchange.demand import Demand, Wanted
 from megatron.bridge.exchange.roster import Roster, Shard
-from megatron.bridge.exchange.route import Affinity, Holding, holdings
+from megatron.bridge.exchange.route import Affinity, Routes
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
 from megatron.bridge.tensors.box_pairs import hf_part, megatron_part
-from megatron.bridge.tensors.boxes import Box, BoxIndex, joined, volume
+from megatron.bridge.tensors.boxes import Box, joined
 from megatron.bridge.text.document import stated
 
 
@@ -72,141 +70,14 @@ class EngineLayout:
         return ",".join(given + (["disjoint"] if self.disjoint else [])) or "tp=1"
 
 
-class Transfer(NamedTuple):
-    """A box of a Hugging Face tensor that goes to ranks which want it.
-
-    Attributes:
-        box: of the tensor.
-        holders: the ranks that hold it.
-        senders: for each receiver the rank that sends to it, itself where it holds the box.
-        receivers: the ranks that want it.
-    """
-
-    box: Box
-    holders: tuple[int, ...]
-    senders: tuple[int, ...]
-    receivers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class RefitRoute:
-    """Who sends what to whom, of all ranks.
-
-    Attributes:
-        plan: between files and trainer.
-        held: what the trainer holds of each Hugging Face tensor, box by box of the plan.
-        wanted: what each rank of the world wants of each; replicas share one mapping.
-        affinity: who of several holders sends.
-    """
-
-    plan: ConversionPlan
-    held: Mapping[str, Sequence[tuple[Box, Holding]]]
-    wanted: Sequence[Mapping[str, Sequence[Box]]]
-    affinity: Affinity = field(default_factory=Affinity)
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors that the engine wants, in the order of the files."""
-        wanted = {name for own in self._ranks_by_wish.values() for name in own[0]}
-        return [name for name in self.plan.hf if name in wanted]
-
-    @property
-    def _ranks_by_wish(self) -> dict[int, tuple[Mapping[str, Sequence[Box]], list[int]]]:
-        found: dict[int, tuple[Mapping[str, Sequence[Box]], list[int]]] = {}
-        for rank, own in enumerate(self.wanted):
-            found.setdefault(id(own), (own, []))[1].append(rank)
-        return found
-
-    def transfers(self) -> Iterator[tuple[str, list[Transfer]]]:
-        """All of them, tensor by tensor.
-
-        Raises:
-            PlanError: the trainer does not hold all that is wanted, or some of it at two places in
-                unlike parts.
-        """
-        wishes = list(self._ranks_by_wish.values())
-        numbers = {name: number for number, name in enumerate(self.plan.hf)}
-        for name in self.names:
-            ranks: dict[Box, list[int]] = defaultdict(list)
-            for own, of in wishes:
-                for box in own.get(name, ()):
-                    ranks[box] += of
-            holders = BoxIndex(self._joined(name))
-            senders = cache(
-                lambda held, of, number=numbers[name]: tuple(
-                    self.affinity.sender(held, receiver, number) for receiver in of
-                )
-            )
-            found = []
-            for box, of in ranks.items():
-                receivers, arrived = tuple(sorted(of)), 0
-                for shared, held in holders.overlapping(box):
-                    arrived += volume(shared)
-                    found.append(Transfer(shared, held, senders(held, receivers), receivers))
-                if arrived != volume(box):
-                    raise PlanError(
-                        [f"{name}: {arrived} of the {volume(box)} values of it are held"],
-                        heading="the trainer does not hold what the engine wants",
-                    )
-            yield name, found
-
-    def _joined(self, name: str) -> list[tuple[Box, tuple[int, ...]]]:
-        boxes: dict[tuple[int, ...], list[Box]] = defaultdict(list)
-        for box, holding in self.held.get(name, ()):
-            boxes[holding.holders].append(box)
-        return [(box, held) for held, own in boxes.items() for box in joined(own)]
-
-    def write(self, out: TextIO, facts: Mapping[str, Any]) -> None:
-        """Write the route as JSON, one object a line.
-
-        Args:
-            out: the file.
-            facts: of the first line.
-        """
-        lines = chain([dict(facts)], self._held_lines(), self._wanted_lines(), self._move_lines())
-        out.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-
-    def _held_lines(self) -> Iterator[dict[str, Any]]:
-        for name in self.names:
-            for box, (copy, held, holders) in self.held[name]:
-                yield {
-                    "kind": "held",
-                    "ranks": holders,
-                    "name": name,
-                    "box": box,
-                    "key": copy.megatron_key,
-                    "key_box": megatron_part(copy, box),
-                    "rank_box": held,
-                    "transpose": copy.transpose,
-                    "offset": copy.offset,
-                }
-
-    def _wanted_lines(self) -> Iterator[dict[str, Any]]:
-        for own, ranks in self._ranks_by_wish.values():
-            for name, boxes in own.items():
-                for box in boxes:
-                    yield {"kind": "wanted", "ranks": ranks, "name": name, "box": box}
-
-    def _move_lines(self) -> Iterator[dict[str, Any]]:
-        for name, transfers in self.transfers():
-            for box, _, senders, receivers in transfers:
-                by_sender: dict[int, list[int]] = defaultdict(list)
-                for sender, receiver in zip(senders, receivers, strict=True):
-                    by_sender[sender].append(receiver)
-                for sender, of in by_sender.items():
-                    yield {
-                        "kind": "move", "name": name, "box": box, "sender": sender, "receivers": of,
-                    }  # fmt: skip
-
-
 def route_between(
     plan: ConversionPlan,
     trainer: Sequence[tuple[Shard, ...]],
     replica: Sequence[tuple[Shard, ...]],
     engine: EngineLayout,
     affinity: Affinity,
-) -> RefitRoute:
-    """The route from what trainer ranks hold to what engine ranks want.
+) -> Routes:
+    """The routes from what trainer ranks hold to what engine ranks want.
 
     Args:
         plan: between files and trainer.
@@ -218,26 +89,70 @@ def route_between(
     before = len(trainer) if engine.disjoint else 0
     world = max(len(trainer), before + engine.ranks)
     nothing: tuple[Shard, ...] = ()
-    idle = [nothing] * (world - len(trainer))
-    roster = Roster((*trainer, *idle), ())
-    wishes: dict[int, Mapping[str, Sequence[Box]]] = {}
-    for own in replica:
-        if id(own) not in wishes:
-            wishes[id(own)] = wanted_boxes(plan, own)
-    wanted: list[Mapping[str, Sequence[Box]]] = [{}] * before
-    wanted += [wishes[id(own)] for own in replica] * engine.replicas
-    wanted += [{}] * (world - len(wanted))
-    return RefitRoute(plan, holdings(plan, roster), wanted, affinity)
+    roster = Roster((*trainer, *[nothing] * (world - len(trainer))), ())
+    # Replicas want the same.
+    wishes = {id(own): own for own in replica}
+    demands = {key: tuple(_demands(plan, own)) for key, own in wishes.items()}
+    wanted: list[tuple[Demand, ...]] = [()] * before
+    wanted += [demands[id(own)] for own in replica] * engine.replicas
+    wanted += [()] * (world - len(wanted))
+    return Routes(plan, roster, Wanted(tuple(wanted)), affinity)
 
 
-def wanted_boxes(plan: ConversionPlan, shards: Iterable[Shard]) -> dict[str, list[Box]]:
-    """What some shards are made of, in boxes of Hugging Face tensors."""
+def _demands(plan: ConversionPlan, shards: Iterable[Shard]) -> Iterator[Demand]:
+    """What some shards are made of."""
     keys: dict[str, list[Box]] = defaultdict(list)
     for shard in shards:
         keys[shard.key].append(shard.box)
     found: dict[str, list[Box]] = defaultdict(list)
     for key, boxes in keys.items():
         for box in joined(boxes):
-            for shared, copy in plan.copies_to(key, box):
+            for shared, copy in plan.joined_copies_to(key, box):
                 found[copy.hf_name].append(hf_part(copy, shared))
-    return {name: joined(boxes) for name, boxes in found.items()}
+    return (Demand(name, box) for name, boxes in found.items() for box in joined(boxes))
+
+
+def write_routes(routes: Routes, out: TextIO, facts: Mapping[str, Any]) -> None:
+    """Write routes as JSON, one object a line.
+
+    Args:
+        routes: of all ranks.
+        out: the file.
+        facts: of the first line.
+    """
+    lines = chain([dict(facts)], _held_lines(routes), _wanted_lines(routes), _move_lines(routes))
+    out.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+
+
+def _held_lines(routes: Routes) -> Iterator[dict[str, Any]]:
+    for name in routes.names:
+        for box, (copy, held, holders) in routes.holdings_of(name):
+            yield {
+                "kind": "held",
+                "ranks": holders,
+                "name": name,
+                "box": box,
+                "key": copy.megatron_key,
+                "key_box": megatron_part(copy, box),
+                "rank_box": held,
+                "transpose": copy.transpose,
+                "offset": copy.offset,
+            }
+
+
+def _wanted_lines(routes: Routes) -> Iterator[dict[str, Any]]:
+    for demands, ranks in routes.wanted.distinct:
+        for name, box in demands:
+            yield {"kind": "wanted", "ranks": ranks, "name": name, "box": box}
+
+
+def _move_lines(routes: Routes) -> Iterator[dict[str, Any]]:
+    for name in routes.names:
+        for one in routes.transfers(name):
+            by_sender: dict[int, list[int]] = defaultdict(list)
+            for sender, receiver in zip(one.senders, one.receivers, strict=True):
+                by_sender[sender].append(receiver)
+            for sender, of in by_sender.items():
+                yield {
+                    "kind": "move", "name": name, "box": one.box, "sender": sender, "receivers": of,
+                }  # fmt: skip
