@@ -56,8 +56,8 @@ class Copies:
     """
 
     computed: Sequence[Callable[[], None]]
-    to: Sequence[torch.Tensor]
-    of: Sequence[torch.Tensor]
+    to: list[torch.Tensor]
+    of: list[torch.Tensor]
 
     def __len__(self) -> int:
         return len(self.computed) + len(self.to)
@@ -112,7 +112,7 @@ class CopyList:
         copies = Copies(self._computed, [], [])
         for (to, of, shape, *strides), starts in self._starts.items():
             for first, loops in _looped(starts):
-                sizes = (*(loop.count for loop in loops), *shape)
+                sizes = (*(loop.times for loop in loops), *shape)
                 for end, views in enumerate((copies.to, copies.of)):
                     steps = (*(loop.steps[end] for loop in loops), *strides[end])
                     memory = self._memories[(to, of)[end]]
@@ -128,8 +128,8 @@ type _Starts = tuple[int, int]
 
 
 class _Loop(NamedTuple):
-    count: int
-    steps: tuple[int, int]
+    times: int
+    steps: _Starts
 
 
 def _looped(starts: list[_Starts]) -> Iterator[tuple[_Starts, tuple[_Loop, ...]]]:
@@ -139,7 +139,7 @@ def _looped(starts: list[_Starts]) -> Iterator[tuple[_Starts, tuple[_Loop, ...]]
         outer: dict[tuple[_Loop, ...], list[_Starts]] = defaultdict(list)
         for loops, own in found.items():
             for first, loop in _runs(sorted(own)):
-                outer[(loop, *loops) if loop.count > 1 else loops].append(first)
+                outer[(loop, *loops) if loop.times > 1 else loops].append(first)
         found = outer
     return ((first, loops) for loops, own in found.items() for first in own)
 

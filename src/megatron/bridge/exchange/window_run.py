@@ -134,8 +134,11 @@ class Exchange:
             buffer: which of two buffers of each direction; None for the one that `run` uses.
         """
         buffer = number % _BUFFERS if buffer is None else buffer
+        sent, received, own = (self.schedule.pieces(number, one) for one in self.moves)
         return packing.window(
-            *(self.schedule.pieces(number, own) for own in self.moves),
+            sent,
+            received,
+            own,
             self._send[buffer],
             self._receive[buffer],
             destination,

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from megatron.bridge.dtypes import safetensors_dtype, torch_dtype
 from megatron.bridge.errors import InputError
-from megatron.bridge.exchange.buffer_views import HeldValues, Quantizing
 from megatron.bridge.exchange.demand import source_of
 from megatron.bridge.exchange.fp8_blocks import largest_of_blocks, scales_of
+from megatron.bridge.exchange.held_values import HeldValues, Quantizing
 from megatron.bridge.exchange.landing import Landing
 from megatron.bridge.live.local_tensors import LocalTensor
 from megatron.bridge.models.conversion.plan import ConversionPlan, Copy
@@ -223,7 +223,7 @@ class FP8Targets:
 
     def _parts_of(self, held: Iterable[LocalTensor]) -> Iterator[_Part]:
         for one in held:
-            for shared, copy in self.plan.copies_to(one.key, one.box):
+            for shared, copy in self.plan.joined_copies_to(one.key, one.box):
                 for name in self._sources.get(copy.hf_name, ()):
                     dtype = torch_dtype(self.quantizing.unquantized[name])
                     yield _Part(name, HeldValues(one), copy, hf_part(copy, shared), dtype)
