@@ -15,6 +15,7 @@ from megatron.bridge.tensors.boxes import (
     Shape,
     intersect,
     joined,
+    part_of,
     relative,
     row_blocks,
     slices,
@@ -208,3 +209,18 @@ def test_neighbours_are_joined() -> None:
     assert joined([((0, 2), (0, 3)), ((2, 4), (0, 2))]) == [((0, 2), (0, 3)), ((2, 4), (0, 2))]
     assert joined([()]) == [()]
     assert joined([]) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=3), st.integers(1, 40))
+@settings(deadline=None)
+def test_parts_tile_a_box(axes: list[tuple[int, int]], count: int) -> None:
+    box = tuple((start, start + size) for start, size in axes)
+    found = [part_of(box, number, count) for number in range(count)]
+    parts = [part for part in found if part is not None]
+    shape = tuple(size for _, size in axes)
+    assert list(tiling_faults(shape, [relative(part, box) for part in parts])) == []
+    assert parts == sorted(parts)
+    if count <= volume(box):
+        assert max(map(volume, parts)) <= 2 * -(-volume(box) // count)
+    if not axes or axes[0][1] % count == 0:
+        assert len({volume(part) for part in parts}) == 1
