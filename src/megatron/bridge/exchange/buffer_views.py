@@ -189,7 +189,7 @@ class _Buffer:
         return Elements(memory, 0, _strides(part.shape, move.held_axes)), starts
 
 
-@lru_cache(1 << 12)  # layers repeat
+@lru_cache(1 << 10)  # layers repeat
 def _strides(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
     """Of a box whose elements follow one another by some of its axes, the last one first."""
     strides, step = [1] * len(shape), 1

@@ -133,7 +133,7 @@ class Cutting:
         return replace(self, parts={**self.parts, **names})
 
 
-@lru_cache(1 << 12)  # layers repeat
+@lru_cache(1 << 10)  # layers repeat
 def _parts_of(shape: Shape, dtype: str, count: int) -> tuple[Part | None, ...]:
     boxes = (part_of(full_box(shape), number, count) for number in range(count))
     return tuple(
