@@ -132,6 +132,7 @@ def sent_to(
             for name, own in side.items():
                 for move in own:
                     if rank in move.peers:
+                        assert (found[name][slices(move.box)] == -1).all()
                         found[name][slices(move.box)] = sender
     return found
 
