@@ -67,6 +67,15 @@ EXCHANGE_MODEL = Case(
 )
 """What is moved between ranks."""
 
+LIVE_MODEL = replace(CASES[1], name="live")
+"""What a live model is filled with."""
+
+SHARED_MODEL = replace(CASES[1], name="shared-blocks")
+"""What is imported where files can share blocks."""
+
+OTHERS = (EXCHANGE_MODEL, LIVE_MODEL, SHARED_MODEL)
+"""What is measured in ways of its own."""
+
 
 def reduced(case: Case, layers: int | None, *, tiny: bool) -> Case:
     """The case with `layers` decoder layers, with `tiny` at the widths of tests; for trying out.

@@ -7,28 +7,41 @@ import datetime
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CASES, EXCHANGE_MODEL, MEMORY, SPEED, Case, reduced
+from benchmarks.cases import (
+    CASES,
+    EXCHANGE_MODEL,
+    LIVE_MODEL,
+    MEMORY,
+    OTHERS,
+    SHARED_MODEL,
+    SPEED,
+    Case,
+    reduced,
+)
 from benchmarks.disk_speed import Speeds, joined, measure
 from benchmarks.exchange import ExchangeResults, exchange_case, measure_exchange
 from benchmarks.figures import CaseResult, Results, join_runs
 from benchmarks.host import describe
+from benchmarks.live import LiveResults, live_case, measure_live
+from benchmarks.loop_disk import can_make_disks
 from benchmarks.model_files import ModelFiles
 from benchmarks.page import (
-    EXCHANGE,
-    exchange_tables,
-    read_exchange,
+    PARTS,
+    part_tables,
+    read_part,
     read_results,
     stem,
     tables,
     write_documents,
-    write_exchange,
+    write_part,
 )
-from benchmarks.processes import BenchmarkError
+from benchmarks.processes import BenchmarkError, compile_package
 from benchmarks.rounds import Bench
+from benchmarks.shared_blocks import SYSTEMS, SharedResults, measure_shared, shared_case
 from benchmarks.slow_disk import slow_disk
 
 _ROUNDS = 5
@@ -47,16 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for slow in (False, True):
             if (folder / f"{stem(slow=slow)}.json").exists():
                 write_documents(folder, read_results(folder, slow=slow))
-        if (folder / f"{EXCHANGE}.json").exists():
-            write_exchange(folder, read_exchange(folder))
+        for name in PARTS:
+            if (part := read_part(folder, name)) is not None:
+                write_part(folder, part)
         return 0
     whole = options.layers is None and not options.tiny and options.case is None
     try:
         with tempfile.TemporaryDirectory(prefix="megatron-bridge-bench-") as temporary:
             folder = (options.folder or Path(temporary)).resolve()
             folder.mkdir(parents=True, exist_ok=True)
+            compile_package()
             results = _measure(options, folder) if _cases(options) else None
-            moved = _measure_exchange(options, folder) if _is_exchanged(options) else None
+            parts = list(_measure_others(options, folder))
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,16 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(tables(results))
         if writes:
             write_documents(out or _DOCS, results)
-    if moved is not None:
-        print(exchange_tables(moved))
-        if writes or options.case == [EXCHANGE_MODEL.name]:
-            write_exchange(out or _DOCS, moved)
+    for part in parts:
+        print(part_tables(part))
+        if writes or (options.case is not None and not options.tiny and options.layers is None):
+            write_part(out or _DOCS, part)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [case.name for case in (*CASES, EXCHANGE_MODEL)]
+    names = [case.name for case in (*CASES, *OTHERS)]
     add = parser.add_argument
     add(
         "--rounds",
@@ -146,18 +161,21 @@ def _measure_cases(options: argparse.Namespace, folder: Path) -> Results:
     )
 
 
-def _is_exchanged(options: argparse.Namespace) -> bool:
-    """Whether what moves between ranks is measured: no disk has to do with it."""
-    return options.slow_disk is None and EXCHANGE_MODEL.name in (
-        options.case or [EXCHANGE_MODEL.name]
-    )
-
-
-def _measure_exchange(options: argparse.Namespace, folder: Path) -> ExchangeResults:
-    case = exchange_case(options.layers, tiny=options.tiny)
-    return measure_exchange(
-        folder, case, options.rounds, _about(options, folder), tiny=options.tiny
-    )
+def _measure_others(
+    options: argparse.Namespace, folder: Path
+) -> Iterator[SharedResults | LiveResults | ExchangeResults]:
+    """What is measured in ways of its own; a slow disk has nothing to do with it."""
+    if options.slow_disk is not None:
+        return
+    asked = options.case or [case.name for case in OTHERS]
+    about, tiny, layers = _about(options, folder), options.tiny, options.layers
+    if SHARED_MODEL.name in asked and (options.case or can_make_disks(SYSTEMS)):
+        yield measure_shared(folder, shared_case(layers, tiny=tiny), options.rounds, about)
+    if LIVE_MODEL.name in asked:
+        yield measure_live(folder, live_case(layers, tiny=tiny), options.rounds, about, tiny=tiny)
+    if EXCHANGE_MODEL.name in asked:
+        case = exchange_case(layers, tiny=tiny)
+        yield measure_exchange(folder, case, options.rounds, about, tiny=tiny)
 
 
 def _about(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -225,16 +225,12 @@ def rows(results: ExchangeResults) -> Iterator[list[str]]:
         wrong = results.wrong(way)
         yield [
             way + (f" ({wrong} tensors wrong)" if wrong else ""),
-            "" if way == FLOOR else _spread(results.ratio(way, FLOOR)),
-            _spread(Spread.of(results.seconds(way))),
+            "" if way == FLOOR else str(results.ratio(way, FLOOR)),
+            str(Spread.of(results.seconds(way))),
             "" if sent is None else f"{sent / 1e9:.2f}",
             "" if count is None else str(count),
             _mib(buffers) if buffers else "",
         ]
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.min:.2f}–{spread.max:.2f})"
 
 
 def _mib(nbytes: int) -> str:

@@ -31,6 +31,12 @@ class Spread:
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
+    def __str__(self) -> str:
+        """The median, and the range if there is one."""
+        if self.min == self.max:
+            return f"{self.median:.2f}"
+        return f"{self.median:.2f} ({self.min:.2f}–{self.max:.2f})"
+
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:

@@ -60,6 +60,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Settings of `make_model`: sizes between those of tests and those of releases."""
 
+TINY = {"vision_config.depth": 3, "text_config.num_hidden_layers": 3}
+"""Those of the tests, of any family."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -177,11 +180,13 @@ def main() -> None:
     parser.add_argument("--family", choices=list(FAMILIES), action="append")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="the widths of the tests, to try it")
     arguments = parser.parse_args()
     found = []
     for threads in arguments.threads or (1, 2):
         for family in arguments.family or FAMILIES:
-            for one in compare(family, FAMILIES[family], threads=threads, rounds=arguments.rounds):
+            settings = TINY if arguments.tiny else FAMILIES[family]
+            for one in compare(family, settings, threads=threads, rounds=arguments.rounds):
                 found.append(one)
                 print(
                     f"{one.family:14} {one.threads} thread{'s' * (one.threads > 1):1} "

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import MEMORY, SPEED, START
 from benchmarks.exchange import ExchangeResults, exchange_goals, rows
 from benchmarks.figures import CaseResult, Results, Spread, StepFigures
 from benchmarks.goals import Goal, goals
+from benchmarks.live import LiveResults, filling_rows, live_goals, pass_rows
 from benchmarks.plot import plot
 from benchmarks.rounds import TORCH
+from benchmarks.shared_blocks import SharedResults, shared_goals, shared_rows
 
 BEGIN = "<!-- made from {}.json by `python -m benchmarks --render` -->"
 END = "<!-- end of what is made from {}.json -->"
-EXCHANGE = "benchmarks-exchange"
-"""The name of the documents of what moves between ranks."""
-
 _MIB = 2**20
 
 
@@ -39,18 +39,29 @@ def write_documents(folder: Path, results: Results) -> None:
     write_tables(folder, name, tables(results))
 
 
-def write_exchange(folder: Path, results: ExchangeResults) -> None:
-    """The same for what moves between ranks, which has no picture."""
+def write_part(folder: Path, results: ExchangeResults | LiveResults | SharedResults) -> None:
+    """The same for a part of the page that has no picture."""
+    name, show = next((name, show) for name, (kind, show) in PARTS.items() if kind is type(results))
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results.document(), indent=1) + "\n"
-    (folder / f"{EXCHANGE}.json").write_text(text, "utf-8")
-    write_tables(folder, EXCHANGE, exchange_tables(results))
+    (folder / f"{name}.json").write_text(text, "utf-8")
+    write_tables(folder, name, show(results))
 
 
-def read_exchange(folder: Path) -> ExchangeResults:
-    """The results in benchmarks-exchange.json."""
-    document = json.loads((folder / f"{EXCHANGE}.json").read_text("utf-8"))
-    return ExchangeResults.from_document(document)
+def part_tables(results: ExchangeResults | LiveResults | SharedResults) -> str:
+    """All tables of a part, in Markdown."""
+    return next(show for kind, show in PARTS.values() if kind is type(results))(results)
+
+
+def read_part(folder: Path, name: str) -> ExchangeResults | LiveResults | SharedResults | None:
+    """The results in the document of a part of the page, None if there is none."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    found: ExchangeResults | LiveResults | SharedResults = PARTS[name][0].from_document(
+        json.loads(path.read_text("utf-8"))
+    )
+    return found
 
 
 def write_tables(folder: Path, name: str, text: str) -> None:
@@ -58,12 +69,6 @@ def write_tables(folder: Path, name: str, text: str) -> None:
     page = folder / "benchmarks.md"
     before = page.read_text("utf-8") if page.exists() else _EMPTY
     page.write_text(with_tables(before, name, text), "utf-8")
-
-
-_EMPTY = "# Benchmarks\n" + "".join(
-    f"\n{BEGIN.format(name)}\n{END.format(name)}\n"
-    for name in (stem(slow=False), stem(slow=True), EXCHANGE)
-)
 
 
 def read_results(folder: Path, *, slow: bool = False) -> Results:
@@ -98,6 +103,43 @@ def tables(results: Results) -> str:
     return "\n".join(parts)
 
 
+def live_tables(results: LiveResults) -> str:
+    """All tables of the live model, in Markdown."""
+    return "\n".join(
+        [
+            _measured(results),
+            "### Goals of the live model\n",
+            _goals_table(live_goals(results)),
+            f"### Filling {results.model}\n",
+            _table(
+                ["process", "beside the read", "s", "GB/s", "MiB above"],
+                filling_rows(results),
+            ),
+            "### Passes\n",
+            _table(
+                ["step", "threads", "beside transformers", "ours, s", "transformers', s"],
+                pass_rows(results),
+            ),
+        ]
+    )
+
+
+def shared_tables(results: SharedResults) -> str:
+    """All tables of file systems that share blocks, in Markdown."""
+    return "\n".join(
+        [
+            _measured(results),
+            "### Goals of shared blocks\n",
+            _goals_table(shared_goals(results)),
+            f"### {results.model}: {_size(results.nbytes)}\n",
+            _table(
+                ["import on", "beside the copy", "whole process, s", "copy, s", "new blocks, MB"],
+                shared_rows(results),
+            ),
+        ]
+    )
+
+
 def exchange_tables(results: ExchangeResults) -> str:
     """All tables of what moves between ranks, in Markdown."""
     return "\n".join(
@@ -114,7 +156,7 @@ def exchange_tables(results: ExchangeResults) -> str:
     )
 
 
-def _measured(results: Results | ExchangeResults) -> str:
+def _measured(results: Results | ExchangeResults | LiveResults | SharedResults) -> str:
     host = "; ".join(f"{name}: {value}" for name, value in results.host.items())
     rounds = f"{results.rounds} round{'s' * (results.rounds > 1)}"
     return f"Measured {results.measured} by `{results.command}`, medians of {rounds}.\n{host}.\n"
@@ -160,8 +202,8 @@ def _row(step: str, one: StepFigures, role: str) -> Iterator[str]:
     if role == SPEED:
         yield f"{one.gb_per_second:.2f}"
     if role != MEMORY:
-        yield "" if one.ratio is None else _spread(one.ratio)
-    yield _spread(one.wall_seconds)
+        yield "" if one.ratio is None else str(one.ratio)
+    yield str(one.wall_seconds)
     yield f"{one.seconds.median:.2f}"
     yield f"{one.cpu_seconds:.2f}"
     for nbytes in (one.peak_bytes, one.own_bytes, one.above_bytes):
@@ -173,7 +215,7 @@ def _disk_table(results: Results) -> str:
     held = "the disk itself" if results.slow_disk is None else f"held to {results.slow_disk:g} GB/s"
     return _table(
         [f"written, {held}", "GB/s"],
-        ((way, _spread(Spread.of(speeds))) for way, speeds in results.disk.items()),
+        ((way, str(Spread.of(speeds))) for way, speeds in results.disk.items()),
     )
 
 
@@ -188,7 +230,7 @@ def _process_table(cases: Sequence[CaseResult]) -> str:
                 f"{one.start_seconds:.2f}",
                 f"{one.seconds.median:.2f}",
                 f"{one.end_seconds:.2f}",
-                _spread(one.wall_seconds),
+                str(one.wall_seconds),
                 f"{one.start_cpu_seconds:.2f}",
             )
             for case in cases
@@ -196,13 +238,6 @@ def _process_table(cases: Sequence[CaseResult]) -> str:
             for one in [case.figures(step)]
         ),
     )
-
-
-def _spread(spread: Spread) -> str:
-    """The median, and the range if there is one."""
-    if spread.min == spread.max:
-        return f"{spread.median:.2f}"
-    return f"{spread.median:.2f} ({spread.min:.2f}–{spread.max:.2f})"
 
 
 def _size(nbytes: int) -> str:
@@ -213,3 +248,16 @@ def _table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     """Markdown; the first column to the left, all others as the page likes."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {
+    "benchmarks-shared-blocks": (SharedResults, shared_tables),
+    "benchmarks-live": (LiveResults, live_tables),
+    "benchmarks-exchange": (ExchangeResults, exchange_tables),
+}
+"""The parts of the page that have a document and tables, and no picture, by the document's name."""
+
+_EMPTY = "# Benchmarks\n" + "".join(
+    f"\n{BEGIN.format(name)}\n{END.format(name)}\n"
+    for name in (stem(slow=False), stem(slow=True), *PARTS)
+)

@@ -31,7 +31,7 @@ COPY_OF = {IMPORT: COPY_HF, EXPORT: COPY_MEGATRON, VERIFY: COPY_HF}
 TORCH = "python -c 'import torch'"
 """What the steps of a START case are compared with."""
 
-_SETTLE_SECONDS = 2.5
+SETTLE_SECONDS = 2.5
 """Before each step. What the one before freed goes back from a virtual machine to its host within
 seconds, and taking it again costs more than copying into it: all are to pay for that, or none."""
 
@@ -128,7 +128,7 @@ class Bench:
         runs: Runs = {}
         for step in steps:
             os.sync()
-            time.sleep(_SETTLE_SECONDS)
+            time.sleep(SETTLE_SECONDS)
             measurement, document = run(step.command)
             _check_document(step, document)
             runs[step.name] = [measurement]

@@ -108,23 +108,27 @@ def test_whole_pages_of_long_pieces_go_past_the_cache(
 ) -> None:
     if not has_direct_writes(tmp_path):
         pytest.skip("the file system has no direct writes")
-    ranges: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    written: list[tuple[bool, int, int]] = []
 
     def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        ranges[is_direct(descriptor)].append((offset, offset + len(data)))
+        written.append((is_direct(descriptor), offset, offset + len(data)))
         return _pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     buffer = PieceBuffer(LONG)
-    pieces = (Piece("file", 10, LONG, ()), Piece("file", LONG + 10, 3 * PAGE, ()))
-    with PieceWriter(tmp_path, {"file": 2 * LONG}, pieces) as writer:
+    places = [(LONG + 10, LONG), (10, LONG), (2 * LONG + 10, 3 * PAGE)]
+    pieces = [Piece("file", offset, nbytes, ()) for offset, nbytes in places]
+    with PieceWriter(tmp_path, {"file": 3 * LONG}, pieces) as writer:
         for piece in pieces:
             writer.write(piece, buffer.room_for(piece))
-    assert ranges[True] == [(PAGE, LONG)]
-    assert ranges[False] == [
-        (10, PAGE),
-        (LONG, LONG + 10),
-        (LONG + 10, LONG + 3 * PAGE + 10),
+    # Ends that share a page are written together, and behind everything that goes past the cache.
+    assert written == [
+        (True, LONG + PAGE, 2 * LONG),
+        (True, PAGE, LONG),
+        (False, 2 * LONG + 10, 2 * LONG + 3 * PAGE + 10),
+        (False, 10, PAGE),
+        (False, LONG, LONG + PAGE),
+        (False, 2 * LONG, 2 * LONG + 10),
     ]
 
 

@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import disk_speed, processes, rounds, slow_disk
+import torch
+from benchmarks import (
+    disk_speed,
+    live_filling,
+    loop_disk,
+    processes,
+    rounds,
+    shared_blocks,
+    slow_disk,
+)
 from benchmarks.cases import CASES, MEMORY, SPEED, START, Case, reduced
 from benchmarks.cli import main
 from benchmarks.exchange import WAYS
+from benchmarks.live_forward import FAMILIES
 from benchmarks.model_files import ModelFiles, RandomWeights
 from benchmarks.processes import BenchmarkError, Measurement, run
 from benchmarks.rounds import (
@@ -204,13 +214,13 @@ class Tools:
         self.called: list[str] = []
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         monkeypatch.setattr(shutil, "which", lambda tool: f"/sbin/{tool}")
-        monkeypatch.setattr(slow_disk, "_run", self._run)
+        monkeypatch.setattr(loop_disk, "_run", self._run)
         monkeypatch.setattr(slow_disk, "_GROUPS", groups)
         monkeypatch.setattr(slow_disk, "write", lambda *_: self.speed)
         monkeypatch.setattr(os, "posix_fallocate", lambda *_: None)
         self.speed = 0.41
 
-    def _run(self, *command: str) -> str:
+    def _run(self, _option: str, *command: str) -> str:
         self.called.append(command[0])
         return "/dev/null"  # number 1:3
 
@@ -235,16 +245,16 @@ def test_a_disk_that_is_busy_is_left_to_the_kernel(
 ) -> None:
     (tmp_path / "blkio").mkdir()
     tools = Tools(monkeypatch, tmp_path)
-    monkeypatch.setattr(slow_disk, "_PATIENCE", 2)
+    monkeypatch.setattr(loop_disk, "_PATIENCE", 2)
     called: list[tuple[str, ...]] = []
 
-    def busy(*command: str) -> str:
+    def busy(option: str, *command: str) -> str:
         called.append(command[:2])
         if command[0] == "umount" and command[1] != "--lazy":
             raise BenchmarkError("target is busy")
-        return tools._run(*command)
+        return tools._run(option, *command)
 
-    monkeypatch.setattr(slow_disk, "_run", busy)
+    monkeypatch.setattr(loop_disk, "_run", busy)
     with slow_disk.slow_disk(tmp_path, 0.4, MIB) as mounted:
         pass
     plain = ("umount", str(mounted))
@@ -287,7 +297,6 @@ def test_a_slow_disk_that_cannot_be(
 
 
 def test_random_weights_are_of_an_ordinary_size_and_all_different() -> None:
-    import torch
 
     random = RandomWeights()
     names = {f"layers.{number}.weight": count for number, count in enumerate((40_000, 40_000, 333))}
@@ -403,7 +412,7 @@ def test_commands_are_measured_from_end_to_end(
         return Measurement(3.0, 1.0, document["seconds"], 2.5, 0.5, 7 * MIB, 4 * MIB), document
 
     monkeypatch.setattr(rounds, "run", forked_run)
-    monkeypatch.setattr(rounds, "_SETTLE_SECONDS", 0)
+    monkeypatch.setattr(rounds, "SETTLE_SECONDS", 0)
     folder, out = tmp_path / "files", tmp_path / "out"
     given = [*TINY, "--case=moe-large", f"--folder={folder}", f"--out={out}"]
     assert main(given) == 0
@@ -417,6 +426,42 @@ def test_commands_are_measured_from_end_to_end(
         assert figures["above_bytes"] > 0
         assert figures["own_bytes"] > 0
         assert figures["seconds"]["median"] > 0
+
+
+def test_a_model_is_filled_and_its_files_are_read(tmp_path: Path) -> None:
+    files = ModelFiles(tiny("dense"), tmp_path)
+    files.make()
+    threads = torch.get_num_threads()
+    filled, parameters = live_filling.fill(files.folder)
+    read, nbytes = live_filling.read(files.folder)
+    torch.set_num_threads(threads)
+    assert nbytes == sum(path.stat().st_size for path in files.folder.glob("*.safetensors"))
+    assert 0.9 * nbytes < parameters < 1.2 * nbytes
+    assert filled > read > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not loop_disk.can_make_disks(shared_blocks.SYSTEMS), reason="takes root, xfsprogs, btrfs-progs"
+)
+def test_imports_share_blocks(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = [*TINY, "--case=shared-blocks", f"--folder={tmp_path / 'files'}", f"--out={out}"]
+    assert main(given) == 0
+    document = json.loads((out / "benchmarks-shared-blocks.json").read_text("utf-8"))
+    assert list(document["imports"]) == ["XFS", "btrfs"]
+    for (one,) in document["imports"].values():
+        assert one["wall_seconds"] > 0
+        assert one["copy_seconds"] > 0
+
+
+def test_disks_that_share_blocks_are_for_root(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert not loop_disk.can_make_disks(shared_blocks.SYSTEMS)
+    assert main([*TINY, "--case=shared-blocks", f"--folder={tmp_path / 'files'}"]) == 1
+    assert "--case shared-blocks makes a block device: run it as root" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -434,8 +479,11 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert list(steps) == [IMPORT, EXPORT, VERIFY, COPY_HF, COPY_MEGATRON]
     assert all(steps[step]["ratio"]["median"] > 0 for step in (IMPORT, EXPORT, VERIFY))
     page = (out / "benchmarks.md").read_text("utf-8")
-    assert page.count("### ") == 3 + len(CASES) + 2
+    shared = loop_disk.can_make_disks(shared_blocks.SYSTEMS)
+    assert page.count("### ") == 3 + len(CASES) + 2 + 3 + 2 * shared
     ET.fromstring((out / "benchmarks.svg").read_text("utf-8"))
     moved = json.loads((out / "benchmarks-exchange.json").read_text("utf-8"))
     assert set(moved["figures"]["to_floor"]) == set(WAYS)
     assert not any(any(rank["wrong"].values()) for rank in moved["ranks"])
+    live = json.loads((out / "benchmarks-live.json").read_text("utf-8"))
+    assert {one["family"] for one in live["passes"]} == set(FAMILIES)

@@ -21,19 +21,23 @@ from benchmarks.exchange import (
 )
 from benchmarks.figures import CaseResult, Results, Spread, join_runs
 from benchmarks.goals import goals
+from benchmarks.live import Filling, LiveResults, Passes, live_goals
+from benchmarks.live_filling import FILL, READ
 from benchmarks.page import (
-    EXCHANGE,
-    exchange_tables,
-    read_exchange,
+    PARTS,
+    part_tables,
+    read_part,
     read_results,
     stem,
     tables,
     with_tables,
     write_documents,
+    write_part,
 )
 from benchmarks.plot import plot
 from benchmarks.processes import Measurement
 from benchmarks.rounds import COPY_HF, COPY_MEGATRON, EXPORT, IMPORT, TORCH, VERIFY
+from benchmarks.shared_blocks import SharedImport, SharedResults, shared_goals
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MIB = 2**20
@@ -69,14 +73,20 @@ def test_the_document_is_of_all_rounds_at_full_size(slow: bool) -> None:
     assert all(case.hf_bytes >= 4e9 for case in results.cases if case.name != "small")
 
 
-def test_the_page_of_the_exchange_is_made_from_its_document() -> None:
-    results = read_exchange(DOCS)
-    document = json.loads((DOCS / f"{EXCHANGE}.json").read_text("utf-8"))
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_the_page_is_made_from_its_document(name: str) -> None:
+    results = read_part(DOCS, name)
+    assert results is not None
+    document = json.loads((DOCS / f"{name}.json").read_text("utf-8"))
     assert json.loads(json.dumps(results.document())) == document
     page = (DOCS / "benchmarks.md").read_text("utf-8")
-    assert with_tables(page, EXCHANGE, exchange_tables(results)) == page
+    assert with_tables(page, name, part_tables(results)) == page
     assert results.rounds >= 5
-    assert results.nbytes >= 2e9
+    assert "tiny" not in results.model
+
+
+def test_a_part_that_was_not_measured(tmp_path: Path) -> None:
+    assert [read_part(tmp_path, name) for name in PARTS] == [None] * len(PARTS)
 
 
 def test_a_changed_figure_is_seen(tmp_path: Path) -> None:
@@ -151,6 +161,59 @@ def test_figures_of_the_exchange() -> None:
         ("1.50", False),
     ]
     assert ExchangeResults.from_document(results.document()) == results
+
+
+# --- The live model ------------------------------------------------------------------------------
+
+
+def example_live() -> LiveResults:
+    """Two rounds; filling takes more memory in the second one."""
+    filling = {
+        FILL: [Filling(3.0, 1000, 60 * MIB), Filling(4.0, 1000, 70 * MIB)],
+        READ: [Filling(2.0, 1100, 0), Filling(4.0, 1100, 0)],
+    }
+    passes = [
+        Passes("qwen3-vl", 1, "forward", [1.004, 1.0], [1.0, 1.0]),
+        Passes("qwen3-vl", 2, "forward and backward", [3.0, 2.0], [2.0, 2.0]),
+    ]
+    host = {"cores": "2"}
+    return LiveResults("make bench", "2001-01-01", host, "a model", filling, passes)
+
+
+def test_figures_of_the_live_model(tmp_path: Path) -> None:
+    results = example_live()
+    assert results.to_read == Spread(1.25, 1.0, 1.5)
+    assert [(goal.found, goal.reached) for goal in live_goals(results)] == [
+        ("1.25", True),
+        ("70 MiB", False),
+        ("1.00", True),
+        ("1.25", False),
+    ]
+    write_part(tmp_path, results)
+    assert read_part(tmp_path, "benchmarks-live") == results
+    assert "| qwen3-vl, forward | 1 |" in (tmp_path / "benchmarks.md").read_text("utf-8")
+
+
+# --- Shared blocks -------------------------------------------------------------------------------
+
+
+def test_figures_of_shared_blocks(tmp_path: Path) -> None:
+    imports = {
+        "XFS": [SharedImport(0.5, 2.0, 9), SharedImport(0.75, 2.0, 10), SharedImport(2.0, 4.0, 8)],
+        "btrfs": [SharedImport(1.0, 4.0, 11)] * 3,
+    }
+    host = {"cores": "2"}
+    results = SharedResults("make bench", "2001-01-01", host, "a model", 1000, imports)
+    assert [(goal.found, goal.reached) for goal in shared_goals(results)] == [
+        ("0.75 s", True),
+        ("1.00 %", True),
+        ("1.00 s", False),
+        ("1.10 %", False),
+    ]
+    write_part(tmp_path, results)
+    assert read_part(tmp_path, "benchmarks-shared-blocks") == results
+    page = (tmp_path / "benchmarks.md").read_text("utf-8")
+    assert "| XFS | 0.38 (0.25–0.50) | 0.75 (0.50–2.00) |" in page
 
 
 # --- Figures -------------------------------------------------------------------------------------

@@ -3,15 +3,13 @@
 import pytest
 import torch
 from benchmarks import live_forward
-from benchmarks.live_forward import Comparison, compare
-
-_SMALL = {"vision_config.depth": 3, "text_config.num_hidden_layers": 3}
+from benchmarks.live_forward import TINY, Comparison, compare
 
 
 def test_both_steps_of_a_small_model() -> None:
     threads = torch.get_num_threads()
     try:
-        found = compare("qwen3-vl", _SMALL, threads=1, rounds=2)
+        found = compare("qwen3-vl", TINY, threads=1, rounds=2)
     finally:
         torch.set_num_threads(threads)
     assert [one.step for one in found] == ["forward", "forward and backward"]
@@ -34,4 +32,4 @@ def test_other_logits_are_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(live_forward, "both_models", other)
     with pytest.raises(SystemExit, match="qwen3-vl: the logits differ by"):
-        compare("qwen3-vl", _SMALL, threads=torch.get_num_threads(), rounds=1)
+        compare("qwen3-vl", TINY, threads=torch.get_num_threads(), rounds=1)

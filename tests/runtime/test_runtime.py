@@ -117,3 +117,22 @@ def test_a_batch_is_broadcast_on_the_cpu() -> None:
     with one_process(), megatron_on_cpu():
         found = tensor_parallel.broadcast_data(["tokens"], batch, torch.int64)
     assert torch.equal(found["tokens"], batch["tokens"])
+
+
+def test_tokens_in_the_order_of_the_experts_are_not_copied() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    before = token_dispatcher.sort_chunks_by_idxs
+    tokens, probs = torch.randn(7, 3), torch.rand(7)
+    counts = torch.tensor([2, 0, 4, 1])
+    with megatron_on_cpu():
+        sort = token_dispatcher.sort_chunks_by_idxs
+        same = sort(tokens, counts, torch.arange(4), probs=probs)
+        turned = torch.tensor([3, 0, 1, 2])
+        other = sort(tokens, counts, turned, probs=probs)
+    assert same[0] is tokens
+    assert same[1] is probs
+    expected = before(tokens, counts, turned, probs=probs)
+    assert all(map(torch.equal, other, expected))
+    assert not torch.equal(other[0], tokens)
+    assert token_dispatcher.sort_chunks_by_idxs is before

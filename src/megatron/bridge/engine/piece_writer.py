@@ -2,8 +2,10 @@
 
 Whoever writes through the cache pays for memory that nobody asked for: the kernel finds and clears
 new pages, copies into them, and throws out what others had there. A direct write takes the bytes
-from the buffer to the disk. It has to begin and end with a page, in the file and in memory; the
-ends of a piece, each shorter than a page, go through the cache.
+from the buffer to the disk. It has to begin and end with a page, in the file and in memory. The
+ends of a piece, each shorter than a page, go through the cache, when all else of the file is
+written: the kernel lets nothing through it while direct writes to the file are on their way, and
+lets none of these begin while something waits for that.
 
 There are disks and file systems to which the cache is the faster way all the same; a trial finds
 out (`write_trial.py`). What goes through the cache is then sent to the disk at once and dropped
@@ -18,7 +20,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -87,6 +89,7 @@ class _OpenFile:
         cached: descriptor for writing through the cache.
         direct: descriptor for direct writes; None where the file system has none.
         written: (offset, bytes, CRC-32) of the pieces so far.
+        ends: (offset, bytes) of what is shorter than a page and still to be written.
         behind: (offset, bytes) of what is on its way from the cache to the disk, oldest first.
         lock: one thread at a time writes through the cache. The kernel lets no two, and those that
             wait there burn time.
@@ -96,6 +99,7 @@ class _OpenFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.nbytes = nbytes
         self.lock = threading.Lock()
+        self.ends: list[tuple[int, bytes]] = []
         self.behind: deque[tuple[int, int]] = deque()
         self.written: list[tuple[int, int, int]] = []
         self.cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -111,6 +115,8 @@ class _OpenFile:
 
     def finish(self) -> None:
         """Have all of it on the disk; of a long file that went through the cache, nothing there."""
+        for offset, data in _joined(self.ends):
+            write_all(self.cached, memoryview(data), offset)
         # With this descriptor: another one may not be told of a write that failed.
         os.fsync(self.cached)
         if self.behind and self.nbytes > _BEHIND:
@@ -223,7 +229,7 @@ def _write_short(file: _OpenFile, data: memoryview, offset: int) -> None:
 
 
 def _write_past(file: _OpenFile, data: memoryview, offset: int) -> bool:
-    """Write whole pages past the cache, the ends through it; False if the pages went there, too."""
+    """Write whole pages past the cache, and keep the ends; False if the pages went through it."""
     begin = min(-offset % mmap.PAGESIZE, len(data))
     whole = begin + (len(data) - begin) // mmap.PAGESIZE * mmap.PAGESIZE
     end = begin
@@ -235,10 +241,13 @@ def _write_past(file: _OpenFile, data: memoryview, offset: int) -> bool:
             if error.errno in _UNSUPPORTED:
                 break
             raise
+    file.ends.append((offset, bytes(data[:begin])))
+    if end == whole:
+        file.ends.append((offset + end, bytes(data[end:])))
+        return True
     with file.lock:
-        write_all(file.cached, data[:begin], offset)
         write_all(file.cached, data[end:], offset + end)
-    return end == whole
+    return False
 
 
 def _write_through(file: _OpenFile, data: memoryview, offset: int, *, wait: bool) -> bool:
@@ -262,6 +271,17 @@ def _write_through(file: _OpenFile, data: memoryview, offset: int, *, wait: bool
         finish_writing(file.cached, *range_)
         forget(file.cached, *range_)
     return begun
+
+
+def _joined(ends: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Ends of pieces, (offset, bytes), in order; those that touch are one."""
+    begin, data = 0, b""
+    for offset, more in sorted(ends):
+        if offset != begin + len(data):
+            yield begin, data
+            begin, data = offset, b""
+        data += more
+    yield begin, data
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:

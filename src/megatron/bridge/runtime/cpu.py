@@ -3,7 +3,7 @@
 megatron-core asks `torch.cuda` for the current device, for streams and events, and for the random
 state of the device. Where CUDA is not available these few questions are answered for the CPU while
 `megatron_on_cpu()` is active; where it is available nothing is touched, unless that is asked for.
-What else training asks of a GPU has a file each: `device_names`, `expert_splits`, `uneven_parts`,
+What else training asks of a GPU has a file each: `device_names`, `expert_tokens`, `uneven_parts`,
 `adam_state`.
 """
 
@@ -17,7 +17,7 @@ import torch
 from megatron.bridge.runtime.adam_state import checkpoints_of_torch_adam
 from megatron.bridge.runtime.as_written import compile_nothing
 from megatron.bridge.runtime.device_names import name_the_cpu
-from megatron.bridge.runtime.expert_splits import splits_are_numbers
+from megatron.bridge.runtime.expert_tokens import sorted_tokens_stay, splits_are_numbers
 from megatron.bridge.runtime.quiet import DropMessage
 from megatron.bridge.runtime.uneven_parts import parts_may_differ
 
@@ -125,6 +125,7 @@ class _Runtime:
             if not torch.cuda.is_available():  # nothing runs on the CPU where there is a GPU
                 name_the_cpu(self.undo)
                 splits_are_numbers(self.undo)
+                sorted_tokens_stay(self.undo)
                 parts_may_differ(self.undo)
                 checkpoints_of_torch_adam(self.undo)
         self.depth += 1

@@ -31,9 +31,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension of `x` of shape [..., hidden_size]."""
         x_fp32 = x.float()
-        normalized = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        squares = x_fp32.square()
+        scale = torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps)
+        # The squares are needed no more, but for gradients: new memory costs as much as a pass.
+        memory = None if torch.is_grad_enabled() else squares
+        normalized = torch.mul(x_fp32, scale, out=memory)
         if self.zero_centered:
-            return (normalized * (1.0 + self.weight.float())).to(x.dtype)
+            return torch.mul(normalized, 1.0 + self.weight.float(), out=memory).to(x.dtype)
         return self.weight * normalized.to(x.dtype)
 
     def extra_repr(self) -> str:
