@@ -77,6 +77,14 @@ def test_images_and_video_in_one_prompt(pair: SimpleNamespace, processor: Any) -
     assert_equal_logits(pair, image_and_video(processor))
 
 
+def test_the_same_bits_with_and_without_gradients(pair: SimpleNamespace, processor: Any) -> None:
+    """Recomputation runs a layer once without and once with them, and a router chooses in both."""
+    inputs = image_and_video(processor)
+    with torch.no_grad():
+        without = pair.ours(**inputs)
+    assert torch.equal(pair.ours(**inputs).detach(), without)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch(pair: SimpleNamespace, processor: Any, side: str) -> None:
     texts = [f"{tiny.IMAGE} A flower?", f"Here {tiny.IMAGE} is a longer question.", "No picture."]

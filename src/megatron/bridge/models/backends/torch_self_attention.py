@@ -85,10 +85,11 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
             first * cosine[..., :half] - second * sine[..., :half],
             second * cosine[..., half:] + first * sine[..., half:],
         ]
-    else:  # in place, which saves putting the halves together
+    else:  # the same bits in place, which saves putting the halves together
         whole = x[..., : 2 * half] * cosine
-        whole[..., :half].addcmul_(second, sine[..., :half], value=-1)
-        whole[..., half:].addcmul_(first, sine[..., half:])
+        other = second * sine[..., :half]
+        whole[..., :half].sub_(other)
+        whole[..., half:].add_(torch.mul(first, sine[..., half:], out=other))
         turned = [whole]
     parts = [*turned, unturned] if unturned.shape[-1] else turned
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
