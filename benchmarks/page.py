@@ -133,7 +133,7 @@ def shared_tables(results: SharedResults) -> str:
             _goals_table(shared_goals(results)),
             f"### {results.model}: {_size(results.nbytes)}\n",
             _table(
-                ["import on", "beside the copy", "whole process, s", "copy, s", "new blocks, MB"],
+                ["import on", "whole process, s", "new blocks, MB"],
                 shared_rows(results),
             ),
         ]

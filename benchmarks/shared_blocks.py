@@ -31,13 +31,9 @@ _SECONDS, _PERCENT = 1.0, 1
 
 @dataclass(frozen=True)
 class SharedImport:
-    """One import: seconds of the whole process, and by how much the disk is fuller.
-
-    copy_seconds: of `cp` without sharing and `sync`, of the same round.
-    """
+    """One import: seconds of the whole process, and by how much the disk is fuller."""
 
     wall_seconds: float
-    copy_seconds: float
     new_bytes: int
 
 
@@ -98,17 +94,11 @@ def measure_shared(
             files.make()
             nbytes = files.file_bytes()
             _import(files.folder, disk.folder)  # blocks of the file system's own are taken once
-            imports[system] = [
-                SharedImport(
-                    copy_seconds=_copy(files.folder, disk.folder),
-                    **_import(files.folder, disk.folder),
-                )
-                for _ in range(rounds)
-            ]
+            imports[system] = [_import(files.folder, disk.folder) for _ in range(rounds)]
     return SharedResults(**about, model=case.title, nbytes=nbytes, imports=imports)
 
 
-def _import(source: Path, folder: Path) -> dict[str, Any]:
+def _import(source: Path, folder: Path) -> SharedImport:
     target = folder / "imported"
     os.sync()
     time.sleep(SETTLE_SECONDS)  # blocks of what was removed are given back in the background
@@ -117,17 +107,7 @@ def _import(source: Path, folder: Path) -> dict[str, Any]:
     measured, _ = run([*command, "--reflink=always", "--json"])
     new = _used(folder) - before
     shutil.rmtree(target)
-    return {"wall_seconds": measured.wall_seconds, "new_bytes": new}
-
-
-def _copy(source: Path, folder: Path) -> float:
-    target = folder / "copy"
-    os.sync()
-    time.sleep(SETTLE_SECONDS)
-    script = 'cp -R --reflink=never "$1" "$2" && sync && echo "{}"'
-    measured, _ = run(["sh", "-c", script, "sh", str(source), str(target)])
-    shutil.rmtree(target)
-    return measured.wall_seconds
+    return SharedImport(measured.wall_seconds, new)
 
 
 def _used(folder: Path) -> int:
@@ -160,7 +140,5 @@ def shared_rows(results: SharedResults) -> Iterator[list[str]]:
     """Of the table of all file systems."""
     for system, runs in results.imports.items():
         walls = Spread.of([one.wall_seconds for one in runs])
-        copies = Spread.of([one.copy_seconds for one in runs])
-        ratio = Spread.of([one.wall_seconds / one.copy_seconds for one in runs])
         new = max(one.new_bytes for one in runs)
-        yield [system, str(ratio), str(walls), str(copies), f"{new / 1e6:.1f}"]
+        yield [system, str(walls), f"{new / 1e6:.1f}"]

@@ -452,7 +452,6 @@ def test_imports_share_blocks(tmp_path: Path) -> None:
     assert list(document["imports"]) == ["XFS", "btrfs"]
     for (one,) in document["imports"].values():
         assert one["wall_seconds"] > 0
-        assert one["copy_seconds"] > 0
 
 
 def test_disks_that_share_blocks_are_for_root(

@@ -102,6 +102,19 @@ def test_experts_without_tokens_have_gradients_of_zero() -> None:
     assert len(of_experts) > len(idle) > 5 * 20 * 2
 
 
+def test_who_listens_to_an_expert_hears_it_without_gradients() -> None:
+    model = build("qwen3_vl_moe", num_moe_experts=3, moe_router_topk=2).eval()
+    with torch.no_grad():
+        alone = model(**INPUTS)
+        heard: list[str] = []
+        for name, module in model.named_modules():
+            if name.endswith("local_experts.1.linear_fc2"):
+                module.register_forward_hook(lambda *_, name=name: heard.append(name))
+        listened = model(**INPUTS)
+    assert len(set(heard)) == len(heard) == 5
+    assert torch.equal(alone, listened)
+
+
 _PLAIN: dict[str, Any] = {
     "tp_group.size": 1,
     "weight": "a parameter",

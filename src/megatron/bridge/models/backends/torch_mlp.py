@@ -72,11 +72,29 @@ class TorchExperts(SequentialMLP):
         """What each expert's linear makes of its part of the inputs."""
         linears = [getattr(expert, linear) for expert in self.local_experts]
         parts = list(zip(linears, inputs.split(counts), strict=True))
-        if not (self.training or torch.is_grad_enabled()):
+        if self.training or torch.is_grad_enabled():
             # In training an expert without tokens has work too: data parallelism waits for its
             # gradient, of zeros, and has its weight ready when it is called.
-            parts = [(one, part) for one, part in parts if len(part)] or parts[:1]
-        return torch.cat([one(part)[0] for one, part in parts])
+            return torch.cat([one(part)[0] for one, part in parts])
+        parts = [(one, part) for one, part in parts if len(part)] or parts[:1]
+        if not all(_is_a_product(one, inputs) for one in linears):
+            return torch.cat([one(part)[0] for one, part in parts])
+        # Straight to its place: to put the parts together costs another pass.
+        output = inputs.new_empty(len(inputs), linears[0].weight.shape[0])
+        places = output.split([len(part) for _, part in parts])
+        for (one, part), place in zip(parts, places, strict=True):
+            torch.mm(part, one.weight.t(), out=place)
+        return output
+
+
+def _is_a_product(linear: Any, inputs: Tensor) -> bool:
+    """Whether calling a plain linear is a product and nothing else: nobody listens, or casts."""
+    return not (
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear.weight.dtype != inputs.dtype
+        or torch.is_autocast_enabled(inputs.device.type)
+    )
 
 
 def _is_plain_activation(config: TransformerConfig) -> bool:
