@@ -115,6 +115,7 @@ def run_case(folder: Path, name: str) -> dict[str, Any]:
     [loaded] = bridge.load_megatron_model(saved, mp_overrides=others)
     [expected] = built(bridge, others)
     bridge.load_hf_weights([expected])
+    expected_values = values(expected)
     return {
         "read": counted.nbytes,
         "held": sum(one.data.nbytes for one in local_tensors(model)) - padding,
@@ -122,7 +123,7 @@ def run_case(folder: Path, name: str) -> dict[str, Any]:
         "main": [list(roster.main_of(rank)) for rank in range(WORLD)],
         "plan": {key: spec.nbytes for key, spec in plan.megatron.items()},
         "differ": [
-            key for key, value in values(loaded).items() if not same(value, values(expected)[key])
+            key for key, value in values(loaded).items() if not same(value, expected_values[key])
         ],
     }
 
