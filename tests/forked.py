@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -26,7 +25,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.run
-from torch.distributed import distributed_c10d as torch_own
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["preloaded"])
@@ -161,25 +159,6 @@ def _rank(rank: int, world: int, port: int, worker: Callable[..., None], args: A
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    torch_own._create_gloo_process_group = _create_gloo_process_group
     worker(rank, *args)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@cache
-def _gloo_device() -> Any:
-    return dist.ProcessGroupGloo.create_default_device()
-
-
-def _create_gloo_process_group(group: Any, _options: object) -> dist.ProcessGroupGloo:
-    """As torch's own, but for the device, which is one for all groups of a process.
-
-    A device is a thread that wakes a hundred times a second. With one for each group, and
-    megatron-core makes two dozen for each model and destroys none, the threads of some ranks take
-    as long as all else does.
-    """
-    options = dist.ProcessGroupGloo._Options()
-    options._devices, options._timeout = [_gloo_device()], group.timeout
-    options.global_ranks_in_group, options.group_name = group.global_ranks_in_group, group.group_id
-    return dist.ProcessGroupGloo(group.store, group.group_rank, group.group_size, options)
