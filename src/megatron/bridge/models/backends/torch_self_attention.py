@@ -49,7 +49,8 @@ class TorchSelfAttention(ScaledRotarySelfAttention):
             return made
         query, key, *rest = made
         cosine, sine = _cosine_and_sine(self._angles, self.rotary_scaling, query.dtype)
-        return (_rotated(query, cosine, sine), _rotated(key, cosine, sine), *rest)
+        query, key = (_Rotation.apply(x, cosine, sine) for x in (query, key))
+        return query, key, *rest
 
     def _can_rotate(self, hidden_states: Tensor, angles: Any, more: dict[str, Any]) -> bool:
         """Whether there is an angle for each token, and none of megatron-core's own ways asked."""
@@ -76,20 +77,37 @@ def _cosine_and_sine(angles: Tensor, scaling: float, dtype: torch.dtype) -> tupl
     return kept[scaling, dtype]
 
 
+class _Rotation(torch.autograd.Function):
+    """x * cosine + (-second half, first half of x) * sine, of the channels that have an angle.
+
+    The gradient is rotated back. Autograd alone keeps and makes a tensor for each of the products,
+    which costs a pass over the activations each; with and without gradients the bits are the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """[s, b, heads, d] by [s, b, 1, angles] in its dtype, of which d may be longer."""
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(x, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """That of `forward`, by x."""
+        cosine, sine = ctx.saved_tensors
+        back = sine.roll(sine.shape[-1] // 2, dims=-1).neg_()
+        return _rotated(gradients[0], cosine, back), None, None
+
+
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x * cosine + (-second half, first half of x) * sine, of the channels that have an angle."""
-    half = cosine.shape[-1] // 2
-    first, second, unturned = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    if torch.is_grad_enabled():
-        turned = [
-            first * cosine[..., :half] - second * sine[..., :half],
-            second * cosine[..., half:] + first * sine[..., half:],
-        ]
-    else:  # the same bits in place, which saves putting the halves together
-        whole = x[..., : 2 * half] * cosine
-        other = second * sine[..., :half]
-        whole[..., :half].sub_(other)
-        whole[..., half:].add_(torch.mul(first, sine[..., half:], out=other))
-        turned = [whole]
-    parts = [*turned, unturned] if unturned.shape[-1] else turned
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    angles = cosine.shape[-1]
+    half = angles // 2
+    first, second, unturned = x.split([half, half, x.shape[-1] - angles], dim=-1)
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    turned = rotated[..., :angles]
+    torch.mul(x[..., :angles], cosine, out=turned)
+    other = second * sine[..., :half]
+    turned[..., :half].sub_(other)
+    turned[..., half:].add_(torch.mul(first, sine[..., half:], out=other))
+    if unturned.shape[-1]:
+        rotated[..., angles:] = unturned
+    return rotated
