@@ -105,55 +105,43 @@ def tables(results: Results) -> str:
 
 def live_tables(results: LiveResults) -> str:
     """All tables of the live model, in Markdown."""
-    return "\n".join(
-        [
-            _measured(results),
-            "### Goals of the live model\n",
-            _goals_table(live_goals(results)),
-            f"### Filling {results.model}\n",
-            _table(
-                ["process", "beside the read", "s", "GB/s", "MiB above"],
-                filling_rows(results),
-            ),
-            "### Passes\n",
-            _table(
-                ["step", "threads", "beside transformers", "ours, s", "transformers', s"],
-                pass_rows(results),
-            ),
-        ]
+    filling = ["process", "beside the read", "s", "GB/s", "MiB above"]
+    passes = ["step", "threads", "beside transformers", "ours, s", "transformers', s"]
+    return _part(
+        results,
+        "the live model",
+        live_goals(results),
+        (f"Filling {results.model}", filling, filling_rows(results)),
+        ("Passes", passes, pass_rows(results)),
     )
 
 
 def shared_tables(results: SharedResults) -> str:
     """All tables of file systems that share blocks, in Markdown."""
-    return "\n".join(
-        [
-            _measured(results),
-            "### Goals of shared blocks\n",
-            _goals_table(shared_goals(results)),
-            f"### {results.model}: {_size(results.nbytes)}\n",
-            _table(
-                ["import on", "whole process, s", "new blocks, MB"],
-                shared_rows(results),
-            ),
-        ]
-    )
+    columns = ["import on", "whole process, s", "new blocks, MB"]
+    heading = f"{results.model}: {_size(results.nbytes)}"
+    table = (heading, columns, shared_rows(results))
+    return _part(results, "shared blocks", shared_goals(results), table)
 
 
 def exchange_tables(results: ExchangeResults) -> str:
     """All tables of what moves between ranks, in Markdown."""
-    return "\n".join(
-        [
-            _measured(results),
-            "### Goals of the exchange\n",
-            _goals_table(exchange_goals(results)),
-            f"### {results.model}: {_size(results.nbytes)}\n",
-            _table(
-                ["way", "beside the first", "s", "GB sent", "collectives", "buffers"],
-                rows(results),
-            ),
-        ]
-    )
+    columns = ["way", "beside the first", "s", "GB sent", "collectives", "buffers"]
+    table = (f"{results.model}: {_size(results.nbytes)}", columns, rows(results))
+    return _part(results, "the exchange", exchange_goals(results), table)
+
+
+def _part(
+    results: ExchangeResults | LiveResults | SharedResults,
+    title: str,
+    found: Iterable[Goal],
+    *sections: tuple[str, Sequence[str], Iterable[Iterable[str]]],
+) -> str:
+    """Where it was measured, the goals, and tables: of each the heading, columns and rows."""
+    parts = [_measured(results), f"### Goals of {title}\n", _goals_table(found)]
+    for heading, columns, table in sections:
+        parts += [f"### {heading}\n", _table(columns, table)]
+    return "\n".join(parts)
 
 
 def _measured(results: Results | ExchangeResults | LiveResults | SharedResults) -> str:
