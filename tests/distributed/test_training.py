@@ -43,6 +43,10 @@ FP16 = {"fp16": True, "params_dtype": torch.float16}
 SHARDED = {"use_distributed_optimizer": True}
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 100_000}
 IN_FP32 = {"grad_reduce_in_fp32": True}
+# Half precision multiplies a difference of one last bit: 7 weights of 3 million that were rounded
+# to their neighbours changed the next loss by 1e-4. Gradients of two microbatches have the same sum
+# in each order, and the norm, which has not, scales nothing: so all weights stay bit-equal.
+UNCLIPPED = {"clip_grad": 1e4}
 
 # In one process, without the distributed optimizer.
 REFERENCES = {
@@ -53,8 +57,13 @@ REFERENCES = {
     # sequence, which hold unequal parts of the padding (moe/router.py:629 of 0.19.2).
     "experts_of_microbatches": Training("experts", BALANCE | OF_MICROBATCHES),
     "of_microbatches": Training(provider=OF_MICROBATCHES),
-    "bf16": Training(provider=BF16, ddp=IN_FP32),
-    "fp16": Training(provider=FP16, ddp=IN_FP32, optimizer={"initial_loss_scale": 8.0}),
+    "bf16": Training(provider=BF16, ddp=IN_FP32, optimizer=UNCLIPPED, batches="pair"),
+    "fp16": Training(
+        provider=FP16,
+        ddp=IN_FP32,
+        optimizer=UNCLIPPED | {"initial_loss_scale": 8.0},
+        batches="pair",
+    ),
     "clipped": Training(optimizer={"clip_grad": 0.5, "log_num_zeros_in_grad": True}),
 }
 
@@ -92,14 +101,14 @@ CASES = {
     "pipeline_of_microbatches": Case("of_microbatches", PIPELINE, {}),
     "interleaved_clipped": Case("clipped", INTERLEAVED, SHARDED, quick=True),
     "all_gather": Case("experts", ALL_GATHER, {}),
-    "bf16": Case("bf16", {}, SHARDED | IN_FP32, within=1e-4),
-    "fp16": Case("fp16", {}, IN_FP32, within=1e-4),
+    "bf16": Case("bf16", {}, SHARDED | IN_FP32, within=1e-6),
+    "fp16": Case("fp16", {}, IN_FP32, within=1e-6),
     "to_pipeline": Case("dense", SEQUENCE, SHARDED, PIPELINE, RESHARDABLE, quick=True),
     # Gradients are summed in another order. After some steps a weight is rounded to its neighbour.
     "from_pipeline_bf16": Case("bf16", PIPELINE, SHARDED | IN_FP32, {}, RESHARDABLE, within=1e-3),
     "to_itself": Case("dense", {}, SHARDED, {}, "dp_reshardable"),
     "to_itself_fp32": Case("dense", {}, {}, {}),
-    "to_itself_bf16": Case("bf16", {}, IN_FP32, {}, within=1e-4),
+    "to_itself_bf16": Case("bf16", {}, IN_FP32, {}, within=1e-6),
     "experts_to_sequence": Case(
         "experts_of_microbatches", ALL_TO_ALL, SHARDED, ALL_TO_ALL | SEQUENCE, RESHARDABLE
     ),
@@ -191,6 +200,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model("qwen3-vl-moe", folder / "experts", sizes | {"text.num_experts": 6}, seed=4)
     batches = {
         "mixed": microbatches(folder / "dense", with_picture=(True, False, True, False)),
+        "pair": microbatches(folder / "dense", with_picture=(True, False)),
         "pictures": microbatches(folder / "dense", with_picture=(True, True, True, True)),
     }
     torch.save(batches, folder / "batches.pt")
