@@ -151,18 +151,15 @@ class _Ways:
         return wrong
 
     def _floor(self) -> None:
-        exchange, windows = self._refit.exchange, self._refit.windows
         under_way: dist.Work | None = None
-        for number, window in enumerate(windows):
-            send, receive = (
-                buffer[: side.nbytes]
-                for buffer, side in (
-                    (exchange.send_buffer(number % 2), window.send),
-                    (exchange.receive_buffer(number % 2), window.receive),
-                )
-            )
+        for window in self._refit.windows:
+            send, receive = window.send.traffic, window.receive.traffic
             work = dist.all_to_all_single(
-                receive, send, window.receive.sizes, window.send.sizes, async_op=True
+                receive.buffer,
+                send.buffer,
+                list(receive.sizes),
+                list(send.sizes),
+                async_op=True,
             )
             if under_way is not None:
                 under_way.wait()
@@ -172,7 +169,8 @@ class _Ways:
 
     def _memcpy(self) -> None:
         """As many bytes as this rank is sent, and gives itself, through one buffer."""
-        buffers = self._refit.exchange.send_buffer(0), self._refit.exchange.receive_buffer(0)
+        first = self._refit.windows[0]
+        buffers = first.send.traffic.buffer, first.receive.traffic.buffer
         most = min(len(one) for one in buffers)
         report = self._reports[REFIT]
         left = report.received_bytes + report.own_bytes

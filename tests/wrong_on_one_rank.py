@@ -35,7 +35,7 @@ SAID = {
     "no node": "ranks_per_node is 0",
     "delta": "rank 0 has delta=False, rank 2 delta=True",
     "round": "rank 0 has round=False, rank 2 round=True",
-    "transport": "rank 0 has transport='all-to-all', rank 2 transport='point-to-point'",
+    "transport": "rank 0 has transport='point-to-point', rank 2 transport='all-to-all'",
     "no transport": "transport is 'pigeon'; expected 'all-to-all' or 'point-to-point'",
     "nothing": "nothing was refused",
 }
@@ -78,7 +78,7 @@ def refusals(bridge: AutoBridge, model: list[Any], files: Files, rank: int) -> d
         "no node": {"ranks_per_node": 0},
         "delta": {"delta": True},
         "round": {"round": True},
-        "transport": {"transport": "point-to-point"},
+        "transport": {"transport": "all-to-all"},
         "no transport": {"transport": "pigeon"},
     }
 

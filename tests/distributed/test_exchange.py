@@ -178,14 +178,17 @@ def run_refusals(folder: Path, rank: int) -> dict[str, Any]:
 
 def counted_collectives(bridge: AutoBridge, model: Any) -> list[tuple[int, int]]:
     """How many each refit says that it took, and how many there were."""
-    refit, found = bridge.refit(model, {}, window_bytes=WINDOW, delta=True), []
-    for _ in range(2):
-        with pytest.MonkeyPatch.context() as patch:
-            calls: list[str] = []
-            for name in ("all_reduce", "all_gather", "all_to_all_single"):
-                patch.setattr(torch.distributed, name, _counted(name, calls))
-            report = refit()
-        found.append((report.collectives, len(calls)))
+    found = []
+    for transport in ("point-to-point", "all-to-all"):
+        options: dict[str, Any] = {"window_bytes": WINDOW, "delta": True, "transport": transport}
+        refit = bridge.refit(model, {}, **options)
+        for _ in range(2):
+            with pytest.MonkeyPatch.context() as patch:
+                calls: list[str] = []
+                for name in ("all_reduce", "all_gather", "all_to_all_single"):
+                    patch.setattr(torch.distributed, name, _counted(name, calls))
+                report = refit()
+            found.append((report.collectives, len(calls)))
     return found
 
 

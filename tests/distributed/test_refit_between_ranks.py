@@ -61,7 +61,7 @@ def to_disjoint(folder: Path, rank: int, case: str) -> dict[str, Any]:
             "reports": reports,
             "version": refit.version,
             "files": len(files),
-            "point to point": by_messages(bridge, model, targets, first),
+            "collectives": by_collectives(bridge, model, targets, first),
         }
         if case == "stages":
             found["refusals"] = refusals(bridge, model, files, rank)
@@ -73,15 +73,13 @@ def to_disjoint(folder: Path, rank: int, case: str) -> dict[str, Any]:
         return found
 
 
-def by_messages(
+def by_collectives(
     bridge: AutoBridge, model: list[Any], targets: list[Landing], first: int
 ) -> tuple[list[str], list[bool]]:
-    """Faults after refits by messages between pairs of ranks, also of changes."""
+    """Faults after refits by collectives, also of changes."""
     for target in targets:
         target.out.zero_()
-    refit = bridge.refit(
-        model, targets, window_bytes=WINDOW, delta=True, transport="point-to-point"
-    )
+    refit = bridge.refit(model, targets, window_bytes=WINDOW, delta=True, transport="all-to-all")
     faults, is_delta = [], []
     for step in range(2):
         is_delta.append(refit().is_delta)
@@ -291,7 +289,7 @@ def test_ranks_without_a_part_of_the_model(case: str, found: list[dict[str, Any]
 
 @pytest.mark.parametrize("case", DISJOINT)
 def test_messages_between_pairs_of_ranks(case: str, found: list[dict[str, Any]]) -> None:
-    assert [one[case]["point to point"] for one in found] == [([], [False, True])] * WORLD
+    assert [one[case]["collectives"] for one in found] == [([], [False, True])] * WORLD
 
 
 def test_a_group_of_some_ranks(found: list[dict[str, Any]]) -> None:

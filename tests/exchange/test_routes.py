@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import plans_of
-import released_configs as released
+from expert_shards import RANKS, plan_with, shards_of
 from megatron.bridge.dtypes import torch_dtype
 from megatron.bridge.exchange.buffer_views import PackedWindow, Packing
 from megatron.bridge.exchange.demand import Demand, Wanted
-from megatron.bridge.exchange.roster import Roster, Shard
+from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.exchange.route import Affinity, Moves, Routes
 from megatron.bridge.exchange.windows import schedule
 from megatron.bridge.live.local_tensors import LocalTensor
@@ -24,39 +22,6 @@ from megatron.bridge.models.conversion.casting import EXACTLY
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.tensors.box_pairs import hf_part
 from megatron.bridge.tensors.boxes import Box, box_shape, full_box, intersect, part_of, slices
-
-RANKS = 6
-
-
-@cache
-def plan_with(experts: int) -> ConversionPlan:
-    counts = {"num_experts": experts, "num_local_experts": experts, "num_hidden_layers": 2}
-    config = plans_of.small(
-        released.QWEN3_5_35B_A3B, **counts, layer_types=["linear_attention", "full_attention"]
-    )
-    return plans_of.plan(config, plans_of.tensors_of(config))
-
-
-def shards_of(
-    plan: ConversionPlan, owners: list[list[int]], rows_of: list[list[int]]
-) -> tuple[tuple[Shard, ...], ...]:
-    """What each rank holds: of experts one box each, of all else rows.
-
-    Args:
-        plan: of the model.
-        owners: the ranks that hold each expert.
-        rows_of: those that hold each part of all other tensors.
-    """
-    found: list[list[Shard]] = [[] for _ in range(RANKS)]
-    for key, spec in plan.megatron.items():
-        of_experts = ".experts.experts." in key
-        holders = owners if of_experts else rows_of
-        for number, ranks in enumerate(holders):
-            box = part_of(full_box(spec.shape), number, len(holders))
-            for rank in ranks if box is not None else ():
-                found[rank].append(Shard(key, spec.shape, box, spec.dtype, False))
-    return tuple(map(tuple, found))
-
 
 some_ranks = st.lists(st.integers(0, RANKS - 1), min_size=1, max_size=3, unique=True)
 

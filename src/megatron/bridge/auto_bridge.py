@@ -365,7 +365,7 @@ class AutoBridge:
         window_bytes: int | None = None,
         ranks_per_node: int | None = None,
         delta: bool = False,
-        transport: "TransportName" = "all-to-all",
+        transport: "TransportName" = "point-to-point",
         dtype: DType | None = None,
         round: Rounding = False,  # noqa: A002 - the name of the option
         fp8: PathLike | Mapping[str, Any] | None = None,
@@ -386,8 +386,9 @@ class AutoBridge:
             ranks_per_node: consecutive ranks that share a node, within which a tensor stays where
                 it can.
             delta: from the second refit on send only what changed, see Refit.
-            transport: "all-to-all" moves bytes by collectives, "point-to-point" by messages, so
-                that ranks without bytes for each other do not meet.
+            transport: "point-to-point" moves bytes by messages, so that ranks without bytes for
+                each other do not meet, and large ones go from memory to memory on CPUs;
+                "all-to-all" moves them by collectives.
             dtype: of the tensors on the way; None for the dtype that each has in its file.
             round: round values that do not fit instead of raising InexactCast; those of all
                 tensors, or of the names or patterns given (``"*.mlp.*"``).

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import accumulate
+from functools import cache
 
 import torch
 
 from megatron.bridge.dtypes import torch_dtype
+from megatron.bridge.exchange.buffer_slots import BufferSlots, Slot
 from megatron.bridge.exchange.demand import Demand
 from megatron.bridge.exchange.held_values import Conversion, HeldValues, Quantizing
 from megatron.bridge.exchange.roster import Held
 from megatron.bridge.exchange.route import Move
 from megatron.bridge.exchange.strided_copies import Copies, CopyList, Elements
+from megatron.bridge.exchange.transport import Traffic
 from megatron.bridge.exchange.windows import Piece
 from megatron.bridge.models.conversion.casting import Casting
 from megatron.bridge.models.conversion.plan import ConversionPlan
 from megatron.bridge.models.hf_pretrained.scales import SCALE_SUFFIX
 from megatron.bridge.tensors.box_pairs import hf_part, megatron_part
-from megatron.bridge.tensors.boxes import Box, BoxIndex, Shape, box_shape, relative
+from megatron.bridge.tensors.boxes import Box, BoxIndex, box_shape, relative
 
 type Destination = Callable[[Demand], torch.Tensor]
 """Where what is wanted goes: memory of the shape of the demand's box, in any strides."""
@@ -29,20 +30,20 @@ type Destination = Callable[[Demand], torch.Tensor]
 
 @dataclass(frozen=True)
 class Side:
-    """One buffer of a rank, filled or emptied in one window.
+    """What a rank sends or receives in one window.
 
     Attributes:
-        sizes: bytes for each rank, in the order of the ranks.
+        traffic: in one of its buffers, or in the rank's own memory.
         copies: between the buffer and the rank's own memory.
     """
 
-    sizes: list[int]
+    traffic: Traffic
     copies: Copies
 
     @property
     def nbytes(self) -> int:
-        """Of all ranks."""
-        return sum(self.sizes)
+        """For all ranks, or of them."""
+        return sum(self.traffic.sizes)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Packing:
         send_buffer: torch.Tensor,
         receive_buffer: torch.Tensor,
         destination: Destination,
+        message_bytes: int | None = None,
     ) -> PackedWindow:
         """The views of one window.
 
@@ -99,23 +101,43 @@ class Packing:
             send_buffer: uint8 [as many as they take].
             receive_buffer: likewise.
             destination: of what is wanted.
+            message_bytes: what takes as many is a message of its own, which goes past the buffer at
+                each end where it lies in memory just as it is sent; None if all goes through the
+                buffers. The same at both ends.
         """
         place = cache(lambda demand: _all_of(destination(demand)))
         send, receive, at_home = CopyList(), CopyList(), CopyList()
-        sizes = self._sizes(sent), self._sizes(received)
-        buffer = _Buffer(self._plan, send_buffer, sizes[0])
-        for piece in sent:
-            self._send(send, piece, *buffer.slots(piece))
-        buffer = _Buffer(self._plan, receive_buffer, sizes[1])
-        for piece in received:
-            slot, (start,) = buffer.slots(piece)
-            slot = Elements(slot.memory, start, slot.strides)
-            receive.add(_wanted(place, piece), slot, piece.part.shape)
+        of_sent = BufferSlots(self._plan, send_buffer, sent, self._count, message_bytes)
+        for slot in of_sent:
+            straight = self._held_straight(slot) if slot.is_message else None
+            if slot.is_message:
+                of_sent.set_apart(slot, straight)
+            if straight is None:
+                self._send(send, slot.piece, slot.place, slot.starts)
+        of_received = BufferSlots(self._plan, receive_buffer, received, self._count, message_bytes)
+        for slot in of_received:
+            wanted, shape = _wanted(place, slot.piece), slot.piece.part.shape
+            straight = wanted.bytes_as(slot.place, shape) if slot.is_message else None
+            if slot.is_message:
+                of_received.set_apart(slot, straight)
+            if straight is None:
+                receive.add(wanted, slot.first, shape)
         for piece in own:
             self._send(at_home, piece, _wanted(place, piece), [0])
         return PackedWindow(
-            Side(sizes[0], send.ready()), Side(sizes[1], receive.ready()), at_home.ready()
+            Side(of_sent.traffic(), send.ready()),
+            Side(of_received.traffic(), receive.ready()),
+            at_home.ready(),
         )
+
+    def _held_straight(self, slot: Slot) -> torch.Tensor | None:
+        """What is held of a piece, as bytes, if it lies in one memory as it does in its slot."""
+        move, box = slot.piece.move, slot.piece.box
+        held = megatron_part(move.copy, box)
+        (shared, memory), *others = self._memories[move.copy.megatron_key].overlapping(held)
+        if others or shared != held or not self._is_held(move, memory):
+            return None
+        return memory.elements(move.copy, box).bytes_as(slot.place, slot.piece.part.shape)
 
     def _send(self, copies: CopyList, piece: Piece, place: Elements, starts: Sequence[int]) -> None:
         """Copy what is held of a piece to places that begin at some distances from one."""
@@ -130,14 +152,6 @@ class Packing:
                 first = to._replace(start=to.start + starts[0])
                 copies.compute(self._conversion(first.view(shape), memory, move, box).make)
                 copies.add(to, first, shape, starts[1:])
-
-    def _sizes(self, pieces: Sequence[Piece]) -> list[int]:
-        """The bytes of a buffer that each rank has."""
-        sizes = [0] * self._count
-        for move, part in pieces:
-            for peer in move.peers:
-                sizes[peer] += part.nbytes
-        return sizes
 
     def _is_held(self, move: Move, memory: HeldValues) -> bool:
         """Whether the bits that are wanted are just those that are in memory."""
@@ -154,49 +168,6 @@ class Packing:
             scales = self._scales[move.name + SCALE_SUFFIX]
         casting = self._casting.of(move.name)
         return Conversion(out, memory, move.name, move.copy, box, dtype, casting, scales, block)
-
-
-class _Buffer:
-    """A buffer that has all for one rank, then all for the next.
-
-    Args:
-        plan: of the model.
-        memory: uint8.
-        sizes: bytes for each rank.
-    """
-
-    def __init__(self, plan: ConversionPlan, memory: torch.Tensor, sizes: Sequence[int]) -> None:
-        self._at = list(accumulate(sizes, initial=0))
-        # Of a tensor's dtype.
-        self._as = cache(lambda name: memory.view(torch_dtype(plan.hf[name].dtype)))
-
-    def slots(self, piece: Piece) -> tuple[Elements, list[int]]:
-        """The next places of a piece, in the order in which its sender holds the values.
-
-        Engines hold a matrix as Megatron does, though files may have it transposed: then neither
-        end has to turn it.
-
-        Returns:
-            A place at the beginning of the buffer, and how many elements behind it there is one for
-            each peer.
-        """
-        (move, part), at = piece, self._at
-        memory = self._as(move.name)
-        size, starts = memory.itemsize, []
-        for peer in move.peers:
-            starts.append(at[peer] // size)  # a multiple of any dtype's size
-            at[peer] += part.nbytes
-        return Elements(memory, 0, _strides(part.shape, move.held_axes)), starts
-
-
-@lru_cache(1 << 10)  # layers repeat
-def _strides(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
-    """Of a box whose elements follow one another by some of its axes, the last one first."""
-    strides, step = [1] * len(shape), 1
-    for axis in reversed(axes):
-        strides[axis] = step
-        step *= shape[axis]
-    return tuple(strides)
 
 
 def _all_of(out: torch.Tensor) -> Elements:

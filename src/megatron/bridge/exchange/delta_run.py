@@ -7,14 +7,14 @@ sender keeps what it held, and the receiver's memory is the rest.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from megatron.bridge.exchange.buffer_views import Destination, PackedWindow, Packing, Side
 from megatron.bridge.exchange.delta import apply, encoded
-from megatron.bridge.exchange.transport import Transport
+from megatron.bridge.exchange.transport import Traffic, Transport
 from megatron.bridge.exchange.window_run import Exchange
 from megatron.bridge.runtime.lost_ranks import naming_lost
 from megatron.bridge.runtime.ranks import Ranks
@@ -61,7 +61,6 @@ class DeltaRun:
             )
             for number in range(exchange.count)
         ]
-        self._exchange = exchange
         self.sent_bytes = self.received_bytes = self.message_bytes = 0
 
     def run(self) -> bool:
@@ -91,18 +90,18 @@ class DeltaRun:
         with naming_lost(self._ranks.group):
             send = torch.cat([*messages, self._empty(0)])
             receive = self._empty(sum(received_sizes))
-            self._transport.start(send, sizes, receive, received_sizes)()
+            self._transport.start(
+                Traffic.in_buffer(send, sizes), Traffic.in_buffer(receive, received_sizes)
+            )()
         self.sent_bytes += send.numel()
         self.received_bytes += receive.numel()
         self.message_bytes = max(self.message_bytes, 2 * send.numel() + receive.numel())
         side = window.now.receive
-        buffer = self._exchange.receive_buffer(0)[: side.nbytes].zero_()
+        side.traffic.buffer.zero_()
         side.copies.back()
         arrived = [
             apply(message, old)
-            for message, old in zip(
-                receive.split(received_sizes), _parts(buffer, side), strict=True
-            )
+            for message, old in zip(receive.split(received_sizes), _parts(side), strict=True)
             if len(old)
         ]
         side.copies.make()
@@ -110,15 +109,12 @@ class DeltaRun:
 
     def _messages(self, window: _Window) -> list[torch.Tensor]:
         """For each rank, empty where it wants nothing of this one."""
-        for number, one in enumerate(window):
+        for one in window:
             # Between moves there may be bytes that nothing fills; they count in the sums.
-            self._exchange.send_buffer(number)[: one.send.nbytes].zero_()
+            one.send.traffic.buffer.zero_()
             one.send.copies.make()
         window.now.own.make()
-        buffers = (
-            _parts(self._exchange.send_buffer(number), one.send)
-            for number, one in enumerate(window)
-        )
+        buffers = (_parts(one.send) for one in window)
         return [
             encoded(now, before) if len(now) else self._empty(0)
             for now, before in zip(*buffers, strict=True)
@@ -128,7 +124,6 @@ class DeltaRun:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
 
-def _parts(buffer: torch.Tensor, side: Side) -> list[torch.Tensor]:
+def _parts(side: Side) -> Sequence[torch.Tensor]:
     """The part of a buffer that goes to each rank, or comes from it."""
-    ends = accumulate(side.sizes)
-    return [buffer[end - size : end] for end, size in zip(ends, side.sizes, strict=True)]
+    return side.traffic.buffer.split(list(side.traffic.sizes))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,20 @@ class Elements(NamedTuple):
     def view(self, shape: Shape) -> torch.Tensor:
         """As a tensor of the shape of the box."""
         return self.memory.as_strided(shape, self.strides, self.start)
+
+    def bytes_as(self, other: Elements, shape: Shape) -> torch.Tensor | None:
+        """All of them as uint8, if they follow one another as others do; None if they do not.
+
+        Args:
+            other: of a contiguous memory that holds nothing else, in any order.
+            shape: of the box.
+        """
+        steps = zip(shape, self.strides, other.strides, strict=True)
+        if self.memory.dtype != other.memory.dtype or any(
+            size > 1 and own != of_other for size, own, of_other in steps
+        ):
+            return None
+        return self.memory.as_strided((prod(shape),), (1,), self.start).view(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -21,35 +21,67 @@ type Wait = Callable[[], None]
 """Returns when what was begun is done."""
 
 
+class Message(NamedTuple):
+    """Bytes between this rank and another.
+
+    Attributes:
+        peer: the other one.
+        memory: uint8, contiguous.
+    """
+
+    peer: int
+    memory: torch.Tensor
+
+
+class Traffic(NamedTuple):
+    """What goes to the other ranks, or comes from them.
+
+    Attributes:
+        buffer: uint8 [sum of sizes], for each rank in turn.
+        sizes: bytes for each rank.
+        messages: the same bytes, those of a pair of ranks in an order and of sizes that are the
+            same at both ends. They may be in other memory than the buffer's.
+    """
+
+    buffer: torch.Tensor
+    sizes: Sequence[int]
+    messages: Sequence[Message]
+
+    @classmethod
+    def in_buffer(cls, buffer: torch.Tensor, sizes: Sequence[int]) -> Self:
+        """All of it in the buffer."""
+        ends = zip(accumulate(sizes), sizes, strict=True)
+        parts = [buffer[end - size : end] for end, size in ends]
+        return cls(buffer, sizes, [Message(*one) for one in enumerate(parts) if len(one[1])])
+
+
 class Transport(ABC):
     """How bytes go from rank to rank.
 
     Args:
         group: of the ranks, None for all of them.
+
+    Attributes:
+        takes_messages: wherever their memory is; else all bytes have to be in the buffers.
+        collectives: that `start` is.
     """
+
+    takes_messages: ClassVar[bool] = False
+    collectives: ClassVar[int] = 0
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
 
     @abstractmethod
-    def start(
-        self,
-        send: torch.Tensor,
-        send_sizes: Sequence[int],
-        receive: torch.Tensor,
-        receive_sizes: Sequence[int],
-    ) -> Wait:
+    def start(self, send: Traffic, receive: Traffic) -> Wait:
         """Begin to exchange; every rank calls this.
 
         Args:
-            send: uint8 [sum of send_sizes], for each rank in turn. It stays as it is until the
-                exchange is done.
-            send_sizes: bytes for each rank.
-            receive: uint8 [sum of receive_sizes], of each rank in turn.
-            receive_sizes: bytes of each rank.
+            send: for the other ranks. It stays as it is until the exchange is done.
+            receive: memory for what comes from them.
 
         Returns:
-            What waits until `receive` is filled.
+            What waits until all has arrived.
         """
 
     def _waiting(self, works: Sequence[dist.Work | None]) -> Wait:
@@ -63,39 +95,32 @@ class Transport(ABC):
 class AllToAll(Transport):
     """One collective for all bytes."""
 
-    def start(
-        self,
-        send: torch.Tensor,
-        send_sizes: Sequence[int],
-        receive: torch.Tensor,
-        receive_sizes: Sequence[int],
-    ) -> Wait:
+    collectives = 1
+
+    def start(self, send: Traffic, receive: Traffic) -> Wait:
         """As of Transport."""
         work = dist.all_to_all_single(
-            receive, send, list(receive_sizes), list(send_sizes), group=self.group, async_op=True
+            receive.buffer,
+            send.buffer,
+            list(receive.sizes),
+            list(send.sizes),
+            group=self.group,
+            async_op=True,
         )
         return self._waiting([work])
 
 
 class PointToPoint(Transport):
-    """A message for each pair of ranks that has bytes; the others do not meet."""
+    """Messages for each pair of ranks that has bytes; the others do not meet."""
 
-    def start(
-        self,
-        send: torch.Tensor,
-        send_sizes: Sequence[int],
-        receive: torch.Tensor,
-        receive_sizes: Sequence[int],
-    ) -> Wait:
+    takes_messages = True
+
+    def start(self, send: Traffic, receive: Traffic) -> Wait:
         """As of Transport."""
         messages = [
-            dist.P2POp(operation, part, group=self.group, group_peer=peer)
-            for operation, buffer, sizes in (
-                (dist.irecv, receive, receive_sizes),
-                (dist.isend, send, send_sizes),
-            )
-            for peer, part in enumerate(_parts(buffer, sizes))
-            if len(part)
+            dist.P2POp(operation, memory, group=self.group, group_peer=peer)
+            for operation, side in ((dist.irecv, receive), (dist.isend, send))
+            for peer, memory in side.messages
         ]
         return self._waiting(dist.batch_isend_irecv(messages) if messages else [])
 
@@ -103,15 +128,9 @@ class PointToPoint(Transport):
 class Alone(Transport):
     """One process, which has nobody to send to."""
 
-    def start(
-        self,
-        send: torch.Tensor,
-        send_sizes: Sequence[int],
-        receive: torch.Tensor,
-        receive_sizes: Sequence[int],
-    ) -> Wait:
+    def start(self, send: Traffic, receive: Traffic) -> Wait:
         """As of Transport."""
-        if any(send_sizes) or any(receive_sizes):
+        if any(send.sizes) or any(receive.sizes):
             raise InputError("one process has nobody to exchange with")
         return self._waiting([])
 
@@ -119,7 +138,7 @@ class Alone(Transport):
 _BY_NAME: dict[str, type[Transport]] = {"all-to-all": AllToAll, "point-to-point": PointToPoint}
 
 
-def transport_between(ranks: Ranks, name: TransportName = "all-to-all") -> Transport:
+def transport_between(ranks: Ranks, name: TransportName = "point-to-point") -> Transport:
     """A way between some ranks.
 
     Args:
@@ -133,8 +152,3 @@ def transport_between(ranks: Ranks, name: TransportName = "all-to-all") -> Trans
         expected = " or ".join(map(repr, _BY_NAME))
         raise InputError(f"transport is {quoted(name)}; expected {expected}")
     return _BY_NAME[name](ranks.group) if ranks.are_joined else Alone()
-
-
-def _parts(buffer: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    ends = list(accumulate(sizes))
-    return [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -96,8 +96,9 @@ class Refit:
         delta: from the second refit on send only what changed, found bit by bit. Then the model's
             memory is kept once more, and targets have to stay as the last refit left them: where
             one has not, all is sent. Nor may it be narrower than what is sent.
-        transport: "all-to-all" moves a window's bytes by one collective, "point-to-point" by a
-            message for each pair of ranks that has bytes.
+        transport: "point-to-point" moves a window's bytes by messages between the pairs of ranks
+            that have some, on CPUs the large ones from memory to memory, past the buffers;
+            "all-to-all" by one collective.
 
     Raises:
         PlanError: the ranks do not hold the model, or it cannot give what a target wants.
@@ -124,7 +125,7 @@ class Refit:
         fp8: BlockFP8 | None = None,
         merge: Iterable[LowRank] = (),
         delta: bool = False,
-        transport: TransportName = "all-to-all",
+        transport: TransportName = "point-to-point",
     ) -> None:
         begin = time.perf_counter()
         self._ranks, self._plan, self._casting = Ranks(group), plan, casting
@@ -298,7 +299,7 @@ class Refit:
 
     def _report(self, is_delta: bool, seconds: float) -> RefitReport:
         count, buffers = self.exchange.count, self.exchange.buffer_bytes
-        collectives = 2 * count + (4 if is_delta else 3)
+        collectives = (1 + self._transport.collectives) * count + (4 if is_delta else 3)
         if self._fp8 is not None:
             buffers, collectives = buffers + self._fp8.nbytes, collectives + 2
         if is_delta:
