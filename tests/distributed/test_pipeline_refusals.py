@@ -12,7 +12,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from forked import run_ranks
+from megatron.bridge import AutoBridge
 from megatron.bridge.errors import InputError
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.decoder_spec import decoder_spec
 from oracle import text_models, tiny
 from schedules import built_chunks, logits_of
 
@@ -188,6 +190,23 @@ def refuse_in_a_schedule(rank: int, folder: str) -> None:
         torch.save((ended, time.monotonic() - begun), f"{folder}/schedule{rank}.pt")
 
 
+def build_in_vain(rank: int, folder: str) -> None:
+    """The layers of the second stage cannot be made; each rank says how it ended."""
+    provider = AutoBridge.from_hf_pretrained(Path(folder, "vl")).to_megatron_provider()
+    provider.set_fields(PIPELINE)
+    if rank == 1:
+        provider.transformer_layer_spec = layers_without_attention
+    ended = refusal_of(provider.provide_distributed_model, {"wrap_with_ddp": False})
+    torch.save(ended, f"{folder}/built{rank}.pt")
+
+
+def layers_without_attention(config: Any, vp_stage: int | None = None) -> Any:
+    block = decoder_spec(config, vp_stage=vp_stage)
+    for layer in block.layer_specs:
+        layer.submodules.self_attention = None
+    return block
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("refusals")
@@ -232,3 +251,10 @@ def test_nobody_waits_for_a_stage_that_has_refused(folder: Path) -> None:
     assert first.startswith("InputError: pixel_values has shape [20, 1536]")
     assert second != "not refused"
     assert seconds < SECONDS / 2
+
+
+def test_no_rank_goes_on_where_another_cannot_build(folder: Path) -> None:
+    run_ranks(build_in_vain, str(folder), seconds=SECONDS)
+    first, second = (torch.load(folder / f"built{rank}.pt") for rank in range(2))
+    assert first.startswith("rank 1 cannot go on: Qwen3VLModelProvider cannot be built: ")
+    assert second.startswith("Qwen3VLModelProvider cannot be built: TypeError ")

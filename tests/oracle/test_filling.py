@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.errors import CheckpointError
+from megatron.bridge.errors import CheckpointError, ConfigError
 from megatron.bridge.live import filling
 from megatron.bridge.live.weights import load_weights, plan_of_model
 from megatron.bridge.progress import Progress
@@ -166,6 +166,19 @@ def test_a_padded_vocabulary_ends_in_zeros(bridge: AutoBridge, process_groups: N
     rows = model.language_model.embedding.word_embeddings.weight
     assert len(rows) == 384
     assert not rows[307:].any()
+
+
+def test_a_token_that_no_file_has_is_no_padding(tmp_path: Path, process_groups: None) -> None:
+    """A model of one token more would predict it; its rows look like those of padding."""
+    bridge = AutoBridge.from_hf_pretrained(make_model("qwen3", tmp_path / "hf"))
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.vocab_size += 1
+    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    message = f"vocab_size = {provider.vocab_size}, and .* {provider.vocab_size - 1}: set the"
+    with pytest.raises(ConfigError, match=message):
+        bridge.load_hf_weights(model)
+    with pytest.raises(ConfigError, match=message):
+        list(bridge.export_hf_weights(model))
 
 
 def test_the_memory_beside_the_model(tmp_path: Path, process_groups: None) -> None:

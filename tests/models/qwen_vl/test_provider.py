@@ -64,6 +64,8 @@ SIZE_OF_2B = qwen3_vl(2048, 24, 16, 8, 6144, VISION_24, tied=True)
         ({"tensor_parallel_num_weight_shards": 2}, "num_weight_shards is 2: .* expected None"),
         ({"qk_l2_norm": True}, "qk_l2_norm is True: .* needs False"),
         ({"heterogeneous_block_specs": True}, "heterogeneous_block_specs is True"),
+        ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope is True: .* needs False"),
+        ({"transformer_impl": "inference_optimized"}, "'inference_optimized' is not one of"),
         # megatron-core's own checks arrive as the same kind of error, its mistakes too.
         ({"fine_grained_activation_offloading": True}, "refuses: AssertionError .*in '.+'"),
         ({"fp16": True, "bf16": True}, "megatron-core refuses: Only one of"),
@@ -87,6 +89,40 @@ SIZE_OF_2B = qwen3_vl(2048, 24, 16, 8, 6144, VISION_24, tied=True)
 def test_what_cannot_be_built(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_provider(**fields).finalize()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        # megatron-core computes without a word in the dtype of the parameters.
+        ({"fp8": "hybrid"}, "fp8 is 'hybrid': .* have None alone"),
+        ({"fp4": "e2m1"}, "fp4 is 'e2m1'"),
+        ({"use_kitchen": True}, "use_kitchen is True"),
+        ({"use_te_activation_func": True}, "use_te_activation_func is True"),
+        ({"use_grouped_gemm_for_shared_expert": True}, "for_shared_expert is True"),
+        ({"softmax_type": "learnable"}, "softmax_type is 'learnable': .* have 'vanilla' alone"),
+        ({"qk_clip": True}, "qk_clip is True"),
+        ({"gradient_accumulation_fusion": True}, "it needs APEX's"),
+        ({"moe_router_fusion": True}, "moe_router_fusion is True: it needs TransformerEngine 2.6"),
+        ({"moe_token_dispatcher_type": "flex"}, r"'deepep': DeepEP \(deep_ep\) is not installed"),
+        (
+            {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"},
+            "TransformerEngine with NCCL EP is not installed",
+        ),
+        ({"moe_apply_probs_on_input": True}, "with moe_router_topk = 3: it is for one expert"),
+        ({"moe_router_topk_limited_devices": 2}, "limited_devices is 2: .* needs None"),
+    ],
+)
+def test_what_plain_torch_does_not_have(fields: dict[str, Any], message: str) -> None:
+    """It is known before there is a process group."""
+    with pytest.raises(ConfigError, match=message):
+        small_provider("qwen3_vl_moe", transformer_impl="local", **fields).finalize()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="cuda_graph_impl is 'local', and there is no GPU"):
+        small_provider(cuda_graph_impl="local").finalize()
 
 
 @pytest.mark.parametrize(

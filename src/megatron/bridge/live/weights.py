@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from megatron.bridge.dtypes import DType, weight_dtype
-from megatron.bridge.errors import InputError
+from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.exchange.roster import Roster
 from megatron.bridge.formats.file_plans import plan_of
 from megatron.bridge.live.filling import fill_all
@@ -22,6 +22,7 @@ from megatron.bridge.models.conversion.casting import EXACTLY, Casting
 from megatron.bridge.models.conversion.layer_keys import KeyForms
 from megatron.bridge.models.conversion.model_bridge import PlanOptions
 from megatron.bridge.models.conversion.plan import ConversionPlan
+from megatron.bridge.models.conversion.structure import LanguageFields
 from megatron.bridge.models.hf_pretrained.vlm import PreTrainedVLM
 from megatron.bridge.models.model_provider import ModelProvider
 from megatron.bridge.models.wrapping import unwrapped
@@ -78,7 +79,16 @@ def _keys(model: Sequence[torch.nn.Module]) -> set[str]:
 def _options(hf: PreTrainedVLM, config: ModelProvider, keys: set[str]) -> PlanOptions:
     bridge = bridge_for(hf.hf_config.architecture)
     forms = KeyForms.of(keys, bridge.layer_paths)
-    return replace(bridge.options_of_model(config), keys=forms)
+    options = replace(bridge.options_of_model(config), keys=forms)
+    for fields in bridge.structure(hf.hf_config, options=options).fields.values():
+        # More tokens look like padding, and then no file has them, though they are predicted.
+        if isinstance(fields, LanguageFields) and fields.vocab_size != config.vocab_size:
+            raise ConfigError(
+                f"the model has vocab_size = {config.vocab_size}, and {hf.hf_config.origin} "
+                f"{fields.vocab_size}: set the provider's vocab_size to {fields.vocab_size} "
+                f"(make_vocab_size_divisible_by pads)"
+            )
+    return options
 
 
 def plan_of_model(

@@ -1,7 +1,9 @@
 """What a client asks for beside a provider's fields when a model is built, honoured or refused."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -15,8 +17,65 @@ from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.wrapping import Chunks, MixedPrecisionWrapper
 from megatron.bridge.runtime.cpu import megatron_on_cpu
 from megatron.bridge.runtime.ddp_config import DistributedDataParallelConfig as CheckedWhenUsed
+from megatron.bridge.runtime.parallel import ranks_of_model
+
+# What megatron-core raises for values that it does not take, some of them by mistake.
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def as_refusal(title: str) -> Iterator[None]:
+    """Where megatron-core does not take a config, say so.
+
+    Args:
+        title: of the message.
+
+    Raises:
+        ConfigError: with its message; where it gives none that says more, with the line that
+            raised it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        reason = str(error)
+        if not reason or not isinstance(error, AssertionError | RuntimeError | ValueError):
+            line = extract_tb(error.__traceback__)[-1].line or ""
+            reason = f"{type(error).__name__} {error} in {line!r}"
+        raise ConfigError(f"{title}: {reason}") from error
+
+
+def on_every_rank(name: str, build: Callable[[], Chunks]) -> Chunks:
+    """What `build` gives here, once every rank of the model has built its part.
+
+    Args:
+        name: of the config's class.
+        build: of this rank; in megatron-core's process groups.
+
+    Raises:
+        ConfigError: megatron-core cannot build it.
+        InputError: another rank cannot.
+    """
+
+    def built() -> Chunks:
+        with as_refusal(f"{name} cannot be built"):
+            return build()
+
+    if dist.get_backend() == "fake":  # whose other ranks are none
+        return built()
+    return ranks_of_model().together(built)
 
 
 def refuse_fsdp(**asked: bool) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
-from traceback import extract_tb
 from typing import Any, Self
 
 import torch
@@ -25,13 +24,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.bridge.dtypes import TORCH_NAMES
 from megatron.bridge.errors import ConfigError
 from megatron.bridge.models.backends.activations import activation
+from megatron.bridge.models.backends.limits import backend_problems
 from megatron.bridge.models.backends.selection import uses_transformer_engine
 from megatron.bridge.models.building import (
+    as_refusal,
     asked_dtype,
     broadcast_over_replicas,
     check_groups,
     in_ddp,
     in_mixed_precision,
+    on_every_rank,
     on_meta,
     refuse_fsdp,
 )
@@ -55,26 +57,6 @@ from megatron.bridge.models.wrapping import (
 from megatron.bridge.runtime.cpu import activate_megatron_on_cpu
 from megatron.bridge.runtime.parallel import initialize_process_groups
 from megatron.bridge.runtime.parallel_sizes import ParallelSizes
-
-# What megatron-core raises for values that it does not take, some of them by mistake.
-_REFUSALS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
-
-
-def _reason(error: Exception) -> str:
-    """Its message; where megatron-core gives none that says more, the line that raised it."""
-    if str(error) and isinstance(error, AssertionError | NotImplementedError | ValueError):
-        return str(error)
-    line = extract_tb(error.__traceback__)[-1].line or ""
-    return f"{type(error).__name__} {error} in {line!r}"
 
 
 @cache
@@ -186,13 +168,10 @@ class ModelProvider(TransformerConfig, ABC):
         known = vars(self).keys()
         before = set(known)
         try:
-            with self._admitted_by_megatron_core():
-                TransformerConfig.__post_init__(self)
-            pipeline_stages(self)
-        except _REFUSALS as error:
-            raise ConfigError(
-                f"{type(self).__name__}: megatron-core refuses: {_reason(error)}"
-            ) from error
+            with as_refusal(f"{type(self).__name__}: megatron-core refuses"):
+                with self._admitted_by_megatron_core():
+                    TransformerConfig.__post_init__(self)
+                pipeline_stages(self)
         finally:
             self._set_by_megatron_core |= known - before
         self._derived = {
@@ -276,7 +255,7 @@ class ModelProvider(TransformerConfig, ABC):
                 "hybrid_context_parallel is True: all batches have the one context_parallel_size, "
                 "set it to False"
             )
-        return problems
+        return [*problems, *backend_problems(self, self.transformer_impl)]
 
     def _pipeline_problems(self) -> list[str]:
         stages = self.pipeline_model_parallel_size
@@ -481,8 +460,10 @@ class ModelProvider(TransformerConfig, ABC):
             The chunks of this rank: one, or one per virtual pipeline stage.
 
         Raises:
-            ConfigError: see `finalize`; or an argument that cannot be honoured.
-            InputError: a hook returned something else than as many modules as it got.
+            ConfigError: see `finalize`; an argument that cannot be honoured; or megatron-core
+                cannot build the model.
+            InputError: another rank cannot build its part; or a hook returned something else than
+                as many modules as it got.
         """
         refuse_fsdp(use_megatron_fsdp=use_megatron_fsdp, use_torch_fsdp2=use_torch_fsdp2)
         if (dtype := asked_dtype(self.params_dtype, fp16, bf16)) is not None:
@@ -496,7 +477,9 @@ class ModelProvider(TransformerConfig, ABC):
         self.initialize_model_parallel(seed)
         if pg_collection is not None:
             check_groups(pg_collection)
-        chunks = self._built(wrap_with_ddp=wrap_with_ddp)
+        chunks = on_every_rank(
+            type(self).__name__, lambda: self._built(wrap_with_ddp=wrap_with_ddp)
+        )
         for hook in (*self._pre_wrap_hooks, *as_hooks(pre_wrap_hook)):
             chunks = chunks_after(hook, chunks, "pre-wrap")
         chunks = in_mixed_precision(self, chunks, mixed_precision_wrapper)

@@ -6,6 +6,8 @@ with causal attention.
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,14 @@ from megatron.bridge.errors import ConfigError, InputError
 from megatron.bridge.models.backends.sequence_parts import SequenceParts
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+COMPUTED: Mapping[str, Any] = {
+    "softmax_type": "vanilla",
+    "qk_clip": False,
+    "log_max_attention_logit": False,
+}
+"""Fields of a config that change what attention is, and the one value that is computed."""
 
 
 class TorchCoreAttention(MegatronModule):
@@ -44,12 +54,7 @@ class TorchCoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        for field, only in (
-            ("softmax_type", "vanilla"),
-            ("window_size", None),
-            ("qk_clip", False),
-            ("log_max_attention_logit", False),
-        ):
+        for field, only in {**COMPUTED, "window_size": None}.items():
             if (found := getattr(config, field)) != only:
                 raise ConfigError(
                     f"{field}={found!r}: the torch attention backend implements only {only!r}. "

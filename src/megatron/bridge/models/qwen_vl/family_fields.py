@@ -21,6 +21,8 @@ COMMON: Fixed = {
     "position_embedding_type": "mrope",
     "scatter_embedding_sequence_parallel": False,
     "apply_rope_fusion": False,
+    "fused_single_qkv_rope": False,
+    "test_mode": False,
     "rotary_interleaved": False,
     "multi_latent_attention": False,
     "cpu_offloading": False,
@@ -43,6 +45,7 @@ EXPERTS: Fixed = {
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
     "moe_router_num_groups": None,
+    "moe_router_topk_limited_devices": None,
     "moe_router_enable_expert_bias": False,
     "moe_latent_size": None,
     "moe_mlp_glu_interleave_size": None,
@@ -161,7 +164,13 @@ class ExpertFields(_Mixin):
 
     def problems(self) -> list[str]:
         """What cannot be built, one sentence each naming field, value and expectation."""
-        return super().problems() + self._router_loss_problems()
+        problems = super().problems()
+        if self.moe_apply_probs_on_input and self.moe_router_topk != 1:
+            problems.append(
+                f"moe_apply_probs_on_input is True with moe_router_topk = {self.moe_router_topk}: "
+                f"it is for one expert per token; set it to False"
+            )
+        return problems + self._router_loss_problems()
 
     def required_sizes(self) -> tuple[str, ...]:
         """Fields of the family that must be set to a positive number."""
