@@ -54,6 +54,11 @@ class PackedWindow:
     receive: Side
     own: Copies
 
+    @property
+    def computes(self) -> bool:
+        """Whether some of it is not copied bit by bit, which may be refused."""
+        return bool(self.send.copies.computed or self.own.computed)
+
 
 class Packing:
     """Makes the views of windows.

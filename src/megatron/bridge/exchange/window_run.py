@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -146,11 +146,13 @@ class Exchange:
             message_bytes,
         )
 
-    def run(self, windows: Iterable[PackedWindow]) -> Iterator[int]:
+    def run(self, windows: Iterable[PackedWindow], sure: Collection[int] = ()) -> Iterator[int]:
         """Move all windows; every rank does this.
 
         Args:
             windows: those of `packed`, in order; each is asked for when it is to be packed.
+            sure: numbers of those whose views are made, and of which no rank computes anything:
+                nothing can keep a rank from sending them, and so none asks the others.
 
         Yields:
             The number of each window, when all of it has arrived on this rank.
@@ -170,7 +172,7 @@ class Exchange:
 
         for number in range(self.count):
             try:
-                window = self._ranks.agreed(pack, self._device)
+                window = pack() if number in sure else self._ranks.agreed(pack, self._device)
             except Exception:
                 if under_way is not None:
                     with suppress(Exception):  # nothing may arrive after this

@@ -170,6 +170,8 @@ class Refit:
             by_turns=True,
         )
         self._ranks.together(lambda: self._make_views(held))
+        computes = self._ranks.largest([one.computes for one in self.windows], self._device)
+        self._sure = {number for number, one in enumerate(computes) if not one}
         self._version = torch.zeros(2, dtype=torch.int64, device="cpu")
         self.prepare_seconds = time.perf_counter() - begin
 
@@ -202,7 +204,7 @@ class Refit:
         if is_delta:
             is_delta = not any(self._ranks.largest([not self._changes().run()], self._device))
         if not is_delta:
-            for _ in self.exchange.run(self.windows):
+            for _ in self.exchange.run(self.windows, self._sure):
                 pass
         # Nobody has the new version before everybody has.
         self._ranks.agreed(self._after, self._device)
@@ -299,7 +301,8 @@ class Refit:
 
     def _report(self, is_delta: bool, seconds: float) -> RefitReport:
         count, buffers = self.exchange.count, self.exchange.buffer_bytes
-        collectives = (1 + self._transport.collectives) * count + (4 if is_delta else 3)
+        collectives = self._transport.collectives * count
+        collectives += count + 4 if is_delta else count - len(self._sure) + 3
         if self._fp8 is not None:
             buffers, collectives = buffers + self._fp8.nbytes, collectives + 2
         if is_delta:
