@@ -61,8 +61,9 @@ class Exchange:
         self._ranks, self._transport = ranks, transport
         self._plan, self._device = routes.plan, device
         # Devices with memory of their own pack at many times the speed of a link.
-        goes_past = transport.takes_messages and device.type == "cpu"
-        self._message_bytes = -(-window_bytes // _MESSAGES) if goes_past else None
+        packs_all = device.type != "cpu" or not transport.takes_messages
+        packs_all = any(ranks.largest([packs_all], device))
+        self._message_bytes = None if packs_all else -(-window_bytes // _MESSAGES)
 
         def prepared() -> Moves:
             routes.check()
